@@ -1,0 +1,323 @@
+"""Read problems, the cards that describe their files, and grade answers.
+
+    [{"question": "2 + 2 ?", "steps": ["<<2+2=4>>"], "answer": "4"}, ...]      data/gsm_valid.json
+    {"name": "gsm", "grading": "exact", "max_new_tokens": 64, ...}             data/gsm.card.json beside it
+
+Knows: the file format and the published rules of grading.  Does not know: tokens, stages, models.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from coconut_ds.errors import DataError
+
+GRADINGS = ("exact", "latex")
+MAX_REPORTED = 20
+
+_SCRIPTS = {  # how a missing data/NAME_*.json is made
+    "gsm": "python preprocessing/gsm8k.py",
+    "prontoqa": "python preprocessing/prontoqa.py --generate",
+    "prosqa": "python preprocessing/prosqa.py",
+    "math": "python preprocessing/math.py",
+    "arithmetic": "python preprocessing/arithmetic.py",
+}
+_BLANK = re.compile(r"[ \t\n\r]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_LATEX_CHARS = 500  # longer answers are graded by text alone
+_LATEX_SECONDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question, the steps of reasoning that lead to its answer, and the answer; all are plain text."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+
+
+def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
+    """The problems of a JSON file, at most `limit` of them.  Fields other than the three are ignored.
+
+    Blank steps are left out: the published conversion of an item without reasoning writes `[""]`.
+    Items are checked one by one while the file is decoded, so that only one is held in its JSON form.
+    Raises DataError with the first 20 problems of the file, each with its item and field.
+    """
+    path = Path(path)
+    problems: list[Problem] = []
+    complaints = _Complaints(path)
+    if limit is not None and limit < 1:
+        raise DataError(f"{path}: a limit of {limit} problems leaves nothing; give at least 1")
+    for index, item in enumerate(_items(path, complaints)):
+        problem = _problem(item, index, complaints)
+        if problem is not None:
+            problems.append(problem)
+        if index + 1 == limit:
+            break
+    complaints.raise_if_any()
+    if not problems:
+        raise DataError(f"{path}: the list is empty; {_how_to_make(path)}")
+    return problems
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a data set is, where it comes from and how it is graded; `NAME.card.json` beside its files."""
+
+    name: str
+    grading: str = "exact"
+    max_new_tokens: int = 128  # the published choice for everything but GSM8K, whose card says 64
+    source: str = ""
+    licence: str = ""
+    split_rule: str = ""
+    notes: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)  # file name -> digest
+    counts: Mapping[str, int] = field(default_factory=dict)  # file name -> number of problems
+
+
+def card_for(path: str | Path) -> Card:
+    """The card beside a data file: data/gsm_train.json -> data/gsm.card.json; a default card when absent.
+
+    Trailing parts of the name are dropped until a card fits (prosqa_7hop_test -> prosqa_7hop -> prosqa).
+    """
+    path = Path(path)
+    parts = path.stem.split("_")
+    for length in range(len(parts), 0, -1):
+        candidate = path.with_name("_".join(parts[:length]) + ".card.json")
+        if candidate.is_file():
+            return read_card(candidate)
+    return Card(name="_".join(parts[:-1]) or path.stem)
+
+
+def read_card(path: str | Path) -> Card:
+    """The card in a file; raises DataError with everything that is wrong with it."""
+    path = Path(path)
+    try:
+        values = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path}: not JSON ({error}); delete it or run its preprocessing script again"
+        ) from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: a card is a JSON object, got {_kind(values)}")
+    complaints = _Complaints(path)
+    for key in sorted(values.keys() - {f.name for f in fields(Card)}):
+        complaints.add(f"'{key}' is not part of a card")
+    for key in ("name", "grading", "source", "licence", "split_rule", "notes"):
+        if not isinstance(values.get(key, ""), str):
+            complaints.add(f"'{key}' must be text, got {_kind(values[key])}")
+    if not values.get("name"):
+        complaints.add("'name' is missing or empty")
+    if values.get("grading", "exact") not in GRADINGS:
+        complaints.add(f"'grading' must be one of {', '.join(GRADINGS)}, got {values['grading']!r}")
+    tokens = values.get("max_new_tokens", 1)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        complaints.add(f"'max_new_tokens' must be a whole number from 1, got {tokens!r}")
+    for key, kind in (("sha256", str), ("counts", int)):
+        table = values.get(key, {})
+        if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
+            complaints.add(f"'{key}' must map file names to {'digests' if kind is str else 'numbers'}")
+    complaints.raise_if_any()
+    return Card(**values)
+
+
+def is_correct(grading: str, predicted: str, expected: str) -> bool:
+    """Whether an answer counts.  "exact": equal text, commas and outer blanks aside, the published rule.
+
+    "latex": that, or equality as mathematics according to the math-verify library.
+    """
+    if grading not in GRADINGS:
+        raise ValueError(f"grading must be one of {', '.join(GRADINGS)}, got {grading!r}")
+    if predicted.replace(",", "").strip() == expected.replace(",", "").strip():
+        return True
+    return grading == "latex" and _latex_equal(predicted.strip(), expected.strip())
+
+
+def split_completion(text: str, grading: str = "exact") -> tuple[str, str]:
+    """Generated text after the prompt -> (reasoning, answer), by the published rule.
+
+    The answer is what follows the last "#", without commas; "latex" keeps them, for (1,2) is not (12).
+    """
+    answer = text.split("#")[-1].strip()
+    return text.split("#")[0].strip(), answer if grading == "latex" else answer.replace(",", "").strip()
+
+
+def cot_matches(reasoning: str, steps: Sequence[str]) -> bool:
+    """Whether the generated reasoning is word for word the reference's, one step a line."""
+    return "\n".join(steps) == reasoning
+
+
+class _Complaints:
+    """Everything wrong with one file, raised together."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.first: list[str] = []
+        self.count = 0
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if len(self.first) < MAX_REPORTED:
+            self.first.append(text)
+
+    def raise_if_any(self) -> None:
+        if self.count == 1:
+            raise DataError(f"{self.path}: {self.first[0]}")
+        if self.count:
+            more = f"\n  ... and {self.count - MAX_REPORTED} more" if self.count > MAX_REPORTED else ""
+            raise DataError(f"{self.path}: {self.count} problems\n  " + "\n  ".join(self.first) + more)
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {_how_to_make(path)}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: this is a folder; name the JSON file inside it") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not content.strip():
+        raise DataError(f"{path}: the file is empty; {_how_to_make(path)}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8 "
+            f"(iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
+        ) from None
+
+
+def _how_to_make(path: Path) -> str:
+    script = _SCRIPTS.get(path.stem.split("_")[0])
+    if script is not None:
+        return f"`{script}` makes it in data/ (or in --output-dir)"
+    return "the scripts in preprocessing/ make such files (see data/README.md)"
+
+
+def _items(path: Path, complaints: _Complaints) -> Iterator[Any]:
+    """The elements of the file's outer list, decoded one at a time; a syntax error ends the iteration."""
+    text = _text(path)
+    position = _after_blanks(text, 0)
+    if text[position : position + 1] != "[":
+        lines = text[position : position + 1] == "{" and _looks_like_json_lines(text)
+        advice = "it looks like JSON lines: wrap the lines in [ ] with commas between" if lines else ""
+        advice = advice or 'write [{"question": "...", "steps": ["..."], "answer": "..."}, ...]'
+        raise DataError(f"{path}: the file must hold a list of problems; {advice}")
+    index = 0
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        item = dict(pairs)
+        if len(item) != len(pairs):
+            keys = [key for key, _ in pairs]
+            for key in sorted({key for key in keys if keys.count(key) > 1}):
+                complaints.add(f"item {index}, '{key}': the key occurs more than once; keep one")
+        return item
+
+    def not_json(constant: str) -> None:
+        complaints.add(f"item {index}: {constant} is not JSON; write text in quotes")
+
+    decode = json.JSONDecoder(object_pairs_hook=unique, parse_constant=not_json).raw_decode
+    position = _after_blanks(text, position + 1)
+    if text[position : position + 1] == "]":
+        position += 1
+    else:
+        while True:
+            try:
+                item, position = decode(text, position)
+            except RecursionError:
+                complaints.add(f"item {index}: nested too deeply; a problem is one flat object")
+                return
+            except ValueError as error:
+                complaints.add(f"item {index}: {_syntax(error)}")
+                return
+            yield item
+            position = _after_blanks(text, position)
+            separator = text[position : position + 1]
+            position = _after_blanks(text, position + 1)
+            index += 1
+            if separator == "]":
+                break
+            if separator != ",":
+                what = f"{separator!r}" if separator else "the end of the file (was it cut off?)"
+                line = text.count("\n", 0, position) + 1
+                complaints.add(f"after item {index - 1}, line {line}: expected ',' or ']' but found {what}")
+                return
+    if _after_blanks(text, position) != len(text):
+        complaints.add(f"line {text.count(chr(10), 0, position) + 1}: more text follows the end of the list")
+
+
+def _after_blanks(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    return match.end() if match else position
+
+
+def _looks_like_json_lines(text: str) -> bool:
+    lines = text.strip().splitlines()
+    return len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines[:2])
+
+
+def _syntax(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+    return f"not JSON: {error}"
+
+
+def _problem(item: Any, index: int, complaints: _Complaints) -> Problem | None:
+    if not isinstance(item, dict):
+        complaints.add(f"item {index}: a problem is an object, got {_kind(item)}")
+        return None
+    before = complaints.count
+    for key in ("question", "answer"):
+        if key not in item:
+            complaints.add(f"item {index}, '{key}': missing")
+        elif not isinstance(item[key], str):
+            complaints.add(f"item {index}, '{key}': must be text, got {_kind(item[key])}; put it in quotes")
+        elif not item[key].strip():
+            complaints.add(f"item {index}, '{key}': empty; fill it in or remove the item")
+        elif _lone_surrogate(item[key]):
+            complaints.add(f"item {index}, '{key}': half a surrogate pair (\\ud800-\\udfff) is no character")
+    steps = item.get("steps")
+    if "steps" not in item:
+        complaints.add(f"item {index}, 'steps': missing; write [] for an answer without reasoning")
+    elif not isinstance(steps, list):
+        complaints.add(f"item {index}, 'steps': must be a list of texts, got {_kind(steps)}")
+    else:
+        for number, step in enumerate(steps):
+            if not isinstance(step, str):
+                complaints.add(f"item {index}, 'steps'[{number}]: must be text, got {_kind(step)}")
+            elif _lone_surrogate(step):
+                complaints.add(f"item {index}, 'steps'[{number}]: half a surrogate pair is no character")
+    if complaints.count > before:
+        return None
+    return Problem(item["question"], tuple(step for step in steps or () if step.strip()), item["answer"])
+
+
+def _lone_surrogate(text: str) -> bool:
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+@lru_cache(maxsize=65536)
+def _latex_equal(predicted: str, expected: str) -> bool:
+    if not predicted or max(len(predicted), len(expected)) > _MAX_LATEX_CHARS:
+        return False
+    from math_verify import parse, verify  # takes a second to import, and only MATH needs it
+
+    # math-verify bounds its work with SIGALRM, which only the main thread can receive.
+    seconds = _LATEX_SECONDS if threading.current_thread() is threading.main_thread() else None
+    gold, answer = (parse(f"${text}$", parsing_timeout=seconds) for text in (expected, predicted))
+    return bool(gold and answer) and bool(verify(gold, answer, timeout_seconds=seconds))

@@ -1,0 +1,141 @@
+"""What goes into a latent slot: a thought looks back at hidden states and gives the next input embedding.
+
+    question . . . <start>   [L0]     [L1]
+    h h h h h h h h h   --->  x0 -h-->  x1          x_k = thought(every hidden state so far)
+
+This folder is the registry: the module `NAME.py` with one `Thought` subclass is the thought `NAME`.
+A thought always receives the whole history, so no cache of the model can shorten what it sees.
+
+Knows: hidden states and which of them are padding.  Does not know: models, tokens, stages, DeepSpeed.
+
+Shapes: B rows, T columns of a pass, W window columns (newest first), D hidden size.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from coconut_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from coconut_ds.config import Experiment
+
+
+@dataclass(frozen=True)
+class ThoughtSettings:
+    """The settings of an experiment that a thought may read; each thought takes what it needs.
+
+    The defaults are those of the experiment's schema.
+    """
+
+    window_size: int = 3
+    window_init: str = "recent"  # "recent": starts as plain Coconut; "uniform": starts as the plain mean
+    window_scope: str = "sequence"  # "sequence": every pass; "pass": the newest pass only (as published)
+    window_weights: tuple[float, ...] = (0.6, 0.3, 0.1)  # newest first
+
+    @classmethod
+    def of(cls, experiment: "Experiment") -> "ThoughtSettings":
+        return cls(
+            window_size=experiment.latent_window_size,
+            window_init=experiment.latent_window_init,
+            window_scope=experiment.latent_window_scope,
+            window_weights=tuple(experiment.latent_window_weights),
+        )
+
+
+class History:
+    """The hidden states (after the final norm) of every column computed so far, pass by pass.
+
+    Holds references only: the tensors stay the model's own, gradients flow through them, and nothing is
+    concatenated but the few columns that `newest` is asked for.
+    """
+
+    def __init__(self) -> None:
+        self._passes: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, hidden_BTD: Tensor, mask_BT: Tensor) -> None:
+        """Add one pass; `mask_BT` is true (or 1) where a row really has that column."""
+        if hidden_BTD.shape[:2] != mask_BT.shape:
+            raise ValueError(
+                f"hidden states of shape {tuple(hidden_BTD.shape)} need a mask of shape "
+                f"{tuple(hidden_BTD.shape[:2])}, got {tuple(mask_BT.shape)}"
+            )
+        self._passes.append((hidden_BTD, mask_BT.bool()))
+
+    def newest(self, width: int, within_pass: bool = False) -> tuple[Tensor, Tensor]:
+        """The newest `width` columns, newest first: hidden_BWD and mask_BW, W = `width` always.
+
+        The mask is false, and the hidden state zero, where a row's column is padding or does not exist.
+        `within_pass` looks no further back than the newest pass.
+        """
+        if not self._passes:
+            raise ValueError("the history is empty: append the question's hidden states first")
+        columns: list[Tensor] = []
+        masks: list[Tensor] = []
+        missing = width
+        for hidden_BTD, mask_BT in reversed(self._passes):
+            columns.append(hidden_BTD[:, -missing:].flip(1))
+            masks.append(mask_BT[:, -missing:].flip(1))
+            missing -= columns[-1].shape[1]
+            if missing == 0 or within_pass:
+                break
+        hidden_BWD, mask_BW = torch.cat(columns, dim=1), torch.cat(masks, dim=1)
+        if missing:
+            hidden_BWD = nn.functional.pad(hidden_BWD, (0, 0, 0, missing))
+            mask_BW = nn.functional.pad(mask_BW, (0, missing), value=False)
+        return torch.where(mask_BW[..., None], hidden_BWD, hidden_BWD.new_zeros(())), mask_BW
+
+
+class Thought(nn.Module, ABC):
+    """One way to fill a latent slot.
+
+    A subclass reads its parameters inside its own `forward` and nowhere else (ZeRO-3 gathers them there),
+    and accepts being cast to half precision as a whole.
+    """
+
+    def __init__(self, hidden_size: int, settings: ThoughtSettings) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, history: History) -> Tensor:
+        """The next input embedding of every row, thought_BD, in the hidden states' dtype."""
+
+    def window_weights(self) -> list[float] | None:
+        """Weight of each looked-back state, newest first, for the log; None where there is no window."""
+        return None
+
+
+def weighted_sum(hidden_BWD: Tensor, weights_BW: Tensor) -> Tensor:
+    """Sum over the window in fp32, given back in the hidden states' dtype: thought_BD.
+
+    A weight of one on a single state gives that state back bit for bit.
+    """
+    return (weights_BW.float()[..., None] * hidden_BWD.float()).sum(dim=1).to(hidden_BWD.dtype)
+
+
+def available_thoughts() -> tuple[str, ...]:
+    """The names of all thoughts: the modules of this folder."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def build_thought(name: str, hidden_size: int, settings: ThoughtSettings) -> Thought:
+    """The thought `name` for states of `hidden_size`.  Raises ConfigError for an unknown name."""
+    names = available_thoughts()
+    if name not in names:
+        close = get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"available: {', '.join(names)}"
+        raise ConfigError(f"thought '{name}' does not exist; {hint}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Thought) and value.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"{module.__name__} must define exactly one Thought, found {len(found)}"
+    return found[0](hidden_size, settings)

@@ -1,0 +1,112 @@
+"""Load the base model: a Hugging Face id, a folder or a .gguf file; add the marker rows; install weights.
+
+Knows: Hugging Face models and state dicts.  Does not know: where checkpoints live, DeepSpeed.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.tokens import Vocabulary, locate_model
+
+# Constants that old versions of transformers wrote into GPT-2 state dicts.
+OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+
+
+def load_config(model_id: str) -> PretrainedConfig:
+    """The model's configuration alone; enough to plan memory.  Raises ConfigError."""
+    where, extra = locate_model(model_id)
+    try:
+        return AutoConfig.from_pretrained(where, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_cannot_load("a configuration", model_id, error)) from error
+
+
+def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
+    """The causal LM in fp32 on the CPU, its vocabulary grown by the markers.  Raises ConfigError."""
+    where, extra = locate_model(model_id)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_cannot_load("a causal language model", model_id, error)) from error
+    add_markers(base, vocabulary)
+    return base
+
+
+def new_base(config: PretrainedConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+    """A causal LM with random weights, its vocabulary grown by the markers."""
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    add_markers(base, vocabulary)
+    return base
+
+
+def add_markers(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """Grow embedding and head to the tokenizer's size; marker rows start as a copy of the row of `<<`.
+
+    Source: run.py of the Coconut release (the mean is taken where `<<` is several tokens).
+    """
+    size = len(vocabulary.tokenizer)
+    if base.get_input_embeddings().weight.shape[0] < size:
+        base.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+            source_D = module.weight[vocabulary.marker_source_ids].mean(dim=0)
+            module.weight[list(vocabulary.marker_ids)] = source_D
+
+
+def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Put a state dict into `base`; every key must match, and nothing is left out in silence.
+
+    A vocabulary without the marker rows is accepted: its rows are set, the markers keep theirs.
+    Raises CheckpointError with the missing, unexpected and misshapen names.
+    """
+    own = base.state_dict()
+    given = {name: value for name, value in weights.items() if not OLD_BUFFERS.search(name)}
+    tied = set(getattr(base, "all_tied_weights_keys", {}) or {}) & set(own)
+    missing = sorted(set(own) - set(given) - tied)
+    unexpected = sorted(set(given) - set(own))
+    vocabulary_names = {
+        name
+        for name, value in own.items()
+        if any(value is m.weight or value.data_ptr() == m.weight.data_ptr() for m in _vocabulary_modules(base))
+    }
+    misshapen = [
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in given.items()
+        if name in own and not _fits(value, own[name], name in vocabulary_names)
+    ]
+    if missing or unexpected or misshapen:
+        parts = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+        listed = "\n".join(f"  {what}: {_shorten(names)}" for what, names in parts.items() if names)
+        raise CheckpointError(f"{source} does not fit this model:\n{listed}\n  Is model_id the model it was made from?")
+    with torch.no_grad():
+        for name, value in given.items():
+            own[name][: len(value)].copy_(value) if value.dim() else own[name].copy_(value)
+
+
+def _vocabulary_modules(base: PreTrainedModel) -> list[torch.nn.Module]:
+    return [base.get_input_embeddings(), base.get_output_embeddings()]
+
+
+def _fits(value: Tensor, own: Tensor, is_vocabulary: bool) -> bool:
+    if value.shape == own.shape:
+        return True
+    return is_vocabulary and value.shape[1:] == own.shape[1:] and len(value) < len(own)
+
+
+def _shorten(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _cannot_load(what: str, model_id: str, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"model_id: cannot load {what} from {model_id!r}: {reason}\n"
+        "  Give a Hugging Face id (needs network or a filled cache), a folder, or a .gguf file."
+    )

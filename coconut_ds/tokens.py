@@ -1,0 +1,120 @@
+"""Turn problems into token ids, once, in the text format of the Coconut release.
+
+    {question}\\n  <|start-latent|> <|latent|>... <|end-latent|>  {step}\\n ...  ### {answer}<eos>
+
+Knows: the tokenizer and the three markers.  Does not know: stages, batches, models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from coconut_ds.errors import ConfigError
+from coconut_ds.problems import Problem
+
+START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+MARKER_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer that knows the three markers, and the ids the rest of the code needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    start_id: int
+    latent_id: int
+    end_id: int
+    eos_id: int
+    pad_id: int
+
+    @property
+    def marker_ids(self) -> tuple[int, int, int]:
+        return self.start_id, self.end_id, self.latent_id
+
+    @property
+    def marker_source_ids(self) -> list[int]:
+        """Ids whose embedding rows the markers start from."""
+        return self.tokenizer.encode(MARKER_SOURCE, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without eos and markers."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of ids with every marker visible, for people."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class TokenizedProblem:
+    """Token ids of one problem: the question line, each step line, the answer with eos."""
+
+    question: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]
+    answer: tuple[int, ...]
+
+
+def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
+    """Split `folder/file.gguf` into what `from_pretrained` takes: (folder, {"gguf_file": file}).
+
+    Raises ConfigError when model_id is written as a path and nothing is there.
+    """
+    path = Path(model_id)
+    looks_local = model_id.startswith((".", "/", "~")) or path.suffix == ".gguf" or model_id.count("/") > 1
+    if looks_local and not path.expanduser().exists():
+        raise ConfigError(
+            f"model_id: {model_id} does not exist; give a Hugging Face id or an existing folder or .gguf file"
+        )
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return model_id, {}
+
+
+def load_vocabulary(model_id: str) -> Vocabulary:
+    """Load the tokenizer of a Hugging Face id, a folder or a .gguf file, and add the markers.
+
+    Raises ConfigError when there is none, or when it has no end-of-sequence token.
+    """
+    where, extra = locate_model(model_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model_id: cannot load a tokenizer from {model_id!r}: {str(error).splitlines()[0]}\n"
+            "  Give a Hugging Face id (needs network or a filled cache) or a folder with tokenizer files."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model_id: the tokenizer of {model_id!r} has no eos token, so no answer could end")
+    tokenizer.add_tokens([START, END, LATENT], special_tokens=True)
+    pad_id = tokenizer.pad_token_id
+    return Vocabulary(
+        tokenizer=tokenizer,
+        start_id=tokenizer.convert_tokens_to_ids(START),
+        latent_id=tokenizer.convert_tokens_to_ids(LATENT),
+        end_id=tokenizer.convert_tokens_to_ids(END),
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
+    )
+
+
+def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[TokenizedProblem]:
+    """Tokenise every problem piece by piece, so that a hidden step never changes its neighbours' ids."""
+
+    def encode(texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        return vocabulary.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+
+    questions = encode([problem.question + "\n" for problem in problems], special=True)
+    answers = encode(["### " + problem.answer for problem in problems], special=False)
+    step_lines = iter(encode([step + "\n" for problem in problems for step in problem.steps], special=False))
+    return [
+        TokenizedProblem(
+            question=tuple(question),
+            steps=tuple(tuple(next(step_lines)) for _ in problem.steps),
+            answer=(*answer, vocabulary.eos_id),
+        )
+        for problem, question, answer in zip(problems, questions, answers, strict=True)
+    ]

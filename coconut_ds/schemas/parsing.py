@@ -1,0 +1,127 @@
+"""Read a settings file into a mapping, refusing what a later reader would silently misread.
+
+Knows: bytes, YAML and JSON syntax.  Does not know: any key.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coconut_ds.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.  ConfigError: unreadable, too large, not UTF-8, not a plain mapping."""
+    text = _read_text(path)
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_marked(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; settings are flat 'key: value' lines") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    return _mapping(value, path, "'key: value' lines")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.  ConfigError as for YAML, and for comments, NaN and duplicate keys."""
+    text = _read_text(path)
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        hint = " (JSON has no comments)" if _starts_comment(text, error.pos) else ""
+        raise ConfigError(f"{path}: not valid JSON: {error.msg} at {where}{hint}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {str(error)[:300]}") from None
+    return _mapping(value, path, "a JSON object")
+
+
+def parse_yaml_value(text: str, where: str) -> Any:
+    """One value as YAML reads it: '3' is a number, 'true' a boolean, '[6, 3]' a list."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{where}: the value {text[:80]!r} is not valid YAML; quote it") from None
+
+
+def _read_text(path: str | Path) -> str:
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the file in it")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: is larger than 1 MiB, so it is not a settings file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _mapping(value: object, path: str | Path, wanted: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = "is empty" if value is None else f"holds a {type(value).__name__}"
+        raise ConfigError(f"{path}: {kind}; {wanted} are needed")
+    odd = [key for key in value if not isinstance(key, str)]
+    if odd:
+        raise ConfigError(f"{path}: keys must be words, got {odd[0]!r}")
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a small file could unfold to gigabytes) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not allowed; write the value out", problem_mark=mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in getattr(node, "value", []):
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                problem = f"'{key}' stands twice (first in line {seen[key]}); remove one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _marked(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{error.problem or error.context}{where}"
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"'{key}' stands twice in one block; remove one")
+        result[key] = value
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number; write a finite number")
+
+
+def _starts_comment(text: str, position: int) -> bool:
+    return text[position : position + 2] in ("//", "/*") or text[position : position + 1] == "#"

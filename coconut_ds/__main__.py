@@ -1,0 +1,51 @@
+"""`python -m coconut_ds COMMAND ...`, alone or under the `deepspeed` launcher, torchrun or srun.
+
+Only the chosen command is imported, so `--help` and `validate` do not wait for DeepSpeed.
+A user's mistake ends in one message and exit code 2, printed by the main rank alone.
+"""
+
+import argparse
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from coconut_ds.errors import UserError
+
+COMMANDS = Path(__file__).parent / "commands"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
+    chosen = next((word for word in arguments if word in names), None)
+    parser = argparse.ArgumentParser(prog="coconut_ds", description="Train models that reason in latent space.")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in names:
+        summary, _, details = _docstring(name).partition("\n")
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary}\n{details}", formatter_class=argparse.RawTextHelpFormatter
+        )
+        if name == chosen:
+            module = importlib.import_module(f"coconut_ds.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _docstring(name: str) -> str:
+    return ast.get_docstring(ast.parse((COMMANDS / f"{name}.py").read_text(encoding="utf-8"))) or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

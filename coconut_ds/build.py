@@ -1,0 +1,93 @@
+"""From settings to objects: the data a run needs, its vocabulary, and its Coconut model.
+
+Knows: every way a model or a data set may be given.  Does not know: DeepSpeed, the loop.
+Data is read first and the model last, so that every mistake shows before a model is loaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from coconut_ds.checkpoint import load_foreign_weights
+from coconut_ds.config import Experiment
+from coconut_ds.curriculum import METHODS_WITH_LATENTS
+from coconut_ds.ds_config import LatentMemory
+from coconut_ds.errors import DataError
+from coconut_ds.evaluate import TestSet
+from coconut_ds.lora import add_adapters, save_adapter
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import install_weights, load_base
+from coconut_ds.problems import card_for, read_problems
+from coconut_ds.thoughts import ThoughtSettings, build_thought
+from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
+
+THOUGHT_FILE = "thought.safetensors"
+DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run reads from disk before any model."""
+
+    vocabulary: Vocabulary
+    train: list[TokenizedProblem]
+    valid: TestSet
+    test: TestSet | None
+
+
+def load_material(experiment: Experiment) -> Material:
+    """Read and tokenise every file the experiment names.
+
+    Raises ConfigError for the tokenizer, DataError for the data.
+    """
+    debug = experiment.debug
+    vocabulary = load_vocabulary(experiment.model_id)
+    train: list[TokenizedProblem] = []
+    if not experiment.only_eval:
+        train = tokenize(read_problems(experiment.train_path, DEBUG_TRAIN_ITEMS if debug else None), vocabulary)
+        if not train:
+            raise DataError(f"{experiment.train_path}: no problem to train on")
+    limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
+    valid = load_test_set(experiment.val_path, vocabulary, limit)
+    test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
+    return Material(vocabulary, train, valid, test)
+
+
+def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -> TestSet:
+    """Problems to grade, with their card.  Raises DataError."""
+    problems = read_problems(path, limit)
+    return TestSet(problems, tokenize(problems, vocabulary), card_for(path))
+
+
+def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:
+    """The model of an experiment in fp32 on the CPU: base weights, then adapters, then the thought.
+
+    Weights come from `load_model_path` when it is given, else from `model_id`. Seeded by the experiment.
+    Raises ConfigError and CheckpointError.
+    """
+    torch.manual_seed(experiment.seed)
+    base = load_base(experiment.model_id, vocabulary)
+    thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
+    if experiment.load_model_path:
+        weights = load_foreign_weights(experiment.load_model_path, experiment.allow_pickle)
+        install_weights(base, weights, experiment.load_model_path)
+    if experiment.tuning == "lora":
+        base = add_adapters(base, experiment, vocabulary.marker_ids)
+    if experiment.method not in METHODS_WITH_LATENTS:
+        thought.requires_grad_(False)
+    return Coconut(base, thought, latent_memory)
+
+
+def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
+    """Write the model for other programs: a Hugging Face folder, or a PEFT folder, with tokenizer and thought."""
+    if isinstance(module.base, PeftModel):
+        save_adapter(module.base, folder)
+    else:
+        module.base.save_pretrained(folder)
+    vocabulary.tokenizer.save_pretrained(folder)
+    parameters = {name: value.contiguous() for name, value in module.thought.state_dict().items()}
+    if parameters:
+        save_file(parameters, folder / THOUGHT_FILE)

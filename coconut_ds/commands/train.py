@@ -1,0 +1,34 @@
+"""Train an experiment, or continue it from its newest checkpoint.
+
+    deepspeed --num_gpus 2 --module coconut_ds train CONFIG --deepspeed_config JSON
+
+Starts anew when the run folder save_path/name has no checkpoint, else goes on from the newest whole one.
+With `only_eval: true` in CONFIG it evaluates `load_model_path` on `val_path`, as `eval` does.
+"""
+
+import argparse
+
+from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
+from coconut_ds.train import Options, evaluate_only, train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+    add_ds_config_argument(parser)
+    parser.add_argument("--checkpoint", metavar="NAME", help="go on from this checkpoint instead of the newest")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a setting that may differ from the checkpoint's; may be given several times",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    experiment, ds_config = read_settings(args)
+    if experiment.only_eval:
+        evaluate_only(experiment, ds_config)
+    else:
+        train(experiment, ds_config, Options(checkpoint=args.checkpoint, allow=tuple(args.allow)))
+    return 0

@@ -1,0 +1,274 @@
+"""The only door to DeepSpeed: start ranks, wrap the model, backward, step, save and load shards.
+
+Knows: DeepSpeed and the collectives.  Does not know: stages, data, where checkpoints live.
+DeepSpeed's gradient accumulation is left to us (`managed_gradient_accumulation: false`): the loss is already
+divided by the supervised tokens of the whole optimizer step, over all ranks and micro-batches, so `backward`
+multiplies by the number of ranks (DeepSpeed averages over them) and divides by nothing else.
+"""
+
+import gc
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from coconut_ds.batching import Batch
+from coconut_ds.errors import ConfigError
+from coconut_ds.model.coconut import Coconut
+
+# Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank as its launcher says it, before any process group exists; 0 without a launcher."""
+    return int(os.environ.get("RANK", os.environ.get(SLURM_NAMES["RANK"], "0")))
+
+
+def start_distributed(precision: str = "fp32") -> Ranks:
+    """Join the process group of the `deepspeed` launcher, torchrun or srun; alone, be a group of one.
+
+    Raises ConfigError when this rank's device cannot compute in `precision` ("fp32", "fp16", "bf16").
+    """
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --num_gpus"
+            )
+        torch.cuda.set_device(local_rank)
+        _check_precision(precision, torch.cuda.get_device_capability(local_rank))
+    elif precision == "fp16":
+        raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config without fp16, or zero2_offload_bf16.json")
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device(get_accelerator().current_device_name())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _check_precision(precision: str, capability: tuple[int, int]) -> None:
+    """DeepSpeed refuses fp16 on Pascal and accepts emulated bf16 on Turing; decide by capability instead."""
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if precision == "bf16" and capability < (8, 0):
+        raise ConfigError(
+            f"bf16 needs compute capability 8.0 (Ampere), this GPU has {name}, where it would be emulated; "
+            "use ds_configs/zero2_offload_fp16.json (7.x) or ds_configs/zero2_offload.json (6.x)"
+        )
+    if precision == "fp16" and capability < (7, 0) and os.environ.get("DS_ALLOW_DEPRECATED_FP16") != "1":
+        raise ConfigError(
+            f"fp16 is slow on {name} (1/64 of the fp32 rate on Pascal); use ds_configs/zero2_offload.json, "
+            "or set DS_ALLOW_DEPRECATED_FP16=1 to save memory all the same"
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the run: `name` is constant, linear or cosine, after a linear warm-up."""
+
+    name: str
+    warmup_steps: int
+    total_steps: int
+
+    def build(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        name = "constant_with_warmup" if self.name == "constant" else self.name
+        return get_scheduler(name, optimizer, self.warmup_steps, self.total_steps)
+
+
+class Engine:
+    """A Coconut model under DeepSpeed."""
+
+    def __init__(
+        self,
+        module: Coconut,
+        parameter_groups: Sequence[Mapping[str, Any]],
+        ds_config: Mapping[str, Any],
+        ranks: Ranks,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """Wrap `module`; `ds_config` is DeepSpeed's own settings, every "auto" resolved.
+
+        Collective: every rank must call it.
+        """
+        self.ranks = ranks
+        self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
+        config = {**ds_config, "managed_gradient_accumulation": False}
+        self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
+            model=module,
+            model_parameters=[dict(group) for group in parameter_groups],
+            config=config,
+            lr_scheduler=schedule.build if schedule is not None else None,
+        )
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+
+    @property
+    def module(self) -> Coconut:
+        return self._engine.module
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.is_main
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
+    def learning_rate(self) -> float:
+        return self._engine.get_lr()[0]
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping, over all ranks."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The fp16 loss scale, None in other precisions."""
+        return float(self._optimizer.cur_scale) if self._engine.fp16_enabled() else None
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """This rank's share of the step's loss: sum of its token losses / supervised tokens of the step."""
+        return self._engine(batch)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Accumulate the gradient of one micro-batch; gives the loss back, cut from its graph."""
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        return loss.detach()
+
+    def step(self) -> bool:
+        """Reduce, clip, update; false when fp16 overflowed and the update was skipped."""
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def reset_optimizer(self) -> None:
+        """Forget Adam's moments; the master weights and the learning rate stay.
+
+        Source: section 4.2 of the Coconut paper, "reset the optimizer when the training stage switches".
+        """
+        self._base_optimizer.state = defaultdict(dict)
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    @contextmanager
+    def full_weights(self) -> Iterator[Coconut]:
+        """The module with every weight whole on every rank, for reading. Collective."""
+        gather: Any = nullcontext()
+        if self.zero_stage == 3:
+            gather = deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
+        with gather:
+            yield self.module
+
+    def save_shards(self, folder: Path, client_state: Mapping[str, Any]) -> None:
+        """Write this rank's part of weights and optimizer into `folder`. Collective."""
+        self._engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            client_state=dict(client_state),
+            save_latest=False,
+            exclude_frozen_parameters=self.excludes_frozen,
+        )
+
+    def load_shards(self, folder: Path) -> dict[str, Any]:
+        """Read what `save_shards` wrote; gives its client_state back. Collective."""
+        path, client_state = self._engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=not self.excludes_frozen
+        )
+        if path is None:
+            raise ConfigError(f"{folder}: DeepSpeed found no checkpoint here")
+        return client_state
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Exact sums (float64) of each value over the ranks. Collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the ranks. Collective."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def any_over_ranks(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Collective."""
+        return self.max_over_ranks([float(flag)])[0] > 0
+
+    def all_over_ranks(self, flag: bool) -> bool:
+        """Whether `flag` is true on every rank. Collective."""
+        return not self.any_over_ranks(not flag)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank. Collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank. Collective."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, device=self.device)
+        return holder[0]
+
+    def close(self) -> None:
+        """Give the memory back and leave the process group."""
+        self._engine.destroy()
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def finish_distributed() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,146 @@
+"""Measure a model: token loss, exact-match accuracy and CoT match, as exact totals over all ranks.
+
+Knows: the engine, batches, grading.  Does not know: the run folder, checkpoints.
+Sums and counts are carried to the end and divided once, so uneven batches and ranks weigh right.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from coconut_ds.batching import Batch, Layout, PADDING_ROW, evaluation_batches
+from coconut_ds.config import Experiment
+from coconut_ds.curriculum import Stage
+from coconut_ds.engine import Engine
+from coconut_ds.problems import Card, Problem, cot_matches, is_correct, split_completion
+from coconut_ds.tokens import TokenizedProblem, Vocabulary
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Problems with their token ids and how they are graded."""
+
+    problems: Sequence[Problem]
+    tokenized: Sequence[TokenizedProblem]
+    card: Card
+    __test__ = False  # not a test class for pytest
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model answered to one problem."""
+
+    index: int
+    completion: str
+    predicted: str
+    expected: str
+    correct: bool
+    cot_match: bool
+    num_tokens: int  # generated, without latents
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Totals over all items; rates are fractions of 1."""
+
+    loss: float
+    accuracy: float
+    cot_match: float
+    num_items: int
+    num_correct: int
+    mean_tokens: float
+    predictions: tuple[Prediction, ...]  # every item, in the order of the file
+
+    def numbers(self) -> dict[str, float]:
+        """What belongs into a log line."""
+        names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate(
+    engine: Engine,
+    test_set: TestSet,
+    stage: Stage,
+    experiment: Experiment,
+    vocabulary: Vocabulary,
+    progress: Callable[[Iterable[Batch], str], Iterable[Batch]] = lambda batches, _: batches,
+    keep_going: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Loss and generated answers of every problem at `stage`, every item counted once. Collective.
+
+    `progress` wraps the batches for display; `keep_going` is called once a batch and may raise to stop.
+    """
+    layout = Layout(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
+    engine.eval()
+
+    def batches(prompts: bool, name: str) -> Iterable[Batch]:
+        made = evaluation_batches(test_set.tokenized, stage, experiment, vocabulary, layout, prompts)
+        for batch in progress(made, name):
+            keep_going()
+            yield batch.to(engine.device)
+
+    losses, num_tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in batches(False, "loss"):
+            losses += float(engine.loss(batch))
+            num_tokens += len(batch.target_ids_N)
+    mine: list[Prediction] = []
+    for batch in batches(True, "answers"):
+        answers = engine.module.generate(
+            batch, max_new_tokens(experiment, test_set.card), vocabulary.eos_id, engine.all_over_ranks
+        )
+        mine += [
+            grade(index, vocabulary.decode(ids), len(ids), test_set)
+            for index, ids in zip(batch.indices, answers, strict=True)
+            if index != PADDING_ROW
+        ]
+    engine.train()
+    loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
+    together = [prediction for share in engine.gather(mine) for prediction in share]
+    return summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1))
+
+
+def max_new_tokens(experiment: Experiment, card: Card) -> int:
+    """The experiment's own limit, else the data set's."""
+    return card.max_new_tokens if experiment.max_new_tokens is None else experiment.max_new_tokens
+
+
+def grade(index: int, completion: str, num_tokens: int, test_set: TestSet) -> Prediction:
+    """Judge one completion by the rule of the data set's card."""
+    problem = test_set.problems[index]
+    reasoning, predicted = split_completion(completion)
+    return Prediction(
+        index=index,
+        completion=completion,
+        predicted=predicted,
+        expected=problem.answer,
+        correct=is_correct(test_set.card.grading, predicted, problem.answer),
+        cot_match=cot_matches(reasoning, problem.steps),
+        num_tokens=num_tokens,
+    )
+
+
+def summarise(predictions: Sequence[Prediction], loss: float) -> Evaluation:
+    """Totals of graded predictions."""
+    count = max(len(predictions), 1)
+    correct = sum(p.correct for p in predictions)
+    return Evaluation(
+        loss=loss,
+        accuracy=correct / count,
+        cot_match=sum(p.cot_match for p in predictions) / count,
+        num_items=len(predictions),
+        num_correct=correct,
+        mean_tokens=sum(p.num_tokens for p in predictions) / count,
+        predictions=tuple(predictions),
+    )
+
+
+def first_items(test_set: TestSet, most: int | None) -> TestSet:
+    """The first `most` problems of a set; all of them when None."""
+    if most is None:
+        return test_set
+    return replace(test_set, problems=test_set.problems[:most], tokenized=test_set.tokenized[:most])

@@ -1,0 +1,42 @@
+"""The two settings files as command-line arguments, the same in every command.
+
+Knows: argparse, both files.  Does not know: what a command does with them.
+"""
+
+import argparse
+
+from coconut_ds.config import Experiment, load_experiment
+from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and --set."""
+    parser.add_argument("config", metavar="CONFIG", help="experiment YAML, for example configs/full/gsm_coconut.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the YAML; may be given several times",
+    )
+
+
+def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--deepspeed_config."""
+    parser.add_argument(
+        "--deepspeed_config",
+        required=required,
+        metavar="JSON",
+        help="how memory is split, for example ds_configs/zero2_offload.json",
+    )
+
+
+def read_experiment(args: argparse.Namespace) -> Experiment:
+    """The experiment of a command line.  Raises ConfigError."""
+    return load_experiment(args.config, args.overrides)
+
+
+def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:
+    """Both files of a command line.  Raises ConfigError."""
+    return read_experiment(args), load_ds_config(args.deepspeed_config)

@@ -1,0 +1,249 @@
+"""The loop: for every epoch its stage, its steps, an evaluation, a checkpoint.
+
+Knows: everything above it in the house.  Does not know: the command line.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from coconut_ds.batching import Batch, Layout, training_steps
+from coconut_ds.build import Material, build_module, load_material, write_model
+from coconut_ds.checkpoint import Checkpoints, TrainState
+from coconut_ds.config import Experiment
+from coconut_ds.curriculum import final_stage, is_stage_switch, stage_at, stage_number
+from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed
+from coconut_ds.evaluate import Evaluation, TestSet, evaluate
+from coconut_ds.lora import parameter_groups
+from coconut_ds.memory.peak import PeakMeter
+from coconut_ds.runs import Run
+
+NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the experiment."""
+
+    checkpoint: str | None = None  # resume from this checkpoint instead of the newest
+    allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
+
+
+def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
+    """Train or continue one run; gives the last evaluation. Called on every rank.
+
+    Raises UserError for everything the user can mend, before a model is loaded where possible.
+    """
+    material = load_material(experiment)
+    ranks = start_distributed(ds_config.precision)
+    settings = ds_config.resolve(experiment, ranks.world_size)
+    engine = start_engine(experiment, ds_config, material, ranks)
+    with Run(experiment, settings, is_main=ranks.is_main, devices=engine.gather(describe(ranks))) as run:
+        result = Trainer(experiment, material, engine, run, options).run_all()
+    engine.close()
+    return result
+
+
+def evaluate_only(experiment: Experiment, ds_config: DeepSpeedConfig) -> Evaluation:
+    """Measure `load_model_path` on `val_path` at the stage of epoch `resume`. Called on every rank.
+
+    Raises UserError for everything the user can mend.
+    """
+    material = load_material(experiment)
+    ranks = start_distributed(ds_config.precision)
+    settings = ds_config.resolve(experiment, ranks.world_size)
+    engine = start_engine(experiment, ds_config, material, ranks)
+    with Run(experiment, settings, is_main=ranks.is_main, devices=engine.gather(describe(ranks))) as run:
+        result = Trainer(experiment, material, engine, run, Options()).validate(experiment.resume)
+    engine.close()
+    return result
+
+
+def start_engine(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Engine:
+    """Build the model and wrap it. Collective."""
+    module = build_module(experiment, material.vocabulary, ds_config.latent_memory)
+    layout = layout_of(experiment, ranks)
+    total_steps = max(1, layout.num_steps(len(material.train)) * experiment.num_epochs)
+    schedule = Schedule(experiment.lr_schedule, int(experiment.warmup_ratio * total_steps), total_steps)
+    settings = ds_config.resolve(experiment, ranks.world_size)
+    engine = Engine(module, parameter_groups(module, experiment), settings, ranks, schedule)
+    torch.manual_seed(experiment.seed + ranks.rank)  # dropout differs from rank to rank
+    return engine
+
+
+def layout_of(experiment: Experiment, ranks: Ranks) -> Layout:
+    return Layout(
+        rows=experiment.batch_size_training,
+        accumulation=experiment.gradient_accumulation_steps,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+    )
+
+
+def describe(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(
+        self, experiment: Experiment, material: Material, engine: Engine, run: Run, options: Options
+    ) -> None:
+        self.experiment = experiment
+        self.material = material
+        self.engine = engine
+        self.run = run
+        self.options = options
+        self.layout = layout_of(experiment, engine.ranks)
+        self.peak = PeakMeter(engine.device)
+        self.checkpoints = Checkpoints(
+            run.folder,
+            engine,
+            {"experiment": asdict(experiment)},
+            keep=experiment.keep_checkpoints,
+            only_improving=experiment.save_only_improve,
+            say=self.say,
+        )
+        self.state = TrainState(epoch=experiment.resume)
+
+    def run_all(self) -> Evaluation | None:
+        """Every epoch that is left, then the test set."""
+        self.resume()
+        result = None
+        for epoch in range(self.state.epoch, self.experiment.num_epochs):
+            if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
+                self.engine.reset_optimizer()
+            self.train_epoch(epoch)
+            result = self.validate(epoch)
+            self.save(result)
+        if self.material.test is not None:
+            stage = final_stage(self.experiment)
+            result = self.evaluate(self.material.test, stage, "test", self.experiment.num_epochs - 1)
+        return result
+
+    def resume(self) -> None:
+        if self.experiment.debug:
+            return
+        state = self.checkpoints.load(self.options.checkpoint, allow=self.options.allow)
+        if state is not None:
+            self.state = state
+        self.run.rewind(self.state.positions)
+        wandb_id = self.run.start_wandb(self.state.wandb_id)
+        self.state = replace(self.state, wandb_id=wandb_id)
+
+    def resets_optimizer(self, epoch: int) -> bool:
+        match self.experiment.reset_optimizer:
+            case "every_epoch":
+                return epoch > 0
+            case "stage_switch":
+                return is_stage_switch(epoch, self.experiment)
+        return False
+
+    def train_epoch(self, epoch: int) -> None:
+        """The steps of one epoch, from where the state stands."""
+        stage = stage_at(epoch, self.experiment)
+        first = self.state.step_in_epoch
+        steps = training_steps(
+            self.material.train, epoch, self.experiment, self.material.vocabulary, self.layout, first
+        )
+        total = self.layout.num_steps(len(self.material.train))
+        self.peak.start()
+        with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:
+            for micro_batches in steps:
+                numbers = self.step(micro_batches)
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{numbers['tokens_per_s']:.0f}")
+                bar.update()
+                self.run.log("train", step=self.state.global_step, epoch=epoch, stage=stage_number(epoch, self.experiment), **numbers)
+        self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
+
+    def step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step; gives what is worth a log line."""
+        started = time.perf_counter()
+        losses = [
+            self.engine.backward(self.engine.loss(batch.to(self.engine.device))) for batch in micro_batches
+        ]
+        applied = self.engine.step()
+        (loss,) = self.engine.sum_over_ranks([float(torch.stack(losses).sum())])
+        tokens = micro_batches[0].loss_denominator
+        samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
+        (samples,) = self.engine.sum_over_ranks([samples])
+        self.state = replace(
+            self.state,
+            step_in_epoch=self.state.step_in_epoch + 1,
+            samples_in_epoch=self.state.samples_in_epoch + int(samples),
+            global_step=self.state.global_step + 1,
+            samples_seen=self.state.samples_seen + int(samples),
+            tokens_seen=self.state.tokens_seen + tokens,
+            skipped_steps=self.state.skipped_steps + (not applied),
+        )
+        seconds = time.perf_counter() - started
+        numbers = {"loss": loss, "lr": self.engine.learning_rate, "tokens_per_s": tokens / seconds}
+        if self.engine.gradient_norm is not None:
+            numbers["gradient_norm"] = self.engine.gradient_norm
+        if self.engine.loss_scale is not None:
+            numbers["loss_scale"] = self.engine.loss_scale
+        return numbers
+
+    def validate(self, epoch: int) -> Evaluation:
+        return self.evaluate(self.material.valid, stage_at(epoch, self.experiment), "valid", epoch)
+
+    def evaluate(self, test_set: TestSet, stage, name: str, epoch: int) -> Evaluation:
+        """Measure, log, and say it in a line."""
+        result = evaluate(
+            self.engine, test_set, stage, self.experiment, self.material.vocabulary, self.progress
+        )
+        weights = self.engine.module.thought.window_weights()
+        extra = {} if weights is None else {"window_weights": weights}
+        number = stage_number(epoch, self.experiment)
+        self.run.log(name, step=self.state.global_step, epoch=epoch, stage=number, **result.numbers(), **extra)
+        for prediction in result.predictions[:NUM_SHOWN]:
+            self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
+        self.say(
+            f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
+            f"accuracy {100 * result.accuracy:.1f} %  CoT match {100 * result.cot_match:.1f} %  "
+            f"{self.peak.summary()}"
+        )
+        return result
+
+    def save(self, result: Evaluation) -> None:
+        """Close the epoch and write its checkpoint."""
+        best = self.state.best_accuracy
+        improved = best is None or result.accuracy > best
+        self.state = replace(
+            self.state,
+            epoch=self.state.epoch + 1,
+            step_in_epoch=0,
+            samples_in_epoch=0,
+            accuracy=result.accuracy,
+            best_accuracy=result.accuracy if improved else best,
+        )
+        self.write_checkpoint(improved)
+
+    def write_checkpoint(self, improved: bool) -> None:
+        if self.experiment.debug:
+            return
+        state = replace(self.state, positions=self.run.positions())
+        self.checkpoints.save(state, self.write_model, improved=improved)
+
+    def write_model(self, folder: Path) -> None:
+        with self.engine.full_weights() as module:
+            if self.engine.is_main:
+                write_model(module, self.material.vocabulary, folder)
+
+    def progress(self, batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+        return iter(tqdm(batches, desc=name, leave=False, disable=None if self.engine.is_main else True))
+
+    def bar(self, title: str, total: int, first: int) -> tqdm:
+        return tqdm(
+            desc=title, total=total, initial=first, leave=False, disable=None if self.engine.is_main else True
+        )
+
+    def say(self, line: str) -> None:
+        if self.engine.is_main:
+            tqdm.write(line)

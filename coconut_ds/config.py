@@ -302,7 +302,7 @@ def _latent_contradictions(
     variant = sound.get("latent_variant")
     if variant not in (None, "basic", "coconut") and (method.is_pause or not method.has_latents):
         why = "always uses thought pause" if method.is_pause else "has no latents"
-        text = f"latent_variant: {variant} is given, but method {method} {why}; remove it (LoRA is 'tuning: lora')"
+        text = f"latent_variant: is {variant}, but method {method} {why}; remove it (LoRA is 'tuning: lora')"
         yield keys | {"latent_variant"}, text
     if method.is_pause and sound.get("thought") not in (None, "pause"):
         yield (
@@ -324,7 +324,7 @@ def _thought_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str]
     variant = sound.get("latent_variant")
     for key, meant in zip(("thought", "tuning"), LATENT_VARIANTS.get(str(variant), ()), strict=False):
         if sound.get(key) not in (None, meant):
-            text = f"{key}: is {sound[key]}, but latent_variant {variant} means {meant}; keep one of the two keys"
+            text = f"{key}: is {sound[key]}, but latent_variant {variant} means {meant}; keep one of the two"
             yield {key, "latent_variant"}, text
 
 
@@ -359,8 +359,8 @@ def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[set[s
         yield (
             {"num_epochs", "resume"},
             (
-                f"num_epochs: is {settings['num_epochs']}, but resume skips {settings['resume']} epochs, so none is left; "
-                "num_epochs counts the skipped ones too"
+                f"num_epochs: is {settings['num_epochs']}, but resume skips {settings['resume']}, "
+                "so none is left; num_epochs counts the skipped ones too"
             ),
         )
 
@@ -371,5 +371,7 @@ def _name_problems(settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]
         any(character in "/\\" or not character.isprintable() for character in name)
         or name.strip(". ") != name
     ):
-        text = f"name: {shown(name)} would leave save_path or make an odd folder; use letters, digits, '-', '_' and '.'"
+        text = (
+            f"name: {shown(name)} is not a folder name inside save_path; use letters, digits, '-', '_', '.'"
+        )
         yield {"name"}, text

@@ -106,24 +106,25 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
     here = ".".join(str(part) for part in error.absolute_path)
     inside = f"{here}." if here else ""
     rule: Any = error.schema
+    value: Any = error.instance
     if error.validator == "additionalProperties":
-        for key in error.instance:
+        for key in value:
             if key not in rule["properties"]:
                 yield f"{inside}{key}", f"{inside}{key}: is not {noun}{did_you_mean(key, rule['properties'])}"
     elif error.validator == "required":
-        for key in error.validator_value:
-            if key not in error.instance:
+        for key in rule["required"]:
+            if key not in value:
                 what = rule["properties"][key].get("description", "")
                 yield f"{inside}{key}", f"{inside}{key}: is missing, and has no default. {what}".rstrip()
     elif "refused" in rule:
         yield here, f"{here}: {rule['refused']}"
-    elif error.instance == "auto":
+    elif value == "auto":
         text = f"'auto' is not filled in here (DeepSpeed would drop it silently); write {expectation(rule)}"
         yield here, f"{here}: {text}"
     else:
-        hint = did_you_mean(error.instance, map(str, rule["enum"])) if "enum" in rule else ""
+        hint = did_you_mean(value, map(str, rule["enum"])) if "enum" in rule else ""
         wanted = "text that is not empty" if error.validator == "minLength" else expectation(rule)
-        yield here, f"{here}: must be {wanted}, got {shown(error.instance)}{hint}"
+        yield here, f"{here}: must be {wanted}, got {shown(value)}{hint}"
 
 
 def _not_finite(value: object, here: str) -> Iterator[str]:

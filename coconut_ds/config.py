@@ -3,45 +3,24 @@
     load_experiment("configs/full/gsm_coconut.yaml", ["lr=3e-5"])  ->  Experiment
 
 The flat keys of the published code keep their meaning.  Types, ranges and defaults live in
-schemas/experiment.schema.json; here are the rules that join several keys.
+schemas/experiment.schema.json; the rules that join several keys in contradictions.py.
 
 Knows: settings and which of them contradict each other.
 Does not know: torch, DeepSpeed, or whether a data or model path exists.
 """
 
-import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from coconut_ds.contradictions import contradictions
 from coconut_ds.errors import ConfigError
-from coconut_ds.schemas import defaults, did_you_mean, load_schema, shown, violations
+from coconut_ds.methods import LATENT_VARIANTS, METHOD_BOOLEANS, Method, method_of
+from coconut_ds.schemas import defaults, did_you_mean, load_schema, violations
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
-
-
-class Method(StrEnum):
-    """What replaces the reasoning steps, and when (paper, Table 1)."""
-
-    COCONUT = "coconut"
-    COT = "cot"
-    NO_COT = "no_cot"
-    NO_THOUGHTS = "no_thoughts"
-    ICOT = "icot"
-    PAUSE = "pause"
-    PAUSE_AS_THOUGHT = "pause_as_thought"
-    WITHOUT_CURRICULUM = "without_curriculum"
-
-    @property
-    def has_latents(self) -> bool:
-        return self in (Method.COCONUT, Method.WITHOUT_CURRICULUM) or self.is_pause
-
-    @property
-    def is_pause(self) -> bool:
-        return self in (Method.PAUSE, Method.PAUSE_AS_THOUGHT)
 
 
 @dataclass(frozen=True)
@@ -106,17 +85,6 @@ class Experiment:
     allow_pickle: bool
 
 
-METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")
-# What each published latent_variant names: (thought, tuning).
-LATENT_VARIANTS = {
-    "basic": ("last_hidden", "full"),
-    "coconut": ("last_hidden", "full"),
-    "fixed_window": ("fixed_window", "full"),
-    "learnable_weights": ("learnable_window", "full"),
-    "learnable_weights_lora": ("learnable_window", "lora"),
-    "mlp_projection": ("mlp_projection", "full"),
-    "mlp_projection_lora": ("mlp_projection", "lora"),
-}
 RESETS = {True: "stage_switch", False: "never"}
 
 
@@ -161,7 +129,7 @@ def validate_experiment(values: Mapping[str, Any], where: str) -> Experiment:
     broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
     sound = {key: value for key, value in given.items() if key not in broken and key in schema["properties"]}
     settings = defaults(schema) | sound
-    problems += [text for keys, text in _contradictions(sound, settings) if not broken.intersection(keys)]
+    problems += [text for keys, text in contradictions(sound, settings) if not broken.intersection(keys)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return _record(sound, settings)
@@ -177,12 +145,6 @@ def experiment_to_yaml(experiment: Experiment) -> str:
         values["train_path"] = None
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
-
-def thought_names() -> list[str]:
-    """Modules of thoughts/: the folder is the registry, so a new file needs no second edit."""
-    folder = str(Path(__file__).with_name("thoughts"))
-    return sorted(module.name for module in pkgutil.iter_modules([folder]) if not module.name.startswith("_"))
 
 
 def _as_meant(value: Any, rule: Mapping[str, Any]) -> Any:
@@ -218,16 +180,8 @@ def _without_replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> 
     return kept
 
 
-def _method_of(sound: Mapping[str, Any]) -> Method | None:
-    named = sound.get("method")
-    if named is not None:
-        return Method.NO_THOUGHTS if named == "without_thought" else Method(named)
-    chosen = [key for key in METHOD_BOOLEANS if sound.get(key)]
-    return Method(chosen[0]) if len(chosen) == 1 else None
-
-
 def _record(sound: Mapping[str, Any], settings: dict[str, Any]) -> Experiment:
-    method = _method_of(sound)
+    method = method_of(sound)
     assert method is not None
     thought, tuning = LATENT_VARIANTS.get(settings["latent_variant"], ("last_hidden", "full"))
     if method.is_pause:
@@ -251,127 +205,3 @@ def _exact(value: Any, annotation: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return float(value) if "float" in annotation else int(value)
-
-
-# --- settings that contradict each other ---------------------------------------------------------------
-
-
-def _contradictions(sound: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    """(keys the rule looks at, problem) for every rule that joins several keys."""
-    yield from _method_contradictions(sound)
-    method = _method_of(sound)
-    if method is not None:
-        yield from _latent_contradictions(method, sound, settings)
-    yield from _thought_contradictions(sound)
-    yield from _window_contradictions(sound, settings)
-    yield from _running_contradictions(settings)
-    yield from _name_problems(settings)
-
-
-def _method_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    keys = {"method", *METHOD_BOOLEANS}
-    chosen = [key for key in METHOD_BOOLEANS if sound.get(key)]
-    named = sound.get("method")
-    if len(chosen) > 1:
-        yield keys, f"{', '.join(chosen)}: {len(chosen)} methods are true; exactly one may be"
-    elif named is not None and chosen and chosen[0] != _method_of(sound):
-        yield keys, f"method: says {named}, but '{chosen[0]}: true' says otherwise; keep one of them"
-    elif named is None and not chosen:
-        yield (
-            keys,
-            f"method: none is chosen; set one of {', '.join(METHOD_BOOLEANS)} to true, or 'method: NAME'",
-        )
-
-
-def _latent_contradictions(
-    method: Method, sound: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Iterator[tuple[set[str], str]]:
-    keys = {"method", *METHOD_BOOLEANS}
-    if method.has_latents:
-        for key in ("c_thought", "max_latent_stage"):
-            if settings[key] == 0:
-                yield (
-                    keys | {key},
-                    f"{key}: is 0, which leaves method {method} without latents; give at least 1",
-                )
-    elif sound.get("thought") is not None:
-        yield (
-            keys | {"thought"},
-            f"thought: {sound['thought']} is given, but method {method} has no latents; remove it",
-        )
-    variant = sound.get("latent_variant")
-    if variant not in (None, "basic", "coconut") and (method.is_pause or not method.has_latents):
-        why = "always uses thought pause" if method.is_pause else "has no latents"
-        text = f"latent_variant: is {variant}, but method {method} {why}; remove it (LoRA is 'tuning: lora')"
-        yield keys | {"latent_variant"}, text
-    if method.is_pause and sound.get("thought") not in (None, "pause"):
-        yield (
-            keys | {"thought"},
-            f"thought: is {sound['thought']}, but method {method} always uses pause; remove it",
-        )
-    if settings["icot_tokens_per_epoch"] is not None and method is not Method.ICOT:
-        text = f"icot_tokens_per_epoch: is given, but the method is {method}; it belongs to 'method: icot'"
-        yield keys | {"icot_tokens_per_epoch"}, text
-
-
-def _thought_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    thought, names = sound.get("thought"), thought_names()
-    if thought is not None and thought not in names:
-        text = (
-            f"thought: must be one of {', '.join(names)}, got {shown(thought)}{did_you_mean(thought, names)}"
-        )
-        yield {"thought"}, text
-    variant = sound.get("latent_variant")
-    for key, meant in zip(("thought", "tuning"), LATENT_VARIANTS.get(str(variant), ()), strict=False):
-        if sound.get(key) not in (None, meant):
-            text = f"{key}: is {sound[key]}, but latent_variant {variant} means {meant}; keep one of the two"
-            yield {key, "latent_variant"}, text
-
-
-def _window_contradictions(
-    sound: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Iterator[tuple[set[str], str]]:
-    keys = {"thought", "latent_variant", "latent_window_size", "latent_window_weights"}
-    weights, size = settings["latent_window_weights"], settings["latent_window_size"]
-    if "fixed_window" not in (sound.get("thought"), sound.get("latent_variant")):
-        return
-    if len(weights) != size:
-        yield (
-            keys,
-            (
-                f"latent_window_weights: {len(weights)} weights {weights} for latent_window_size {size}; "
-                f"give {size}, newest state first"
-            ),
-        )
-    elif not sum(weights) > 0:
-        yield keys, f"latent_window_weights: {weights} sum to 0; at least one must be positive"
-
-
-def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    if settings["only_eval"]:
-        if settings["load_model_path"] is None:
-            text = "load_model_path: is missing, but 'only_eval: true' evaluates a checkpoint; name it"
-            yield {"only_eval", "load_model_path"}, text
-        return
-    if settings["train_path"] is None:
-        yield {"only_eval", "train_path"}, "train_path: is missing; name the training problems"
-    if settings["num_epochs"] <= settings["resume"]:
-        yield (
-            {"num_epochs", "resume"},
-            (
-                f"num_epochs: is {settings['num_epochs']}, but resume skips {settings['resume']}, "
-                "so none is left; num_epochs counts the skipped ones too"
-            ),
-        )
-
-
-def _name_problems(settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    name = settings.get("name")
-    if isinstance(name, str) and (
-        any(character in "/\\" or not character.isprintable() for character in name)
-        or name.strip(". ") != name
-    ):
-        text = (
-            f"name: {shown(name)} is not a folder name inside save_path; use letters, digits, '-', '_', '.'"
-        )
-        yield {"name"}, text

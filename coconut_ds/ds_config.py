@@ -180,11 +180,6 @@ def _offload_contradictions(
             "optimizer.params.fp32_optimizer_states: has no effect without DeepSpeed's CPU Adam "
             "(offload_optimizer, no torch_adam); delete it"
         )
-    if _offloads(sound, "offload_param") and not offloads:
-        yield (
-            "zero_optimization.offload_param: DeepSpeed refuses parameters on the host with the optimizer "
-            "on the GPU; add offload_optimizer as well"
-        )
 
 
 def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:

@@ -9,22 +9,20 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 
-from coconut_ds.checkpoint import load_foreign_weights
+from coconut_ds.checkpoint import find_adapter, load_foreign_weights, load_thought_weights
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import METHODS_WITH_LATENTS
 from coconut_ds.ds_config import LatentMemory
-from coconut_ds.errors import DataError
+from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluate import TestSet
-from coconut_ds.lora import add_adapters, save_adapter
+from coconut_ds.lora import add_adapters, install_thought, load_adapter, save_adapter, save_thought
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import install_weights, load_base
 from coconut_ds.problems import card_for, read_problems
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
 
-THOUGHT_FILE = "thought.safetensors"
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
 
 
@@ -65,29 +63,39 @@ def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -
 def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:
     """The model of an experiment in fp32 on the CPU: base weights, then adapters, then the thought.
 
-    Weights come from `load_model_path` when it is given, else from `model_id`. Seeded by the experiment.
+    `load_model_path` may be a checkpoint of this program, of the published code, a Hugging Face folder, or the
+    adapter folder of a LoRA run; without it the weights are those of `model_id`. Seeded by the experiment.
     Raises ConfigError and CheckpointError.
     """
     torch.manual_seed(experiment.seed)
+    source = experiment.load_model_path
+    adapter = find_adapter(source) if source else None
+    weights = load_foreign_weights(source, experiment.allow_pickle) if source and adapter is None else None
     base = load_base(experiment.model_id, vocabulary)
+    if weights is not None:
+        install_weights(base, weights, str(source))
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
-    if experiment.load_model_path:
-        weights = load_foreign_weights(experiment.load_model_path, experiment.allow_pickle)
-        install_weights(base, weights, experiment.load_model_path)
-    if experiment.tuning == "lora":
-        base = add_adapters(base, experiment, vocabulary.marker_ids)
     if experiment.method not in METHODS_WITH_LATENTS:
         thought.requires_grad_(False)
-    return Coconut(base, thought, latent_memory)
+    if experiment.tuning == "full":
+        if adapter is not None:
+            raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
+        module = Coconut(base, thought, latent_memory)
+    else:
+        module = Coconut(add_adapters(base, experiment, vocabulary.marker_ids), thought, latent_memory)
+    if adapter is not None:
+        load_adapter(module, adapter)
+    elif source and (learned := load_thought_weights(source)):
+        install_thought(module, learned, source)
+    return module
 
 
 def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
     """Write the model for other programs: a Hugging Face folder, or a PEFT folder, with tokenizer and thought."""
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(module.base, PeftModel):
-        save_adapter(module.base, folder)
+        save_adapter(module, folder)
     else:
         module.base.save_pretrained(folder)
+        save_thought(module.thought.state_dict(), folder)
     vocabulary.tokenizer.save_pretrained(folder)
-    parameters = {name: value.contiguous() for name, value in module.thought.state_dict().items()}
-    if parameters:
-        save_file(parameters, folder / THOUGHT_FILE)

@@ -28,7 +28,7 @@ from coconut_ds.errors import DataError
 from coconut_ds.problems import Card
 from preprocessing.downloading import Download, fetch
 from preprocessing.prosqa_like import Recipe, generate, statistics, violations
-from preprocessing.writing import positive, run_script, script_arguments, write_dataset
+from preprocessing.writing import markdown_table, positive, run_script, script_arguments, write_dataset
 
 _RELEASE = "https://raw.githubusercontent.com/facebookresearch/coconut/main/data"
 DOWNLOADS = {
@@ -94,22 +94,13 @@ def _rng(name: str, seed: int, split: str, index: int) -> random.Random:
 
 
 def print_statistics(paths: Sequence[Path]) -> None:
-    """A Markdown table: the first file's means, and every other file's with the difference."""
-    tables = []
+    """A table of the first file's means, and of every other file's with the difference."""
+    tables = {}
     for path in paths:
         items = list(_read_graphs(path))
         bad = sum(bool(violations(item, 1, 99)) for item in items)
-        tables.append(
-            {"problems": float(len(items)), "breaking an invariant": float(bad), **statistics(items)}
-        )
-    print(f"| | {' | '.join(path.name for path in paths)} |\n|---|{'---|' * len(paths)}")
-    for measure, first in tables[0].items():
-        cells = [f"{first:,.3g}" if measure != "problems" else f"{first:,.0f}"]
-        for table in tables[1:]:
-            value = table[measure]
-            apart = f" ({value / first - 1:+.1%})" if first and measure != "problems" else ""
-            cells.append((f"{value:,.3g}" if measure != "problems" else f"{value:,.0f}") + apart)
-        print(f"| {measure} | {' | '.join(cells)} |")
+        tables[path.name] = {"problems": len(items), "breaking an invariant": bad, **statistics(items)}
+    print(markdown_table(tables))
 
 
 def _read_graphs(path: Path) -> Iterator[dict[str, Any]]:

@@ -137,3 +137,21 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def markdown_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Measures by column, as Markdown; columns after the first also say how far they are from it."""
+    names = list(columns)
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for measure, first in columns[names[0]].items():
+        cells = [_number(first)]
+        for name in names[1:]:
+            value = columns[name][measure]
+            apart = f" ({value / first - 1:+.1%})" if first and isinstance(value, float) else ""
+            cells.append(_number(value) + apart)
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

@@ -1,8 +1,8 @@
 """Published implementations, one forward and backward each: the same loss, logits, gradients and tokens.
 
 Every case of GOLDEN_DIR (default ../shared/golden) is a pair NAME.safetensors + NAME.json; the README there
-says what is in them.  A case with `latent_weights` is the published learnable window: softmax over the newest n states
-of the newest pass, its weights running from the oldest state to the newest.
+says what is in them.  A case with `latent_weights` is the published learnable window: softmax over the newest
+n states of the newest pass, its weights running from the oldest state to the newest.
 
 Shapes: B rows, T columns, V vocabulary, W window.
 """
@@ -103,7 +103,7 @@ def assert_loss_and_gradients(case, model):
     assert loss.item() == pytest.approx(case.facts["loss"], abs=TOLERANCE)
     loss.backward()
     expected = case.by_name("grad.")
-    gradients = {name: p.grad for name, p in model.base.named_parameters()}
+    gradients = {name: p.grad for name, p in model.base.named_parameters(remove_duplicate=False)}
     if "latent_weights" in expected:
         gradients["latent_weights"] = model.thought.logits_W.grad.flip(0)
     assert set(expected) <= set(gradients)

@@ -1,0 +1,35 @@
+"""Checkpoint folders that survive a crash at any moment, and weights that come from elsewhere.
+
+    checkpoint_3/                  after epoch 3 (counted from 1, as in the published code)
+    checkpoint_3_step_0000420/     420 optimizer steps into the fourth epoch
+        manifest.json              settings, position, size and sha256 of every file; written last
+        model/                     for other programs: Hugging Face form, or PEFT form for adapters
+        engine/                    the ZeRO shards of every rank
+        random/                    the random number generators of every rank
+    latest  best                   each the name of a folder
+
+A folder that has the right name is complete: it was written under another name, hashed, and renamed.
+Knows: files, manifests, what may change between two runs.
+Does not know: DeepSpeed, models, the training loop.
+"""
+
+from coconut_ds.checkpoint.changes import Change, Severity, classify_changes
+from coconut_ds.checkpoint.folders import CheckpointFolders, checkpoint_name
+from coconut_ds.checkpoint.foreign import find_adapter, load_foreign_weights, load_thought_weights
+from coconut_ds.checkpoint.manifest import Manifest, TrainState
+from coconut_ds.checkpoint.protocol import Checkpoints, Shards
+
+__all__ = [
+    "Change",
+    "CheckpointFolders",
+    "Checkpoints",
+    "Manifest",
+    "Severity",
+    "Shards",
+    "TrainState",
+    "checkpoint_name",
+    "classify_changes",
+    "find_adapter",
+    "load_foreign_weights",
+    "load_thought_weights",
+]

@@ -1,0 +1,137 @@
+"""What a checkpoint holds, and whether it still holds it.
+
+Knows: manifest.json, sizes, sha256.  Does not know: ranks, which checkpoint to take.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from coconut_ds.errors import CheckpointError
+from coconut_ds.runs import replace_text
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run is.  `epoch` epochs are done, and `step_in_epoch` optimizer steps of the next one."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    samples_in_epoch: int = 0  # of all ranks, so that another number of ranks can go on from here
+    global_step: int = 0
+    samples_seen: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    best_accuracy: float | None = None
+    accuracy: float | None = None  # of the newest validation
+    stage: int = 0
+    wandb_id: str | None = None
+    positions: Mapping[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl, samples.jsonl
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    state: TrainState
+    settings: Mapping[str, Any]  # experiment, ds_config, data, libraries, code: see changes.py
+    world_size: int
+    improved: bool
+    files: Mapping[str, FileRecord]  # path inside the folder, with forward slashes
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the files."""
+        return sum(record.size for record in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        body = {"format": FORMAT, **asdict(self)}
+        # through JSON once: what is hashed is what will be read back
+        body = json.loads(json.dumps(body, default=str))
+        replace_text(folder / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises CheckpointError when the manifest is absent, damaged, edited or of a newer format."""
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            written = body.pop("sha256")
+            found = _digest(body)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is absent: not a complete checkpoint") from None
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({_first_line(error)})") from error
+        if written != found:
+            raise CheckpointError(f"{path} was changed after it was written (its sha256 does not fit)")
+        if body.pop("format") != FORMAT:
+            raise CheckpointError(f"{path} was written by another version of this program")
+        try:
+            body["state"] = TrainState(**body["state"])
+            body["files"] = {name: FileRecord(**record) for name, record in body["files"].items()}
+            return cls(**{item.name: body[item.name] for item in fields(cls)})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not a manifest of this program ({_first_line(error)})"
+            ) from error
+
+    def verify(self, folder: Path) -> None:
+        """Read every file again; raises CheckpointError that names the first one that is not as it was."""
+        for name, record in self.files.items():
+            path = folder / name
+            if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{path} is a link or leads out of the checkpoint")
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            size = path.stat().st_size
+            if size != record.size:
+                raise CheckpointError(f"{path} has {size} bytes, {record.size} were written")
+            if hash_file(path) != record.sha256:
+                raise CheckpointError(f"{path} is damaged: its sha256 is not the one that was written")
+        # DeepSpeed counts the shards it finds: one of another run would be taken for ours
+        extra = [name for name in list_files(folder) if name.startswith("engine/") and name not in self.files]
+        if extra:
+            raise CheckpointError(f"{folder / extra[0]} does not belong to this checkpoint")
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below `folder`, as sorted paths with forward slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def settle_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Bring files to the disk (fsync) and return the size and sha256 of each, as read back."""
+    records = {}
+    for name in names:
+        path = folder / name
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        records[name] = FileRecord(path.stat().st_size, hash_file(path))
+    return records
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,219 @@
+"""Save so that a crash at any moment leaves a usable checkpoint; load only what is whole, on all ranks alike.
+
+    .tmp-checkpoint_N-x   every rank writes; files reach the disk and are hashed; barrier; manifest
+    checkpoint_N          rename: from here on it counts
+    latest, best          replaced in one step; then old folders go
+
+Knows: the order of steps, ranks.  Does not know: what is inside a shard, the training loop.
+"""
+
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from coconut_ds.checkpoint.changes import refuse_changes
+from coconut_ds.checkpoint.folders import DRAFT, CheckpointFolders, Say, checkpoint_name
+from coconut_ds.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
+from coconut_ds.checkpoint.random_state import restore_random_state, save_random_state
+from coconut_ds.errors import CheckpointError
+from coconut_ds.runs import replace_text, sync_folder
+
+SPARE_BYTES = 16 * 2**20
+Result = TypeVar("Result")
+
+
+class Shards(Protocol):
+    """What a checkpoint needs of the engine; every method is called on every rank."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_main(self) -> bool: ...
+    def barrier(self) -> None: ...
+    def any_over_ranks(self, flag: bool, /) -> bool: ...
+    def broadcast_object(self, value: Any, /) -> Any: ...
+    def save_shards(self, folder: Path, client_state: dict[str, Any], /) -> None: ...
+    def load_shards(self, folder: Path, /) -> dict[str, Any]: ...
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, which all ranks must see (a shared file system)."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        engine: Shards,
+        settings: Mapping[str, Any],
+        *,
+        keep: int | None = None,
+        only_improving: bool = False,
+        expected_bytes: int = 0,
+        say: Say = print,
+    ) -> None:
+        """`settings` as in changes.py.  `keep`: at most so many end-of-epoch checkpoints (None: all).
+
+        `only_improving`: of the end-of-epoch checkpoints keep those that improved the validation accuracy;
+        the newest checkpoint of all stays besides, to resume from.  `expected_bytes`: size of a checkpoint,
+        for the first free-space check.  `say` gets one line for all the user should know, on the main rank.
+        """
+        self.folders = CheckpointFolders(run_folder, say)
+        self.engine = engine
+        self.settings = settings
+        self.keep = keep
+        self.only_improving = only_improving
+        self.expected_bytes = expected_bytes
+        self._say = say
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folders.run_folder
+
+    def latest(self) -> str | None:
+        """The newest checkpoint that verifies, the same on every rank."""
+        return self._on_main(self.folders.latest)
+
+    def best(self) -> str | None:
+        """The best checkpoint, the same on every rank; raises CheckpointError when it does not verify."""
+        return self._on_main(self.folders.best)
+
+    def save(self, state: TrainState, model_writer: Callable[[Path], None], *, improved: bool = False) -> str:
+        """Write a checkpoint on all ranks and return its name; `model_writer` is called on every rank.
+
+        Raises CheckpointError when it could not be written; what was there before is untouched.
+        """
+        name = checkpoint_name(state.epoch, state.step_in_epoch)
+        draft = self.run_folder / f"{DRAFT}{name}-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
+        self._on_main(lambda: self._begin(draft))
+        self._on_every_rank(draft, lambda: save_random_state(self._random_file(draft)))
+        try:
+            self.engine.save_shards(draft / "engine", {"step_of_run": state.global_step})
+            model_writer(draft / "model")
+        except (OSError, RuntimeError) as error:
+            # The other ranks may wait inside a collective: they cannot be asked, only left.
+            shutil.rmtree(draft, ignore_errors=True)
+            raise CheckpointError(self._cannot_write(error)) from error
+        self.engine.barrier()
+        self._settle(draft)
+        self._on_main(lambda: self._finish(draft, name, state, improved))
+        return name
+
+    def load(self, wanted: str | None = None, *, allow: Collection[str] = ()) -> TrainState | None:
+        """Put engine and random state of all ranks back; None when there is nothing to load.
+
+        `wanted` None: the newest checkpoint that verifies.  A `wanted` one that is absent or damaged, and
+        settings that differ and are not in `allow`, raise CheckpointError on every rank.
+        """
+        self._on_main(self.folders.sweep)
+        chosen = self._on_main(lambda: self._choose(wanted, allow))
+        if chosen is None:
+            return None
+        name, manifest = chosen
+        folder = self.run_folder / name
+        client_state = self.engine.load_shards(folder / "engine")
+        if client_state.get("step_of_run") != manifest.state.global_step:
+            raise CheckpointError(f"{folder}: its shards are of another step than its manifest")
+        random_file = self._random_file(folder)
+        if random_file.exists():  # absent when the checkpoint is of fewer ranks: the seed's state stays
+            restore_random_state(random_file)
+        self._on_main(lambda: self.folders.set_aside_after(name))
+        if self.engine.is_main:
+            self._say(
+                f"resumed from {folder}: {manifest.state.epoch} epochs, step {manifest.state.global_step}"
+            )
+        return manifest.state
+
+    def _choose(self, wanted: str | None, allow: Collection[str]) -> tuple[str, Manifest] | None:
+        name = wanted or self.folders.latest()
+        if name is None:
+            if names := self.folders.names():
+                raise CheckpointError(
+                    f"{self.run_folder}: every checkpoint is damaged ({', '.join(names)}); "
+                    "repair one, or move them away to begin again"
+                )
+            return None
+        manifest = self.folders.check(name)
+        for line in refuse_changes(manifest, self.settings, self.engine.world_size, allow):
+            self._say(line)
+        return name, manifest
+
+    def _begin(self, draft: Path) -> None:
+        newest = self.folders.names()[-1:]
+        needed = max(self.expected_bytes, *(self.folders.size_of(name) for name in newest), 0)
+        free = shutil.disk_usage(self.run_folder).free
+        if free < needed + SPARE_BYTES:
+            raise CheckpointError(
+                f"{self.run_folder}: a checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are "
+                f"free; make room, or lower 'keep_checkpoints'. {self._what_is_left()}"
+            )
+        for part in ("engine", "model", "random", "records"):
+            (draft / part).mkdir(parents=True)
+
+    def _settle(self, draft: Path) -> None:
+        """Share the files out over the ranks; each brings its part to the disk and hashes it."""
+        names = self._on_main(lambda: [name for name in list_files(draft) if not name.startswith("records/")])
+
+        def settle_mine() -> None:
+            records = settle_files(draft, names[self.engine.rank :: self.engine.world_size])
+            lines = "".join(f"{record.sha256} {record.size} {name}\n" for name, record in records.items())
+            replace_text(draft / "records" / str(self.engine.rank), lines)
+
+        self._on_every_rank(draft, settle_mine)
+
+    def _finish(self, draft: Path, name: str, state: TrainState, improved: bool) -> None:
+        files: dict[str, FileRecord] = {}
+        for rank in range(self.engine.world_size):
+            for line in (draft / "records" / str(rank)).read_text(encoding="utf-8").splitlines():
+                sha256, size, path = line.split(" ", 2)
+                files[path] = FileRecord(int(size), sha256)
+        shutil.rmtree(draft / "records")
+        Manifest(state, self.settings, self.engine.world_size, improved, files).write(draft)
+        for folder in {(draft / path).parent for path in files}:
+            sync_folder(folder)
+        self.folders.publish(draft, name, improved=improved)
+        self.folders.retire(name, keep=self.keep, only_improving=self.only_improving)
+
+    def _on_main(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on the main rank; its result, or its CheckpointError, on all of them."""
+        answer: tuple[Any, str | None] = (None, None)
+        if self.engine.is_main:
+            try:
+                answer = (action(), None)
+            except CheckpointError as error:
+                answer = (None, str(error))
+            except OSError as error:
+                answer = (None, self._cannot_write(error))
+        result, problem = self.engine.broadcast_object(answer)
+        if problem is not None:
+            raise CheckpointError(problem)
+        return result
+
+    def _on_every_rank(self, draft: Path, action: Callable[[], None]) -> None:
+        """Run `action` on every rank; when it fails on one, all raise CheckpointError."""
+        problem = None
+        try:
+            action()
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+            problem = self._cannot_write(error)
+        if self.engine.any_over_ranks(problem is not None):
+            shutil.rmtree(draft, ignore_errors=True)
+            raise CheckpointError(
+                problem or f"rank {self.engine.rank}: another rank could not write its part"
+            )
+
+    def _random_file(self, folder: Path) -> Path:
+        return folder / "random" / f"rank_{self.engine.rank:05d}.pt"
+
+    def _cannot_write(self, error: Exception) -> str:
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        )
+        what = f"rank {self.engine.rank}: {self.run_folder}: cannot write a checkpoint ({reason})."
+        return f"{what} {self._what_is_left()}"
+
+    def _what_is_left(self) -> str:
+        names = self.folders.names()
+        return f"The newest checkpoint is still {names[-1]}." if names else "There is no older checkpoint."

@@ -1,0 +1,288 @@
+"""The run folder `save_path/name`: settings, environment, metrics.jsonl, samples.jsonl, wandb.
+
+    experiment.yaml  ds_config.json  environment.json     written at every start
+    metrics.jsonl  samples.jsonl                          one JSON object a line, flushed line by line
+    .lock                                                 held while a run writes here
+
+Only the main rank writes; the other ranks hold a `Run` whose methods do nothing.  `debug` saves nothing.
+Knows: files, the lock, wandb.  Does not know: models, stages, checkpoints (they tell it where to cut a file).
+"""
+
+import fcntl
+import json
+import netrc
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from coconut_ds.config import Experiment, experiment_to_yaml
+from coconut_ds.errors import ConfigError
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "coconut_ds")
+SETTINGS_FROM_ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "DS_ALLOW_DEPRECATED_FP16",
+    "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
+)  # fmt: skip
+
+
+class RunLock:
+    """An exclusive lock on a folder; the system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError, naming the other process, when a run already writes to `folder`."""
+        self._file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until release()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigError(
+                f"{folder}: another run is writing here ({holder}); stop it, or give this one another 'name'"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class JsonLines:
+    """A file of one JSON object a line, which can be cut back to a byte position it once had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115  held until close()
+        self._end_broken_line()
+
+    def _end_broken_line(self) -> None:
+        if self.position:
+            with open(self.path, "rb") as reader:
+                reader.seek(-1, os.SEEK_END)
+                if reader.read(1) != b"\n":  # killed in the middle of a line
+                    self._file.write(b"\n")
+                    self._file.flush()
+
+    @property
+    def position(self) -> int:
+        return self.path.stat().st_size
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, default=str, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def cut(self, position: int) -> None:
+        """Forget what was written after `position`; a file that is shorter than that stays as it is."""
+        if position < self.position:
+            self._file.truncate(position)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Run:
+    """One training or evaluation run; use it as a context manager."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        ds_config: Mapping[str, Any],
+        *,
+        is_main: bool = True,
+        devices: Sequence[str] = (),
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """`ds_config` is what DeepSpeed reads, resolved; `devices` one description a rank.
+
+        Raises ConfigError when the folder cannot be written, or another run is writing to it.
+        """
+        self.experiment = experiment
+        self.folder = run_folder(experiment)
+        self.writes = is_main and not experiment.debug
+        self._wandb: Any = None
+        self._lock: RunLock | None = None
+        self._lines: dict[str, JsonLines] = {}
+        if self.writes:
+            self._open(ds_config, devices, command)
+
+    def _open(
+        self, ds_config: Mapping[str, Any], devices: Sequence[str], command: Sequence[str] | None
+    ) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.folder)
+            replace_text(self.folder / "experiment.yaml", experiment_to_yaml(self.experiment))
+            replace_text(self.folder / "ds_config.json", json.dumps(ds_config, indent=2, default=str) + "\n")
+            environment = describe_environment(devices, command or sys.argv)
+            replace_text(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+            self._lines = {name: JsonLines(self.folder / name) for name in (METRICS, SAMPLES)}
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot write here ({error.strerror}); choose another 'save_path'"
+            ) from error
+
+    def log(self, kind: str, **numbers: Any) -> None:
+        """Append {"time", "kind", numbers...} to metrics.jsonl, and tell wandb when it is there."""
+        if not self.writes:
+            return
+        self._lines[METRICS].append({"time": round(time.time(), 3), "kind": kind, **numbers})
+        if self._wandb is not None:
+            try:
+                self._wandb.log(
+                    {name if "step" in name else f"{kind}/{name}": value for name, value in numbers.items()}
+                )
+            except Exception as error:  # wandb's own errors share no base class
+                warnings.warn(
+                    f"wandb stopped ({error}); metrics go on in {self.folder / METRICS}", stacklevel=2
+                )
+                self._wandb = None
+
+    def sample(self, **fields: Any) -> None:
+        """Append one decoded problem to samples.jsonl."""
+        if self.writes:
+            self._lines[SAMPLES].append(fields)
+
+    def positions(self) -> dict[str, int]:
+        """Length in bytes of every line file now, for a checkpoint to remember."""
+        return {name: lines.position for name, lines in self._lines.items()}
+
+    def rewind(self, positions: Mapping[str, int]) -> None:
+        """Cut the line files back to `positions`, so that no step appears twice after a resume."""
+        for name, lines in self._lines.items():
+            lines.cut(positions.get(name, 0))
+
+    def start_wandb(self, wandb_id: str | None = None) -> str | None:
+        """Start wandb, going on with the run `wandb_id` where given, and return its id.
+
+        Offline unless the user is logged in (WANDB_API_KEY, netrc) or WANDB_MODE says otherwise.  A wandb
+        that does not start is a warning: metrics.jsonl has everything.
+        """
+        if not self.writes or os.environ.get("WANDB_MODE") == "disabled":
+            return wandb_id
+        try:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=self.experiment.project,
+                name=self.experiment.name,
+                dir=str(self.folder),
+                id=wandb_id,
+                resume="allow" if wandb_id else None,
+                mode=os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "offline"),  # type: ignore[arg-type]
+                settings=wandb.Settings(init_timeout=30, silent=True),
+            )
+            self._wandb.define_metric("*", step_metric="global_step")
+            return str(self._wandb.id)
+        except Exception as error:  # no network, a full disk, a version: none of it is worth losing a run
+            warnings.warn(
+                f"wandb did not start ({error}); metrics go to {self.folder / METRICS}", stacklevel=2
+            )
+            self._wandb = None
+            return wandb_id
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+        for lines in self._lines.values():
+            lines.close()
+        if self._lock is not None:
+            self._lock.release()
+        self._lock, self._lines, self.writes = None, {}, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run_folder(experiment: Experiment) -> Path:
+    """`save_path/name`; raises ConfigError for a name that would leave `save_path`."""
+    name = experiment.name
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name + experiment.save_path:
+        raise ConfigError(f"name: {name!r} must be the name of one folder, without '/' or '..'")
+    return Path(experiment.save_path) / name
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old one or the new one whole, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as writer:
+        writer.write(text)
+        writer.flush()
+        os.fsync(writer.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def library_versions() -> dict[str, str]:
+    installed = {}
+    for name in LIBRARIES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def code_version() -> str | None:
+    """The git commit of the code, with '-dirty' after local changes; None outside a repository."""
+    where = Path(__file__).parent
+    command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def describe_environment(devices: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
+    """What one needs to know to run it again; no credentials."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(command),
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": library_versions(),
+        "code": code_version(),
+        "devices": list(devices),
+        "settings": {name: os.environ[name] for name in SETTINGS_FROM_ENVIRONMENT if name in os.environ},
+    }
+
+
+def is_logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

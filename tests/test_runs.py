@@ -1,0 +1,153 @@
+"""The run folder: whole files, one writer, no line twice after a resume."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coconut_ds.config import Experiment, load_experiment, validate_experiment
+from coconut_ds.errors import ConfigError
+from coconut_ds.runs import Run, code_version, replace_text, run_folder
+
+PUBLISHED = {
+    "project": "coconut", "name": "first", "coconut": True, "c_thought": 1, "epochs_per_stage": 1,
+    "max_latent_stage": 1, "num_epochs": 2, "model_id": "gpt2", "train_path": "train.json",
+    "val_path": "valid.json", "batch_size_training": 2, "lr": 1e-4, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return validate_experiment({**PUBLISHED, "save_path": str(tmp_path / "runs")}, "test")
+
+
+@pytest.fixture(autouse=True)
+def _logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def lines(run: Run, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run.folder / name).read_text().splitlines()]
+
+
+def test_settings_and_environment_are_there(experiment: Experiment) -> None:
+    with Run(experiment, {"train_batch_size": 8}, devices=["cpu"], command=["python", "a b"]) as run:
+        assert run.folder == run_folder(experiment)
+        assert load_experiment(run.folder / "experiment.yaml") == experiment
+        assert json.loads((run.folder / "ds_config.json").read_text()) == {"train_batch_size": 8}
+        environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["command"] == "python 'a b'" and environment["devices"] == ["cpu"]
+    assert {"torch", "deepspeed", "transformers"} <= environment["libraries"].keys()
+    assert environment["code"] == code_version()
+
+
+def test_a_line_is_on_disk_when_log_returns(experiment: Experiment) -> None:
+    with Run(experiment, {}) as run:
+        run.log("train", step=1, loss=float("nan"))
+        run.sample(predicted="naïve ∑", correct=True)
+        (line,) = lines(run)
+        assert (
+            line["kind"] == "train" and line["step"] == 1 and line["loss"] != line["loss"] and "time" in line
+        )
+        assert lines(run, "samples.jsonl") == [{"predicted": "naïve ∑", "correct": True}]
+
+
+def test_rewind_forgets_what_came_after_the_checkpoint(experiment: Experiment) -> None:
+    with Run(experiment, {}) as run:
+        run.log("train", step=1)
+        positions = run.positions()
+        run.log("train", step=2)
+        run.sample(step=2)
+    with Run(experiment, {}) as run:
+        run.rewind(positions)
+        run.log("train", step=2)
+        assert [line["step"] for line in lines(run)] == [1, 2]
+        assert lines(run, "samples.jsonl") == []
+        run.rewind({})
+        assert lines(run) == []
+
+
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next(experiment: Experiment) -> None:
+    with Run(experiment, {}) as run:
+        run.log("train", step=1)
+    with open(run.folder / "metrics.jsonl", "a") as writer:
+        writer.write('{"kind": "tr')
+    with Run(experiment, {}) as run:
+        run.log("train", step=2)
+        whole = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(whole[0])["step"] == 1 and json.loads(whole[2])["step"] == 2
+
+
+def test_two_runs_cannot_share_a_folder(experiment: Experiment) -> None:
+    with Run(experiment, {}) as run:
+        program = f"""
+            from coconut_ds.config import load_experiment
+            from coconut_ds.runs import Run
+            Run(load_experiment({str(run.folder / "experiment.yaml")!r}), {{}})
+        """
+        second = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+        )
+        assert "another run is writing here" in second.stderr and f"pid {os.getpid()}" in second.stderr
+    with Run(experiment, {}):  # the lock went with the first run
+        pass
+
+
+def test_other_ranks_and_debug_write_nothing(experiment: Experiment) -> None:
+    for run in (Run(experiment, {}, is_main=False), Run(replace(experiment, debug=True), {})):
+        with run:
+            run.log("train", step=1)
+            run.sample(step=1)
+            run.rewind({"metrics.jsonl": 3})
+            assert run.positions() == {} and run.start_wandb() is None
+        assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../other", "/etc", "a\0b"])
+def test_a_name_that_leaves_save_path(experiment: Experiment, name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        run_folder(replace(experiment, name=name))
+
+
+def test_a_folder_that_cannot_be_written(experiment: Experiment, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="save_path"):
+        Run(replace(experiment, save_path=str(tmp_path / "file")), {})
+
+
+def test_replace_text_leaves_no_temporary_file(tmp_path: Path) -> None:
+    replace_text(tmp_path / "latest", "one")
+    replace_text(tmp_path / "latest", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    assert (tmp_path / "latest").read_text() == "two"
+
+
+@pytest.mark.slow
+def test_wandb_is_offline_without_an_account_and_goes_on_under_its_id(experiment, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    ids = []
+    for _ in range(2):
+        with Run(experiment, {}) as run:
+            ids.append(run.start_wandb(ids[0] if ids else None))
+            run.log("train", step=1, loss=0.5)
+    assert ids[0] is not None and ids[0] == ids[1]
+    assert len(list((run.folder / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
+
+
+def test_wandb_that_does_not_start_is_a_warning(experiment: Experiment, monkeypatch) -> None:
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with Run(experiment, {}) as run, pytest.warns(UserWarning, match="wandb did not start.*no service"):
+        assert run.start_wandb("old") == "old"
+        run.log("train", step=1)
+        assert len(lines(run)) == 1

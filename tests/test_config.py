@@ -1,0 +1,405 @@
+"""The experiment YAML: published files run unchanged, and every bad file gets one clear message."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coconut_ds.config import (
+    Experiment,
+    Method,
+    experiment_to_yaml,
+    load_experiment,
+    parse_overrides,
+    validate_experiment,
+)
+from coconut_ds.errors import ConfigError
+from coconut_ds.methods import LATENT_VARIANTS, METHOD_BOOLEANS, thought_names
+from coconut_ds.schemas import defaults, load_schema
+from coconut_ds.schemas.markdown import with_tables
+from coconut_ds.schemas.parsing import MAX_BYTES
+
+ROOT = Path(__file__).parent.parent
+
+# The released gsm_coconut.yaml, key for key, with the three keys that its forks added.
+PUBLISHED = """\
+# need 4 gpus
+
+project: coconut
+save_path: YOUR_PATH_TO_SAVE_THE_MODEL
+name: gsm-coconut
+
+only_eval: False
+
+coconut: True
+cot: False
+no_thoughts: False
+no_cot: False
+latent_variant: basic
+
+c_thought: 2
+epochs_per_stage: 3
+max_latent_stage: 3
+pad_latent_to_max: True
+
+save_only_improve: False
+uniform_prob: 0.0
+model_id: openai-community/gpt2
+load_model_path: None
+seed: 0
+resume: 3
+bf16: False
+train_path: data/gsm_train.json
+val_path: data/gsm_valid.json
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 25
+lr: !!float "1e-4"
+weight_decay: 0.01
+latent_window_size: 3
+"""
+
+SMALLEST = {
+    "name": "run",
+    "model_id": "gpt2",
+    "method": "coconut",
+    "train_path": "data/a_train.json",
+    "val_path": "data/a_valid.json",
+}
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def smallest(**changes: object) -> Experiment:
+    return validate_experiment(SMALLEST | changes, "test")
+
+
+# --- files that must work ------------------------------------------------------------------------------
+
+
+def test_published_file_runs_unchanged(tmp_path):
+    experiment = load_experiment(write(tmp_path, PUBLISHED))
+    assert experiment.method is Method.COCONUT
+    assert (experiment.thought, experiment.tuning) == ("last_hidden", "full")
+    assert experiment.lr == 1e-4 and isinstance(experiment.lr, float)
+    assert experiment.load_model_path is None
+    assert experiment.reset_optimizer == "stage_switch"
+    assert experiment.name == "gsm-coconut" and experiment.project == "coconut"
+    assert (experiment.c_thought, experiment.epochs_per_stage, experiment.max_latent_stage) == (2, 3, 3)
+    assert (experiment.resume, experiment.num_epochs) == (3, 25)
+    assert (experiment.batch_size_training, experiment.gradient_accumulation_steps) == (32, 1)
+    assert experiment.pad_latent_to_max and not experiment.bf16 and not experiment.debug
+
+
+def test_published_evaluation_file_needs_no_training_data(tmp_path):
+    text = PUBLISHED.replace("only_eval: False", "only_eval: True")
+    text = text.replace("load_model_path: None", "load_model_path: runs/gsm/checkpoint_15")
+    text = text.replace("train_path: data/gsm_train.json\n", "").replace("num_epochs: 25", "num_epochs: 1")
+    experiment = load_experiment(write(tmp_path, text.replace("resume: 3", "resume: 15")))
+    assert experiment.only_eval and experiment.train_path == "" and experiment.resume == 15
+
+
+@pytest.mark.parametrize("variant", [*LATENT_VARIANTS, None, "None"])
+def test_latent_variant_names_a_pair(variant):
+    experiment = smallest(latent_variant=variant)
+    assert (experiment.thought, experiment.tuning) == LATENT_VARIANTS.get(variant, ("last_hidden", "full"))
+
+
+@pytest.mark.parametrize("thought", thought_names())
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_every_thought_of_the_folder_works_with_both_tunings(thought, tuning):
+    experiment = smallest(thought=thought, tuning=tuning)
+    assert (experiment.thought, experiment.tuning) == (thought, tuning)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_method_can_be_named(method):
+    experiment = smallest(method=str(method))
+    assert experiment.method is method
+    assert experiment.thought == ("pause" if method.is_pause else "last_hidden")
+
+
+@pytest.mark.parametrize("boolean", METHOD_BOOLEANS)
+def test_each_boolean_is_the_method_of_its_name(boolean):
+    assert smallest(method=None, **{boolean: True}).method == boolean
+
+
+def test_without_thought_is_no_thoughts():
+    assert smallest(method="without_thought").method is Method.NO_THOUGHTS
+    assert smallest(method="without_thought", no_thoughts=True).method is Method.NO_THOUGHTS
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [(True, "stage_switch"), (False, "never"), ("every_epoch", "every_epoch"), ("never", "never")],
+)
+def test_reset_optimizer(written, meant):
+    assert smallest(reset_optimizer=written).reset_optimizer == meant
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    text = PUBLISHED.replace('!!float "1e-4"', "1e-4").replace("seed: 0", "seed: '7'")
+    experiment = load_experiment(write(tmp_path, text))
+    assert experiment.lr == 1e-4 and experiment.seed == 7
+
+
+def test_defaults_are_the_schema_s():
+    experiment, stated = smallest(), defaults(load_schema("experiment"))
+    for key in set(stated) - set(SMALLEST) - {"thought", "tuning", "reset_optimizer", *METHOD_BOOLEANS}:
+        if key != "latent_variant":
+            value = getattr(experiment, key)
+            assert (list(value) if isinstance(value, tuple) else value) == stated[key], key
+
+
+def test_every_field_and_key_is_described():
+    schema = load_schema("experiment")["properties"]
+    assert set(Experiment.__dataclass_fields__) | {*METHOD_BOOLEANS, "latent_variant"} == set(schema)
+    assert all(rule["description"] and rule["group"] for rule in schema.values())
+
+
+ROUND_TRIPS = [
+    {},
+    {"method": "cot", "tuning": "lora", "lora_target_modules": ["c_attn", "c_proj"], "lr": 1e-5},
+    {"epochs_per_stage": [6, 3], "thought": "fixed_window", "latent_window_weights": [1, 0.5, 0]},
+    {"method": "pause", "reset_optimizer": "every_epoch", "save_minutes": 5, "thought_lr": "1e-3"},
+    {"only_eval": True, "load_model_path": "runs/a/best", "train_path": None, "name": "été-1e4"},
+    {"method": "icot", "icot_tokens_per_epoch": 8, "max_new_tokens": 64, "test_path": "data/t.json"},
+]
+
+
+@pytest.mark.parametrize("changes", ROUND_TRIPS)
+def test_round_trip(tmp_path, changes):
+    experiment = smallest(**changes)
+    assert load_experiment(write(tmp_path, experiment_to_yaml(experiment))) == experiment
+
+
+@given(
+    lr=st.floats(1e-12, 10),
+    epochs=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    name=st.text(max_size=8),
+)
+@settings(max_examples=50, deadline=None)
+def test_round_trip_of_any_number_and_name(lr, epochs, name):
+    try:
+        experiment = smallest(lr=lr, epochs_per_stage=epochs, name=name)
+    except ConfigError:
+        return
+    assert validate_experiment(yaml.safe_load(experiment_to_yaml(experiment)), "test") == experiment
+
+
+# --- overrides -----------------------------------------------------------------------------------------
+
+
+def test_set_replaces_values(tmp_path):
+    path = write(tmp_path, PUBLISHED)
+    experiment = load_experiment(
+        path, ["lr=3e-5", "epochs_per_stage=[6, 3]", "debug=true", "load_model_path=None"]
+    )
+    assert experiment.lr == 3e-5 and experiment.epochs_per_stage == (6, 3) and experiment.debug
+
+
+def test_set_replaces_what_the_file_says_in_other_words(tmp_path):
+    path = write(
+        tmp_path, PUBLISHED.replace("latent_variant: basic", "latent_variant: learnable_weights_lora")
+    )
+    assert load_experiment(path, ["method=pause_as_thought", "latent_variant=None"]).thought == "pause"
+    changed = load_experiment(path, ["thought=mlp_projection"])
+    assert (changed.thought, changed.tuning) == ("mlp_projection", "lora")
+    changed = load_experiment(path, ["tuning=full"])
+    assert (changed.thought, changed.tuning) == ("learnable_window", "full")
+    assert load_experiment(path, ["latent_variant=basic", "cot=true"]).method is Method.COT
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        ("epoch_per_stage=3", "did you mean 'epochs_per_stage'?"),
+        ("lr", "must be KEY=VALUE"),
+        ("lr=[", "is not valid YAML"),
+        ("epochs_per_stage=&a [1, *a]", "is not valid YAML"),
+    ],
+)
+def test_bad_overrides(override, part):
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides([override])
+    assert part in str(caught.value) and override in str(caught.value)
+
+
+def test_override_is_named_in_the_message(tmp_path):
+    with pytest.raises(ConfigError, match=r"experiment.yaml with --set lr=-1: lr: must be"):
+        load_experiment(write(tmp_path, PUBLISHED), ["lr=-1"])
+
+
+# --- bad files -----------------------------------------------------------------------------------------
+
+BAD_VALUES = [
+    ({"epoch_per_stage": 3}, "epoch_per_stage: is not a setting; did you mean 'epochs_per_stage'?"),
+    ({"learning_rate": 1e-4}, "learning_rate: is not a setting"),
+    ({"coconut": True, "cot": True, "method": None}, "coconut, cot: 2 methods are true"),
+    ({"method": None}, "method: none is chosen"),
+    ({"cot": True}, "method: says coconut, but 'cot: true' says otherwise"),
+    ({"method": "cocnut"}, "did you mean 'coconut'?"),
+    ({"only_eval": True}, "load_model_path: is missing, but 'only_eval: true'"),
+    ({"train_path": None}, "train_path: is missing"),
+    ({"val_path": None}, "val_path: must be text, got None"),
+    ({"c_thought": 0}, "c_thought: is 0, which leaves method coconut without latents"),
+    ({"max_latent_stage": 0}, "max_latent_stage: is 0"),
+    ({"c_thought": -1}, "c_thought: must be a whole number of at least 0, got -1"),
+    (
+        {"method": "cot", "thought": "last_hidden"},
+        "thought: last_hidden is given, but method cot has no latents",
+    ),
+    (
+        {"method": "icot", "latent_variant": "fixed_window"},
+        "latent_variant: is fixed_window, but method icot",
+    ),
+    (
+        {"method": "pause", "thought": "last_hidden"},
+        "thought: is last_hidden, but method pause always uses pause",
+    ),
+    ({"method": "pause", "latent_variant": "mlp_projection"}, "always uses thought pause"),
+    ({"latent_variant": "basic", "thought": "mlp_projection"}, "but latent_variant basic means last_hidden"),
+    ({"latent_variant": "learnable_weights_lora", "tuning": "full"}, "learnable_weights_lora means lora"),
+    ({"latent_variant": "learnable_weight"}, "did you mean 'learnable_weights'?"),
+    ({"thought": "last_hiden"}, "did you mean 'last_hidden'?"),
+    (
+        {"thought": "fixed_window", "latent_window_size": 4},
+        "3 weights [0.6, 0.3, 0.1] for latent_window_size 4",
+    ),
+    ({"latent_variant": "fixed_window", "latent_window_weights": [0, 0, 0]}, "sum to 0"),
+    (
+        {"latent_window_weights": [0.6, -0.3]},
+        "latent_window_weights.1: must be a number of at least 0, got -0.3",
+    ),
+    ({"num_epochs": 3, "resume": 3}, "num_epochs: is 3, but resume skips 3"),
+    ({"num_epochs": True}, "num_epochs: must be a whole number of at least 1, got true"),
+    ({"num_epochs": 2.5}, "num_epochs: must be a whole number of at least 1, got 2.5"),
+    ({"epochs_per_stage": []}, "epochs_per_stage: must be a whole number of at least 1, or a list"),
+    ({"epochs_per_stage": [3, True]}, "epochs_per_stage: must be a whole number of at least 1, or a list"),
+    ({"lr": float("nan")}, "lr: must be a finite number"),
+    ({"lr": "inf"}, "lr: must be a finite number"),
+    ({"latent_window_weights": [float("inf")]}, "latent_window_weights.0: must be a finite number"),
+    ({"lr": -1e-4}, "lr: must be a number of more than 0, got -0.0001"),
+    ({"lr": "fast"}, "lr: must be a number of more than 0, got 'fast'"),
+    ({"lr": True}, "lr: must be a number of more than 0, got true"),
+    ({"uniform_prob": 30}, "uniform_prob: must be a number of at least 0 and at most 1, got 30"),
+    ({"bf16": "maybe"}, "bf16: must be true or false, got 'maybe'"),
+    ({"debug": 1}, "debug: must be true or false, got 1"),
+    ({"seed": -1}, "seed: must be a whole number of at least 0"),
+    ({"name": "../other"}, "name: '../other' is not a folder name inside save_path"),
+    ({"name": ".."}, "name: '..' is not a folder name"),
+    ({"name": "a\\b"}, "is not a folder name inside save_path"),
+    ({"name": "a\nb"}, "is not a folder name inside save_path"),
+    ({"name": ""}, "name: must be text that is not empty"),
+    ({"name": 5}, "name: must be text, got 5"),
+    ({"reset_optimizer": "sometimes"}, "reset_optimizer: must be one of true, false, never, stage_switch"),
+    ({"icot_tokens_per_epoch": 8}, "icot_tokens_per_epoch: is given, but the method is coconut"),
+    ({"lr_schedule": "cosin"}, "did you mean 'cosine'?"),
+    ({"warmup_ratio": 1}, "warmup_ratio: must be a number of at least 0 and less than 1, got 1"),
+    ({"lora_target_modules": "c_attn"}, "lora_target_modules: must be a list"),
+    ({"model_id": "None"}, "model_id: must be text, got None"),
+    ({"train_path": "x" * 500, "seed": "y" * 5000}, "seed: must be a whole number"),
+]
+
+
+@pytest.mark.parametrize("changes, part", BAD_VALUES, ids=[part[:50] for _, part in BAD_VALUES])
+def test_bad_values(changes, part):
+    with pytest.raises(ConfigError) as caught:
+        validate_experiment(SMALLEST | changes, "configs/x.yaml")
+    message = str(caught.value)
+    assert part in message and message.startswith("configs/x.yaml: ")
+    assert message.count("\n") == 0 and len(message) < 400, "one problem, one line"
+
+
+BAD_TEXTS = [
+    ("lr: 1\nlr: 2\n", "'lr' stands twice (first in line 1); remove one in line 2"),
+    ("a: &x [1]\nb: *x\n", "aliases (*name) are not allowed"),
+    ("a: {x: 1, x: 2}\n", "'x' stands twice"),
+    ("- a\n- b\n", "holds a list"),
+    ("", "is empty"),
+    ("just words\n", "holds a str"),
+    ("a: [1\n", "not valid YAML"),
+    ("a: b: c\n", "not valid YAML"),
+    ("\tname: x\n", "not valid YAML"),
+    ("5: x\n", "keys must be words, got 5"),
+    ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML: could not determine a constructor"),
+    ('lr: !!float "abc"\n', "not valid YAML"),
+    ("a: " + "[" * 5000 + "\n", "nested too deeply"),
+    (b"name: \xff\xfe\n", "is not UTF-8 text (byte 6)"),
+    (b"name: a\x00b\n", "not valid YAML"),
+    ("#" * (MAX_BYTES + 1), "is larger than 1 MiB"),
+]
+
+
+@pytest.mark.parametrize("text, part", BAD_TEXTS, ids=[part[:40] for _, part in BAD_TEXTS])
+def test_bad_files(tmp_path, text, part):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    assert part in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_experiment(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_experiment(tmp_path)
+
+
+def test_all_problems_of_a_file_in_one_message(tmp_path):
+    text = PUBLISHED.replace("cot: False", "cot: True", 1).replace("resume: 3", "resume: 30")
+    text = text.replace("weight_decay: 0.01", "weight_decay: -1") + "epoch_per_stage: 2\n"
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and all(line.startswith(f"{path}: ") for line in lines)
+    for key in ("coconut, cot:", "num_epochs:", "weight_decay:", "epoch_per_stage:"):
+        assert any(key in line for line in lines), key
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.dates()
+    | st.binary(max_size=3)
+)
+YAML_VALUES = (
+    SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
+)
+KEYS = st.sampled_from(sorted(load_schema("experiment")["properties"]))
+
+
+@given(st.dictionaries(KEYS, YAML_VALUES, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_nothing_but_a_config_error_escapes(changes):
+    try:
+        assert isinstance(validate_experiment(SMALLEST | changes, "test"), Experiment)
+    except ConfigError as error:
+        assert str(error).startswith("test: ")
+
+
+def test_record_is_frozen():
+    experiment = smallest()
+    with pytest.raises(AttributeError):
+        experiment.lr = 1.0  # type: ignore[misc]
+    assert replace(experiment, lr=1.0).lr == 1.0
+
+
+@pytest.mark.parametrize("readme", ["configs/README.md", "ds_configs/README.md"])
+def test_settings_tables_are_made_from_the_schema(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert "<!-- settings: " in text
+    assert with_tables(text) == text, "run: python -m coconut_ds.schemas.markdown"

@@ -76,10 +76,10 @@ def _receive(url: str, part: Path, name: str) -> str | None:
     """Append what is missing to `part`; returns the sha256 that the server promises, if it does."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "coconut-ds", **({"Range": f"bytes={have}-"} if have else {})}
+    redirects = _Redirects()
+    opener = urllib.request.build_opener(redirects)
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS
-        )
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing is left to send: the part is whole, or wrong, as the digest will tell
             return None
@@ -106,8 +106,19 @@ def _receive(url: str, part: Path, name: str) -> str | None:
             os.fsync(file.fileno())
     if total is not None and part.stat().st_size < total:
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
-    etag = (response.headers.get("X-Linked-ETag") or "").strip('"')
-    return etag if len(etag) == 64 else None
+    return redirects.promised
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and keeps the sha256 that the Hugging Face hub states before it redirects."""
+
+    promised: str | None = None
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        etag = (headers.get("X-Linked-ETag") or "").strip('"')
+        if len(etag) == 64:
+            self.promised = etag
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _is_final(error: Exception) -> bool:

@@ -3,7 +3,7 @@
     Max is a vumpus. -> Each vumpus is a brimpus. -> ... -> Numpuses are not wooden. -> Max is not wooden.
 
 Around the chain of concepts that leads to the answer stand, as in the official output: at every level a
-second, useless superconcept with a property of its own; a second thing that the entity is, with a superconcept;
+second, useless superconcept with a property of its own; a second concept of the entity, with a superconcept;
 and one rule that says the opposite about the queried property, for a concept that nothing belongs to.
 
 Knows: the ontology and its wording.  Does not know: files.
@@ -17,8 +17,8 @@ from typing import Any
 
 NAMES = ("Fae", "Rex", "Sally", "Max", "Alex", "Sam", "Polly", "Stella", "Wren")
 _CONCEPTS = """
-wumpus yumpus zumpus dumpus rompus numpus tumpus vumpus impus jompus gorpus shumpus lempus sterpus grimpus lorpus
-brimpus
+wumpus yumpus zumpus dumpus rompus numpus tumpus vumpus impus jompus gorpus shumpus lempus sterpus grimpus
+lorpus brimpus
 """
 CONCEPTS = tuple(_CONCEPTS.split())
 FAMILIES = tuple(  # a concept's property is drawn from a family that no other concept of the problem has

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from coconut_ds.batching import Batch
 from coconut_ds.ds_config import LatentMemory
+from coconut_ds.model.techniques import Techniques
 from coconut_ds.thoughts import History, Thought
 
 
@@ -30,11 +32,13 @@ class Coconut(nn.Module):
     `forward` gives the training loss of a batch, `generate` answers its prompts.
     """
 
-    def __init__(self, base: PreTrainedModel | PeftModel, thought: Thought, latent_memory: LatentMemory) -> None:
+    def __init__(
+        self, base: PreTrainedModel | PeftModel, thought: Thought, latent_memory: LatentMemory
+    ) -> None:
         super().__init__()
         self.base = base
         self.thought = thought
-        self.latent_memory = latent_memory
+        self.techniques = Techniques(self.causal_lm, latent_memory)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -51,16 +55,16 @@ class Coconut(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the token losses of `batch` over `batch.loss_denominator`: a scalar, fp32."""
-        hidden_BTD = self.hidden_states(batch)
-        hidden_ND = hidden_BTD.flatten(0, 1)[batch.target_positions_N]
-        logits_NV = self.head(hidden_ND).float()
-        return F.cross_entropy(logits_NV, batch.target_ids_N, reduction="sum") / batch.loss_denominator
+        with self.techniques.training_forward() as cache:
+            hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
+            return self.techniques.loss(hidden_BTD, batch, self.head) / batch.loss_denominator
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm of every column, hidden_BTD."""
-        return torch.cat(list(self._passes(batch, DynamicCache(config=self.causal_lm.config))), dim=1)
+        with self.techniques.training_forward() as cache:
+            return torch.cat(list(self._passes(batch, cache)), dim=1)
 
-    def _passes(self, batch: Batch, cache: DynamicCache) -> Iterator[Tensor]:
+    def _passes(self, batch: Batch, cache: Cache) -> Iterator[Tensor]:
         """Yield the hidden states of each pass; `cache` holds the keys and values of all of them."""
         token_embeds_BTD = self.embedding(batch.input_ids_BT)
         columns = batch.shape[1]
@@ -77,23 +81,25 @@ class Coconut(nn.Module):
             thought_BD = self.thought(history)
             slot_BD = torch.where(batch.is_latent_B(column)[:, None], thought_BD, token_embeds_BTD[:, column])
             stop = column + 1 if column < last else columns
-            embeds_BTD, start = torch.cat([slot_BD[:, None], token_embeds_BTD[:, column + 1 : stop]], 1), column
+            embeds_BTD = torch.cat([slot_BD[:, None], token_embeds_BTD[:, column + 1 : stop]], dim=1)
+            start = column
         yield self._advance(embeds_BTD, batch, start, cache)
 
-    def _advance(self, embeds_BTD: Tensor, batch: Batch, start: int, cache: DynamicCache) -> Tensor:
+    def _advance(self, embeds_BTD: Tensor, batch: Batch, start: int, cache: Cache) -> Tensor:
         """One pass of the backbone over the columns from `start` on."""
         stop = start + embeds_BTD.shape[1]
         return self._read(
             embeds_BTD, batch.attention_mask_BT[:, :stop], batch.position_ids_BT[:, start:stop], cache
         )
 
-    def _read(self, embeds_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:
+    def _read(self, embeds_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
         return self.causal_lm.get_decoder()(
             inputs_embeds=embeds_BTD,
             attention_mask=mask_BT,
             position_ids=positions_BT,
             past_key_values=cache,
-            use_cache=True,
+            # The cache is written all the same; the flag would only have the model make one, or warn.
+            use_cache=False,
         ).last_hidden_state
 
     @torch.no_grad()

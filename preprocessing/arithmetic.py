@@ -9,12 +9,17 @@ The same arguments give the same bytes.  No question is in two of the files.  Ne
 Knows: the problem format.  Does not know: training.
 """
 
+import os
+import sys
+
+if not __package__:  # run as a file: import from the project, not from this folder, whose math.py hides Python's
+    _folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
+
 import argparse
 import hashlib
 import json
-import os
 import random
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

@@ -131,7 +131,6 @@ def test_loss_and_gradients(case, latent_memory):
     assert_loss_and_gradients(case, case.model(latent_memory))
 
 
-@pytest.mark.slow
 def test_every_combination_of_the_memory_switches(case):
     for latent_memory in all_latent_memories():
         try:

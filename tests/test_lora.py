@@ -258,6 +258,29 @@ def test_adapters_can_start_from_other_base_weights():
     assert torch.equal(logits(adapted), logits(trained))
 
 
+def test_an_adapter_of_other_base_weights_is_refused(tmp_path):
+    """Shapes cannot tell a CoT checkpoint from the model it was made of; the fingerprint can."""
+    lora.save_adapter(coconut(load_model_path="runs/cot/best", seed=7), tmp_path)
+    assert lora.read_origin(tmp_path).weights == "runs/cot/best"
+    with pytest.raises(CheckpointError, match=r"trained on the weights of runs/cot/best"):
+        lora.load_adapter(coconut(seed=0), tmp_path)
+
+
+def test_a_loaded_adapter_keeps_its_origin(tmp_path):
+    lora.save_adapter(coconut(load_model_path="runs/cot/best"), tmp_path / "first")
+    loaded = coconut(load_model_path=str(tmp_path / "first"))
+    lora.load_adapter(loaded, tmp_path / "first")
+    lora.save_adapter(loaded, tmp_path / "second")
+    assert lora.read_origin(tmp_path / "second").weights == "runs/cot/best"
+
+
+def test_an_unreadable_origin_is_refused(tmp_path):
+    lora.save_adapter(coconut(), tmp_path)
+    (tmp_path / "base.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not describe an adapter's base"):
+        lora.load_adapter(coconut(), tmp_path)
+
+
 def published_folder(tmp_path, weights=(-0.5, 0.1, 0.7)):
     """What the learnable-window LoRA code writes: PEFT without marker rows, and a plain state dict."""
     theirs = get_peft_model(
@@ -277,7 +300,8 @@ def published_folder(tmp_path, weights=(-0.5, 0.1, 0.7)):
 def test_published_folder_loads(tmp_path):
     theirs = published_folder(tmp_path)
     model = coconut(thought="learnable_window")
-    lora.load_published_lora(model, tmp_path)
+    lora.load_adapter(model, tmp_path)
+    assert lora.read_origin(tmp_path) is None
     torch.testing.assert_close(logits(model.base), logits(theirs), rtol=1e-5, atol=1e-5)
     assert model.thought.logits_W.tolist() == pytest.approx([0.7, 0.1, -0.5])  # theirs: oldest first
 
@@ -328,7 +352,7 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path, changes, message):
 
 
 def test_a_damaged_or_absent_adapter_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="adapter_config.json does not exist"):
+    with pytest.raises(CheckpointError, match="base.json does not exist"):
         lora.load_adapter(coconut(), tmp_path)
     lora.save_adapter(coconut(), tmp_path)
     with pytest.raises(CheckpointError, match="set 'tuning: lora'"):

@@ -1,0 +1,42 @@
+"""LoRA through PEFT: adapters, the three marker rows that train with them, saving, loading, merging.
+
+Knows: PEFT, Hugging Face models, thoughts.  Does not know: DeepSpeed, stages, checkpoint folders.
+"""
+
+from coconut_ds.lora.adapters import (
+    Origin,
+    add_adapters,
+    assert_tied,
+    default_target_modules,
+    merge,
+    parameter_groups,
+    trainable_parameters,
+)
+from coconut_ds.lora.files import (
+    THOUGHT_FILE,
+    install_thought,
+    load_adapter,
+    load_published_lora,
+    read_origin,
+    save_adapter,
+    save_thought,
+)
+from coconut_ds.lora.marker_rows import MarkerRows
+
+__all__ = [
+    "THOUGHT_FILE",
+    "MarkerRows",
+    "Origin",
+    "add_adapters",
+    "assert_tied",
+    "default_target_modules",
+    "install_thought",
+    "load_adapter",
+    "load_published_lora",
+    "merge",
+    "parameter_groups",
+    "read_origin",
+    "save_adapter",
+    "save_thought",
+    "trainable_parameters",
+]

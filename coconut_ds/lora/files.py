@@ -1,0 +1,190 @@
+"""Adapters on disk: PEFT's folder with the thought and the origin of the base; the published layout too.
+
+    adapter_config.json adapter_model.safetensors      as PEFT writes and reads them
+    thought.safetensors                                the thought's parameters
+    base.json                                          the frozen weights that the adapter belongs to
+
+Knows: both layouts, and what must agree before anything is changed.
+Does not know: checkpoint folders, DeepSpeed.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coconut_ds.errors import CheckpointError
+from coconut_ds.lora.adapters import Origin, assert_tied
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.thoughts.learnable_window import LearnableWindow
+
+THOUGHT_FILE = "thought.safetensors"
+ORIGIN_FILE = "base.json"
+PUBLISHED_ADAPTER, PUBLISHED_WINDOW = "peft", "latent.pt"
+
+
+def save_adapter(model: Coconut, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter as PEFT does, and beside it the thought and the origin of the base.
+
+    `weights`, named as in `model.state_dict()`, replaces the model's own (gathered or fp32 ones); it needs
+    only what trains.  A plain `PeftModel.from_pretrained(base, folder)` reads the folder, given a base whose
+    embedding has the marker rows.
+    """
+    folder = Path(folder)
+    state = dict(model.state_dict() if weights is None else weights)
+    model.base.save_pretrained(
+        str(folder),
+        state_dict={
+            name.removeprefix("base."): value for name, value in state.items() if name.startswith("base.")
+        },
+        save_embedding_layers=False,  # the marker rows are all that differs, and they are in the adapter
+    )
+    save_thought(
+        {name.removeprefix("thought."): v for name, v in state.items() if name.startswith("thought.")}, folder
+    )
+    (folder / ORIGIN_FILE).write_text(
+        json.dumps(asdict(origin_of(model.base)), indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def save_thought(state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write a thought's state dict into a model's folder."""
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in state.items()},
+        Path(folder) / THOUGHT_FILE,
+    )
+
+
+def load_adapter(model: Coconut, folder: str | Path) -> None:
+    """Read what `save_adapter`, or the published code, wrote into a model of the same shape and base weights.
+
+    Raises CheckpointError, also where the base weights are not those that the adapter was trained on.
+    """
+    folder = Path(folder)
+    if is_published_lora(folder):
+        load_published_lora(model, folder)
+        return
+    origin = read_origin(folder)
+    _install_adapter(model.base, folder, origin=origin)
+    _need(folder / THOUGHT_FILE)
+    install_thought(model, load_file(folder / THOUGHT_FILE), folder / THOUGHT_FILE)
+    model.base.origin = origin  # type: ignore[assignment]
+
+
+def load_published_lora(model: Coconut, folder: str | Path) -> None:
+    """Read a folder of the learnable-window LoRA code: `peft/` and, where the window was saved, `latent.pt`.
+
+    Its marker rows never trained and are not in it: they stay as `base` has them.  Its window weights run
+    from the oldest state to the newest, ours the other way.  Raises CheckpointError.
+    """
+    folder = Path(folder)
+    _install_adapter(model.base, folder / PUBLISHED_ADAPTER, has_marker_rows=False)
+    latent = folder / PUBLISHED_WINDOW
+    if not latent.exists():
+        return
+    try:
+        state = torch.load(latent, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{latent} is not a plain dictionary of tensors and was not unpickled"
+        ) from error
+    if set(state) != {"latent_weights"} or not isinstance(model.thought, LearnableWindow):
+        raise CheckpointError(
+            f"{latent} holds {sorted(state)}; 'latent_weights' fits the thought 'learnable_window', "
+            f"and this model's is {type(model.thought).__name__}"
+        )
+    install_thought(model, {"logits_W": state["latent_weights"].flip(0)}, latent)
+
+
+def is_published_lora(folder: str | Path) -> bool:
+    """Whether the folder has the layout of the published LoRA code."""
+    return (Path(folder) / PUBLISHED_ADAPTER).is_dir()
+
+
+def read_origin(folder: str | Path) -> Origin | None:
+    """The base weights of a saved adapter; None for the published layout, which does not say.
+
+    Raises CheckpointError.
+    """
+    path = Path(folder) / ORIGIN_FILE
+    if is_published_lora(folder):
+        return None
+    _need(path)
+    try:
+        return Origin(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not describe an adapter's base ({error})") from error
+
+
+def origin_of(base: nn.Module) -> Origin:
+    origin = getattr(base, "origin", None)
+    assert isinstance(origin, Origin), "adapters come from add_adapters"
+    return origin
+
+
+def _install_adapter(
+    base: nn.Module, folder: Path, origin: Origin | None = None, has_marker_rows: bool = True
+) -> None:
+    if not isinstance(base, PeftModel):
+        raise CheckpointError(f"{folder} holds a LoRA adapter, and this model has none: set 'tuning: lora'")
+    _need(folder / "adapter_config.json")
+    _compare_settings(base, folder / "adapter_config.json")
+    if origin is not None:
+        _compare_origin(origin_of(base), origin, folder)
+    weights = load_peft_weights(str(folder), device="cpu")
+    own = get_peft_model_state_dict(base, save_embedding_layers=False)
+    kept = {} if has_marker_rows else {n: v for n, v in own.items() if "trainable_tokens_delta" in n}
+    _compare_tensors(weights, {n: v for n, v in own.items() if n not in kept}, folder)
+    set_peft_model_state_dict(base, {**kept, **weights})
+    assert_tied(base)
+
+
+def install_thought(model: Coconut, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Put a saved thought into the model's own.  Raises CheckpointError where names or shapes differ."""
+    _compare_tensors(state, model.thought.state_dict(), source)
+    model.thought.load_state_dict(dict(state))
+
+
+def _need(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: is {path.parent} the folder of a LoRA adapter?")
+
+
+def _compare_settings(base: PeftModel, path: Path) -> None:
+    """The settings that change what the same adapter tensors compute; their shapes cannot tell."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    own = base.peft_config["default"]
+    differing = [
+        f"{key} is {saved[key]} there and {getattr(own, key)} here"
+        for key in ("r", "lora_alpha", "use_rslora", "use_dora")
+        if key in saved and saved[key] != getattr(own, key)
+    ]
+    if differing:
+        raise CheckpointError(f"{path} was made with other LoRA settings: {'; '.join(differing)}")
+
+
+def _compare_origin(own: Origin, saved: Origin, folder: Path) -> None:
+    if own.fingerprint != saved.fingerprint:
+        raise CheckpointError(
+            f"{folder}: the adapter was trained on the weights of {saved.weights or saved.model_id} "
+            f"({saved.fingerprint}), and this model has others ({own.fingerprint})"
+        )
+
+
+def _compare_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
+    faults = [f"missing {name}" for name in sorted(set(expected) - set(given))]
+    faults += [f"unexpected {name}" for name in sorted(set(given) - set(expected))]
+    faults += [
+        f"{name} is {tuple(given[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in expected.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise CheckpointError(f"{source} does not fit this model:\n  " + "\n  ".join(faults[:8]) + more)

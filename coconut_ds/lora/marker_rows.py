@@ -1,0 +1,54 @@
+"""Trainable rows of a frozen embedding, without a copy or a gradient of the whole matrix.
+
+Knows: PEFT's layer for trainable token rows.  Does not know: which tokens, models, files.
+
+Shapes: B rows, T columns, N positions, K marker rows, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
+
+
+class MarkerRows(TrainableTokensLayer):
+    """PEFT's trainable token rows without a copy, or a gradient, of the whole embedding.
+
+    PEFT copies the V x D matrix with the rows put in on every call, and autograd then fills a V x D gradient.
+    Here the frozen layer runs as it is and only the rows' share is exchanged.  The frozen layer's own forward
+    is also where ZeRO-3 gathers its weight.  Saved files and merging stay PEFT's.
+    """
+
+    base_layer: nn.Module
+    marker_ids_K: Tensor
+
+    @classmethod
+    def take_over(cls, layer: TrainableTokensLayer) -> None:
+        """Turn PEFT's layer into this one, in place."""
+        layer.__class__ = cls
+        (ids,) = layer.token_indices.values()
+        layer.register_buffer("marker_ids_K", torch.tensor(ids), persistent=False)
+
+    def forward_adapters(self, x: Tensor, active_adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        plain = self.disable_adapters or self.merged or len(active_adapters) != 1
+        if plain or self._get_embed_scale() is not None:
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        (adapter,) = active_adapters
+        rows_KD = self.trainable_tokens_delta[adapter]
+        if isinstance(self.base_layer, nn.Embedding):
+            return self._look_up(x, rows_KD)
+        return self._score(x, rows_KD - self.trainable_tokens_original[adapter].to(rows_KD))
+
+    def _look_up(self, ids_BT: Tensor, rows_KD: Tensor) -> Tensor:
+        hits_BTK = ids_BT[..., None] == self.marker_ids_K
+        marker_BTD = nn.functional.embedding(hits_BTK.int().argmax(-1), rows_KD)
+        frozen_BTD = self.base_layer(ids_BT)
+        return torch.where(hits_BTK.any(-1, keepdim=True), marker_BTD.to(frozen_BTD.dtype), frozen_BTD)
+
+    def _score(self, hidden_ND: Tensor, change_KD: Tensor) -> Tensor:
+        """Tied head: the logits of the frozen matrix plus what the rows' change adds to their columns."""
+        logits_NV = self.base_layer(hidden_ND)
+        change_NK = nn.functional.linear(hidden_ND, change_KD.to(hidden_ND.dtype))
+        # In place: a linear layer's backward does not need its output.
+        return logits_NV.index_add_(-1, self.marker_ids_K, change_NK.to(logits_NV.dtype))

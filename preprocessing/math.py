@@ -13,9 +13,7 @@ the fields `problem` and `solution`; a file belongs to the part, train or test, 
 import os
 import sys
 
-if (
-    not __package__
-):  # run as a file: import from the project, not from this folder, whose math.py hides Python's
+if not __package__:  # run as a file: the math.py of this folder must not hide Python's
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
 

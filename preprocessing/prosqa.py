@@ -9,9 +9,7 @@ python preprocessing/prosqa.py --statistics FILE...   compares files, as a table
 import os
 import sys
 
-if (
-    not __package__
-):  # run as a file: import from the project, not from this folder, whose math.py hides Python's
+if not __package__:  # run as a file: the math.py of this folder must not hide Python's
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
 

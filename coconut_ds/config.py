@@ -19,7 +19,7 @@ import yaml
 from coconut_ds.contradictions import contradictions
 from coconut_ds.errors import ConfigError
 from coconut_ds.methods import LATENT_VARIANTS, METHOD_BOOLEANS, Method, method_of
-from coconut_ds.schemas import defaults, did_you_mean, load_schema, violations
+from coconut_ds.schemas import defaults, did_you_mean, kinds, load_schema, violations
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
 
 
@@ -115,7 +115,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         elif key not in known:
             problems.append(f"--set {override}: '{key}' is not a setting{did_you_mean(key, known)}")
         else:
-            changes[key] = parse_yaml_value(text, f"--set {override}")
+            value = parse_yaml_value(text, f"--set {override}")
+            is_text = "string" in kinds(known[key]) and not isinstance(value, str | None)
+            changes[key] = text.strip() if is_text else value
     if problems:
         raise ConfigError("\n".join(problems))
     return changes
@@ -153,14 +155,12 @@ def _as_meant(value: Any, rule: Mapping[str, Any]) -> Any:
         return value
     if value in ("None", "none", "null") and value not in rule.get("enum", ()):
         return None
-    kinds = rule.get("type", ())
-    kinds = (kinds,) if isinstance(kinds, str) else kinds
-    if "string" not in kinds and {"number", "integer"}.intersection(kinds):
+    if "string" not in kinds(rule) and {"number", "integer"}.intersection(kinds(rule)):
         try:
             number = float(value)
         except ValueError:
             return value
-        return int(number) if "integer" in kinds and number.is_integer() else number
+        return int(number) if "integer" in kinds(rule) and number.is_integer() else number
     return value
 
 

@@ -19,10 +19,6 @@ from coconut_ds.config import (
 from coconut_ds.errors import ConfigError
 from coconut_ds.methods import LATENT_VARIANTS, METHOD_BOOLEANS, thought_names
 from coconut_ds.schemas import defaults, load_schema
-from coconut_ds.schemas.markdown import with_tables
-from coconut_ds.schemas.parsing import MAX_BYTES
-
-ROOT = Path(__file__).parent.parent
 
 # The released gsm_coconut.yaml, key for key, with the three keys that its forks added.
 PUBLISHED = """\
@@ -73,9 +69,9 @@ SMALLEST = {
 }
 
 
-def write(tmp_path: Path, text: str | bytes) -> Path:
+def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "experiment.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -219,6 +215,17 @@ def test_set_replaces_what_the_file_says_in_other_words(tmp_path):
     assert load_experiment(path, ["latent_variant=basic", "cot=true"]).method is Method.COT
 
 
+def test_set_needs_no_quotes_for_text():
+    overrides = ["name=2024-11-05", "load_model_path=7", "reset_optimizer=false", "test_path=None", "seed=7"]
+    assert parse_overrides(overrides) == {
+        "name": "2024-11-05",
+        "load_model_path": "7",
+        "reset_optimizer": False,
+        "test_path": "None",
+        "seed": 7,
+    }
+
+
 @pytest.mark.parametrize(
     "override, part",
     [
@@ -300,7 +307,7 @@ BAD_VALUES = [
     ({"name": "a\\b"}, "is not a folder name inside save_path"),
     ({"name": "a\nb"}, "is not a folder name inside save_path"),
     ({"name": ""}, "name: must be text that is not empty"),
-    ({"name": 5}, "name: must be text, got 5"),
+    ({"name": 5}, "name: must be text, got 5; put it in quotes"),
     ({"reset_optimizer": "sometimes"}, "reset_optimizer: must be one of true, false, never, stage_switch"),
     ({"icot_tokens_per_epoch": 8}, "icot_tokens_per_epoch: is given, but the method is coconut"),
     ({"lr_schedule": "cosin"}, "did you mean 'cosine'?"),
@@ -318,41 +325,6 @@ def test_bad_values(changes, part):
     message = str(caught.value)
     assert part in message and message.startswith("configs/x.yaml: ")
     assert message.count("\n") == 0 and len(message) < 400, "one problem, one line"
-
-
-BAD_TEXTS = [
-    ("lr: 1\nlr: 2\n", "'lr' stands twice (first in line 1); remove one in line 2"),
-    ("a: &x [1]\nb: *x\n", "aliases (*name) are not allowed"),
-    ("a: {x: 1, x: 2}\n", "'x' stands twice"),
-    ("- a\n- b\n", "holds a list"),
-    ("", "is empty"),
-    ("just words\n", "holds a str"),
-    ("a: [1\n", "not valid YAML"),
-    ("a: b: c\n", "not valid YAML"),
-    ("\tname: x\n", "not valid YAML"),
-    ("5: x\n", "keys must be words, got 5"),
-    ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML: could not determine a constructor"),
-    ('lr: !!float "abc"\n', "not valid YAML"),
-    ("a: " + "[" * 5000 + "\n", "nested too deeply"),
-    (b"name: \xff\xfe\n", "is not UTF-8 text (byte 6)"),
-    (b"name: a\x00b\n", "not valid YAML"),
-    ("#" * (MAX_BYTES + 1), "is larger than 1 MiB"),
-]
-
-
-@pytest.mark.parametrize("text, part", BAD_TEXTS, ids=[part[:40] for _, part in BAD_TEXTS])
-def test_bad_files(tmp_path, text, part):
-    path = write(tmp_path, text)
-    with pytest.raises(ConfigError) as caught:
-        load_experiment(path)
-    assert part in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_paths_that_are_no_files(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
-        load_experiment(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="is a folder"):
-        load_experiment(tmp_path)
 
 
 def test_all_problems_of_a_file_in_one_message(tmp_path):
@@ -396,10 +368,3 @@ def test_record_is_frozen():
     with pytest.raises(AttributeError):
         experiment.lr = 1.0  # type: ignore[misc]
     assert replace(experiment, lr=1.0).lr == 1.0
-
-
-@pytest.mark.parametrize("readme", ["configs/README.md", "ds_configs/README.md"])
-def test_settings_tables_are_made_from_the_schema(readme):
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    assert "<!-- settings: " in text
-    assert with_tables(text) == text, "run: python -m coconut_ds.schemas.markdown"

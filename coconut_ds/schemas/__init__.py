@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -41,19 +42,23 @@ def defaults(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {key: rule["default"] for key, rule in schema["properties"].items() if "default" in rule}
 
 
+def kinds(rule: Mapping[str, Any]) -> list[str]:
+    """JSON types that a rule allows; empty where it does not say."""
+    stated = rule.get("type", [])
+    return [stated] if isinstance(stated, str) else list(stated)
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """'; did you mean X?' for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(str(word).lower(), list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    spellings = {str(one).lower(): one for one in known}
+    near = difflib.get_close_matches(str(word).lower(), spellings, n=1, cutoff=0.6)
+    return f"; did you mean '{spellings[near[0]]}'?" if near else ""
 
 
 def shown(value: object) -> str:
     """The offending value as text that cannot flood the terminal."""
-    text = (
-        repr(value)
-        if not isinstance(value, bool | None)
-        else {True: "true", False: "false", None: "None"}[value]
-    )
+    text = repr(value)
+    text = {"True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -62,10 +67,8 @@ def expectation(rule: Mapping[str, Any]) -> str:
     if "expects" in rule:
         return rule["expects"]
     if "enum" in rule:
-        return "one of " + ", ".join(
-            "None" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in rule["enum"]
-        )
-    types = [rule["type"]] if isinstance(rule.get("type"), str) else list(rule.get("type", []))
+        names = [shown(value).strip("'") for value in rule["enum"]]
+        return ("one of " if len(names) > 1 else "") + ", ".join(names)
     bounds = [
         f"{words} {rule[keyword]}"
         for keyword, words in (
@@ -76,12 +79,12 @@ def expectation(rule: Mapping[str, Any]) -> str:
         )
         if keyword in rule
     ]
-    words = " or ".join(TYPE_WORDS[name] for name in types if name != "null")
+    words = " or ".join(TYPE_WORDS[name] for name in kinds(rule) if name != "null")
     if "items" in rule:
         words += f" with each item {expectation(rule['items'])}"
     if bounds:
         words += " of " + " and ".join(bounds)
-    return words + (" or None" if "null" in types else "")
+    return words + (" or None" if "null" in kinds(rule) else "")
 
 
 def violations(values: object, schema: Mapping[str, Any], noun: str) -> list[str]:
@@ -123,6 +126,8 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
         yield here, f"{here}: {text}"
     else:
         hint = did_you_mean(value, map(str, rule["enum"])) if "enum" in rule else ""
+        if "string" in kinds(rule) and isinstance(value, int | float | date):
+            hint = "; put it in quotes"
         wanted = "text that is not empty" if error.validator == "minLength" else expectation(rule)
         yield here, f"{here}: must be {wanted}, got {shown(value)}{hint}"
 

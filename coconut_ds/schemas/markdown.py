@@ -24,6 +24,8 @@ def settings_table(name: str) -> str:
     schema: Mapping[str, Any] = load_schema(schema_name)
     for key in path:
         schema = schema["properties"][key]
+        if "$ref" in schema:
+            schema = load_schema(schema_name)["$defs"][schema["$ref"].rsplit("/", 1)[1]]
     lines: list[str] = []
     group = ""
     for key, rule in schema["properties"].items():
@@ -35,7 +37,9 @@ def settings_table(name: str) -> str:
                 "| key | value | default | meaning |",
                 "|---|---|---|---|",
             ]
-        lines.append(f"| `{key}` | {_values(rule)} | {_default(key, rule, schema)} | {rule['description']} |")
+        lines.append(
+            f"| `{key}` | {_values(rule)} | {_default(key, rule, schema)} | {rule.get('description', '')} |"
+        )
     return "\n".join(lines).strip("\n") + "\n"
 
 

@@ -16,7 +16,14 @@ from coconut_ds.curriculum import METHODS_WITH_LATENTS
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluate import TestSet
-from coconut_ds.lora import add_adapters, install_thought, load_adapter, save_adapter, save_thought
+from coconut_ds.lora import (
+    add_adapters,
+    install_thought,
+    load_adapter,
+    read_origin,
+    save_adapter,
+    save_thought,
+)
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import install_weights, load_base
 from coconut_ds.problems import card_for, read_problems
@@ -70,10 +77,13 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     torch.manual_seed(experiment.seed)
     source = experiment.load_model_path
     adapter = find_adapter(source) if source else None
-    weights = load_foreign_weights(source, experiment.allow_pickle) if source and adapter is None else None
+    # An adapter names the checkpoint that its base came from, if it was not plain `model_id`.
+    origin = read_origin(adapter) if adapter else None
+    start = origin.weights if origin else None if adapter else source
+    weights = load_foreign_weights(start, experiment.allow_pickle) if start else None
     base = load_base(experiment.model_id, vocabulary)
     if weights is not None:
-        install_weights(base, weights, str(source))
+        install_weights(base, weights, str(start))
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
     if experiment.method not in METHODS_WITH_LATENTS:
         thought.requires_grad_(False)

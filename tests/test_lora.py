@@ -274,6 +274,17 @@ def test_a_loaded_adapter_keeps_its_origin(tmp_path):
     assert lora.read_origin(tmp_path / "second").weights == "runs/cot/best"
 
 
+def test_a_window_can_start_from_a_run_that_had_none(tmp_path):
+    plain = coconut()
+    train(plain)
+    lora.save_adapter(plain, tmp_path)
+    windowed = coconut(thought="learnable_window")
+    before = windowed.thought.logits_W.tolist()
+    lora.load_adapter(windowed, tmp_path)
+    assert windowed.thought.logits_W.tolist() == before
+    assert torch.equal(logits(windowed.base), logits(plain.base))
+
+
 def test_an_unreadable_origin_is_refused(tmp_path):
     lora.save_adapter(coconut(), tmp_path)
     (tmp_path / "base.json").write_text("{}")
@@ -357,7 +368,8 @@ def test_a_damaged_or_absent_adapter_is_refused(tmp_path):
     lora.save_adapter(coconut(), tmp_path)
     with pytest.raises(CheckpointError, match="set 'tuning: lora'"):
         lora.load_adapter(Coconut(new_base(), coconut().thought, LatentMemory()), tmp_path)
-    with pytest.raises(CheckpointError, match="missing logits_W"):
+    lora.save_thought({"logits_W": torch.zeros(4)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"logits_W is \(4,\) there and \(3,\) here"):
         lora.load_adapter(coconut(thought="learnable_window"), tmp_path)
     (tmp_path / lora.THOUGHT_FILE).unlink()
     with pytest.raises(CheckpointError, match="thought.safetensors does not exist"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from coconut_ds.errors import CheckpointError
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
 THOUGHT_FILE = "thought.safetensors"
 # The published Coconut wraps the model in this attribute, and keeps its input embedding under a second name.
 WRAPPER, SECOND_NAME = "base_causallm.", "embedding.weight"
@@ -49,9 +50,10 @@ def load_thought_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_adapter(path: str | Path) -> Path | None:
-    """The folder of LoRA adapters at `path`, if that is what is there."""
+    """The folder of LoRA adapters at `path`, if that is what is there: ours, or the published layout."""
     folder = _model_folder(Path(path))
-    return folder if (folder / ADAPTER_FILE).is_file() else None
+    found = any((folder / name).is_file() for name in (ADAPTER_FILE, PUBLISHED_ADAPTER_FILE))
+    return folder if found else None
 
 
 def _model_folder(path: Path) -> Path:

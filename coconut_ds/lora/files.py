@@ -64,6 +64,7 @@ def save_thought(state: Mapping[str, Tensor], folder: str | Path) -> None:
 def load_adapter(model: Coconut, folder: str | Path) -> None:
     """Read what `save_adapter`, or the published code, wrote into a model of the same shape and base weights.
 
+    A thought without parameters (CoT, plain Coconut) leaves the model's own as it starts.
     Raises CheckpointError, also where the base weights are not those that the adapter was trained on.
     """
     folder = Path(folder)
@@ -73,7 +74,8 @@ def load_adapter(model: Coconut, folder: str | Path) -> None:
     origin = read_origin(folder)
     _install_adapter(model.base, folder, origin=origin)
     _need(folder / THOUGHT_FILE)
-    install_thought(model, load_file(folder / THOUGHT_FILE), folder / THOUGHT_FILE)
+    if learned := load_file(folder / THOUGHT_FILE):
+        install_thought(model, learned, folder / THOUGHT_FILE)
     model.base.origin = origin  # type: ignore[assignment]
 
 

@@ -35,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if not (is_main and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return int(args.run(args) or 0)
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 

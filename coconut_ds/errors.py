@@ -10,6 +10,7 @@ class UserError(ValueError):
     """Something the user can mend; the text says what, where, and what to do."""
 
     exit_code: ClassVar[int] = 2
+    on_every_rank: bool = True  # raised on all ranks alike, so the main rank's message is enough
 
 
 class ConfigError(UserError):
@@ -22,3 +23,22 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is absent, damaged or made for something else."""
+
+
+class StopRequested(UserError):
+    """Somebody asked the run to stop; its state is saved, the same command goes on.  75: EX_TEMPFAIL."""
+
+    exit_code = 75
+
+
+class Diverged(UserError):
+    """The numbers went bad: a loss that is not finite, or a step that is skipped again and again."""
+
+    exit_code = 76
+
+
+class RankLost(UserError):
+    """This rank cannot reach another one, or it stopped moving.  Every rank says it for itself."""
+
+    exit_code = 77
+    on_every_rank = False

@@ -111,6 +111,7 @@ class Run:
         Raises ConfigError when the folder cannot be written, or another run is writing to it.
         """
         self.experiment = experiment
+        self.ds_config = ds_config
         self.folder = run_folder(experiment)
         self.writes = is_main and not experiment.debug
         self._wandb: Any = None

@@ -7,21 +7,26 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 from coconut_ds.batching import Batch, Layout, training_steps
 from coconut_ds.build import Material, build_module, load_material, write_model
-from coconut_ds.checkpoint import Checkpoints, TrainState
+from coconut_ds.checkpoint import Checkpoints, TrainState, settings_to_compare
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import final_stage, is_stage_switch, stage_at, stage_number
+from coconut_ds.divergence import LossGuard
 from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed
+from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
 from coconut_ds.lora import parameter_groups
 from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.runs import Run
+from coconut_ds.signals import Request, Requests, Signals
+from coconut_ds.watchdog import Watchdog, lost_ranks_explained
 
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
 
@@ -32,6 +37,8 @@ class Options:
 
     checkpoint: str | None = None  # resume from this checkpoint instead of the newest
     allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
+    max_minutes: float | None = None  # save and stop after so long
+    stuck_seconds: float = 300.0  # end when nothing moves for so long; 0: never
 
 
 def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
@@ -39,13 +46,15 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
 
     Raises UserError for everything the user can mend, before a model is loaded where possible.
     """
-    material = load_material(experiment)
-    ranks = start_distributed(ds_config.precision)
-    settings = ds_config.resolve(experiment, ranks.world_size)
-    engine = start_engine(experiment, ds_config, material, ranks)
-    with Run(experiment, settings, is_main=ranks.is_main, devices=engine.gather(describe(ranks))) as run:
-        result = Trainer(experiment, material, engine, run, options).run_all()
-    engine.close()
+    with Signals() as signals, lost_ranks_explained():
+        material = load_material(experiment)
+        ranks = start_distributed(ds_config.precision)
+        engine = start_engine(experiment, ds_config, material, ranks)
+        with open_run(experiment, ds_config, engine) as run:
+            trainer = Trainer(experiment, material, engine, run, signals, options)
+            with trainer.watchdog:
+                result = trainer.run_all()
+        engine.close()
     return result
 
 
@@ -54,14 +63,31 @@ def evaluate_only(experiment: Experiment, ds_config: DeepSpeedConfig) -> Evaluat
 
     Raises UserError for everything the user can mend.
     """
-    material = load_material(experiment)
-    ranks = start_distributed(ds_config.precision)
-    settings = ds_config.resolve(experiment, ranks.world_size)
-    engine = start_engine(experiment, ds_config, material, ranks)
-    with Run(experiment, settings, is_main=ranks.is_main, devices=engine.gather(describe(ranks))) as run:
-        result = Trainer(experiment, material, engine, run, Options()).validate(experiment.resume)
-    engine.close()
+    with Signals() as signals, lost_ranks_explained():
+        material = load_material(experiment)
+        ranks = start_distributed(ds_config.precision)
+        engine = start_engine(experiment, ds_config, material, ranks)
+        with open_run(experiment, ds_config, engine) as run:
+            trainer = Trainer(experiment, material, engine, run, signals, Options())
+            with trainer.watchdog:
+                result = trainer.validate(experiment.resume)
+        engine.close()
     return result
+
+
+def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, engine: Engine) -> Run:
+    """The run folder; the main rank's ConfigError is raised on all ranks. Collective."""
+    devices = engine.gather(describe(engine.ranks))
+    settings = ds_config.resolve(experiment, engine.world_size)
+    run, problem = None, None
+    try:
+        run = Run(experiment, settings, is_main=engine.is_main, devices=devices)
+    except ConfigError as error:
+        problem = str(error)
+    problem = engine.broadcast_object(problem)
+    if run is None or problem is not None:
+        raise ConfigError(problem)
+    return run
 
 
 def start_engine(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Engine:
@@ -93,7 +119,13 @@ class Trainer:
     """One run in progress."""
 
     def __init__(
-        self, experiment: Experiment, material: Material, engine: Engine, run: Run, options: Options
+        self,
+        experiment: Experiment,
+        material: Material,
+        engine: Engine,
+        run: Run,
+        signals: Signals,
+        options: Options,
     ) -> None:
         self.experiment = experiment
         self.material = material
@@ -105,12 +137,24 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run.folder,
             engine,
-            {"experiment": asdict(experiment)},
+            settings_to_compare(experiment, run.ds_config) if engine.is_main else {},
             keep=experiment.keep_checkpoints,
             only_improving=experiment.save_only_improve,
             say=self.say,
         )
         self.state = TrainState(epoch=experiment.resume)
+        self.saved_at: tuple[int, int] | None = None  # (epoch, step) of the newest checkpoint
+        self.requests = Requests(
+            signals,
+            engine,
+            run.folder,
+            save_minutes=experiment.save_minutes,
+            save_steps=experiment.save_steps,
+            max_minutes=options.max_minutes,
+        )
+        seconds = 0 if experiment.debug else options.stuck_seconds
+        self.watchdog = Watchdog(run.folder, engine.rank, engine.world_size, seconds)
+        self.guard = LossGuard(run.folder, engine.rank)
 
     def run_all(self) -> Evaluation | None:
         """Every epoch that is left, then the test set."""
@@ -133,6 +177,7 @@ class Trainer:
         state = self.checkpoints.load(self.options.checkpoint, allow=self.options.allow)
         if state is not None:
             self.state = state
+            self.saved_at = (state.epoch, state.step_in_epoch)
         self.run.rewind(self.state.positions)
         wandb_id = self.run.start_wandb(self.state.wandb_id)
         self.state = replace(self.state, wandb_id=wandb_id)
@@ -159,17 +204,26 @@ class Trainer:
                 numbers = self.step(micro_batches)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{numbers['tokens_per_s']:.0f}")
                 bar.update()
-                self.run.log("train", step=self.state.global_step, epoch=epoch, stage=stage_number(epoch, self.experiment), **numbers)
-        self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
+                number = stage_number(epoch, self.experiment)
+                self.run.log("train", step=self.state.global_step, epoch=epoch, stage=number, **numbers)
+                match self.requests.poll(self.state.global_step):
+                    case Request.SAVE:
+                        self.write_checkpoint()
+                    case Request.STOP:
+                        self.stop()
+        if self.state.step_in_epoch > first:
+            self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
 
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; gives what is worth a log line."""
         started = time.perf_counter()
-        losses = [
-            self.engine.backward(self.engine.loss(batch.to(self.engine.device))) for batch in micro_batches
-        ]
+        self.watchdog.beat(f"step {self.state.global_step + 1}")
+        losses = torch.stack(
+            [self.engine.backward(self.engine.loss(batch.to(self.engine.device))) for batch in micro_batches]
+        )
         applied = self.engine.step()
-        (loss,) = self.engine.sum_over_ranks([float(torch.stack(losses).sum())])
+        (loss,) = self.engine.sum_over_ranks([float(losses.sum())])
+        self.guard.check(self.state.global_step + 1, loss, applied, micro_batches, losses.tolist())
         tokens = micro_batches[0].loss_denominator
         samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
         (samples,) = self.engine.sum_over_ranks([samples])
@@ -196,7 +250,7 @@ class Trainer:
     def evaluate(self, test_set: TestSet, stage, name: str, epoch: int) -> Evaluation:
         """Measure, log, and say it in a line."""
         result = evaluate(
-            self.engine, test_set, stage, self.experiment, self.material.vocabulary, self.progress
+            self.engine, test_set, stage, self.experiment, self.material.vocabulary, self.progress, self.keep_going
         )
         weights = self.engine.module.thought.window_weights()
         extra = {} if weights is None else {"window_weights": weights}
@@ -225,11 +279,29 @@ class Trainer:
         )
         self.write_checkpoint(improved)
 
-    def write_checkpoint(self, improved: bool) -> None:
-        if self.experiment.debug:
+    def write_checkpoint(self, improved: bool = False) -> None:
+        position = (self.state.epoch, self.state.step_in_epoch)
+        if self.experiment.debug or position == self.saved_at:
             return
+        self.watchdog.beat("saving a checkpoint", patience=10)
         state = replace(self.state, positions=self.run.positions())
         self.checkpoints.save(state, self.write_model, improved=improved)
+        self.saved_at = position
+        self.requests.saved()
+
+    def keep_going(self) -> None:
+        """Called between the batches of an evaluation."""
+        self.watchdog.beat("evaluation")
+        if self.requests.poll() is Request.STOP:
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Save, and end on all ranks alike."""
+        if self.experiment.only_eval:
+            raise StopRequested(f"{self.requests.reason()}; the evaluation stopped without a result")
+        self.write_checkpoint()
+        what = "nothing is saved with debug" if self.experiment.debug else "the same command goes on from here"
+        raise StopRequested(f"{self.requests.reason()}; stopped at step {self.state.global_step}; {what}")
 
     def write_model(self, folder: Path) -> None:
         with self.engine.full_weights() as module:

@@ -131,7 +131,7 @@ def test_replace_text_leaves_no_temporary_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_wandb_is_offline_without_an_account_and_goes_on_under_its_id(experiment, monkeypatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    ids = []
+    ids: list[str | None] = []
     for _ in range(2):
         with Run(experiment, {}) as run:
             ids.append(run.start_wandb(ids[0] if ids else None))

@@ -13,7 +13,7 @@ Knows: files, manifests, what may change between two runs.
 Does not know: DeepSpeed, models, the training loop.
 """
 
-from coconut_ds.checkpoint.changes import Change, Severity, classify_changes
+from coconut_ds.checkpoint.changes import Change, Severity, classify_changes, settings_to_compare
 from coconut_ds.checkpoint.folders import CheckpointFolders, checkpoint_name
 from coconut_ds.checkpoint.foreign import find_adapter, load_foreign_weights, load_thought_weights
 from coconut_ds.checkpoint.manifest import Manifest, TrainState
@@ -32,4 +32,5 @@ __all__ = [
     "find_adapter",
     "load_foreign_weights",
     "load_thought_weights",
+    "settings_to_compare",
 ]

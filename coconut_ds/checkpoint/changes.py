@@ -3,16 +3,19 @@
     settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "libraries": {...},
                 "code": "git commit"}
 
-Knows: which setting means what for a resume.  Does not know: files, ranks.
+Knows: which setting means what for a resume.  Does not know: checkpoint folders, ranks.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
-from coconut_ds.checkpoint.manifest import Manifest
+from coconut_ds.checkpoint.manifest import Manifest, hash_file
+from coconut_ds.config import Experiment
 from coconut_ds.errors import CheckpointError
+from coconut_ds.runs import code_version, library_versions
 
 
 class Severity(IntEnum):
@@ -78,6 +81,18 @@ DS_RULES = {
     "torch_autocast": (Severity.NEEDS_ALLOW, LEARNS),
     "data_types": (Severity.NEEDS_ALLOW, LEARNS),
 }
+
+
+def settings_to_compare(experiment: Experiment, ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint remembers of a run; reads the data files once, for their sha256."""
+    paths = {"train": experiment.train_path, "val": experiment.val_path}
+    return {
+        "experiment": asdict(experiment),
+        "ds_config": dict(ds_config),
+        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path},
+        "libraries": library_versions(),
+        "code": code_version(),
+    }
 
 
 def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:

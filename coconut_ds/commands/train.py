@@ -15,13 +15,23 @@ from coconut_ds.train import Options, evaluate_only, train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
     add_ds_config_argument(parser)
-    parser.add_argument("--checkpoint", metavar="NAME", help="go on from this checkpoint instead of the newest")
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="go on from this checkpoint instead of the newest"
+    )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="KEY",
         help="a setting that may differ from the checkpoint's; may be given several times",
+    )
+    parser.add_argument("--max-minutes", type=float, metavar="N", help="save and stop after N minutes")
+    parser.add_argument(
+        "--stuck-seconds",
+        type=float,
+        default=300.0,
+        metavar="N",
+        help="end with stack traces when no rank moved for N seconds; 0: wait for ever (default: 300)",
     )
 
 
@@ -30,5 +40,6 @@ def run(args: argparse.Namespace) -> int:
     if experiment.only_eval:
         evaluate_only(experiment, ds_config)
     else:
-        train(experiment, ds_config, Options(checkpoint=args.checkpoint, allow=tuple(args.allow)))
+        options = Options(args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds)
+        train(experiment, ds_config, options)
     return 0

@@ -1,0 +1,182 @@
+"""Requests to save or to stop, from signals, files and clocks; every rank hears of each at the same step.
+
+    SIGTERM SIGINT SIGUSR1, `touch RUN/STOP`, --max-minutes     save and stop, exit code 75
+    the deepspeed launcher ended (it leaves its ranks alive)    save and stop, exit code 75
+    `touch RUN/SAVE`, save_minutes, save_steps                  save and go on
+    a second SIGTERM or SIGINT                                  exit at once, nothing saved
+
+Knows: this process's signals, and how to agree over ranks.  Does not know: what saving is.
+A launcher signals its ranks one after another: a rank that acted alone would leave the others waiting.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Protocol, Self
+
+import psutil
+
+# Names the folder where launch/train.sh finds the process ids of the ranks.
+PID_FOLDER = "COCONUT_PID_FOLDER"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Slurm sends SIGUSR1 and later SIGTERM for the same reason; a launcher repeats SIGTERM within moments.
+IMPATIENT = (signal.SIGTERM, signal.SIGINT)
+REPEATED_WITHIN_SECONDS = 2.0
+
+
+class Signals:
+    """From entering to leaving this context, a stop signal is remembered instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._first = 0.0
+
+    def __enter__(self) -> Self:
+        if folder := os.environ.get(PID_FOLDER):
+            Path(folder, str(os.getpid())).touch()
+        # A thread listens, because the main one may sit in a collective and run no handler for minutes.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, _remember) for number in STOP_SIGNALS}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_descriptor)
+        os.close(self._writer)
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reader, 16):
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._note(signal.Signals(number))
+        os.close(self._reader)
+
+    def _note(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if number in IMPATIENT:
+            if self._first and now - self._first > REPEATED_WITHIN_SECONDS:
+                os.write(2, f"second {number.name}: pid {os.getpid()} ends at once, nothing saved\n".encode())
+                os._exit(128 + number)
+            self._first = self._first or now
+        self.received = self.received or number
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    """The wakeup descriptor has told the thread."""
+
+
+class Launcher:
+    """The `deepspeed` processes above this rank, if there are any.
+
+    A signal can end either of them and leave the ranks alive (deepspeed/launcher/runner.py, launch.py).
+    """
+
+    def __init__(self) -> None:
+        self._parents: list[
+            tuple[psutil.Process, int]
+        ] = []  # a process below the launcher, and its parent's pid
+        child = psutil.Process()
+        for parent in child.parents()[:2]:
+            if "deepspeed" not in " ".join(parent.cmdline()[:4]):
+                break
+            self._parents.append((child, parent.pid))
+            child = parent
+
+    def is_gone(self) -> bool:
+        try:
+            return any(child.ppid() != parent for child, parent in self._parents)
+        except psutil.NoSuchProcess:
+            return True
+
+
+class Request(IntEnum):
+    """What is asked for; the greatest over all ranks is done."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Ranks(Protocol):
+    @property
+    def is_main(self) -> bool: ...
+    def max_over_ranks(self, values: Sequence[float], /) -> list[float]: ...
+
+
+class Requests:
+    """What all ranks together are asked to do; `poll` is collective: all ranks call it at the same places."""
+
+    def __init__(
+        self,
+        signals: Signals,
+        ranks: Ranks,
+        folder: Path,
+        *,
+        save_minutes: float | None = None,
+        save_steps: int | None = None,
+        max_minutes: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`folder`: where STOP and SAVE files count.  Those left over from an earlier run are removed."""
+        self._signals, self._ranks, self._clock = signals, ranks, clock
+        self._files = {Request.STOP: folder / "STOP", Request.SAVE: folder / "SAVE"}
+        self._save_minutes, self._save_steps, self._max_minutes = save_minutes, save_steps, max_minutes
+        self._started = self._saved = clock()
+        self._reason = ""
+        self._launcher = Launcher()
+        if ranks.is_main:
+            for file in self._files.values():
+                file.unlink(missing_ok=True)
+
+    def poll(self, step: int | None = None) -> Request:
+        """The strongest request of any rank; `step` is given when a step has just ended."""
+        (level,) = self._ranks.max_over_ranks([float(self._of_this_rank(step))])
+        return Request(int(level))
+
+    def saved(self) -> None:
+        """A checkpoint was written: `save_minutes` counts from here."""
+        self._saved = self._clock()
+        if self._ranks.is_main:
+            self._files[Request.SAVE].unlink(missing_ok=True)
+
+    def reason(self) -> str:
+        """Why the run is to stop, as one of the ranks knows it."""
+        if self._ranks.is_main:
+            self._files[Request.STOP].unlink(missing_ok=True)
+        return self._reason or "another rank was asked to stop"
+
+    def _of_this_rank(self, step: int | None) -> Request:
+        if self._signals.received is not None:
+            self._reason = f"received {self._signals.received.name}"
+            return Request.STOP
+        if self._launcher.is_gone():
+            self._reason = "the deepspeed launcher was ended"
+            return Request.STOP
+        if not self._ranks.is_main:  # clocks and files are asked once
+            return Request.NOTHING
+        now = self._clock()
+        if self._max_minutes is not None and now - self._started >= 60 * self._max_minutes:
+            self._reason = f"--max-minutes {self._max_minutes:g} have passed"
+            return Request.STOP
+        if self._files[Request.STOP].exists():
+            self._reason = f"found {self._files[Request.STOP]}"
+            return Request.STOP
+        if step is not None and self._is_time_to_save(step, now):
+            return Request.SAVE
+        return Request.NOTHING
+
+    def _is_time_to_save(self, step: int, now: float) -> bool:
+        by_steps = self._save_steps is not None and step % self._save_steps == 0
+        by_clock = self._save_minutes is not None and now - self._saved >= 60 * self._save_minutes
+        return by_steps or by_clock or self._files[Request.SAVE].exists()

@@ -1,0 +1,164 @@
+"""End a run that does not move any more, and say which rank it waits for.
+
+    rank 1 stopped at beat 812 (step 40, 300 s ago); rank 0 waits at beat 813
+    stack traces of all threads -> stderr and RUN/stuck/rank_0.txt; exit code 77
+
+Knows: the heartbeats of all ranks, as files in the run folder.  Does not know: what the work is.
+NCCL and gloo wait ten minutes or more, and then name neither the rank nor the place.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from coconut_ds.errors import RankLost
+
+HEARTBEATS, STACKS = ".heartbeats", "stuck"
+# Ranks that find it at the same time all write their stacks before the first one ends them all.
+LAST_WORDS_SECONDS = 2.0
+# What gloo and NCCL say when the other end of a connection is gone.
+LOST = (
+    "onnection closed",
+    "onnection reset",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "remote process exited",
+)
+
+
+@contextmanager
+def lost_ranks_explained() -> Iterator[None]:
+    """Turn the collectives' error after another rank died, or the link was cut, into RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(words in text for words in LOST):
+            raise
+        raise RankLost(
+            f"rank {os.environ.get('RANK', '0')} lost contact with another rank, which died or cannot be "
+            "reached; look for its message. Start again to go on from the newest checkpoint. "
+            f"({text.splitlines()[0]})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Beat:
+    count: int = 0
+    doing: str = "starting"
+    time: float = 0.0  # seconds since the epoch, comparable between hosts as far as their clocks agree
+
+
+class Watchdog:
+    """A thread that expects `beat` at least every `limit` seconds; use it as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        limit: float,
+        *,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        """`limit` in seconds, 0 for no watch.  `folder`: where the heartbeats and stacks of all ranks lie."""
+        self.folder, self.rank, self.world_size, self.limit = folder, rank, world_size, limit
+        self._end = end
+        self._beat = Beat(time=time.time())
+        self._patience = 1.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.limit > 0:
+            (self.folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+            self._publish(self._beat)  # not the one of an earlier run
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self.limit > 0:
+            self._thread.join()
+            self._heartbeat(self.rank).unlink(missing_ok=True)
+            with suppress(OSError):  # another rank is still there
+                (self.folder / HEARTBEATS).rmdir()
+
+    def beat(self, doing: str, patience: float = 1.0) -> None:
+        """This rank moves, and does `doing` next, which may take `patience` times the limit.
+
+        All ranks beat at the same places, so the one with the fewest beats is the one they wait for.
+        """
+        self._patience = patience
+        self._beat = Beat(self._beat.count + 1, doing, time.time())
+
+    def _watch(self) -> None:
+        period = min(1.0, self.limit / 10)
+        while not self._stop.wait(period):
+            beat = self._beat
+            self._publish(beat)
+            if time.time() - beat.time > self.limit * self._patience:
+                self._report(beat)
+                self._end(RankLost.exit_code)
+                return
+
+    def _heartbeat(self, rank: int) -> Path:
+        return self.folder / HEARTBEATS / f"rank_{rank}.json"
+
+    def _publish(self, beat: Beat) -> None:
+        with suppress(OSError):  # a full disk must not end the watch
+            draft = self._heartbeat(self.rank).with_suffix(".tmp")
+            draft.write_text(json.dumps(asdict(beat)))
+            draft.replace(self._heartbeat(self.rank))
+
+    def _beats(self) -> dict[int, Beat]:
+        beats = {}
+        for rank in range(self.world_size):
+            with suppress(OSError, ValueError, TypeError):
+                beats[rank] = Beat(**json.loads(self._heartbeat(rank).read_text()))
+        return beats
+
+    def describe(self) -> str:
+        """Which ranks stand where, the ones that are waited for first."""
+        now = time.time()
+        beats = self._beats()
+        fewest = min((beat.count for beat in beats.values()), default=0)
+        behind = [rank for rank, beat in beats.items() if beat.count == fewest]
+        places = [
+            f"rank {rank}: {beat.doing} (beat {beat.count}), {now - beat.time:.0f} s ago"
+            for rank, beat in sorted(beats.items(), key=lambda item: item[1].count)
+        ]
+        if len(behind) < len(beats):
+            head = f"waiting for rank {', '.join(map(str, behind))}, which stopped moving"
+        else:
+            head = "all ranks stopped at the same place"
+        return f"{head}. Last seen: " + "; ".join(places)
+
+    def _report(self, beat: Beat) -> None:
+        message = (
+            f"error: rank {self.rank}: nothing moved for {time.time() - beat.time:.0f} s: {self.describe()}. "
+            f"Stack traces: {self.folder / STACKS}. Start again to go on from the newest checkpoint."
+        )
+        print(message, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with suppress(OSError):
+            (self.folder / STACKS).mkdir(exist_ok=True)
+            with open(self.folder / STACKS / f"rank_{self.rank}.txt", "w") as writer:
+                writer.write(message + "\n")
+                writer.flush()
+                faulthandler.dump_traceback(file=writer, all_threads=True)
+        time.sleep(LAST_WORDS_SECONDS)

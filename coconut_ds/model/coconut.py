@@ -17,13 +17,17 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from coconut_ds.batching import Batch
 from coconut_ds.ds_config import LatentMemory
+from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.techniques import Techniques
 from coconut_ds.thoughts import History, Thought
+
+# Rows are copied out of the cache when no more than this share of them is still answering.
+WORTH_DROPPING = 0.75
 
 
 class Coconut(nn.Module):
@@ -115,25 +119,50 @@ class Coconut(nn.Module):
         `agree` turns "my rows are done" into "everybody's are": under ZeRO-3 all ranks must run the same
         number of passes.
         """
-        cache = DynamicCache(config=self.causal_lm.config)
-        hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
-        mask_BT = batch.attention_mask_BT
-        last_B = (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(dim=1)
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        hidden_BD = hidden_BTD[rows_B, last_B]
-        position_B = batch.position_ids_BT[rows_B, last_B]
-        done_B = torch.zeros_like(last_B, dtype=torch.bool)
-        new_tokens: list[Tensor] = []
-        while True:
-            token_B = self.head(hidden_BD).argmax(dim=-1).masked_fill(done_B, eos_id)
-            new_tokens.append(token_B)
-            done_B = done_B | (token_B == eos_id)
-            if len(new_tokens) == max_new_tokens or agree(bool(done_B.all())):
-                break
-            position_B = position_B + 1
-            mask_BT = F.pad(mask_BT, (0, 1), value=1)
-            hidden_BD = self._read(
-                self.embedding(token_B[:, None]), mask_BT, position_B[:, None], cache
-            )[:, -1]
-        answers = torch.stack(new_tokens, dim=1).tolist()
-        return [row[: row.index(eos_id)] if eos_id in row else row for row in answers]
+        answers: list[list[int]] = [[] for _ in range(batch.shape[0])]
+        for new_tokens in self.stream(batch, max_new_tokens, eos_id, agree):
+            for row, token in new_tokens.items():
+                answers[row].append(token)
+        return answers
+
+    @torch.no_grad()
+    def stream(
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        eos_id: int,
+        agree: Callable[[bool], bool] = lambda done: done,
+    ) -> Iterator[dict[int, int]]:
+        """Yield {row: token} for every token that the unfinished answers get; arguments as in `generate`.
+
+        An answer also ends where the model has no position left.
+        """
+        config, columns = self.causal_lm.config, batch.shape[1]
+        cache = AnswerCache(config.num_hidden_layers, columns + max_new_tokens)
+        mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)
+        last_B = (batch.attention_mask_BT * torch.arange(columns, device=mask_BT.device)).argmax(dim=1)
+        all_B = torch.arange(len(last_B), device=mask_BT.device)
+        hidden_BD = torch.cat(list(self._passes(batch, cache)), dim=1)[all_B, last_B]
+        position_B = batch.position_ids_BT[all_B, last_B]
+        last_position = config.max_position_embeddings - 1
+        room = min(max_new_tokens, last_position - int(position_B.max()) + 1)
+        rows, open_rows = all_B.tolist(), set(all_B.tolist())  # in the cache; not finished
+        for step in range(1, max_new_tokens + 1):
+            token_B = self.head(hidden_BD).argmax(dim=-1)
+            tokens = dict(zip(rows, token_B.tolist(), strict=True))
+            open_rows -= {row for row, token in tokens.items() if token == eos_id}
+            yield {row: tokens[row] for row in rows if row in open_rows}
+            if step >= room:
+                open_rows.clear()
+            if step == max_new_tokens or agree(not open_rows):
+                return
+            if 0 < len(open_rows) <= WORTH_DROPPING * len(rows):
+                kept = [place for place, row in enumerate(rows) if row in open_rows]
+                kept_B = torch.tensor(kept, device=mask_BT.device)
+                cache.keep(kept_B)
+                mask_BT, position_B, token_B = mask_BT[kept_B], position_B[kept_B], token_B[kept_B]
+                rows = [rows[place] for place in kept]
+            position_B = (position_B + 1).clamp(max=last_position)
+            columns += 1
+            embeds_B1D = self.embedding(token_B[:, None])
+            hidden_BD = self._read(embeds_B1D, mask_BT[:, :columns], position_B[:, None], cache)[:, -1]

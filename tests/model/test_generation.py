@@ -1,0 +1,102 @@
+"""Batched answers equal those of one prompt at a time, every token from the whole prefix and no cache."""
+
+import pytest
+import torch
+
+from coconut_ds.ds_config import LatentMemory
+from coconut_ds.model.answer_cache import AnswerCache
+from tests.model.cases import ARCHITECTURES, LATENT_ID, PLAIN, make_batch, make_coconut
+
+# (question, latents, <end> and a forced first step) of each prompt
+PROMPTS = {
+    "equal": ((9, 3, 1),) * 5,
+    "ragged": ((9, 4, 1), (4, 1, 1), (6, 2, 3), (12, 0, 1), (3, 4, 2)),
+    "no latents": ((9, 0, 1), (5, 0, 1), (7, 0, 1)),
+    "alone": ((8, 3, 1),),
+}
+
+
+@torch.no_grad()
+def textbook(model, ids, num_latents, max_new_tokens, eos_id):
+    """One prompt: latents filled one by one, then tokens one by one, always the whole prefix again."""
+    lm = model.causal_lm
+    embeds = lm.get_input_embeddings()(ids)[None]
+    first = (ids == LATENT_ID).int().argmax() if num_latents else len(ids)
+    for slot in range(int(first), int(first) + num_latents):
+        hidden = lm.get_decoder()(inputs_embeds=embeds[:, :slot], use_cache=False).last_hidden_state
+        embeds[:, slot] = hidden[:, -1]
+    answer = []
+    while len(answer) < max_new_tokens:
+        token = lm(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
+        if token == eos_id:
+            break
+        answer.append(int(token))
+        embeds = torch.cat([embeds, lm.get_input_embeddings()(token)[None, None]], dim=1)
+    return answer
+
+
+def prompt_of(batch, row):
+    return batch.input_ids_BT[row][batch.attention_mask_BT[row].bool()]
+
+
+def likely_end(model, batch):
+    """A token that ends some answers early and some not."""
+    answers = model.generate(batch, 12, eos_id=-1)
+    return answers[0][2]
+
+
+@pytest.mark.parametrize("settings", [PLAIN, LatentMemory()], ids=["plain", "techniques"])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batched_is_one_by_one(architecture, prompts, settings):
+    model = make_coconut(architecture, settings).eval()
+    batch = make_batch(PROMPTS[prompts])
+    eos_id = likely_end(model, batch)
+    expected = [
+        textbook(model, prompt_of(batch, row), latents, 12, eos_id)
+        for row, (_, latents, _) in enumerate(PROMPTS[prompts])
+    ]
+    assert model.generate(batch, 12, eos_id) == expected
+    assert len(expected[0]) < 12
+
+
+def test_rows_that_finish_leave_and_the_rest_is_unchanged(monkeypatch):
+    left = []
+    keep = AnswerCache.keep
+    monkeypatch.setattr(AnswerCache, "keep", lambda cache, rows: (left.append(len(rows)), keep(cache, rows)))
+    model = make_coconut("gpt2", PLAIN).eval()
+    batch = make_batch(PROMPTS["ragged"])
+    eos_id = likely_end(model, batch)
+    assert model.generate(batch, 12, eos_id) == [
+        textbook(model, prompt_of(batch, row), latents, 12, eos_id)
+        for row, (_, latents, _) in enumerate(PROMPTS["ragged"])
+    ]
+    assert left, "no row left early: choose another eos token"
+
+
+def test_stream_yields_each_token_once():
+    model = make_coconut("gpt2", PLAIN).eval()
+    batch = make_batch(PROMPTS["equal"])
+    eos_id = likely_end(model, batch)
+    streamed = [[] for _ in range(5)]
+    for tokens in model.stream(batch, 12, eos_id):
+        for row, token in tokens.items():
+            streamed[row].append(token)
+    assert streamed == model.generate(batch, 12, eos_id)
+
+
+def test_goes_on_while_other_ranks_do():
+    model = make_coconut("gpt2", PLAIN).eval()
+    batch = make_batch(PROMPTS["equal"])
+    eos_id = likely_end(model, batch)
+    asked = []
+    answers = model.generate(batch, 12, eos_id, lambda done: asked.append(done) or False)
+    assert answers == model.generate(batch, 12, eos_id)
+    assert len(asked) == 11
+
+
+def test_ends_where_positions_end():
+    model = make_coconut("gpt2", PLAIN).eval()
+    batch = make_batch(((50, 3, 1), (9, 3, 1)))
+    lengths = [len(answer) for answer in model.generate(batch, 40, eos_id=-1)]
+    assert lengths == [11, 11]  # 54 tokens of the longer prompt and 10 answered ones fill 64 positions

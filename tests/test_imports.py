@@ -23,6 +23,7 @@ ROWS = (
     ("build", "train"),
     ("commands", "__main__"),
 )
+Arrows = Mapping[str, Mapping[str, str]]  # room -> the rooms it imports, and where
 ORDER = {room: (row, place) for row, rooms in enumerate(ROWS) for place, room in enumerate(rooms)}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 NO_TORCH = (
@@ -84,7 +85,7 @@ def position(
     return (*max(above, default=(0,)), 0)
 
 
-def down_arrows(imported: Mapping[str, Mapping[str, str]]) -> list[str]:
+def down_arrows(imported: Arrows) -> list[str]:
     return [
         f"{place}: {room} imports {other}, which stands below it"
         for room, others in imported.items()

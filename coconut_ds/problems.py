@@ -20,12 +20,14 @@ from coconut_ds.errors import DataError
 GRADINGS = ("exact", "latex")
 MAX_REPORTED = 20
 
-_SCRIPTS = {  # how a missing data/NAME_*.json is made
-    "gsm": "python preprocessing/gsm8k.py",
-    "prontoqa": "python preprocessing/prontoqa.py --generate",
-    "prosqa": "python preprocessing/prosqa.py",
-    "math": "python preprocessing/math.py",
-    "arithmetic": "python preprocessing/arithmetic.py",
+_SCRIPTS = {  # how a missing data/NAME_*.json is made; the longest fitting name counts
+    "gsm": "gsm8k.py",
+    "prontoqa": "prontoqa.py",
+    "prontoqa_like": "prontoqa.py --generate",
+    "prosqa": "prosqa.py",
+    "prosqa_like": "prosqa.py --generate",
+    "math": "math.py",
+    "arithmetic": "arithmetic.py",
 }
 _BLANK = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -198,9 +200,10 @@ def _text(path: Path) -> str:
 
 
 def _how_to_make(path: Path) -> str:
-    script = _SCRIPTS.get(path.stem.split("_")[0])
-    if script is not None:
-        return f"`{script}` makes it in data/ (or in --output-dir)"
+    fitting = [name for name in _SCRIPTS if path.stem.startswith(name + "_")]
+    if fitting:
+        script = _SCRIPTS[max(fitting, key=len)]
+        return f"`python preprocessing/{script}` makes it in data/ (see its --help for another folder)"
     return "the scripts in preprocessing/ make such files (see data/README.md)"
 
 

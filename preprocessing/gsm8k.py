@@ -92,6 +92,8 @@ def convert(path: Path, form: str, limit: int | None = None) -> Iterator[dict[st
     """The problems of a text file.  Raises DataError with the number of the line that is wrong."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(islice(lines, limit), start=1):
+            if not line.strip():
+                continue
             try:
                 line.encode()  # fails on bytes that are not UTF-8
                 problem = FORMS[form](line)

@@ -20,7 +20,9 @@ _STEP_END = re.compile(
     rf"|(?<={_DISPLAY_STOP})\s*(?=\w)|(?<={_DISPLAY})\s*(?=[A-Z])"  # a displayed formula closes one
     r"|(?<=[.:!?])\s*\n\s*|\s*\n\s*\n\s*"  # a line after a stop, a paragraph
 )
-_ABBREVIATION = re.compile(r"(?:\b(?:i\.e|e\.g|etc|vs|cf|[Ff]ig|[Ee]q|resp|[Nn]o|St|Mrs?|Ms|Dr)|\b[A-Z])\.$")
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:i\.e|e\.g|etc|vs|cf|[Ff]ig|[Ee]q|resp|Prop|Thm|[Nn]o|St|Mrs?|Ms|Dr)|\b[A-Z])\.$"
+)
 _RELATION = re.compile(r"(?:\s|&|~|=|:|\\(?:approx|equiv|implies|Rightarrow|boxed|[,;! ]|\\))+$")
 _PAIRS = {r"\[": r"\]", r"\(": r"\)", "$$": "$$", "$": "$"}
 

@@ -206,7 +206,8 @@ def violations(
     options = {
         f"{symbols[root]} a {symbols[a]} or {symbols[b]}?" for a, b in ((target, decoy), (decoy, target))
     }
-    path = [root, *(symbols.index(step.rstrip(".").rpartition(" ")[2]) for step in item["steps"])]
+    nodes = {symbol: node for node, symbol in enumerate(symbols)}
+    path = [root, *(nodes.get(step.rstrip(".").rpartition(" ")[2], root) for step in item["steps"])]
     checks = {
         "edges are not sorted by child, or one occurs twice": [child for _, child in edges]
         == sorted(child for _, child in edges)

@@ -17,13 +17,15 @@ if not __package__:  # run as a file: the math.py of this folder must not hide P
     sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
 
 import argparse
-import hashlib
-import json
 import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from coconut_ds.errors import DataError
+from coconut_ds.problems import Card
+from preprocessing.writing import run_script, write_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,11 +50,11 @@ def make_splits(
 ) -> dict[str, list[dict[str, object]]]:
     """Random chains without repetition, dealt out to the splits.
 
-    Raises ValueError when there are fewer different chains than the splits need.
+    Raises DataError when there are fewer different chains than the splits need.
     """
     needed, available = sum(sizes.values()), modulus**terms
     if needed > available:
-        raise ValueError(
+        raise DataError(
             f"{terms} numbers below {modulus} make {available} different questions; {needed} were asked for. "
             "Raise --terms or --modulus, or lower --train, --valid, --test."
         )
@@ -143,7 +145,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, type=checked, default=default, metavar="N", help=text)
 
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the files go"
+        "--output-dir", type=Path, default=Path("data"), metavar="DIR", help="where the files go"
     )
     number("--seed", 0, 0, "draws the questions, their split and the model's weights")
     number("--terms", 4, 2, "numbers in a chain; one step fewer")
@@ -168,49 +170,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_data(folder: Path, splits: dict[str, list[dict[str, object]]], options: argparse.Namespace) -> None:
-    """Write arithmetic_SPLIT.json and arithmetic.card.json."""
-    digests, counts = {}, {}
-    for split, problems in splits.items():
-        name = f"arithmetic_{split}.json"
-        text = "[\n" + ",\n".join(json.dumps(problem) for problem in problems) + "\n]\n"
-        replace_file(folder / name, text)
-        digests[name], counts[name] = hashlib.sha256(text.encode()).hexdigest(), len(problems)
-    card = {
-        "name": "arithmetic",
-        "grading": "exact",
-        "max_new_tokens": TOKENS_PER_STEP * (options.terms - 1) + 4,
-        "source": "made by preprocessing/arithmetic.py",
-        "licence": "MIT",
-        "split_rule": f"random with seed {options.seed}, without a question in two files",
-        "notes": f"chains of {options.terms} numbers, added modulo {options.modulus}",
-        "sha256": digests,
-        "counts": counts,
-    }
-    replace_file(folder / "arithmetic.card.json", json.dumps(card, indent=2) + "\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    try:
-        splits = make_splits(sizes, options.terms, options.modulus, options.seed)
-    except ValueError as error:
-        print(f"arithmetic.py: {error}", file=sys.stderr)
-        return 2
-    write_data(options.data_dir, splits, options)
-    print(f"{options.data_dir}: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
+    splits = make_splits(sizes, options.terms, options.modulus, options.seed)
+    card = Card(
+        name="arithmetic",
+        max_new_tokens=TOKENS_PER_STEP * (options.terms - 1) + 4,
+        source="made by preprocessing/arithmetic.py",
+        licence="MIT",
+        split_rule=f"random with seed {options.seed}, without a question in two files",
+        notes=f"chains of {options.terms} numbers, added modulo {options.modulus}",
+    )
+    write_dataset(options.output_dir, card, splits)
     if options.model_dir:
         write_model(
             options.model_dir,
@@ -222,8 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
         )
         print(f"{options.model_dir}: GPT-2, {options.layers} layers, width {options.width}, random weights")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -9,16 +9,16 @@ Knows: the file format and the published rules of grading.  Does not know: token
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from coconut_ds.errors import DataError
+from coconut_ds.json_items import Complaints, items_of, kind, read_text
 
 GRADINGS = ("exact", "latex")
-MAX_REPORTED = 20
 
 _SCRIPTS = {  # how a missing data/NAME_*.json is made; the longest fitting name counts
     "gsm": "gsm8k.py",
@@ -29,7 +29,6 @@ _SCRIPTS = {  # how a missing data/NAME_*.json is made; the longest fitting name
     "math": "math.py",
     "arithmetic": "arithmetic.py",
 }
-_BLANK = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_LATEX_CHARS = 500  # longer answers are graded by text alone
 _LATEX_SECONDS = 3
@@ -53,10 +52,10 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     """
     path = Path(path)
     problems: list[Problem] = []
-    complaints = _Complaints(path)
+    complaints = Complaints(path)
     if limit is not None and limit < 1:
         raise DataError(f"{path}: a limit of {limit} problems leaves nothing; give at least 1")
-    for index, item in enumerate(_items(path, complaints)):
+    for index, item in enumerate(items_of(path, complaints, _how_to_make(path))):
         problem = _problem(item, index, complaints)
         if problem is not None:
             problems.append(problem)
@@ -101,7 +100,7 @@ def read_card(path: str | Path) -> Card:
     """The card in a file; raises DataError with everything that is wrong with it."""
     path = Path(path)
     try:
-        values = json.loads(_text(path))
+        values = json.loads(read_text(path, _how_to_make(path)))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -109,13 +108,13 @@ def read_card(path: str | Path) -> Card:
             f"{path}: not JSON ({error}); delete it or run its preprocessing script again"
         ) from None
     if not isinstance(values, dict):
-        raise DataError(f"{path}: a card is a JSON object, got {_kind(values)}")
-    complaints = _Complaints(path)
+        raise DataError(f"{path}: a card is a JSON object, got {kind(values)}")
+    complaints = Complaints(path)
     for key in sorted(values.keys() - {f.name for f in fields(Card)}):
         complaints.add(f"'{key}' is not part of a card")
     for key in ("name", "grading", "source", "licence", "split_rule", "notes"):
         if not isinstance(values.get(key, ""), str):
-            complaints.add(f"'{key}' must be text, got {_kind(values[key])}")
+            complaints.add(f"'{key}' must be text, got {kind(values[key])}")
     if not values.get("name"):
         complaints.add("'name' is missing or empty")
     if values.get("grading", "exact") not in GRADINGS:
@@ -123,10 +122,10 @@ def read_card(path: str | Path) -> Card:
     tokens = values.get("max_new_tokens", 1)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         complaints.add(f"'max_new_tokens' must be a whole number from 1, got {tokens!r}")
-    for key, kind in (("sha256", str), ("counts", int)):
+    for key, value_type in (("sha256", str), ("counts", int)):
         table = values.get(key, {})
-        if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
-            complaints.add(f"'{key}' must map file names to {'digests' if kind is str else 'numbers'}")
+        if not isinstance(table, dict) or not all(isinstance(value, value_type) for value in table.values()):
+            complaints.add(f"'{key}' must map file names to {'digests' if value_type is str else 'numbers'}")
     complaints.raise_if_any()
     return Card(**values)
 
@@ -157,48 +156,6 @@ def cot_matches(reasoning: str, steps: Sequence[str]) -> bool:
     return "\n".join(steps) == reasoning
 
 
-class _Complaints:
-    """Everything wrong with one file, raised together."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.first: list[str] = []
-        self.count = 0
-
-    def add(self, text: str) -> None:
-        self.count += 1
-        if len(self.first) < MAX_REPORTED:
-            self.first.append(text)
-
-    def raise_if_any(self) -> None:
-        if self.count == 1:
-            raise DataError(f"{self.path}: {self.first[0]}")
-        if self.count:
-            more = f"\n  ... and {self.count - MAX_REPORTED} more" if self.count > MAX_REPORTED else ""
-            raise DataError(f"{self.path}: {self.count} problems\n  " + "\n  ".join(self.first) + more)
-
-
-def _text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {_how_to_make(path)}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder; name the JSON file inside it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not content.strip():
-        raise DataError(f"{path}: the file is empty; {_how_to_make(path)}")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8 "
-            f"(iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
-        ) from None
-
-
 def _how_to_make(path: Path) -> str:
     fitting = [name for name in _SCRIPTS if path.stem.startswith(name + "_")]
     if fitting:
@@ -207,84 +164,16 @@ def _how_to_make(path: Path) -> str:
     return "the scripts in preprocessing/ make such files (see data/README.md)"
 
 
-def _items(path: Path, complaints: _Complaints) -> Iterator[Any]:
-    """The elements of the file's outer list, decoded one at a time; a syntax error ends the iteration."""
-    text = _text(path)
-    position = _after_blanks(text, 0)
-    if text[position : position + 1] != "[":
-        lines = text[position : position + 1] == "{" and _looks_like_json_lines(text)
-        advice = "it looks like JSON lines: wrap the lines in [ ] with commas between" if lines else ""
-        advice = advice or 'write [{"question": "...", "steps": ["..."], "answer": "..."}, ...]'
-        raise DataError(f"{path}: the file must hold a list of problems; {advice}")
-    index = 0
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        item = dict(pairs)
-        if len(item) != len(pairs):
-            keys = [key for key, _ in pairs]
-            for key in sorted({key for key in keys if keys.count(key) > 1}):
-                complaints.add(f"item {index}, '{key}': the key occurs more than once; keep one")
-        return item
-
-    def not_json(constant: str) -> None:
-        complaints.add(f"item {index}: {constant} is not JSON; write text in quotes")
-
-    decode = json.JSONDecoder(object_pairs_hook=unique, parse_constant=not_json).raw_decode
-    position = _after_blanks(text, position + 1)
-    if text[position : position + 1] == "]":
-        position += 1
-    else:
-        while True:
-            try:
-                item, position = decode(text, position)
-            except RecursionError:
-                complaints.add(f"item {index}: nested too deeply; a problem is one flat object")
-                return
-            except ValueError as error:
-                complaints.add(f"item {index}: {_syntax(error)}")
-                return
-            yield item
-            position = _after_blanks(text, position)
-            separator = text[position : position + 1]
-            position = _after_blanks(text, position + 1)
-            index += 1
-            if separator == "]":
-                break
-            if separator != ",":
-                what = f"{separator!r}" if separator else "the end of the file (was it cut off?)"
-                line = text.count("\n", 0, position) + 1
-                complaints.add(f"after item {index - 1}, line {line}: expected ',' or ']' but found {what}")
-                return
-    if _after_blanks(text, position) != len(text):
-        complaints.add(f"line {text.count(chr(10), 0, position) + 1}: more text follows the end of the list")
-
-
-def _after_blanks(text: str, position: int) -> int:
-    match = _BLANK.match(text, position)
-    return match.end() if match else position
-
-
-def _looks_like_json_lines(text: str) -> bool:
-    lines = text.strip().splitlines()
-    return len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines[:2])
-
-
-def _syntax(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-    return f"not JSON: {error}"
-
-
-def _problem(item: Any, index: int, complaints: _Complaints) -> Problem | None:
+def _problem(item: Any, index: int, complaints: Complaints) -> Problem | None:
     if not isinstance(item, dict):
-        complaints.add(f"item {index}: a problem is an object, got {_kind(item)}")
+        complaints.add(f"item {index}: a problem is an object, got {kind(item)}")
         return None
     before = complaints.count
     for key in ("question", "answer"):
         if key not in item:
             complaints.add(f"item {index}, '{key}': missing")
         elif not isinstance(item[key], str):
-            complaints.add(f"item {index}, '{key}': must be text, got {_kind(item[key])}; put it in quotes")
+            complaints.add(f"item {index}, '{key}': must be text, got {kind(item[key])}; put it in quotes")
         elif not item[key].strip():
             complaints.add(f"item {index}, '{key}': empty; fill it in or remove the item")
         elif _lone_surrogate(item[key]):
@@ -293,25 +182,16 @@ def _problem(item: Any, index: int, complaints: _Complaints) -> Problem | None:
     if "steps" not in item:
         complaints.add(f"item {index}, 'steps': missing; write [] for an answer without reasoning")
     elif not isinstance(steps, list):
-        complaints.add(f"item {index}, 'steps': must be a list of texts, got {_kind(steps)}")
+        complaints.add(f"item {index}, 'steps': must be a list of texts, got {kind(steps)}")
     else:
         for number, step in enumerate(steps):
             if not isinstance(step, str):
-                complaints.add(f"item {index}, 'steps'[{number}]: must be text, got {_kind(step)}")
+                complaints.add(f"item {index}, 'steps'[{number}]: must be text, got {kind(step)}")
             elif _lone_surrogate(step):
                 complaints.add(f"item {index}, 'steps'[{number}]: half a surrogate pair is no character")
     if complaints.count > before:
         return None
     return Problem(item["question"], tuple(step for step in steps or () if step.strip()), item["answer"])
-
-
-def _lone_surrogate(text: str) -> bool:
-    return not text.isascii() and _SURROGATE.search(text) is not None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 @lru_cache(maxsize=65536)
@@ -324,3 +204,7 @@ def _latex_equal(predicted: str, expected: str) -> bool:
     seconds = _LATEX_SECONDS if threading.current_thread() is threading.main_thread() else None
     gold, answer = (parse(f"${text}$", parsing_timeout=seconds) for text in (expected, predicted))
     return bool(gold and answer) and bool(verify(gold, answer, timeout_seconds=seconds))
+
+
+def _lone_surrogate(text: str) -> bool:
+    return not text.isascii() and _SURROGATE.search(text) is not None

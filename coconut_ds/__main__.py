@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args) or 0)
     except UserError as error:
         if is_main or not error.on_every_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 

@@ -10,7 +10,8 @@ class UserError(ValueError):
     """Something the user can mend; the text says what, where, and what to do."""
 
     exit_code: ClassVar[int] = 2
-    on_every_rank: bool = True  # raised on all ranks alike, so the main rank's message is enough
+    headline: ClassVar[str] = "error"
+    on_every_rank: ClassVar[bool] = True  # raised on all ranks alike, so the main rank's message is enough
 
 
 class ConfigError(UserError):
@@ -29,6 +30,7 @@ class StopRequested(UserError):
     """Somebody asked the run to stop; its state is saved, the same command goes on.  75: EX_TEMPFAIL."""
 
     exit_code = 75
+    headline = "stopped"
 
 
 class Diverged(UserError):

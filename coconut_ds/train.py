@@ -298,10 +298,10 @@ class Trainer:
     def stop(self) -> NoReturn:
         """Save, and end on all ranks alike."""
         if self.experiment.only_eval:
-            raise StopRequested(f"{self.requests.reason()}; the evaluation stopped without a result")
+            raise StopRequested(f"{self.requests.reason()}; the evaluation has no result")
         self.write_checkpoint()
         what = "nothing is saved with debug" if self.experiment.debug else "the same command goes on from here"
-        raise StopRequested(f"{self.requests.reason()}; stopped at step {self.state.global_step}; {what}")
+        raise StopRequested(f"{self.requests.reason()}; after step {self.state.global_step}; {what}")
 
     def write_model(self, folder: Path) -> None:
         with self.engine.full_weights() as module:

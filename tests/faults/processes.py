@@ -1,0 +1,199 @@
+"""Start real runs: under the `deepspeed` launcher, or as ranks forked from a process that has imported everything."""
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(sys.executable).parent
+TOKEN = "COCONUT_TEST_TOKEN"  # in the environment of every process of one run, to find those that are left
+PRELOAD = [
+    "tests.faults.faulty",
+    "coconut_ds.__main__",
+    "coconut_ds.commands.train",
+    "transformers.models.gpt2",
+]
+Faults = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    codes: list[int]  # of every rank, or of the launcher alone
+    output: str
+    left: list[str]  # command lines of processes that are still there
+    seconds: float
+
+    @property
+    def code(self) -> int:
+        return self.codes[0]
+
+
+def environment(faults: Faults = (), **extra: str) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "disabled",
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "FAULTS": json.dumps(list(faults)),
+        TOKEN: uuid.uuid4().hex,
+        **extra,
+    }
+
+
+def free_port() -> str:
+    return str(random.randint(20000, 32000))
+
+
+def under_launcher(
+    arguments: Sequence[str], cwd: Path, faults: Faults = (), ranks: int = 2, **extra: str
+) -> Ended:
+    """`deepspeed --num_gpus RANKS tests/faults/faulty.py ARGUMENTS`."""
+    port = free_port()
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        port,
+        str(ROOT / "tests/faults/faulty.py"),
+    ]
+    return run(["env", *command, *arguments], cwd, environment(faults, **extra))
+
+
+def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: float = 120) -> Ended:
+    """Run a program to its end, and wait a little for what it started."""
+    started = time.monotonic()
+    log = cwd / f"{variables[TOKEN]}.log"
+    with open(log, "wb") as writer:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **variables},
+            stdout=writer,
+            stderr=writer,
+            start_new_session=True,
+        )
+    try:
+        process.wait(timeout)
+    finally:
+        left = wait_for_others(variables[TOKEN])
+    return Ended([process.returncode], log.read_text(errors="replace"), left, time.monotonic() - started)
+
+
+def wait_for_others(token: str, patience: float = 35) -> list[str]:
+    """Processes of the run that do not end by themselves in time; they are killed and named."""
+    deadline = time.monotonic() + patience
+    while (there := with_token(token)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = []
+    for process in there:
+        try:
+            left.append(" ".join(process.cmdline()))
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return left
+
+
+def with_token(token: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TOKEN) == token:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+class Warm:
+    """Ranks without a launcher, forked from a server that has imported torch and DeepSpeed: a start takes no time."""
+
+    def __init__(self) -> None:
+        os.environ.update(
+            {name: value for name, value in environment().items() if name not in ("FAULTS", TOKEN)}
+        )
+        self.context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOAD)
+
+    def start(
+        self, arguments: Sequence[str], cwd: Path, faults: Faults = (), ranks: int = 1, **extra: str
+    ) -> "WarmRun":
+        return WarmRun(self.context, arguments, cwd, faults, ranks, extra)
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        faults: Faults = (),
+        ranks: int = 1,
+        timeout: float = 60,
+        **extra: str,
+    ) -> Ended:
+        return self.start(arguments, cwd, faults, ranks, **extra).wait(timeout)
+
+
+class WarmRun:
+    def __init__(
+        self,
+        context: ForkServerContext,
+        arguments: Sequence[str],
+        cwd: Path,
+        faults: Faults,
+        ranks: int,
+        extra: dict[str, str],
+    ) -> None:
+        self.started = time.monotonic()
+        variables = environment(faults, **extra)
+        if ranks > 1:
+            variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        self.logs = [cwd / f"{variables[TOKEN]}_{rank}.log" for rank in range(ranks)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            mine = variables | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            process = context.Process(target=_rank, args=(list(arguments), str(cwd), mine, str(log)))
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def output(self) -> str:
+        return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def wait(self, timeout: float = 60) -> Ended:
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        left = [f"rank {rank}" for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        codes = [process.exitcode or 0 for process in self.processes]
+        return Ended(codes, self.output, left, time.monotonic() - self.started)
+
+
+def _rank(arguments: list[str], cwd: str, variables: dict[str, str], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    os.chdir(cwd)
+    sys.argv = ["coconut_ds", *arguments]
+    from tests.faults.faulty import main
+
+    sys.exit(main())

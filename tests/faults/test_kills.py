@@ -1,0 +1,73 @@
+"""SIGKILL of one rank at every kind of place: the other one ends by itself, and the resumed run is the same run."""
+
+import pytest
+
+from tests.faults.comparing import Numbers
+from tests.faults.conftest import Bench
+
+ENGINE, PROTOCOL, FOLDERS = (
+    "coconut_ds.engine:Engine",
+    "coconut_ds.checkpoint.protocol",
+    "coconut_ds.checkpoint.folders",
+)
+# name: (place, call, when, the newest checkpoint after it).  Checkpoints: steps 4, 6 (epoch 1), 8, 12 (epoch 2), ...
+PLACES = {
+    "forward": (f"{ENGINE}.loss", 11, "before", "checkpoint_0_step_0000004"),
+    "between forward and backward": (f"{ENGINE}.backward", 20, "before", "checkpoint_1_step_0000002"),
+    "before the optimizer step": ("torch.optim:AdamW.step", 9, "before", "checkpoint_1_step_0000002"),
+    "after the optimizer step": ("torch.optim:AdamW.step", 9, "after", "checkpoint_1_step_0000002"),
+    "evaluation": ("coconut_ds.model.coconut:Coconut.generate", 3, "before", "checkpoint_1_step_0000002"),
+    "saving: random state": (f"{PROTOCOL}:save_random_state", 2, "after", "checkpoint_0_step_0000004"),
+    "saving: shards": (f"{ENGINE}.save_shards", 2, "after", "checkpoint_0_step_0000004"),
+    "saving: hashing": (f"{PROTOCOL}:settle_files", 2, "before", "checkpoint_0_step_0000004"),
+}
+ON_THE_MAIN_RANK = {
+    "saving: model": ("coconut_ds.train:write_model", 2, "before", "checkpoint_0_step_0000004"),
+    "saving: manifest": (f"{PROTOCOL}:Manifest.write", 2, "before", "checkpoint_0_step_0000004"),
+    "saving: before the rename": (
+        f"{FOLDERS}:CheckpointFolders.publish",
+        2,
+        "before",
+        "checkpoint_0_step_0000004",
+    ),
+    "saving: after the rename": (f"{FOLDERS}:sync_folder", 2, "before", "checkpoint_1"),
+    "saving: before retention": (f"{FOLDERS}:CheckpointFolders.retire", 2, "before", "checkpoint_1"),
+    "saving: in retention": (f"{FOLDERS}:CheckpointFolders._remove", 1, "after", "checkpoint_1"),
+}
+
+
+def check(bench: Bench, reference: Numbers, rank: int, place, launched: bool) -> None:
+    at, call, when, newest = place
+    fault = {"rank": rank, "at": at, "call": call, "when": when, "do": "kill"}
+    ended = bench.launch(faults=[fault]) if launched else bench.train(faults=[fault])
+    assert ended.left == [] and ended.seconds < 60
+    if launched:
+        assert ended.code != 0
+    else:
+        assert ended.codes[rank] == -9
+        assert ended.codes[1 - rank] == 77, ended.output
+        assert f"rank {1 - rank} lost contact with another rank" in ended.output
+    resumed = bench.train()
+    assert resumed.codes == [0, 0], resumed.output
+    assert f"resumed from runs/run/{newest}:" in resumed.output
+    assert bench.numbers() == reference
+    assert bench.steps() == sorted(set(bench.steps()))
+    assert not list(bench.run_folder.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", PLACES)
+def test_kill(bench: Bench, reference: Numbers, name: str, rank: int) -> None:
+    check(bench, reference, rank, PLACES[name], launched=False)
+
+
+@pytest.mark.parametrize("name", ON_THE_MAIN_RANK)
+def test_kill_of_the_main_rank(bench: Bench, reference: Numbers, name: str) -> None:
+    check(bench, reference, 0, ON_THE_MAIN_RANK[name], launched=False)
+
+
+@pytest.mark.parametrize(
+    "rank, name", [(0, "forward"), (1, "before the optimizer step"), (0, "saving: shards"), (1, "evaluation")]
+)
+def test_kill_under_the_launcher(bench: Bench, reference: Numbers, rank: int, name: str) -> None:
+    check(bench, reference, rank, PLACES[name], launched=True)

@@ -3,10 +3,16 @@
 Shapes: B rows, T columns, W window, D hidden size.
 """
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from coconut_ds import thoughts
+from coconut_ds.config import validate_experiment
 from coconut_ds.errors import ConfigError
 from coconut_ds.thoughts import History, Thought, ThoughtSettings, available_thoughts, build_thought
 
@@ -38,6 +44,30 @@ def build(name, **changes):
 def test_the_folder_is_the_registry():
     assert set(ALL) >= {"last_hidden", "fixed_window", "learnable_window", "mlp_projection", "pause"}
     assert all(isinstance(build(name), Thought) for name in ALL)
+
+
+def test_one_file_is_all_a_new_thought_takes(tmp_path, monkeypatch):
+    """The example of docs/variants.md, put beside the others."""
+    guide = (Path(__file__).parents[2] / "docs" / "variants.md").read_text()
+    code = re.search(r"```python\n(.*?)```", guide, re.DOTALL).group(1)
+    (tmp_path / "last_two.py").write_text(code)
+    monkeypatch.setattr(thoughts, "__path__", [*thoughts.__path__, str(tmp_path)])
+    assert available_thoughts() == tuple(sorted((*ALL, "last_two")))
+    passes = random_passes(5, 1)
+    expected_BD = (passes[0][:, -1] + passes[1][:, -1]) / 2
+    torch.testing.assert_close(build("last_two")(history_of(passes)), expected_BD)
+    monkeypatch.delitem(sys.modules, "coconut_ds.thoughts.last_two")
+
+
+def test_the_guide_names_every_thought():
+    guide = (Path(__file__).parents[2] / "docs" / "variants.md").read_text()
+    table = guide.split("## Thoughts")[1].split("## Tuning")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) - {"thought"} == set(ALL)
+
+
+def test_settings_start_as_the_schema_says():
+    values = dict(name="t", model_id="m", train_path="t.json", val_path="v.json", method="coconut")
+    assert ThoughtSettings.of(validate_experiment(values, "test")) == ThoughtSettings()
 
 
 def test_a_misspelled_thought_is_named_with_a_proposal():

@@ -33,7 +33,7 @@ def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[s
     `allow_pickle`: also open files that hold more than tensors, which can run code of whoever made them.
     Raises CheckpointError when there is nothing, or nothing of these forms, or code where tensors belong.
     """
-    path = Path(path)
+    path = _followed(Path(path))
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder; check 'load_model_path'")
     weights: dict[str, Tensor] = {}
@@ -56,7 +56,15 @@ def find_adapter(path: str | Path) -> Path | None:
     return folder if found else None
 
 
+def _followed(path: Path) -> Path:
+    """The checkpoint that a run's file `best` or `latest` names; any other path as it is."""
+    if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < 256:
+        return path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
+    return path
+
+
 def _model_folder(path: Path) -> Path:
+    path = _followed(path)
     return path / "model" if (path / "model").is_dir() and (path / "manifest.json").is_file() else path
 
 

@@ -72,8 +72,9 @@ def test_our_own_checkpoint(tmp_path: Path) -> None:
         save_file({"logits_W": torch.ones(3)}, folder / "thought.safetensors")
 
     name = Checkpoints(tmp_path, FakeShards(torch.zeros(1)), {}).save(TrainState(1), write_model)
-    assert_plain(load_foreign_weights(tmp_path / name))
-    assert load_thought_weights(tmp_path / name)["logits_W"].tolist() == [1.0] * 3
+    for path in (tmp_path / name, tmp_path / "latest"):
+        assert_plain(load_foreign_weights(path))
+        assert load_thought_weights(path)["logits_W"].tolist() == [1.0] * 3
     assert load_thought_weights(tmp_path / name / "model" / "model.safetensors") == {}
 
 

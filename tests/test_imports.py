@@ -19,8 +19,8 @@ ROWS = (
     ("model", "lora", "divergence"),
     ("engine",),
     ("checkpoint",),
-    ("evaluate", "memory"),
-    ("build", "train"),
+    ("evaluate", "build", "memory"),
+    ("train",),
     ("commands", "__main__"),
 )
 Arrows = Mapping[str, Mapping[str, str]]  # room -> the rooms it imports, and where

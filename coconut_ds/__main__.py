@@ -22,13 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
     chosen = next((word for word in arguments if word in names), None)
-    parser = argparse.ArgumentParser(prog="coconut_ds", description="Train models that reason in latent space.")
+    parser = argparse.ArgumentParser(
+        prog="coconut_ds", description="Train models that reason in latent space."
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in names:
         summary, _, details = _docstring(name).partition("\n")
         command = commands.add_parser(
-            name, help=summary, description=f"{summary}\n{details}", formatter_class=argparse.RawTextHelpFormatter
+            name,
+            help=summary,
+            description=f"{summary}\n{details}",
+            formatter_class=argparse.RawTextHelpFormatter,
         )
         if name == chosen:
             module = importlib.import_module(f"coconut_ds.commands.{name}")

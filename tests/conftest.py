@@ -1,0 +1,48 @@
+"""What several tests need: a tiny task with its tokenizer and model, made once a session."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def arithmetic(tmp_path_factory):
+    """A folder with arithmetic_{train,valid,test}.json and the model folder `gpt2`."""
+    folder = tmp_path_factory.mktemp("arithmetic")
+    command = [
+        sys.executable,
+        "preprocessing/arithmetic.py",
+        "--output-dir",
+        folder,
+        "--model-dir",
+        folder / "gpt2",
+    ]
+    sizes = ["--train", "96", "--valid", "24", "--test", "24", "--width", "32"]
+    subprocess.run([*map(str, command), *sizes], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(arithmetic):
+    """Keys of an experiment on the tiny task, to be changed at will."""
+    return {
+        "name": "tiny",
+        "project": "test",
+        "save_path": str(arithmetic / "runs"),
+        "method": "coconut",
+        "c_thought": 1,
+        "epochs_per_stage": 1,
+        "max_latent_stage": 3,
+        "num_epochs": 4,
+        "model_id": str(arithmetic / "gpt2"),
+        "train_path": str(arithmetic / "arithmetic_train.json"),
+        "val_path": str(arithmetic / "arithmetic_valid.json"),
+        "batch_size_training": 8,
+        "gradient_accumulation_steps": 1,
+        "lr": 0.001,
+        "uniform_prob": 0.2,
+    }

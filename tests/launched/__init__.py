@@ -1,0 +1,1 @@
+"""Programs that tests start under the `deepspeed` launcher or as one process."""

@@ -1,0 +1,55 @@
+"""Train a few steps for every case of a JSON list and write the losses of each; any number of ranks.
+
+python -m tests.launched.losses CASES.json OUT.json
+CASES.json: [{"name": ..., "experiment": {...}, "ds_config": path, "latent_memory": {...}, "steps": N}, ...]
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from coconut_ds.batching import training_steps
+from coconut_ds.build import load_material
+from coconut_ds.config import validate_experiment
+from coconut_ds.ds_config import load_ds_config
+from coconut_ds.engine import finish_distributed, start_distributed
+from coconut_ds.train import layout_of, start_engine
+
+
+def losses_of(case, ranks):
+    experiment = validate_experiment(case["experiment"], case["name"])
+    ds_config = load_ds_config(case["ds_config"])
+    memory = replace(ds_config.latent_memory, **case.get("latent_memory", {}))
+    ds_config = replace(ds_config, latent_memory=memory)
+    material = load_material(experiment)
+    engine = start_engine(experiment, ds_config, material, ranks)
+    engine.train()
+    losses = []
+    epoch = case.get("epoch", 0)
+    layout = layout_of(experiment, ranks)
+    while len(losses) < case["steps"]:
+        for micro_batches in training_steps(material.train, epoch, experiment, material.vocabulary, layout):
+            shares = [engine.backward(engine.loss(batch.to(engine.device))) for batch in micro_batches]
+            engine.step()
+            (loss,) = engine.sum_over_ranks([float(torch.stack(shares).double().sum())])
+            losses.append(loss)
+            if len(losses) == case["steps"]:
+                break
+        epoch += 1
+    return losses
+
+
+def main(cases_path, out_path):
+    cases = json.loads(Path(cases_path).read_text())
+    ranks = start_distributed()
+    found = {case["name"]: losses_of(case, ranks) for case in cases}
+    if ranks.is_main:
+        Path(out_path).write_text(json.dumps(found))
+    finish_distributed()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[-2:])

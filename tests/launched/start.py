@@ -1,0 +1,39 @@
+"""Start a module under the `deepspeed` launcher on the CPU, or alone, with a time limit."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = Path(sys.executable).parent / "deepspeed"
+
+
+def environment(**extra):
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "disabled",
+        "PATH": f"{LAUNCHER.parent}{os.pathsep}{os.environ['PATH']}",
+        **extra,
+    }
+
+
+def start(module, *arguments, ranks=2, timeout=240, cwd=ROOT, **extra):
+    """Run `python -m module ARGUMENTS` on `ranks` ranks; gives the finished process with its output."""
+    if ranks == 1:
+        command = [sys.executable, "-m", module]
+    else:
+        port = str(random.randint(20000, 40000))
+        command = [str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--module", module]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

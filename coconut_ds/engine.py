@@ -24,24 +24,12 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from coconut_ds.batching import Batch
+from coconut_ds.collectives import Collectives, Ranks
 from coconut_ds.errors import ConfigError
 from coconut_ds.model.coconut import Coconut
 
 # Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def rank_from_environment() -> int:
@@ -105,7 +93,7 @@ class Schedule:
         return get_scheduler(name, optimizer, self.warmup_steps, self.total_steps)
 
 
-class Engine:
+class Engine(Collectives):
     """A Coconut model under DeepSpeed."""
 
     def __init__(
@@ -130,26 +118,15 @@ class Engine:
             lr_scheduler=schedule.build if schedule is not None else None,
         )
         self.zero_stage: int = self._engine.zero_optimization_stage()
+        self._own_groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._base_optimizer.param_groups
+        ]
+        self._own_clipping = getattr(self._optimizer, "clip_grad", None)
 
     @property
     def module(self) -> Coconut:
         return self._engine.module
-
-    @property
-    def rank(self) -> int:
-        return self.ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.ranks.world_size
-
-    @property
-    def is_main(self) -> bool:
-        return self.ranks.is_main
-
-    @property
-    def device(self) -> torch.device:
-        return self.ranks.device
 
     @property
     def learning_rate(self) -> float:
@@ -223,42 +200,28 @@ class Engine:
         )
         if path is None:
             raise ConfigError(f"{folder}: DeepSpeed found no checkpoint here")
+        self._keep_own_settings()
         return client_state
 
-    def barrier(self) -> None:
-        dist.barrier()
+    def _keep_own_settings(self) -> None:
+        """Undo what a load takes from the checkpoint though the settings own it: rate, decay, clipping.
 
-    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Exact sums (float64) of each value over the ranks. Collective."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """The largest of each value over the ranks. Collective."""
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.tolist()
-
-    def any_over_ranks(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Collective."""
-        return self.max_over_ranks([float(flag)])[0] > 0
-
-    def all_over_ranks(self, flag: bool) -> bool:
-        """Whether `flag` is true on every rank. Collective."""
-        return not self.any_over_ranks(not flag)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in rank order, on every rank. Collective."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank. Collective."""
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0, device=self.device)
-        return holder[0]
+        Source: deepspeed/runtime/zero/stage_1_and_2.py, `_load_legacy_checkpoint` and `_load_global_state`.
+        """
+        for group, own in zip(self._base_optimizer.param_groups, self._own_groups, strict=True):
+            group.update(own)
+        if self._own_clipping is not None:
+            self._optimizer.clip_grad = self._own_clipping
+        if self._scheduler is not None:
+            scheduler = self._scheduler
+            scheduler.base_lrs = [own["initial_lr"] for own in self._own_groups]
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(self._base_optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
 
     def close(self) -> None:
         """Give the memory back and leave the process group."""

@@ -4,12 +4,16 @@ Knows: the engine, batches, grading.  Does not know: the run folder, checkpoints
 Sums and counts are carried to the end and divided once, so uneven batches and ranks weigh right.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
-from coconut_ds.batching import Batch, Layout, PADDING_ROW, evaluation_batches
+from coconut_ds.ablation import Ablator, ablated_stage
+from coconut_ds.batching import PADDING_ROW, Batch, Layout, evaluation_batches
+from coconut_ds.collectives import ReadingEngine
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage
 from coconut_ds.engine import Engine
@@ -52,28 +56,33 @@ class Evaluation:
     cot_match: float
     num_items: int
     num_correct: int
-    mean_tokens: float
+    mean_tokens: float  # generated, without latents
     predictions: tuple[Prediction, ...]  # every item, in the order of the file
+    seconds_per_item: float = 0.0  # of answering, all ranks together working on it
 
     def numbers(self) -> dict[str, float]:
         """What belongs into a log line."""
         names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "seconds_per_item")}
 
 
 def evaluate(
-    engine: Engine,
+    engine: Engine | ReadingEngine,
     test_set: TestSet,
     stage: Stage,
     experiment: Experiment,
     vocabulary: Vocabulary,
     progress: Callable[[Iterable[Batch], str], Iterable[Batch]] = lambda batches, _: batches,
     keep_going: Callable[[], None] = lambda: None,
+    ablation: str | None = None,
 ) -> Evaluation:
     """Loss and generated answers of every problem at `stage`, every item counted once. Collective.
 
     `progress` wraps the batches for display; `keep_going` is called once a batch and may raise to stop.
+    `ablation` names what to put into the latent slots instead of the model's thoughts.
     """
+    ablator = Ablator(ablation, experiment.seed) if ablation else None
+    stage = ablated_stage(stage, ablation) if ablation else stage
     layout = Layout(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
     engine.eval()
 
@@ -86,22 +95,26 @@ def evaluate(
     losses, num_tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches(False, "loss"):
-            losses += float(engine.loss(batch))
+            with ablator.on(engine.module, batch) if ablator else nullcontext():
+                losses += float(engine.loss(batch))
             num_tokens += len(batch.target_ids_N)
     mine: list[Prediction] = []
+    most = max_new_tokens(experiment, test_set.card)
+    started = time.perf_counter()
     for batch in batches(True, "answers"):
-        answers = engine.module.generate(
-            batch, max_new_tokens(experiment, test_set.card), vocabulary.eos_id, engine.all_over_ranks
-        )
+        with ablator.on(engine.module, batch) if ablator else nullcontext():
+            answers = engine.module.generate(batch, most, vocabulary.eos_id, engine.all_over_ranks)
         mine += [
             grade(index, vocabulary.decode(ids), len(ids), test_set)
             for index, ids in zip(batch.indices, answers, strict=True)
             if index != PADDING_ROW
         ]
+    (seconds,) = engine.max_over_ranks([time.perf_counter() - started])
     engine.train()
     loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
     together = [prediction for share in engine.gather(mine) for prediction in share]
-    return summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1))
+    result = summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1))
+    return replace(result, seconds_per_item=seconds / max(result.num_items, 1))
 
 
 def max_new_tokens(experiment: Experiment, card: Card) -> int:

@@ -1,23 +1,69 @@
-"""Evaluate a checkpoint on `val_path`: loss, exact-match accuracy, CoT match.
+"""Evaluate trained models: accuracy with its interval, tokens and seconds an answer; ablations.
 
+    python -m coconut_ds eval RUN                                       the newest checkpoint of a run folder
+    python -m coconut_ds eval RUN --checkpoint all --split test         every checkpoint, on test_path
+    python -m coconut_ds eval RUN --ablate all                          do the latents matter?
+    deepspeed --num_gpus 2 --module coconut_ds eval RUN                 the same numbers, twice as fast
     deepspeed --num_gpus 2 --module coconut_ds eval CONFIG --deepspeed_config JSON
 
-CONFIG names the weights in `load_model_path` and the stage through `resume`, the epoch it was trained to.
+A run folder knows its settings, and a checkpoint its stage.  RUN may also be a checkpoint folder, or one that
+`export` wrote.  CONFIG, an experiment YAML, names the weights in `load_model_path` and the stage through
+`resume`, the epoch they were trained to.
+Results: evaluations.jsonl and predictions.jsonl in the run folder.
+
+Ablations put something else into the latent slots; each is compared with the intact model on the same items
+(exact McNemar test):
+  zero     zeros                                      shuffle  the same latents in another order
+  mean     the mean over the batch, slot by slot      swap     the latents of another problem
+  noise    random directions of the same norms        fewer    half as many slots        none   no slots
 """
 
 import argparse
-from dataclasses import replace
+import json
+from pathlib import Path
 
-from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
-from coconut_ds.train import evaluate_only
+from coconut_ds.ablation import parse_ablations
+from coconut_ds.ds_config import load_ds_config
+from coconut_ds.measure import Wanted, measure
+from coconut_ds.settings import add_ds_config_argument
+from coconut_ds.trained import ds_config_of, find_trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    add_ds_config_argument(parser)
+    parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, or experiment YAML")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="checkpoints of the run folder: names, latest (default), best, all",
+    )
+    parser.add_argument(
+        "--split", default="valid", metavar="valid|test|FILE", help="what to evaluate on (default: valid)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N items only")
+    parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
+    parser.add_argument("--ablate", metavar="NAME,...", help="also with other latents; see above; or 'all'")
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
+    add_ds_config_argument(parser, required=False)
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting; may be given several times",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    experiment, ds_config = read_settings(args)
-    evaluate_only(replace(experiment, only_eval=True), ds_config)
+    wanted = Wanted(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
+    models = find_trained(args.target, args.checkpoint, args.overrides, args.latents)
+    own = models[0].folder
+    if args.deepspeed_config:
+        results = measure(models, load_ds_config(args.deepspeed_config), wanted)
+    else:
+        results = measure(models, ds_config_of(own) if (own / "ds_config.json").is_file() else None, wanted)
+    if args.json and not args.local_rank:
+        Path(args.json).write_text(json.dumps([result.numbers() for result in results], indent=1) + "\n")
     return 0

@@ -1,7 +1,7 @@
 """A KV cache for answering: room for every column at once, and rows that can leave.
 
-A cache that concatenates copies all its keys and values for every new token.  This one writes into buffers made
-once and hands out views of their filled part; `keep` drops the rows whose answer is complete.
+A cache that concatenates copies all its keys and values for every new token.  This one writes into buffers
+made once and hands out views of their filled part; `keep` drops the rows whose answer is complete.
 
 Knows: transformers' Cache interface.  Does not know: models, tokens, gradients (there are none).
 

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from coconut_ds.model.fused_activations import recipe_of
+
 
 class BackwardQueue:
     """Work that one node of a backward leaves for another, which runs later in the same backward.
@@ -136,8 +138,8 @@ class Deferral:
 def is_partitioned(weight: Tensor) -> bool:
     """Whether ZeRO-3 owns the weight, so that its gradient cannot be deferred.
 
-    Such a weight exists only between the hooks of its module's own forward and backward; a queue would need it
-    at another time.
+    Such a weight exists only between the hooks of its module's own forward and backward; a queue would need
+    it at another time.
     """
     return hasattr(weight, "ds_id")
 
@@ -214,11 +216,14 @@ def _call(
     **options: Any,
 ) -> Tensor:
     queue = deferral.open_queue(key)
+    recipe = recipe_of(input)
+    kept = () if recipe is None else recipe.inputs
+    options["recipe"] = None if recipe is None else recipe.function
     if queue.token is None:
-        output, queue.token = function.apply(input, weight, bias, None, queue, options)
+        output, queue.token = function.apply(input, weight, bias, None, queue, options, *kept)
         return output
     detached_bias = None if bias is None else bias.detach()
-    output, _ = function.apply(input, weight.detach(), detached_bias, queue.token, queue, options)
+    output, _ = function.apply(input, weight.detach(), detached_bias, queue.token, queue, options, *kept)
     return output
 
 
@@ -226,10 +231,11 @@ class _LinearProduct(torch.autograd.Function):
     """x_MI -> x W^T + b, and the token."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, token, queue, options):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, token, queue, options, *recipe_inputs):  # type: ignore[override]
         ctx.set_materialize_grads(False)
         ctx.queue, ctx.transposed, ctx.is_first = queue, options["transposed"], token is None
-        ctx.save_for_backward(x, weight)
+        ctx.recipe, ctx.num_nones = options["recipe"], 3 + len(recipe_inputs)
+        ctx.save_for_backward(weight, *(recipe_inputs or (x,)))
         if options["transposed"]:
             x_MI = x.view(-1, x.shape[-1])
             y = torch.mm(x_MI, weight) if bias is None else torch.addmm(bias, x_MI, weight)
@@ -240,22 +246,24 @@ class _LinearProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_token = ctx.needs_input_grad[:4]
         dx = None
         if dy is not None:
             if needs_x:
                 dx = torch.matmul(dy, weight.t() if ctx.transposed else weight)
+            x = ctx.recipe(*kept) if ctx.recipe is not None else kept[0]
             pair = (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
             if not ctx.is_first and needs_token:
                 ctx.queue.watch()
                 ctx.queue.pairs.append(pair)
                 _fold_when_large(ctx.queue, weight, ctx.transposed)
+        nones = (None,) * ctx.num_nones
         if not ctx.is_first:
-            return dx, None, None, None, None, None
+            return dx, None, None, *nones
         own = None if dy is None else pair
         dweight, dbias = _collect(ctx.queue, own, ctx.transposed, needs_weight, needs_bias)
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, *nones
 
 
 def _fold_when_large(queue: WeightQueue, weight: Tensor, transposed: bool) -> None:

@@ -1,0 +1,103 @@
+"""The quickstart's files fit each other: shell that parses, a fair comparison, a true table."""
+
+import json
+import re
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coconut_ds.config import load_experiment
+from coconut_ds.curriculum import final_stage, stage_at
+from launch.quickstart_table import table
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "quickstart"
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh")) + [ROOT / ".ci" / "run"]
+PIN = re.compile(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_parses_and_stops_at_the_first_error(script: Path):
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    text = script.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert any(word in text for word in ("set -euo pipefail", "setup.sh", "exec "))
+
+
+def test_ci_runs_the_test_command():
+    run = ROOT / ".ci" / "run"
+    assert run.stat().st_mode & 0o111
+    assert "launch/test.sh" in run.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "tests/requirements.txt"])
+def test_every_requirement_is_pinned_once(name: str):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    assert all(PIN.fullmatch(line) for line in lines), lines
+    assert len({line.split("==")[0].lower() for line in lines}) == len(lines)
+
+
+def test_the_baseline_differs_from_coconut_in_the_method_alone():
+    coconut, no_cot = (asdict(load_experiment(CONFIGS / f"{name}.yaml")) for name in ("coconut", "no_cot"))
+    different = {key for key in coconut if coconut[key] != no_cot[key]}
+    curriculum = {"c_thought", "epochs_per_stage", "max_latent_stage", "uniform_prob"}
+    assert {"name", "method"} <= different <= {"name", "method", *curriculum}
+
+
+def test_the_last_epochs_and_the_test_hide_every_step_of_the_default_chains():
+    experiment = load_experiment(CONFIGS / "coconut.yaml")
+    steps = 3
+    last = stage_at(experiment.num_epochs - 1, experiment)
+    assert last.hidden_steps >= steps and last.num_latents == steps
+    assert final_stage(experiment).hidden_steps >= steps
+    assert stage_at(0, experiment).hidden_steps == 0
+    assert isinstance(experiment.epochs_per_stage, tuple)
+    assert sum(experiment.epochs_per_stage) == experiment.num_epochs
+
+
+def test_the_files_that_the_settings_name_are_the_ones_the_script_makes():
+    script = (ROOT / "launch" / "quickstart.sh").read_text(encoding="utf-8")
+    settings = yaml.safe_load((CONFIGS / "coconut.yaml").read_text(encoding="utf-8"))
+    assert f"--model-dir {settings['model_id']}" in script
+    for key, split in (("train_path", "train"), ("val_path", "valid"), ("test_path", "test")):
+        assert settings[key] == f"data/arithmetic_{split}.json"
+    for named in re.findall(r"(?:configs|ds_configs|preprocessing|launch)/[\w/]+\.\w+", script):
+        assert (ROOT / named).is_file(), named
+
+
+def write_metrics(folder: Path, records: list[dict[str, object]]) -> Path:
+    folder.mkdir()
+    lines = [json.dumps({"time": 0.0, **record}) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_table_shows_the_last_epoch_of_every_stage_and_the_test(tmp_path: Path):
+    ours = write_metrics(
+        tmp_path / "ours",
+        [
+            {"kind": "valid", "epoch": 0, "stage": 0, "accuracy": 0.5},
+            {"kind": "train", "epoch": 1, "stage": 0, "loss": 1.0},
+            {"kind": "valid", "epoch": 1, "stage": 0, "accuracy": 0.75},
+            {"kind": "valid", "epoch": 2, "stage": 1, "accuracy": 0.625},
+            {"kind": "test", "epoch": 2, "stage": 1, "accuracy": 0.995},
+        ],
+    )
+    theirs = write_metrics(
+        tmp_path / "theirs",
+        [
+            {"kind": "valid", "epoch": 2, "stage": 0, "accuracy": 0.2},
+            {"kind": "test", "epoch": 2, "stage": 0, "accuracy": 0.104},
+        ],
+    )
+    cells = [re.split(r"\s{2,}", line) for line in table(ours, theirs).splitlines()]
+    assert cells[:4] == [
+        ["accuracy", "Coconut", "no CoT"],
+        ["validation, stage 0: all steps as text", "75.0 %"],
+        ["validation, stage 1: 1 step in a latent", "62.5 %"],
+        ["test: 1 step in a latent", "99.5 %", "10.4 %"],
+    ]
+    assert str(ours) in cells[4][0] and str(theirs) in cells[4][0]

@@ -9,7 +9,7 @@ Knows: the file format and the published rules of grading.  Does not know: token
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -47,24 +47,27 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     """The problems of a JSON file, at most `limit` of them.  Fields other than the three are ignored.
 
     Blank steps are left out: the published conversion of an item without reasoning writes `[""]`.
-    Items are checked one by one while the file is decoded, so that only one is held in its JSON form.
     Raises DataError with the first 20 problems of the file, each with its item and field.
     """
+    return list(each_problem(path, limit))
+
+
+def each_problem(path: str | Path, limit: int | None = None) -> Iterator[Problem]:
+    """The problems one by one, never the whole file in JSON form; raises as read_problems, at the end."""
     path = Path(path)
-    problems: list[Problem] = []
     complaints = Complaints(path)
     if limit is not None and limit < 1:
         raise DataError(f"{path}: a limit of {limit} problems leaves nothing; give at least 1")
+    index = -1
     for index, item in enumerate(items_of(path, complaints, _how_to_make(path))):
         problem = _problem(item, index, complaints)
         if problem is not None:
-            problems.append(problem)
+            yield problem
         if index + 1 == limit:
             break
     complaints.raise_if_any()
-    if not problems:
+    if index < 0:
         raise DataError(f"{path}: the list is empty; {_how_to_make(path)}")
-    return problems
 
 
 @dataclass(frozen=True)

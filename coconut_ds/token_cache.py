@@ -1,0 +1,161 @@
+"""Tokenise a data file once, and read it back from memory-mapped arrays.
+
+    cache/tokens/3f0c.../tokens.npy        ids of all pieces, one after the other
+                         piece_ends.npy    where each piece ends: question, steps ..., answer, question ...
+                         first_pieces.npy  which piece is the question of each problem; last, their number
+                         cache.json        digests of the three
+
+The folder's name is a digest of the file's content, of the tokenizer and of how many problems were asked for:
+a changed file or another tokenizer never meets old ids.  An id takes two bytes in vocabularies up to 65,536,
+four above.  All ranks of a machine share the pages.
+
+Knows: token ids and files.  Does not know: stages, batches, ranks.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from coconut_ds.errors import DataError
+from coconut_ds.problems import Problem, each_problem
+from coconut_ds.tokens import TokenizedProblem, Vocabulary, tokenize
+
+FORMAT = 1  # raise it when the text format of tokens.py or the arrays change
+_CHUNK = 4_096  # problems tokenised at a time
+_ARRAYS = ("tokens", "piece_ends", "first_pieces")
+
+
+class CachedProblems(Sequence[TokenizedProblem]):
+    """Tokenized problems that stay on disk; indexing makes one, slicing a list of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._tokens, self._piece_ends, self._first_pieces = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
+        )
+
+    def __len__(self) -> int:
+        return len(self._first_pieces) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedProblem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedProblem]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedProblem | list[TokenizedProblem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        first, last = self._first_pieces[index % len(self) :][:2].tolist()
+        start = int(self._piece_ends[first - 1]) if first else 0
+        ends = self._piece_ends[first:last].tolist()
+        ids = self._tokens[start : ends[-1]].tolist()
+        cuts = [0, *(end - start for end in ends)]
+        question, *steps, answer = (tuple(ids[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+        return TokenizedProblem(question, tuple(steps), answer)
+
+
+def cached_tokens(
+    path: str | Path, vocabulary: Vocabulary, folder: str | Path, limit: int | None = None
+) -> CachedProblems:
+    """The tokenized problems of a data file, from `folder` when they are there, else tokenised into it.
+
+    Safe when several processes do the same at once: each writes its own folder, and the first renames it.
+    An entry that is damaged is made again.  Raises DataError as read_problems, and when it cannot be stored.
+    """
+    path, folder = Path(path), Path(folder)
+    entry = folder / _key(path, vocabulary, limit)
+    if not _is_whole(entry):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            working = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=folder))
+            try:
+                _write(working, each_problem(path, limit), vocabulary)
+                _put_in_place(working, entry)
+            finally:
+                shutil.rmtree(working, ignore_errors=True)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or folder}: the tokenised {path.name} cannot be stored ({error.strerror}); "
+                "make room, or name a folder that can be written"
+            ) from error
+    return CachedProblems(entry)
+
+
+def _key(path: Path, vocabulary: Vocabulary, limit: int | None) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {limit}\n".encode())
+    try:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError:
+        list(islice(each_problem(path), 1))  # says what is wrong with the file and what to do
+        raise
+    tokenizer = vocabulary.tokenizer
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        described = tokenizer.backend_tokenizer.to_str()
+    else:
+        described = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    digest.update(described.encode())
+    digest.update(f"{tokenizer.init_kwargs.get('add_bos_token')} {vocabulary.eos_id}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(folder: Path, problems: Iterator[Problem], vocabulary: Vocabulary) -> None:
+    id_type = np.uint16 if len(vocabulary.tokenizer) <= 1 << 16 else np.uint32
+    piece_ends, first_pieces = array("q"), array("q", [0])
+    end = 0
+    raw = folder / "tokens.raw"
+    with raw.open("wb") as file:
+        while chunk := list(islice(problems, _CHUNK)):
+            ids: list[int] = []
+            for problem in tokenize(chunk, vocabulary):
+                for piece in (problem.question, *problem.steps, problem.answer):
+                    ids += piece
+                    piece_ends.append(end + len(ids))
+                first_pieces.append(len(piece_ends))
+            end += len(ids)
+            np.asarray(ids, dtype=id_type).tofile(file)
+    tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", id_type, (end,))
+    tokens[:] = np.memmap(raw, id_type, "r", shape=(end,))
+    tokens.flush()
+    raw.unlink()
+    np.save(folder / "piece_ends.npy", np.asarray(piece_ends, dtype=np.int64))
+    np.save(folder / "first_pieces.npy", np.asarray(first_pieces, dtype=np.int64))
+    digests = {name: _digest(folder / f"{name}.npy") for name in _ARRAYS}
+    (folder / "cache.json").write_text(json.dumps({"problems": len(first_pieces) - 1, "sha256": digests}))
+
+
+def _put_in_place(working: Path, entry: Path) -> None:
+    for file in working.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    if entry.exists() and not _is_whole(entry):
+        shutil.rmtree(entry, ignore_errors=True)
+    try:
+        os.rename(working, entry)
+    except OSError:
+        if not _is_whole(entry):  # otherwise another process was first, with the same content
+            raise
+
+
+def _is_whole(entry: Path) -> bool:
+    try:
+        expected = json.loads((entry / "cache.json").read_text())["sha256"]
+        return all(_digest(entry / f"{name}.npy") == expected[name] for name in _ARRAYS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,46 @@
+"""Command-line arguments of everything that plans.
+
+Knows: argparse.  Does not know: plans.
+"""
+
+import argparse
+
+from coconut_ds.errors import ConfigError
+from coconut_ds.memory.worst import TextShape
+
+
+def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+    """--ranks, --device and the shape options."""
+    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs of the run; default: memory_budget.gpus")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="whose kernels the model would use; default: cuda",
+    )
+    shape = parser.add_argument_group(
+        "text, instead of reading data and tokenizer (tokens of the longest problem)"
+    )
+    shape.add_argument("--question-tokens", type=int, metavar="N")
+    shape.add_argument("--num-steps", type=int, metavar="N", help="reasoning steps, default 6")
+    shape.add_argument("--step-tokens", type=int, metavar="N", help="tokens of one step, default 15")
+    shape.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of the answer line, default 12")
+
+
+def text_shape(args: argparse.Namespace) -> TextShape | None:
+    """The text of the shape options; None where none is given.  Raises ConfigError."""
+    given = {
+        "question": args.question_tokens,
+        "steps": args.num_steps,
+        "step": args.step_tokens,
+        "answer": args.answer_tokens,
+    }
+    if all(value is None for value in given.values()):
+        return None
+    if given["question"] is None:
+        raise ConfigError("--question-tokens must be given with the other shape options")
+    defaults = {"steps": 6, "step": 15, "answer": 12}
+    shape = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    if any(value < 1 for value in shape.values()):
+        raise ConfigError(f"the shape options must be at least 1, got {shape}")
+    return TextShape(**shape)

@@ -1,0 +1,139 @@
+"""Replay what ZeRO does with each gradient over a trace, and find the peak of the backward.
+
+The trace drops every gradient as it arrives.  Here it goes where DeepSpeed puts it: into the bucket, through a
+flattened copy, to its owner; and lives as long as it lives there.
+
+Knows: traces and ZeRO's gradient path (stage_1_and_2.py, `reduce_independent_p_g_buckets_and_remove_grads`,
+`reduce_ipg_grads`, `copy_grads_in_partition`, with `managed_gradient_accumulation: false`).
+Does not know: models.
+"""
+
+from dataclasses import dataclass
+
+from coconut_ds.memory.trace import GRADIENTS, Arrival, BackwardBegins, Event, Trace
+from coconut_ds.memory.zero import COMMUNICATION, Partition, Sizes, ZeroSettings
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes of one micro-batch beyond the lasting states, and what they were."""
+
+    size: int
+    parts: dict[str, int]
+    in_backward: bool
+    own: dict[str, int]  # the most bytes of each kind at any time
+
+
+def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
+    """The peak of `trace` under `zero`; `sizes.flat` numbers parameters as the trace does."""
+    assert sizes.flat == trace.parameter_sizes
+    run = _StageThree(sizes, zero) if zero.stage == 3 else _Replay(sizes, zero)
+    for event in trace.events:
+        run.take(event)
+    run.finish()
+    return Peak(run.highest, {k: v for k, v in run.at_highest.items() if v}, run.highest_in_backward, run.own)
+
+
+class _Replay:
+    """ZeRO-1 and -2 with contiguous gradients."""
+
+    def __init__(self, sizes: Sizes, zero: ZeroSettings) -> None:
+        self.sizes, self.zero = sizes, zero
+        self.partition = Partition.heaviest(sizes, zero)
+        self.owned = set(self.partition.owned)
+        self.owned_bytes = zero.model_bytes * sum(sizes.flat[i] for i in self.owned)
+        self.alive: dict[str, int] = {}
+        self.total = self.highest = 0
+        self.at_highest: dict[str, int] = {}
+        self.own: dict[str, int] = {}
+        self.is_backward = self.highest_in_backward = False
+        self.bucket: list[int] = []
+        self.elements = 0
+        self.has_bucket = self.has_partition = False
+        self.held: dict[int, int] = {}
+        if zero.stage == 1 and zero.accumulates:
+            self.add(zero.model_bytes * sizes.trainable, GRADIENTS)
+        if zero.stage == 2 and zero.accumulates and not zero.offload_optimizer:
+            self.add(self.owned_bytes, GRADIENTS)
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, BackwardBegins):
+            self.is_backward = True
+        elif isinstance(event, Arrival):
+            self.arrive(event.index)
+        else:
+            self.add(*event)
+
+    def add(self, size: int, kind: str) -> None:
+        self.alive[kind] = self.alive.get(kind, 0) + size
+        self.total += size
+        if self.alive[kind] > self.own.get(kind, 0):
+            self.own[kind] = self.alive[kind]
+        if self.total > self.highest:
+            self.highest, self.at_highest = self.total, dict(self.alive)
+            self.highest_in_backward = self.is_backward
+
+    def briefly(self, size: int, kind: str) -> None:
+        self.add(size, kind)
+        self.add(-size, kind)
+
+    def arrive(self, index: int) -> None:
+        b, size = self.zero.model_bytes, self.sizes.flat[index]
+        if not self.has_bucket:
+            self.has_bucket = True
+            self.add(b * self.zero.bucket * (1 + self.zero.overlap), COMMUNICATION)
+        if self.zero.stage == 1:
+            if not self.zero.accumulates:
+                self.hold(index)
+            return
+        if self.elements + size > self.zero.bucket:
+            self.reduce()
+        if size > self.zero.bucket:
+            if self.zero.offload_optimizer:
+                self.briefly(2 * b * size, GRADIENTS)
+            self.hold(index)
+        else:
+            self.briefly(b * size, GRADIENTS)
+        self.bucket.append(index)
+        self.elements += size
+
+    def hold(self, index: int) -> None:
+        self.held[index] = self.zero.model_bytes * self.sizes.flat[index]
+        self.add(self.held[index], GRADIENTS)
+
+    def release(self, index: int) -> None:
+        self.add(-self.held.pop(index, 0), GRADIENTS)
+
+    def reduce(self) -> None:
+        """Average the bucket over the ranks and give every gradient to its owner."""
+        runs = [owners for i in self.bucket for owners in self.partition.parts[i]]
+        slices = sum(1 for before, after in zip([None, *runs], runs, strict=False) if before != after)
+        if slices > 1 and self.zero.ranks > 1:
+            self.briefly(self.zero.model_bytes * self.elements, COMMUNICATION)
+        for index in self.bucket:
+            if index not in self.owned:
+                self.release(index)
+            elif not self.zero.offload_optimizer:
+                if not self.has_partition:
+                    self.has_partition = True
+                    self.add(self.owned_bytes, GRADIENTS)
+                self.release(index)
+        self.bucket, self.elements = [], 0
+
+    def finish(self) -> None:
+        if self.zero.stage == 2:
+            self.reduce()
+
+
+class _StageThree(_Replay):
+    """ZeRO-3, roughly: gradients pass through a bucket of their own size and leave."""
+
+    def arrive(self, index: int) -> None:
+        b, size = self.zero.model_bytes, self.sizes.flat[index]
+        if not self.has_bucket:
+            self.has_bucket = True
+            self.add(b * self.zero.bucket, COMMUNICATION)
+        self.briefly(2 * b * size if size > self.zero.bucket else b * size, GRADIENTS)
+
+    def finish(self) -> None:
+        return

@@ -1,0 +1,173 @@
+"""Every tensor that one forward and backward makes and drops, in order, and where each gradient arrives.
+
+    trace = record(phantom, batch)          one run of the real code without storage
+    trace.events                            (+bytes, kind), (-bytes, kind), ... and Arrival(parameter)
+
+How ZeRO keeps the gradients is replayed over the same trace afterwards (gradient_path.py), so one run serves
+every ds_config of the same precision.
+
+Knows: storages and when they live.  Does not know: ZeRO, budgets.  Source of the method: the storages' weak
+references, as in torch.distributed._tools.mem_tracker.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from coconut_ds.batching import Batch
+from coconut_ds.memory.phantom import Phantom
+
+ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The gradient of parameter number `index` is complete; its storage was dropped just before this event."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class BackwardBegins:
+    """All of the forward lies before, all of the backward behind."""
+
+
+Event = tuple[int, str] | Arrival | BackwardBegins
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch: what came and went."""
+
+    events: list[Event]
+    parameter_sizes: tuple[int, ...]  # elements of each trainable parameter, in the optimizer's order
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at a time, each gradient dropped as soon as it is complete."""
+        return peak_of(self.events)[0]
+
+
+def peak_of(events: list[Event]) -> tuple[int, dict[str, int]]:
+    """The most bytes alive at a time, and what they were by kind."""
+    total, highest, at_highest = 0, 0, {}
+    alive: dict[str, int] = {}
+    for event in events:
+        if isinstance(event, tuple):
+            size, kind = event
+            total += size
+            alive[kind] = alive.get(kind, 0) + size
+            if total > highest:
+                highest, at_highest = total, dict(alive)
+    return highest, at_highest
+
+
+class StorageLog(TorchDispatchMode):
+    """Calls `note(+bytes, kind)` when an operator makes a storage and `note(-bytes, kind)` when it dies."""
+
+    def __init__(self, note: Callable[[int, str], None], kind_of: Callable[[Tensor], str]) -> None:
+        super().__init__()
+        self._note, self._kind_of = note, kind_of
+        self._known: dict[int, Any] = {}
+
+    def overlook(self, tensor: Tensor) -> None:
+        """A storage that was there before and stays."""
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._known:
+            return
+        kind = self._kind_of(tensor)
+        self._known[key] = None
+        weakref.finalize(storage, self._drop, key, size, kind).atexit = False
+        self._note(size, kind)
+
+    def _drop(self, key: int, size: int, kind: str) -> None:
+        self._known.pop(key, None)
+        self._note(-size, kind)
+
+
+def record(phantom: Phantom, batch: Batch) -> Trace:
+    """One forward and backward of a micro-batch, every gradient dropped on arrival."""
+    model = phantom.model
+    batch = phantom.batch(batch)
+    events: list[Event] = []
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shapes = {tuple(p.shape) for p in trainable} | {tuple(reversed(p.shape)) for p in trainable}
+    vocabulary_size = phantom.vocabulary_size
+    is_backward = False
+
+    def kind_of(tensor: Tensor) -> str:
+        shape = tuple(tensor.shape)
+        if is_backward and shape in shapes:
+            return GRADIENTS
+        return LOSS if vocabulary_size in shape[-1:] else ACTIVATIONS
+
+    log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of)
+    for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
+        log.overlook(tensor)
+    with phantom.running(), _dropping_gradients(trainable, events), log:
+        loss = model(batch)
+        is_backward = True
+        events.append(BackwardBegins())
+        loss.backward()
+        del loss
+    return Trace(list(events), tuple(p.numel() for p in trainable))
+
+
+def record_evaluation(phantom: Phantom, batch: Batch) -> Trace:
+    """One forward without gradients."""
+    model = phantom.model
+    batch = phantom.batch(batch)
+    events: list[Event] = []
+    size = phantom.vocabulary_size
+    log = StorageLog(
+        lambda bytes_, kind: events.append((bytes_, kind)),
+        lambda tensor: LOSS if size in tensor.shape[-1:] else ACTIVATIONS,
+    )
+    for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
+        log.overlook(tensor)
+    model.eval()
+    with phantom.running(), torch.no_grad(), log:
+        loss = model(batch)
+        del loss
+    model.train()
+    return Trace(list(events), ())
+
+
+@contextmanager
+def _dropping_gradients(parameters: list[nn.Parameter], events: list[Event]) -> Iterator[None]:
+    def drop(index: int, parameter: Tensor) -> None:
+        parameter.grad = None
+        events.append(Arrival(index))
+
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p, index=index: drop(index, p))
+        for index, p in enumerate(parameters)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]

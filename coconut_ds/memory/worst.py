@@ -1,0 +1,149 @@
+"""The micro-batch of a stage that takes the most memory: longest question, longest continuation, most labels.
+
+Rows are drawn at random, so some step of a long run may meet them together; the plan counts on it.
+
+Knows: token counts, stages, batches.  Does not know: models, bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coconut_ds.batching import Batch, collate
+from coconut_ds.build import DEBUG_TRAIN_ITEMS
+from coconut_ds.config import Experiment
+from coconut_ds.curriculum import METHODS_WITH_STAGES, Stage, final_stage, numbered_stage, render, stage_at
+from coconut_ds.errors import ConfigError
+from coconut_ds.problems import Problem, read_problems
+from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
+
+# Of a larger file only the problems with the most characters in some part are tokenised.
+MOST_TOKENISED = 4000
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Tokens of every problem, where neither data nor a tokenizer is at hand."""
+
+    question: int
+    steps: int
+    step: int
+    answer: int
+
+    def problem(self) -> TokenizedProblem:
+        step = (0,) * self.step
+        return TokenizedProblem((0,) * self.question, (step,) * self.steps, (0,) * self.answer)
+
+
+@dataclass(frozen=True)
+class StageOfRun:
+    """A stage and the first epoch (from 0) that trains it."""
+
+    epoch: int
+    stage: Stage
+
+
+def stages_of(experiment: Experiment) -> list[StageOfRun]:
+    """Every stage that the run trains, in order."""
+    found: dict[Stage, StageOfRun] = {}
+    for epoch in range(experiment.num_epochs):
+        stage = stage_at(epoch, experiment)
+        found.setdefault(stage, StageOfRun(epoch, stage))
+    return list(found.values())
+
+
+def read_lengths(
+    experiment: Experiment, shape: TextShape | None
+) -> tuple[list[TokenizedProblem], list[TokenizedProblem], Vocabulary | None]:
+    """Problems to train on, problems to evaluate, and the tokenizer; of large files the longest alone.
+
+    With `shape` nothing is read.  Raises ConfigError, naming the shape options, where something is absent.
+    """
+    if shape is not None:
+        return [shape.problem()], [shape.problem()], None
+    try:
+        vocabulary = load_vocabulary(experiment.model_id)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n  {SHAPE_HINT}") from error
+    files = []
+    for path, key in ((experiment.train_path, "train_path"), (experiment.val_path, "val_path")):
+        if path and not Path(path).exists():
+            raise ConfigError(
+                f"{key}: {path} does not exist, so the longest problem is not known.\n  {SHAPE_HINT}"
+            )
+        limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
+        files.append(tokenize(longest(read_problems(path, limit)), vocabulary) if path else [])
+    train, valid = files
+    return train or valid, valid, vocabulary
+
+
+SHAPE_HINT = (
+    "To plan without it, give the token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
+    "--answer-tokens 12"
+)
+
+
+def longest(problems: list[Problem], most: int = MOST_TOKENISED) -> list[Problem]:
+    """The problems that can matter: those with the most characters in the question, the steps or all."""
+    if len(problems) <= most:
+        return problems
+    keys = (
+        lambda i: len(problems[i].question),
+        lambda i: sum(map(len, problems[i].steps)),
+        lambda i: len(problems[i].question) + sum(map(len, problems[i].steps)) + len(problems[i].answer),
+        lambda i: len(problems[i].steps),
+    )
+    kept = {
+        i for key in keys for i in sorted(range(len(problems)), key=key, reverse=True)[: most // len(keys)]
+    }
+    return [problems[i] for i in sorted(kept)]
+
+
+def worst_batch(
+    problems: Sequence[TokenizedProblem],
+    at: StageOfRun,
+    experiment: Experiment,
+    vocabulary: Vocabulary,
+    rows: int,
+) -> Batch:
+    """A micro-batch of `rows` rows that no micro-batch of this stage exceeds in columns."""
+    stages = {id(problem): _worst_stage(problem, at.stage, experiment) for problem in problems}
+
+    def after(problem: TokenizedProblem) -> int:
+        stage = stages[id(problem)]
+        reasoning = sum(map(len, problem.steps[stage.hidden_steps :]))
+        return max(0, reasoning - stage.hidden_tokens) + len(problem.answer)
+
+    by_labels = sorted(problems, key=after, reverse=True)
+    if rows == 1:
+        chosen = [max(problems, key=lambda problem: len(problem.question) + after(problem))]
+    else:
+        chosen = [max(problems, key=lambda problem: len(problem.question)), *by_labels[: rows - 1]]
+    while len(chosen) < rows:
+        chosen += chosen[: rows - len(chosen)]
+    samples = [render(p, stages[id(p)], experiment, vocabulary, i) for i, p in enumerate(chosen)]
+    most = max((stages[id(p)].num_latents for p in problems), default=0)
+    padded = at.stage.num_latents if experiment.pad_latent_to_max else max(s.num_latents for s in samples)
+    return collate(samples, vocabulary.pad_id, max(most, padded) if _mixes(experiment) else None, 1)
+
+
+def worst_evaluation_batch(
+    problems: Sequence[TokenizedProblem], experiment: Experiment, vocabulary: Vocabulary
+) -> Batch:
+    """The longest rows of the last stage, as evaluation sorts them together."""
+    at = StageOfRun(experiment.num_epochs, final_stage(experiment))
+    trained = stages_of(experiment)
+    at = trained[-1] if trained else at
+    return worst_batch(problems, at, experiment, vocabulary, experiment.batch_size_eval)
+
+
+def _mixes(experiment: Experiment) -> bool:
+    return experiment.uniform_prob > 0 and experiment.method in METHODS_WITH_STAGES
+
+
+def _worst_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> Stage:
+    """Of the stages one sample may be drawn at, the one with the longest text."""
+    if not _mixes(experiment) or stage.hidden_tokens:
+        return stage
+    candidates = [stage, *(numbered_stage(number, experiment) for number in range(len(problem.steps) + 1))]
+    return max(candidates, key=lambda s: sum(map(len, problem.steps[s.hidden_steps :])) + s.num_latents)

@@ -44,3 +44,16 @@ class RankLost(UserError):
 
     exit_code = 77
     on_every_rank = False
+
+
+class BudgetError(UserError):
+    """A plan that exceeds its memory budget."""
+
+    exit_code = 3
+
+
+class OutOfMemory(UserError):
+    """A rank ran out of memory; its report is in the run folder.  Every rank ends with it."""
+
+    exit_code = 78
+    on_every_rank = False

@@ -45,6 +45,8 @@ class Origin:
 
 def fingerprint(base: nn.Module) -> str:
     """A short hash of evenly spread elements of every tensor; training changes it, copying does not."""
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return ""  # a model without weights, as in planning
     digest = hashlib.sha256()
     for name, value in sorted(base.state_dict().items()):
         flat = value.detach().flatten()

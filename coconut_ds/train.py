@@ -198,6 +198,7 @@ class Trainer:
             self.material.train, epoch, self.experiment, self.material.vocabulary, self.layout, first
         )
         total = self.layout.num_steps(len(self.material.train))
+        self.engine.train()  # transformers load a model in evaluation mode
         self.peak.start()
         with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:
             for micro_batches in steps:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Measure the weights in `load_model_path` on `val_path`, on all GPUs of this machine.
+#
+#   bash launch/eval.sh configs/full/gsm_coconut_eval.yaml [--set load_model_path=runs/gsm-coconut/checkpoint_25]
+#   NUM_GPUS=1 DS_CONFIG=ds_configs/zero2.json bash launch/eval.sh CONFIG
+
+source "$(dirname "$0")/ranks.sh"
+
+if [ $# = 0 ]; then
+    sed -n '2,5s/^# \?//p' "$0"
+    exit 2
+fi
+run_ranks --num_gpus "${NUM_GPUS:-$(number_of_ranks)}" -- eval "$@"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +17,11 @@ from coconut_ds.batching import PADDING_ROW, Batch, Layout, evaluation_batches
 from coconut_ds.collectives import ReadingEngine
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage
-from coconut_ds.engine import Engine
 from coconut_ds.problems import Card, Problem, cot_matches, is_correct, split_completion
 from coconut_ds.tokens import TokenizedProblem, Vocabulary
+
+if TYPE_CHECKING:  # a program that only reads a model does not wait for DeepSpeed
+    from coconut_ds.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine | ReadingEngine,
+    engine: "Engine | ReadingEngine",
     test_set: TestSet,
     stage: Stage,
     experiment: Experiment,

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.tokens import Vocabulary, locate_model
 
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+# The bars of loading and saving weights would cut a command's own output in two.
+disable_progress_bar()
 
 
 def load_config(model_id: str) -> PretrainedConfig:

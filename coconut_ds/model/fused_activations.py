@@ -53,7 +53,7 @@ def fuse_activations(model: nn.Module) -> int:
     exchanged = 0
     for module in model.modules():
         fused = FusedTanhGelu if type(module) in tanh_gelus else FUSED.get(type(module))
-        if fused is FusedGatedMlp and not isinstance(module.act_fn, nn.SiLU):
+        if fused is FusedGatedMlp and not isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))):
             continue
         if fused is not None:
             module.__class__ = fused

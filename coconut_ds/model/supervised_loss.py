@@ -29,8 +29,12 @@ def supervised_loss(
     hidden_ND: Tensor, target_ids_N: Tensor, head: nn.Module, chunk_tokens: int, deferral: Deferral | None
 ) -> Tensor:
     """Sum of the token losses, an fp32 scalar; logits of at most `chunk_tokens` positions exist at a time."""
-    is_plain = isinstance(head, nn.Linear) and type(head) in (nn.Linear, DeferringLinear)
-    if not is_plain or is_partitioned(head.weight) or torch.is_autocast_enabled(hidden_ND.device.type):
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head) not in (nn.Linear, DeferringLinear)
+        or is_partitioned(head.weight)
+        or torch.is_autocast_enabled(hidden_ND.device.type)
+    ):
         return _loss_through_module(hidden_ND, target_ids_N, head, chunk_tokens)
     weight = head.weight
     queue = deferral.queue_of(weight) if deferral is not None and deferral.applies_to(weight) else None

@@ -1,0 +1,89 @@
+"""Recomputation: same numbers with dropout on, less memory, and Hugging Face's own switch refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coconut_ds.ds_config import LatentMemory
+from coconut_ds.errors import ConfigError
+from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.thoughts import ThoughtSettings, build_thought
+from tests.model.cases import (
+    HIDDEN,
+    NO_LATENT_ROWS,
+    PLAIN,
+    RAGGED_ROWS,
+    gradients,
+    make_batch,
+    make_coconut,
+    make_model,
+)
+
+
+def seeded_step(
+    settings: LatentMemory, architecture: str, rows
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    coconut = make_coconut(architecture, settings, dropout=0.2)
+    torch.manual_seed(5)
+    loss = coconut(make_batch(rows))
+    loss.backward()
+    return loss.detach(), gradients(coconut.causal_lm)
+
+
+@pytest.mark.parametrize("rows", [RAGGED_ROWS, NO_LATENT_ROWS], ids=["ragged", "no_latents"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("settings", [PLAIN, LatentMemory()], ids=["alone", "with_all"])
+def test_dropout_is_reproduced(settings, architecture, rows):
+    loss, expected = seeded_step(settings, architecture, rows)
+    again, recomputed = seeded_step(replace(settings, recompute="layers"), architecture, rows)
+    assert torch.equal(loss, again)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_dropout_with_deferral_is_the_same_dropout(architecture):
+    loss, expected = seeded_step(PLAIN, architecture, RAGGED_ROWS)
+    deferring = replace(PLAIN, deferred_weight_gradients=True, supervised_logits_only=True)
+    again, deferred = seeded_step(deferring, architecture, RAGGED_ROWS)
+    torch.testing.assert_close(again, loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(deferred[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_keeps_the_layers_inputs_and_the_cache_only():
+    held = {}
+    for recompute in ("none", "layers"):
+        coconut = make_coconut("llama", replace(LatentMemory(), recompute=recompute))
+        with LiveBytes() as live:
+            loss = coconut(make_batch(((40, 2, 4),) * 2))
+            held[recompute] = live.current
+        del loss
+    assert held["layers"] < 0.6 * held["none"]
+
+
+def coconut_of(model, settings) -> Coconut:
+    return Coconut(model, build_thought("last_hidden", HIDDEN, ThoughtSettings()), settings)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_hugging_faces_switch_is_refused(architecture):
+    model = make_model(architecture)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match="drops the KV cache"):
+        coconut_of(model, PLAIN)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layers"])
+def test_hugging_faces_switch_is_refused_later_too(recompute):
+    coconut = make_coconut("gpt2", replace(PLAIN, recompute=recompute))
+    coconut.causal_lm.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match="drops the KV cache"):
+        coconut(make_batch(RAGGED_ROWS))
+
+
+def test_unknown_value_is_refused():
+    with pytest.raises(ConfigError, match='"none" or "layers"'):
+        make_coconut("gpt2", replace(PLAIN, recompute="blocks"))

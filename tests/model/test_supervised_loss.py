@@ -1,0 +1,109 @@
+"""The chunked head against plain cross-entropy, and how many vocabulary-sized buffers live at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.model.deferred_grads import Deferral, install_deferral
+from coconut_ds.model.supervised_loss import supervised_loss
+
+
+def reference(hidden_ND, ids_N, head):
+    return F.cross_entropy(head(hidden_ND).float(), ids_N, reduction="sum")
+
+
+def make(vocabulary=97, hidden=16, positions=25, bias=False):
+    torch.manual_seed(0)
+    head = nn.Linear(hidden, vocabulary, bias=bias)
+    hidden_ND = torch.randn(positions, hidden, requires_grad=True)
+    return head, hidden_ND, torch.randint(0, vocabulary, (positions,))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 25, 1000])
+def test_equals_cross_entropy(chunk_tokens, bias):
+    head, hidden_ND, ids_N = make(bias=bias)
+    expected = reference(hidden_ND, ids_N, head)
+    wanted = torch.autograd.grad(3 * expected, [hidden_ND, *head.parameters()])
+    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, None)
+    got = torch.autograd.grad(3 * loss, [hidden_ND, *head.parameters()])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(got, wanted)
+
+
+class Scaled(nn.Linear):
+    """A head that is more than a matrix."""
+
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 1000])
+def test_any_head_module_works(chunk_tokens):
+    torch.manual_seed(0)
+    head, (_, hidden_ND, ids_N) = Scaled(16, 97), make()
+    expected = reference(hidden_ND, ids_N, head)
+    wanted = torch.autograd.grad(expected, [hidden_ND, *head.parameters()])
+    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, None)
+    torch.testing.assert_close(torch.autograd.grad(loss, [hidden_ND, *head.parameters()]), wanted)
+
+
+class Tied(nn.Module):
+    def __init__(self, vocabulary, hidden, padding_idx=None):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden, padding_idx=padding_idx)
+        self.middle = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def loss(self, ids_N, targets_N, chunk_tokens, deferral: Deferral | None):
+        hidden_ND = self.middle(self.embedding(ids_N)).tanh()
+        return supervised_loss(hidden_ND, targets_N, self.head, chunk_tokens, deferral)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("positions, chunk_tokens", [(5, 1000), (40, 1000), (40, 7)])
+def test_tied_head_joins_the_embeddings_gradient(positions, chunk_tokens, padding_idx):
+    torch.manual_seed(0)
+    plain = Tied(31, 16, padding_idx)
+    deferred = Tied(31, 16, padding_idx)
+    deferred.load_state_dict(plain.state_dict())
+    ids_N, targets_N = torch.randint(0, 31, (2, positions))
+    plain.loss(ids_N, targets_N, chunk_tokens, None).backward()
+    deferral = install_deferral(deferred)
+    fired = []
+    deferred.embedding.weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with deferral.forward():
+        loss = deferred.loss(ids_N, targets_N, chunk_tokens, deferral)
+    loss.backward()
+    assert fired == [1]
+    torch.testing.assert_close(deferred.embedding.weight.grad, plain.embedding.weight.grad)
+    torch.testing.assert_close(deferred.middle.weight.grad, plain.middle.weight.grad)
+
+
+def test_one_vocabulary_sized_gradient_at_a_time():
+    peaks = {}
+    for is_deferred in (False, True):
+        model = Tied(20_000, 16)
+        deferral = install_deferral(model) if is_deferred else None
+        ids_N = torch.randint(0, 20_000, (4,))
+        with LiveBytes() as live:
+            if deferral is None:
+                model.loss(ids_N, ids_N, 1000, None).backward()
+            else:
+                with deferral.forward():
+                    loss = model.loss(ids_N, ids_N, 1000, deferral)
+                loss.backward()
+        peaks[is_deferred] = live.peak / (20_000 * 16 * 4)
+    assert peaks[False] > 2
+    assert peaks[True] < 1.6
+
+
+def test_logits_of_one_chunk_exist_at_a_time():
+    head, hidden_ND, ids_N = make(vocabulary=5000, positions=64)
+    head.weight.requires_grad_(False)
+    with LiveBytes() as live:
+        supervised_loss(hidden_ND, ids_N, head, 8, None).backward()
+    assert live.peak < 3 * 8 * 5000 * 4

@@ -12,7 +12,6 @@ from peft import PeftModel
 
 from coconut_ds.checkpoint import find_adapter, load_foreign_weights, load_thought_weights
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import METHODS_WITH_LATENTS
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluate import TestSet
@@ -85,7 +84,7 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     if weights is not None:
         install_weights(base, weights, str(start))
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
-    if experiment.method not in METHODS_WITH_LATENTS:
+    if not experiment.method.has_latents:
         thought.requires_grad_(False)
     if experiment.tuning == "full":
         if adapter is not None:

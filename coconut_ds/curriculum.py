@@ -19,15 +19,6 @@ from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 ALL_STEPS = sys.maxsize
 
-METHODS_WITH_LATENTS = {
-    Method.COCONUT,
-    Method.PAUSE,
-    Method.PAUSE_AS_THOUGHT,
-    Method.WITHOUT_CURRICULUM,
-}
-METHODS_WITH_STAGES = {Method.COCONUT, Method.NO_THOUGHTS, Method.ICOT, Method.PAUSE_AS_THOUGHT}
-
-
 @dataclass(frozen=True)
 class Stage:
     """How much of the reasoning is hidden, and how many latent slots stand in for it."""
@@ -56,7 +47,7 @@ class Sample:
 
 def stage_number(epoch: int, experiment: Experiment) -> int:
     """Number of the curriculum stage that `epoch` (from 0) belongs to; it grows without bound."""
-    if experiment.method not in METHODS_WITH_STAGES:
+    if not experiment.method.has_stages:
         return 0
     lengths = experiment.epochs_per_stage
     if isinstance(lengths, int):
@@ -84,7 +75,7 @@ def stage_at(epoch: int, experiment: Experiment) -> Stage:
 
 def numbered_stage(number: int, experiment: Experiment) -> Stage:
     """Stage `number`: that many steps hidden; beyond max_latent_stage all of them (paper, section 4.2)."""
-    has_latents = experiment.method in METHODS_WITH_LATENTS
+    has_latents = experiment.method.has_latents
     num_latents = min(number, experiment.max_latent_stage) * experiment.c_thought if has_latents else 0
     return Stage(number if number <= experiment.max_latent_stage else ALL_STEPS, num_latents)
 
@@ -105,7 +96,7 @@ def mixed_stage(num_steps: int, epoch: int, index: int, experiment: Experiment) 
     Depends on (seed, epoch, index) alone, so every rank and every resumed run draws the same.
     """
     stage = stage_at(epoch, experiment)
-    if experiment.uniform_prob == 0 or experiment.method not in METHODS_WITH_STAGES or stage.hidden_tokens:
+    if experiment.uniform_prob == 0 or not experiment.method.has_stages or stage.hidden_tokens:
         return stage
     draw = random.Random(f"{experiment.seed} {epoch} {index}")
     if draw.random() < experiment.uniform_prob:
@@ -124,7 +115,7 @@ def render(
     num_latents = stage.num_latents
     if not experiment.pad_latent_to_max:
         num_latents = min(num_latents, len(problem.steps) * experiment.c_thought)
-    if experiment.method in METHODS_WITH_LATENTS:
+    if experiment.method.has_latents:
         slots = (vocabulary.start_id, *[vocabulary.latent_id] * num_latents, vocabulary.end_id)
         first_latent = len(problem.question) + 1
     else:

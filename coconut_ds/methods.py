@@ -27,6 +27,10 @@ class Method(StrEnum):
         return self in (Method.COCONUT, Method.WITHOUT_CURRICULUM) or self.is_pause
 
     @property
+    def has_stages(self) -> bool:
+        return self in (Method.COCONUT, Method.NO_THOUGHTS, Method.ICOT, Method.PAUSE_AS_THOUGHT)
+
+    @property
     def is_pause(self) -> bool:
         return self in (Method.PAUSE, Method.PAUSE_AS_THOUGHT)
 

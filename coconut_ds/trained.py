@@ -17,7 +17,7 @@ from typing import Any
 from coconut_ds.build import build_module
 from coconut_ds.checkpoint import CheckpointFolders, Manifest
 from coconut_ds.config import Experiment, load_experiment, parse_overrides, validate_experiment
-from coconut_ds.curriculum import METHODS_WITH_LATENTS, Stage, stage_at
+from coconut_ds.curriculum import Stage, stage_at
 from coconut_ds.ds_config import DeepSpeedConfig, LatentMemory, validate_ds_config
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model.coconut import Coconut
@@ -58,7 +58,7 @@ class Trained:
             return self
         if num_latents < 0:
             raise ConfigError(f"--latents {num_latents}: give 0 or more")
-        if num_latents and self.experiment.method not in METHODS_WITH_LATENTS:
+        if num_latents and not self.experiment.method.has_latents:
             raise ConfigError(f"--latents {num_latents}: the method {self.experiment.method} has no latents")
         experiment = replace(self.experiment, pad_latent_to_max=True)
         return replace(self, experiment=experiment, stage=replace(self.stage, num_latents=num_latents))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from coconut_ds.batching import Layout
 from coconut_ds.config import Experiment, experiment_to_yaml
-from coconut_ds.curriculum import METHODS_WITH_STAGES, render, stage_at, stage_number
+from coconut_ds.curriculum import render, stage_at, stage_number
 from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 from coconut_ds.errors import UserError
 from coconut_ds.problems import Problem, read_problems
@@ -85,7 +85,7 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
     for first, last in _stage_spans(experiment):
         span = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
         yield f"{span:>9}  {stage_number(first, experiment)}: {stage_at(first, experiment)}"
-    if experiment.uniform_prob and experiment.method in METHODS_WITH_STAGES:
+    if experiment.uniform_prob and experiment.method.has_stages:
         yield f"each sample is drawn from a random stage with probability {experiment.uniform_prob}"
 
 
@@ -110,6 +110,7 @@ def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:
         sample = render(tokenized, stage_at(first, experiment), experiment, vocabulary)
         prompt = vocabulary.spell(sample.tokens[: sample.num_prompt])
         learned = vocabulary.spell(sample.tokens[sample.num_prompt :])
-        yield f"epoch {first + 1}: {sample.num_prompt} tokens given, {len(sample.tokens) - sample.num_prompt} learned"
+        num_learned = len(sample.tokens) - sample.num_prompt
+        yield f"epoch {first + 1}: {sample.num_prompt} tokens given, {num_learned} learned"
         yield f"  given    {prompt!r}"
         yield f"  learned  {learned!r}"

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from coconut_ds.batching import Batch
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import METHODS_WITH_LATENTS
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.lora import add_adapters
 from coconut_ds.model.coconut import Coconut
@@ -100,7 +99,7 @@ def build_phantom(
         if base.get_input_embeddings().weight.shape[0] < vocabulary_size:
             base.resize_token_embeddings(vocabulary_size, mean_resizing=False)
         thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
-        if experiment.method not in METHODS_WITH_LATENTS:
+        if not experiment.method.has_latents:
             thought.requires_grad_(False)
         if experiment.tuning == "lora":
             base = add_adapters(base, experiment, marker_ids)

@@ -14,10 +14,9 @@ from transformers import PretrainedConfig
 
 from coconut_ds.batching import Batch
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import METHODS_WITH_LATENTS
 from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.lora import parameter_groups
-from coconut_ds.memory.gradient_path import Peak, replay
+from coconut_ds.memory.gradient_path import replay
 from coconut_ds.memory.phantom import Phantom, build_phantom, has_equal_layers, with_layers
 from coconut_ds.memory.plan import (
     EVALUATION,
@@ -30,7 +29,6 @@ from coconut_ds.memory.plan import (
 )
 from coconut_ds.memory.trace import ACTIVATIONS, GRADIENTS, LOSS, Trace, peak_of, record, record_evaluation
 from coconut_ds.memory.worst import (
-    StageOfRun,
     TextShape,
     read_lengths,
     stages_of,
@@ -54,6 +52,7 @@ from coconut_ds.tokens import TokenizedProblem, Vocabulary
 SHALLOW = (2, 4)
 # The caching allocator's blocks do not fit together exactly.  An assumption, to be checked on a GPU.
 FRAGMENTATION = 0.05
+PINNED_ROUNDING = "pinned_max_round_threshold_mb"
 
 
 @dataclass
@@ -110,23 +109,35 @@ class Planner:
     def num_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
-    def plan(self, experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int | None = None) -> Plan:
+    @property
+    def fragmentation(self) -> float:
+        return FRAGMENTATION if self.device == "cuda" else 0.0
+
+    def plan(
+        self,
+        experiment: Experiment,
+        ds_config: DeepSpeedConfig,
+        ranks: int | None = None,
+        *,
+        quick_at: int | None = None,
+    ) -> Plan:
         """The plan of one experiment under one ds_config.
 
         ranks: GPUs of the run, else those of the memory_budget, else 1.
+        quick_at: look at the stage of this epoch alone, and at shallow copies of the model alone.
         Raises ConfigError where the two files contradict each other or the model cannot have a technique.
         """
         budget = ds_config.memory_budget
         ranks = ranks or (budget.gpus if budget is not None else 1)
         ds_config.resolve(experiment, ranks)
         zero = ZeroSettings.of(ds_config, ranks, experiment.gradient_accumulation_steps > 1, self.device)
-        sizes = self._sizes(self._phantom(experiment, ds_config, self.num_layers), experiment)
+        sizes = self._sizes(experiment, ds_config)
         states = gpu_states(sizes, zero)
-        stages, governing = self._stages(experiment, ds_config, sizes, zero, sum(i.size for i in states))
-        step = Phase(STEP, tuple(step_items(sizes, zero)))
-        phases = [governing, step]
+        run = _Run(self, experiment, ds_config, sizes, zero)
+        stages, governing = run.stages(sum(item.size for item in states), quick_at)
+        phases = [governing, Phase(STEP, tuple(step_items(sizes, zero)))]
         if self.valid:
-            phases.append(self._evaluation(experiment, ds_config))
+            phases.append(run.evaluation())
         return Plan(
             experiment=experiment.name,
             ds_config=ds_config.path,
@@ -138,157 +149,47 @@ class Planner:
             phases=tuple(phases),
             stages=tuple(stages),
             host=tuple(host_states(sizes, zero)),
-            notes=self.notes + self._warnings(experiment, ds_config),
+            notes=self.notes + self._warnings(stages, ds_config),
         )
 
-    def _stages(
-        self,
-        experiment: Experiment,
-        ds_config: DeepSpeedConfig,
-        sizes: Sizes,
-        zero: ZeroSettings,
-        states: int,
-    ) -> tuple[list[StagePlan], Phase]:
-        rows = experiment.batch_size_training
-        found = [
-            (at, worst_batch(self.train, at, experiment, self.vocabulary, rows))
-            for at in stages_of(experiment)
-        ]
-        scaled = [self._scaled(experiment, ds_config, batch) for _, batch in found]
-        exact: dict[int, Phase] = {}
-
-        def run(place: int) -> None:
-            trace = self._trace(experiment, ds_config, found[place][1], self.num_layers)
-            exact[place] = self._phase(replay(trace, sizes, zero), found[place][1], zero)
-
-        if None in scaled:
-            for place in range(len(found)):
-                run(place)
-        else:
-            run(max(range(len(found)), key=lambda place: scaled[place] or 0))
-        known = max(exact, key=lambda place: exact[place].size)
-
-        def size_of(place: int) -> int:
-            if place in exact:
-                return states + exact[place].size
-            difference = (scaled[place] or 0) - (scaled[known] or 0)
-            return states + max(0, exact[known].size + int(difference * (1 + self._fragmentation)))
-
-        plans = [
-            StagePlan(at.epoch, str(at.stage), shape_of(batch), size_of(place), place in exact)
-            for place, (at, batch) in enumerate(found)
-        ]
-        return plans, exact[known]
-
     @property
-    def _fragmentation(self) -> float:
-        return FRAGMENTATION if self.device == "cuda" else 0.0
-
-    def _phase(self, peak: Peak, batch: Batch, zero: ZeroSettings) -> Phase:
-        parts = peak.parts
-        when = "in the backward" if peak.in_backward else "at the end of the forward"
-        shape = shape_of(batch)
-        items = [
-            Item(
-                ACTIVATIONS,
-                "activations of all passes",
-                parts.get(ACTIVATIONS, 0),
-                f"run of the model, peak {when}",
-            ),
-            Item(
-                LOSS,
-                "logits and their gradient",
-                parts.get(LOSS, 0),
-                f"{shape.labels} labels, vocabulary wide",
-            ),
-            Item(
-                GRADIENTS, "gradients on their way", parts.get(GRADIENTS, 0), f"replay of ZeRO-{zero.stage}"
-            ),
-            Item(
-                COMMUNICATION,
-                "reduce bucket and copies",
-                parts.get(COMMUNICATION, 0),
-                f"b R = {zero.model_bytes} x {zero.bucket:,}" + (" x 2" if zero.overlap else ""),
-            ),
-        ]
-        workspace = self._attention_workspace(shape, zero)
-        if workspace:
-            items.insert(
-                1, Item(ACTIVATIONS, "attention workspace", workspace, "fp32 dQ of the longest pass")
-            )
-        items = [item for item in items if item.size]
-        if self._fragmentation:
-            slack = int(self._fragmentation * sum(item.size for item in items))
-            items.append(
-                Item(
-                    "fragmentation", "allocator's slack", slack, f"{FRAGMENTATION:.0%} of the phase, assumed"
-                )
-            )
-        return Phase(FORWARD_BACKWARD, tuple(items), peak.own)
-
-    def _attention_workspace(self, shape: BatchShape, zero: ZeroSettings) -> int:
-        """Memory-efficient attention sums dQ in fp32 when the model is in 16 bits; no operator shows it."""
-        if self.device != "cuda" or zero.model_bytes == 4:
-            return 0
-        return 4 * shape.rows * shape.prompt * self.config.get_text_config().hidden_size
-
-    def _evaluation(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> Phase:
-        batch = worst_evaluation_batch(self.valid, experiment, self.vocabulary)
-        depths = self._depths or (self.num_layers,)
-        sizes = []
-        for layers in depths:
-            key = ("evaluation", *self._key(experiment, ds_config), layers, shape_of(batch))
-            if key not in self._traces:
-                self._traces[key] = record_evaluation(self._phantom(experiment, ds_config, layers), batch)
-            sizes.append(self._traces[key].peak)
-        forward = self._to_full_depth(sizes)
-        text = self.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        b = 4 if ds_config.precision == "fp32" else 2
-        rows = experiment.batch_size_eval
-        answers = 2 * b * rows * self.max_new_tokens * width * self.num_layers
-        items = (
-            Item(ACTIVATIONS, "forward without gradients", forward, f"{shape_of(batch)}"),
-            Item(
-                ACTIVATIONS,
-                "keys and values of answers",
-                answers,
-                f"2 b x {rows} rows x {self.max_new_tokens} tokens x {width} x {self.num_layers} layers",
-            ),
-        )
-        return Phase(EVALUATION, items)
-
-    @property
-    def _depths(self) -> tuple[int, int] | None:
+    def depths(self) -> tuple[int, int] | None:
+        """Layers of the two shallow copies; None where they would say nothing about the whole."""
         if self.num_layers <= SHALLOW[1] or not has_equal_layers(self.config.get_text_config()):
             return None
         return SHALLOW
 
-    def _to_full_depth(self, sizes: list[int]) -> int:
+    def to_full_depth(self, sizes: list[int]) -> int:
         """What the whole model takes, from what the two shallow copies take."""
         if len(sizes) == 1:
             return sizes[0]
         low, high = sizes
         return low + (high - low) * (self.num_layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0])
 
-    def _scaled(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> int | None:
-        """Activations and loss of the whole model from two shallow copies; None where these say nothing."""
-        if self._depths is None:
-            return None
-        sizes = []
-        for layers in self._depths:
-            trace = self._trace(experiment, ds_config, batch, layers)
-            sizes.append(
-                peak_of([e for e in trace.events if not (isinstance(e, tuple) and e[1] == GRADIENTS)])[0]
-            )
-        return self._to_full_depth(sizes)
-
-    def _trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int) -> Trace:
-        key = (*self._key(experiment, ds_config), layers, shape_of(batch))
+    def trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int) -> Trace:
+        """Forward and backward of `batch`, run or remembered."""
+        key = self._trace_key(experiment, ds_config, batch, layers)
         if key not in self._traces:
             self._traces[key] = record(self._phantom(experiment, ds_config, layers), batch)
         return self._traces[key]
+
+    def remembers(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
+        """Whether the whole model has run this batch."""
+        return self._trace_key(experiment, ds_config, batch, self.num_layers) in self._traces
+
+    def evaluation_trace(
+        self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int
+    ) -> Trace:
+        """Forward of `batch` without gradients, run or remembered."""
+        key = ("evaluation", *self._trace_key(experiment, ds_config, batch, layers))
+        if key not in self._traces:
+            self._traces[key] = record_evaluation(self._phantom(experiment, ds_config, layers), batch)
+        return self._traces[key]
+
+    def _trace_key(
+        self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int
+    ) -> tuple[Any, ...]:
+        return (*self._key(experiment, ds_config), layers, shape_of(batch))
 
     def _phantom(self, experiment: Experiment, ds_config: DeepSpeedConfig, layers: int) -> Phantom:
         key = (*self._key(experiment, ds_config), layers)
@@ -304,7 +205,7 @@ class Planner:
             )
             if ds_config.zero_stage == 3:
                 for parameter in phantom.model.parameters():
-                    parameter.ds_id = 0  # what techniques recognise ZeRO-3's weights by
+                    parameter.ds_id = 0  # type: ignore[attr-defined]  # what techniques know ZeRO-3's by
             self._phantoms[key] = phantom
         return self._phantoms[key]
 
@@ -317,14 +218,14 @@ class Planner:
         ]
         return (
             *learned,
-            experiment.method in METHODS_WITH_LATENTS,
+            experiment.method.has_latents,
             ds_config.latent_memory,
             ds_config.precision == "fp32",
             ds_config.zero_stage == 3,
         )
 
-    def _sizes(self, phantom: Phantom, experiment: Experiment) -> Sizes:
-        model = phantom.model
+    def _sizes(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> Sizes:
+        model = self._phantom(experiment, ds_config, self.num_layers).model
         groups = parameter_groups(model, experiment)
         return Sizes(
             groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -332,28 +233,165 @@ class Planner:
             buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         )
 
-    def _warnings(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> tuple[str, ...]:
+    def _warnings(self, stages: list[StagePlan], ds_config: DeepSpeedConfig) -> tuple[str, ...]:
         notes = []
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        columns = max(
-            worst_batch(self.train, at, experiment, self.vocabulary, experiment.batch_size_training).shape[1]
-            for at in stages_of(experiment)
-        )
+        columns = max(stage.shape.columns for stage in stages)
         if most is not None and columns > most:
             notes.append(f"the longest rows have {columns} columns, and the model holds {most} positions")
         if ds_config.zero_stage == 3:
             notes.append(
-                "ZeRO-3 is an estimate: DeepSpeed gathers weights as it sees fit up to max_live_parameters"
+                "ZeRO-3 is an estimate: DeepSpeed gathers weights as it goes, up to max_live_parameters"
             )
-        if (
-            ds_config.offload_optimizer
-            and self.device == "cuda"
-            and "pinned_max_round_threshold_mb" not in os.environ.get("PYTORCH_ALLOC_CONF", "")
-        ):
+        rounds_pinned = PINNED_ROUNDING not in os.environ.get("PYTORCH_ALLOC_CONF", "")
+        if ds_config.offload_optimizer and self.device == "cuda" and rounds_pinned:
             notes.append(
-                "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1 would save the rounding of pinned blocks (torch >= 2.13)"
+                f"PYTORCH_ALLOC_CONF={PINNED_ROUNDING}:1 saves the rounding of pinned blocks (torch >= 2.13)"
             )
         return tuple(notes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One plan in the making."""
+
+    planner: Planner
+    experiment: Experiment
+    ds_config: DeepSpeedConfig
+    sizes: Sizes
+    zero: ZeroSettings
+
+    def stages(self, states: int, quick_at: int | None) -> tuple[list[StagePlan], Phase]:
+        """Every stage, and the phase of the one that governs.  `states`: bytes that are there anyway."""
+        planner, rows = self.planner, self.experiment.batch_size_training
+        places = stages_of(self.experiment)
+        if quick_at is not None:
+            places = [at for at in places if at.epoch <= quick_at][-1:]
+        found = [
+            (at, worst_batch(planner.train, at, self.experiment, planner.vocabulary, rows)) for at in places
+        ]
+        scaled = [
+            self.scaled(batch) if len(found) > 1 or quick_at is not None else None for _, batch in found
+        ]
+        exact: dict[int, Phase] = {}
+        if None in scaled:
+            exact = {place: self.exact_phase(batch) for place, (_, batch) in enumerate(found)}
+        else:
+            largest = max(range(len(found)), key=lambda place: scaled[place] or 0)
+            batch = found[largest][1]
+            is_known = quick_at is None or planner.remembers(self.experiment, self.ds_config, batch)
+            exact[largest] = self.exact_phase(batch) if is_known else self.quick_phase(scaled[largest] or 0)
+        known = max(exact, key=lambda place: exact[place].size)
+
+        def size_of(place: int) -> int:
+            if place in exact:
+                return states + exact[place].size
+            difference = (scaled[place] or 0) - (scaled[known] or 0)
+            return states + max(0, exact[known].size + int(difference * (1 + planner.fragmentation)))
+
+        plans = [
+            StagePlan(at.epoch, str(at.stage), shape_of(batch), size_of(place), place in exact)
+            for place, (at, batch) in enumerate(found)
+        ]
+        return plans, exact[known]
+
+    def scaled(self, batch: Batch) -> int | None:
+        """Activations and loss of the whole model from two shallow copies; None where these say nothing."""
+        if self.planner.depths is None:
+            return None
+        sizes = []
+        for layers in self.planner.depths:
+            events = self.planner.trace(self.experiment, self.ds_config, batch, layers).events
+            sizes.append(peak_of([e for e in events if not (isinstance(e, tuple) and e[1] == GRADIENTS)])[0])
+        return self.planner.to_full_depth(sizes)
+
+    def exact_phase(self, batch: Batch) -> Phase:
+        """Forward and backward, from a run of the whole model."""
+        trace = self.planner.trace(self.experiment, self.ds_config, batch, self.planner.num_layers)
+        peak = replay(trace, self.sizes, self.zero)
+        parts, shape, zero = peak.parts, shape_of(batch), self.zero
+        when = "in the backward" if peak.in_backward else "at the end of the forward"
+        bucket = f"b R = {zero.model_bytes} x {zero.bucket:,}" + (" x 2" if zero.overlap else "")
+        items = [
+            Item(
+                ACTIVATIONS,
+                "activations of all passes",
+                parts.get(ACTIVATIONS, 0),
+                f"run of the model, peak {when}",
+            ),
+            Item(
+                ACTIVATIONS,
+                "attention workspace",
+                self.attention_workspace(shape),
+                "fp32 dQ of the longest pass",
+            ),
+            Item(
+                LOSS,
+                "logits and their gradient",
+                parts.get(LOSS, 0),
+                f"{shape.labels} labels, vocabulary wide",
+            ),
+            Item(
+                GRADIENTS, "gradients on their way", parts.get(GRADIENTS, 0), f"replay of ZeRO-{zero.stage}"
+            ),
+            Item(COMMUNICATION, "reduce bucket and copies", parts.get(COMMUNICATION, 0), bucket),
+        ]
+        return self.phase(items, peak.own)
+
+    def quick_phase(self, activations: int) -> Phase:
+        """Forward and backward, from shallow copies of the model and formulas."""
+        zero, b = self.zero, self.zero.model_bytes
+        waiting = {
+            1: b * self.sizes.trainable,
+            2: 0 if zero.offload_optimizer else b * self.sizes.trainable // zero.ranks,
+        }
+        items = [
+            Item(ACTIVATIONS, "activations of all passes", activations, "scaled from shallow copies"),
+            Item(
+                GRADIENTS,
+                "gradients that wait",
+                waiting.get(zero.stage, 0),
+                "b P for ZeRO-1, b P/N for ZeRO-2",
+            ),
+            Item(COMMUNICATION, "reduce bucket", b * zero.bucket * (1 + zero.overlap), "b R"),
+        ]
+        return self.phase(items, {})
+
+    def phase(self, items: list[Item], own_peaks: dict[str, int]) -> Phase:
+        items = [item for item in items if item.size]
+        if self.planner.fragmentation:
+            slack = int(self.planner.fragmentation * sum(item.size for item in items))
+            share = f"{FRAGMENTATION:.0%} of the phase, assumed"
+            items.append(Item("fragmentation", "allocator's slack", slack, share))
+        return Phase(FORWARD_BACKWARD, tuple(items), own_peaks)
+
+    def attention_workspace(self, shape: BatchShape) -> int:
+        """Memory-efficient attention sums dQ in fp32 when the model is in 16 bits; no operator shows it."""
+        if self.planner.device != "cuda" or self.zero.model_bytes == 4:
+            return 0
+        return 4 * shape.rows * shape.prompt * self.planner.config.get_text_config().hidden_size
+
+    def evaluation(self) -> Phase:
+        """The longest rows of the last stage, and the keys and values of their answers."""
+        planner, rows = self.planner, self.experiment.batch_size_eval
+        batch = worst_evaluation_batch(planner.valid, self.experiment, planner.vocabulary)
+        forward = planner.to_full_depth(
+            [
+                planner.evaluation_trace(self.experiment, self.ds_config, batch, layers).peak
+                for layers in planner.depths or (planner.num_layers,)
+            ]
+        )
+        text = planner.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        b, tokens = self.zero.model_bytes, planner.max_new_tokens
+        formula = f"2 b x {rows} rows x {tokens} tokens x {width} x {planner.num_layers} layers"
+        answers = 2 * b * rows * tokens * width * planner.num_layers
+        items = (
+            Item(ACTIVATIONS, "forward without gradients", forward, str(shape_of(batch))),
+            Item(ACTIVATIONS, "keys and values of answers", answers, formula),
+        )
+        return Phase(EVALUATION, items)
 
 
 def shape_of(batch: Batch) -> BatchShape:
@@ -362,11 +400,7 @@ def shape_of(batch: Batch) -> BatchShape:
     return BatchShape(rows, columns, prompt, batch.num_latents, len(batch.target_ids_N))
 
 
-def with_rows(experiment: Experiment, rows: int, ranks: int) -> Experiment:
-    """The same effective batch from micro-batches of `rows` rows, rounded up where it does not divide."""
+def with_rows(experiment: Experiment, rows: int) -> Experiment:
+    """The same effective batch from micro-batches of `rows` rows; a little more where that does not divide."""
     total = experiment.batch_size_training * experiment.gradient_accumulation_steps
     return replace(experiment, batch_size_training=rows, gradient_accumulation_steps=-(-total // rows))
-
-
-def at_epoch(experiment: Experiment, epoch: int) -> StageOfRun:
-    return next(at for at in reversed(stages_of(experiment)) if at.epoch <= epoch)

@@ -12,7 +12,7 @@ from pathlib import Path
 from coconut_ds.batching import Batch, collate
 from coconut_ds.build import DEBUG_TRAIN_ITEMS
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import METHODS_WITH_STAGES, Stage, final_stage, numbered_stage, render, stage_at
+from coconut_ds.curriculum import Stage, final_stage, numbered_stage, render, stage_at
 from coconut_ds.errors import ConfigError
 from coconut_ds.problems import Problem, read_problems
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
@@ -138,7 +138,7 @@ def worst_evaluation_batch(
 
 
 def _mixes(experiment: Experiment) -> bool:
-    return experiment.uniform_prob > 0 and experiment.method in METHODS_WITH_STAGES
+    return experiment.uniform_prob > 0 and experiment.method.has_stages
 
 
 def _worst_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> Stage:

@@ -9,6 +9,7 @@ Knows: padding, positions, labels, the shuffled order.  Does not know: models, D
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; pinned host memory is copied without waiting."""
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
@@ -178,7 +179,7 @@ def training_steps(
 
     Every rank gets the same number of micro-batches. Each problem is used exactly once: where the last step
     has too few, rows without labels fill it up. Latent columns are the maximum over all ranks' rows and the
-    loss denominator counts all ranks' labels, both computed here from the shared order, without communication.
+    loss denominator counts all ranks' labels; both come from the shared order, without communication.
     """
     order = epoch_order(len(problems), experiment.seed, epoch)
 

@@ -51,7 +51,8 @@ def load_material(experiment: Experiment) -> Material:
     vocabulary = load_vocabulary(experiment.model_id)
     train: list[TokenizedProblem] = []
     if not experiment.only_eval:
-        train = tokenize(read_problems(experiment.train_path, DEBUG_TRAIN_ITEMS if debug else None), vocabulary)
+        limit = DEBUG_TRAIN_ITEMS if debug else None
+        train = tokenize(read_problems(experiment.train_path, limit), vocabulary)
         if not train:
             raise DataError(f"{experiment.train_path}: no problem to train on")
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
@@ -69,7 +70,7 @@ def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -
 def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:
     """The model of an experiment in fp32 on the CPU: base weights, then adapters, then the thought.
 
-    `load_model_path` may be a checkpoint of this program, of the published code, a Hugging Face folder, or the
+    `load_model_path` may be a checkpoint of this program or the published code, a Hugging Face folder, or the
     adapter folder of a LoRA run; without it the weights are those of `model_id`. Seeded by the experiment.
     Raises ConfigError and CheckpointError.
     """
@@ -100,7 +101,7 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
 
 
 def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
-    """Write the model for other programs: a Hugging Face folder, or a PEFT folder, with tokenizer and thought."""
+    """Write the model for other programs: a Hugging Face or PEFT folder, with tokenizer and thought."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(module.base, PeftModel):
         save_adapter(module, folder)

@@ -54,12 +54,12 @@ def start_distributed(precision: str = "fp32") -> Ranks:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --num_gpus"
+                f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible; lower --num_gpus"
             )
         torch.cuda.set_device(local_rank)
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))
     elif precision == "fp16":
-        raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config without fp16, or zero2_offload_bf16.json")
+        raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config in fp32, or zero2_offload_bf16.json")
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

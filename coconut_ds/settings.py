@@ -11,7 +11,9 @@ from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and --set."""
-    parser.add_argument("config", metavar="CONFIG", help="experiment YAML, for example configs/full/gsm_coconut.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="experiment YAML, for example configs/full/gsm_coconut.yaml"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -8,6 +8,7 @@ Knows: the tokenizer and the three markers.  Does not know: stages, batches, mod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,11 +41,11 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without eos and markers."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def spell(self, ids: Sequence[int]) -> str:
         """Text of ids with every marker visible, for people."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def load_vocabulary(model_id: str) -> Vocabulary:
     """
     where, extra = locate_model(model_id)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"model_id: cannot load a tokenizer from {model_id!r}: {str(error).splitlines()[0]}\n"
@@ -105,7 +106,8 @@ def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[Tokeni
     def encode(texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        return vocabulary.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        made = vocabulary.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
+        return made["input_ids"]
 
     questions = encode([problem.question + "\n" for problem in problems], special=True)
     answers = encode(["### " + problem.answer for problem in problems], special=False)

@@ -6,6 +6,7 @@ Knows: Hugging Face models and state dicts.  Does not know: where checkpoints li
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,12 @@ def add_markers(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
     Source: run.py of the Coconut release (the mean is taken where `<<` is several tokens).
     """
     size = len(vocabulary.tokenizer)
-    if base.get_input_embeddings().weight.shape[0] < size:
+    if len(_vocabulary_weights(base)[0]) < size:
         base.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
-        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-            source_D = module.weight[vocabulary.marker_source_ids].mean(dim=0)
-            module.weight[list(vocabulary.marker_ids)] = source_D
+        for weight_VD in _vocabulary_weights(base):
+            source_D = weight_VD[vocabulary.marker_source_ids].mean(dim=0)
+            weight_VD[list(vocabulary.marker_ids)] = source_D
 
 
 def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -76,7 +77,7 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
     vocabulary_names = {
         name
         for name, value in own.items()
-        if any(value is m.weight or value.data_ptr() == m.weight.data_ptr() for m in _vocabulary_modules(base))
+        if any(value.data_ptr() == weight_VD.data_ptr() for weight_VD in _vocabulary_weights(base))
     }
     misshapen = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
@@ -86,14 +87,18 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
     if missing or unexpected or misshapen:
         parts = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
         listed = "\n".join(f"  {what}: {_shorten(names)}" for what, names in parts.items() if names)
-        raise CheckpointError(f"{source} does not fit this model:\n{listed}\n  Is model_id the model it was made from?")
+        raise CheckpointError(
+            f"{source} does not fit this model:\n{listed}\n  Is model_id the model it was made from?"
+        )
     with torch.no_grad():
         for name, value in given.items():
             own[name][: len(value)].copy_(value) if value.dim() else own[name].copy_(value)
 
 
-def _vocabulary_modules(base: PreTrainedModel) -> list[torch.nn.Module]:
-    return [base.get_input_embeddings(), base.get_output_embeddings()]
+def _vocabulary_weights(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """The weights of embedding and head; one tensor twice where they are tied."""
+    modules: tuple[Any, Any] = (base.get_input_embeddings(), base.get_output_embeddings())
+    return modules[0].weight, modules[1].weight
 
 
 def _fits(value: Tensor, own: Tensor, is_vocabulary: bool) -> bool:

@@ -16,15 +16,12 @@ import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from coconut_ds.config import Experiment
 from coconut_ds.errors import ConfigError
-
-if TYPE_CHECKING:
-    from coconut_ds.config import Experiment
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class ThoughtSettings:
     window_weights: tuple[float, ...] = (0.6, 0.3, 0.1)  # newest first
 
     @classmethod
-    def of(cls, experiment: "Experiment") -> "ThoughtSettings":
+    def of(cls, experiment: Experiment) -> "ThoughtSettings":
         return cls(
             window_size=experiment.latent_window_size,
             window_init=experiment.latent_window_init,

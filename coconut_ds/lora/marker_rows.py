@@ -29,6 +29,8 @@ class MarkerRows(TrainableTokensLayer):
         layer.__class__ = cls
         (ids,) = layer.token_indices.values()
         layer.register_buffer("marker_ids_K", torch.tensor(ids), persistent=False)
+        if layer.tied_adapter:
+            layer.register_state_dict_post_hook(_drop_second_name)
 
     def forward_adapters(self, x: Tensor, active_adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         plain = self.disable_adapters or self.merged or len(active_adapters) != 1
@@ -52,3 +54,9 @@ class MarkerRows(TrainableTokensLayer):
         change_NK = nn.functional.linear(hidden_ND, change_KD.to(hidden_ND.dtype))
         # In place: a linear layer's backward does not need its output.
         return logits_NV.index_add_(-1, self.marker_ids_K, change_NK.to(logits_NV.dtype))
+
+
+def _drop_second_name(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Keep the embedding's matrix out of a tied head's part of the state: there it has a name that a
+    checkpoint without frozen weights does not know to leave out, and it is the largest of all."""
+    state.pop(f"{prefix}base_layer.weight", None)

@@ -144,7 +144,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--name", help="of the generated data set (default: prosqa_like)")
     parser.add_argument("--statistics", type=Path, nargs="+", metavar="FILE", help="compare files and stop")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.ood and given.depth_matched:
+        parser.error("--ood draws plain decoys: 7 and 8 hops hardly ever have one as deep as the target")
+    return given
 
 
 def main() -> None:
@@ -161,7 +164,7 @@ def main() -> None:
     counts = {split: min(getattr(given, split), limit) for split in COUNTS}
     write_generated(given.output_dir, name, recipe, counts, given.seed)
     for suffix, changes in OUT_OF_DISTRIBUTION.items() if given.ood else ():
-        changed = replace(Recipe(depth_matched=given.depth_matched), **changes)
+        changed = replace(Recipe(), **changes)
         write_generated(given.output_dir, f"{name}_{suffix}", changed, {"test": min(1000, limit)}, given.seed)
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coconut_ds.errors import DataError
+
 _NAMES = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"
 _CONCEPTS = """
 wumpus yumpus zumpus dumpus rompus numpus tumpus vumpus impus jompus gorpus shumpus lempus sterpus grimpus
@@ -24,6 +26,8 @@ chorpus hilpus storpus yerpus boompus gwompus rorpus quimpus
 """
 NAMES = tuple(_NAMES.split())
 CONCEPTS = tuple(_CONCEPTS.split())
+
+_MOST_GRAPHS = 50_000  # drawn for one problem; 8 hops need some 200
 
 Adjacency = list[list[int]]
 
@@ -50,8 +54,11 @@ class _Graph:
 
 
 def draw_problem(rng: random.Random, recipe: Recipe) -> dict[str, Any]:
-    """One problem with the fields of the released files."""
-    while True:
+    """One problem with the fields of the released files.
+
+    Raises DataError when the recipe asks for something that hardly any graph has.
+    """
+    for _ in range(_MOST_GRAPHS):
         graph = _draw_graph(rng, recipe)
         query = _draw_query(rng, graph, recipe)
         if query is None:
@@ -64,6 +71,10 @@ def draw_problem(rng: random.Random, recipe: Recipe) -> dict[str, Any]:
             index = {node: position for position, node in enumerate(kept)}
             parents = [[index[parent] for parent in graph.parents[node]] for node in kept]
             return _word(rng, parents, index[root], index[target], index[decoy])
+    raise DataError(
+        f"none of {_MOST_GRAPHS:,} graphs had a problem of {recipe.min_hops} to {recipe.max_hops} hops"
+        f"{' with a decoy as deep' if recipe.depth_matched else ''}; allow fewer hops or other decoys"
+    )
 
 
 def _draw_graph(rng: random.Random, recipe: Recipe) -> _Graph:

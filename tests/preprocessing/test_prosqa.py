@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from coconut_ds.errors import DataError
 from preprocessing.prosqa import OUT_OF_DISTRIBUTION, write_generated
 from preprocessing.prosqa_like import Recipe, generate, statistics, violations
 
@@ -96,6 +97,14 @@ def test_depth_matched_decoys_are_as_deep_as_the_target():
     assert statistics(items)["decoy depth"] == statistics(items)["hops"]
     assert all(violations(item, depth_matched=True) == [] for item in items)
     assert any(violations(item, depth_matched=True) for item in drawn(20))
+
+
+def test_a_recipe_that_no_graph_fulfils_ends_with_advice(monkeypatch):
+    monkeypatch.setattr("preprocessing.prosqa_like._MOST_GRAPHS", 50)
+    with pytest.raises(
+        DataError, match="none of 50 graphs had a problem of 8 to 8 hops with a decoy as deep"
+    ):
+        drawn(1, Recipe(min_hops=8, max_hops=8, depth_matched=True))
 
 
 def test_files_depend_on_the_seed_alone_and_a_limit_takes_the_first_problems(tmp_path):

@@ -34,10 +34,10 @@ def cheapest_changes(
 ) -> tuple[Change, ...]:
     """The first `most` changes that help; where the plan does not fit, those that make it fit come first."""
     found: list[Change] = []
-    enough = 0
+    enough, epoch = 0, plan.governing_stage.epoch
     for proposal in proposals(experiment, ds_config, plan):
         try:
-            changed = planner.plan(proposal.experiment, proposal.ds_config, plan.ranks)
+            changed = planner.plan(proposal.experiment, proposal.ds_config, plan.ranks, quick_at=epoch)
         except ConfigError:
             continue
         if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
@@ -68,9 +68,10 @@ def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) ->
         "deferred_weight_gradients",
     ):
         if not getattr(latent, name):
+            on: dict[str, Any] = {name: True}
             yield Proposal(
                 f"switch {name} on (exact)", f'"latent_memory": {{"{name}": true}}',
-                experiment, replace(ds_config, latent_memory=replace(latent, **{name: True})),
+                experiment, replace(ds_config, latent_memory=replace(latent, **on)),
             )  # fmt: skip
     if zero.get("overlap_comm"):
         yield _zero(experiment, ds_config, "one reduce bucket instead of two", overlap_comm=False)
@@ -79,7 +80,7 @@ def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) ->
     if ds_config.zero_stage == 1:
         yield _zero(experiment, ds_config, "ZeRO-2 instead of ZeRO-1", stage=2)
     if experiment.batch_size_training > 1:
-        fewer = with_rows(experiment, experiment.batch_size_training // 2, plan.ranks)
+        fewer = with_rows(experiment, experiment.batch_size_training // 2)
         yield Proposal(
             "half the micro-batch, the effective batch kept",
             f"--set batch_size_training={fewer.batch_size_training} "

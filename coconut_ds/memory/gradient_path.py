@@ -1,7 +1,7 @@
 """Replay what ZeRO does with each gradient over a trace, and find the peak of the backward.
 
-The trace drops every gradient as it arrives.  Here it goes where DeepSpeed puts it: into the bucket, through a
-flattened copy, to its owner; and lives as long as it lives there.
+The trace drops every gradient as it arrives.  Here it goes where DeepSpeed puts it: into the bucket, through
+a flattened copy, to its owner; and lives as long as it lives there.
 
 Knows: traces and ZeRO's gradient path (stage_1_and_2.py, `reduce_independent_p_g_buckets_and_remove_grads`,
 `reduce_ipg_grads`, `copy_grads_in_partition`, with `managed_gradient_accumulation: false`).

@@ -1,8 +1,8 @@
-"""A Coconut model that has every tensor's shape and no tensor's bytes: the real code, run for its memory alone.
+"""A Coconut model that has every tensor's shape and no tensor's bytes: the real code, for its memory alone.
 
-The model is built on the meta device from its configuration, cast as DeepSpeed casts it, and its tensors are
-exchanged for fake CPU tensors.  So a plan needs neither weights nor a GPU, and whatever changes in the model's
-code changes in the plan.
+The model is built on the meta device from its configuration, cast as DeepSpeed casts it, and its tensors
+are exchanged for fake CPU tensors.  So a plan needs neither weights nor a GPU, and whatever changes in the
+model's code changes in the plan.
 
 Knows: how a run's model is built.  Does not know: what is counted, ZeRO, budgets.
 """
@@ -40,7 +40,8 @@ class Phantom:
 
     @property
     def vocabulary_size(self) -> int:
-        return self.model.causal_lm.get_input_embeddings().weight.shape[0]
+        embedding: Any = self.model.causal_lm.get_input_embeddings()
+        return embedding.weight.shape[0]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -53,7 +54,7 @@ class Phantom:
 
     def batch(self, batch: Batch) -> Batch:
         """The same batch without storage."""
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: self.mode.from_tensor(value)
             for field in dataclasses.fields(batch)
             if isinstance(value := getattr(batch, field.name), Tensor)
@@ -75,7 +76,7 @@ def looking_like_cuda() -> Iterator[None]:
         return attention(*args, **{**kwargs, "dropout_p": 0.0})
 
     F.scaled_dot_product_attention = fused
-    FakeTensor.is_cuda = property(lambda _: True)
+    FakeTensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -92,7 +93,7 @@ def build_phantom(
     precision: str = "fp32",
     device: str = "cuda",
 ) -> Phantom:
-    """The experiment's model in training mode.  Raises ConfigError where a technique does not fit the model."""
+    """The experiment's model in training mode.  Raises ConfigError where it cannot have a technique."""
     dtype = DTYPES[precision]
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
@@ -147,7 +148,8 @@ def _exchange_tensors(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtyp
         return made[id(tensor)]
 
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in places:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = exchanged(tensor)

@@ -64,7 +64,8 @@ def side_by_side(plans: Sequence[Plan]) -> str:
 
 def markdown(rows: Sequence[tuple[str, Plan]]) -> str:
     """A table with one line a plan; `rows` gives each its title."""
-    head = "| model | ds_config | weights | gradients | optimizer | activations | loss | buckets | total MiB | host GiB | 11 GB |"
+    head = "| model | ds_config | weights | gradients | optimizer | activations | loss | buckets | total MiB "
+    head += "| host GiB | budget |"
     lines = [head, "|---|---|" + "---:|" * 8 + "---|"]
     for title, plan in rows:
         cells = [_of_component(plan.items, name) for name in COMPONENTS[:6]]

@@ -29,7 +29,7 @@ ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 
 @dataclass(frozen=True)
 class Arrival:
-    """The gradient of parameter number `index` is complete; its storage was dropped just before this event."""
+    """The gradient of parameter number `index` is complete; its storage was dropped just before."""
 
     index: int
 

@@ -14,6 +14,7 @@ from coconut_ds.build import DEBUG_TRAIN_ITEMS
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage, final_stage, numbered_stage, render, stage_at
 from coconut_ds.errors import ConfigError
+from coconut_ds.memory.plan import BatchShape
 from coconut_ds.problems import Problem, read_problems
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
 
@@ -147,3 +148,9 @@ def _worst_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment
         return stage
     candidates = [stage, *(numbered_stage(number, experiment) for number in range(len(problem.steps) + 1))]
     return max(candidates, key=lambda s: sum(map(len, problem.steps[s.hidden_steps :])) + s.num_latents)
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    rows, columns = batch.shape
+    prompt = batch.first_latent if batch.num_latents else columns
+    return BatchShape(rows, columns, prompt, batch.num_latents, len(batch.target_ids_N))

@@ -1,0 +1,119 @@
+"""Hold a run to its memory budget before it starts: check its plan, limit its GPU.
+
+    guard = hold_to_budget(...)      BudgetError before a model is loaded, if the plan does not fit
+
+Writes RUN/memory/plan.json.
+
+Knows: plans, ranks, the GPU's limit.  Does not know: the loop, what happens when memory runs out (guard.py).
+"""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from coconut_ds.config import Experiment
+from coconut_ds.ds_config import DeepSpeedConfig, MemoryBudget
+from coconut_ds.errors import BudgetError
+from coconut_ds.memory.changes import cheapest_changes
+from coconut_ds.memory.guard import MemoryGuard
+from coconut_ds.memory.plan import MIB, Plan
+from coconut_ds.memory.planner import Planner
+from coconut_ds.tokens import TokenizedProblem, Vocabulary
+
+
+def check_plan(
+    experiment: Experiment,
+    ds_config: DeepSpeedConfig,
+    train: list[TokenizedProblem],
+    valid: list[TokenizedProblem],
+    vocabulary: Vocabulary,
+    device: str,
+    ranks: int,
+) -> Plan:
+    """Plan a run that is about to start, with the changes that would help."""
+    planner = Planner.from_material(experiment, train or valid, valid, vocabulary, device)
+    plan = planner.plan(experiment, ds_config, ranks)
+    return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
+
+
+def refuse_or_warn(plan: Plan) -> None:
+    """Raise BudgetError for a plan over its budget, or warn, as `on_exceed` says."""
+    if plan.budget is None:
+        return
+    if plan.fits:
+        over = plan.over_share()
+        if over:
+            warnings.warn(f"{plan.ds_config}: {plan.verdict()}", stacklevel=2)
+        return
+    text = f"{plan.ds_config}: {plan.verdict()}\n{described_changes(plan)}"
+    if plan.budget.on_exceed == "warn":
+        warnings.warn(text, stacklevel=2)
+        return
+    raise BudgetError(
+        f'{text}\n  --skip-plan trains all the same; "on_exceed": "warn" in memory_budget only warns.'
+    )
+
+
+def described_changes(plan: Plan) -> str:
+    """The changes as lines."""
+    lines = ["  What would help:"] if plan.changes else []
+    for change in plan.changes:
+        fits = "fits" if change.fits else "does not fit yet"
+        lines.append(f"    {change.text}: about {change.gpu_bytes / MIB:,.0f} MiB, {fits}")
+        lines.append(f"      {change.setting}")
+    return "\n".join(lines)
+
+
+def limit_gpu(budget: MemoryBudget, device: torch.device) -> None:
+    """Let this process allocate what the budget gives it.  Raises BudgetError where the card has less."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = (budget.gpu_memory_mib - budget.reserved_mib) * MIB
+    if budget.gpu_memory_mib * MIB > total * 1.05:
+        name = torch.cuda.get_device_name(device)
+        raise BudgetError(
+            f"memory_budget.gpu_memory_mib is {budget.gpu_memory_mib:,}, but {name} "
+            f"has {total / MIB:,.0f} MiB; lower it"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+def hold_to_budget(
+    experiment: Experiment,
+    ds_config: DeepSpeedConfig,
+    train: list[TokenizedProblem],
+    valid: list[TokenizedProblem],
+    vocabulary: Vocabulary,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    skip_plan: bool = False,
+) -> MemoryGuard:
+    """Check the plan, limit the GPU, and give the guard to train under.  Collective.
+
+    Rank 0 plans and tells the others.  Raises BudgetError on all ranks.
+    """
+    plan, problem = None, None
+    folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
+    if rank == 0 and not skip_plan and ds_config.memory_budget is not None:
+        made = check_plan(experiment, ds_config, train, valid, vocabulary, device.type, world_size)
+        plan = made.to_json()
+        try:
+            refuse_or_warn(made)
+        except BudgetError as error:
+            problem = str(error)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.json").write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    told: list[Any] = [plan, problem]
+    if world_size > 1:
+        dist.broadcast_object_list(told, src=0, device=device if device.type == "cuda" else None)
+    if told[1] is not None:
+        raise BudgetError(told[1])
+    if device.type == "cuda" and ds_config.memory_budget is not None:
+        limit_gpu(ds_config.memory_budget, device)
+    return MemoryGuard(folder, rank, world_size, device, told[0])

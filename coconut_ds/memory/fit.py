@@ -1,0 +1,138 @@
+"""The largest micro-batch within a budget, the effective batch kept; other levers where one row is too much.
+
+    fit(planner, experiment, ds_config)  ->  Fit(rows=4, steps=16, levers=("recompute",), ...)
+
+The search is binary, on plans of shallow copies; the answer and its neighbour are planned in full.
+
+Knows: plans, which lever comes first.  Does not know: files, the command line.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from coconut_ds.config import Experiment
+from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.errors import BudgetError, ConfigError
+from coconut_ds.memory.changes import SMALLEST_BUCKET
+from coconut_ds.memory.plan import Plan
+from coconut_ds.memory.planner import Planner, with_rows
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A change of the DeepSpeed JSON that makes room."""
+
+    name: str
+    ds_config: DeepSpeedConfig
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits."""
+
+    experiment: Experiment
+    ds_config: DeepSpeedConfig
+    levers: tuple[str, ...]  # what had to change in the JSON, in order
+    most_rows: (
+        int  # the largest micro-batch that fits; the experiment's is the largest that divides the batch
+    )
+    plan: Plan
+
+    @property
+    def settings(self) -> str:
+        """For the command line."""
+        return (
+            f"--set batch_size_training={self.experiment.batch_size_training} "
+            f"--set gradient_accumulation_steps={self.experiment.gradient_accumulation_steps}"
+        )
+
+
+def fit(
+    planner: Planner,
+    experiment: Experiment,
+    ds_config: DeepSpeedConfig,
+    ranks: int | None = None,
+    precisions: tuple[str, ...] = (),
+) -> Fit:
+    """The largest micro-batch that fits, with as few levers as it takes.
+
+    `precisions`: 16-bit formats the card may use ("bf16", "fp16"), tried last.
+    Raises ConfigError without a memory_budget, BudgetError where nothing fits.
+    """
+    if ds_config.memory_budget is None:
+        raise ConfigError(f"{ds_config.path}: has no memory_budget, so there is nothing to fit into")
+    total = experiment.batch_size_training * experiment.gradient_accumulation_steps
+    used: tuple[str, ...] = ()
+    smallest: Plan | None = None
+    for lever in levers(ds_config, precisions):
+        used += (lever.name,) if lever.name else ()
+        most = _most_rows(planner, experiment, lever.ds_config, ranks, total)
+        if most == 0:
+            smallest = planner.plan(with_rows(experiment, 1), lever.ds_config, ranks)
+            continue
+        rows = max(count for count in range(1, most + 1) if total % count == 0)
+        chosen = with_rows(experiment, rows)
+        return Fit(chosen, lever.ds_config, used, most, planner.plan(chosen, lever.ds_config, ranks))
+    assert smallest is not None
+    raise BudgetError(
+        f"not even one row fits {ds_config.path}'s budget, with {', '.join(used) or 'no lever left'}: "
+        f"{smallest.verdict()}. Use a smaller model, tuning: lora, or zero3_offload.json"
+    )
+
+
+def levers(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> Iterator[Lever]:
+    """The JSON as it is, then with one lever after another, each kept."""
+    yield Lever("", ds_config)
+    zero = dict(ds_config.stock["zero_optimization"])
+    if ds_config.latent_memory.recompute == "none":
+        ds_config = replace(ds_config, latent_memory=replace(ds_config.latent_memory, recompute="layers"))
+        yield Lever("recompute: layers", ds_config)
+    if zero.get("reduce_bucket_size", 5e8) > SMALLEST_BUCKET or zero.get("overlap_comm"):
+        ds_config = _with_zero(ds_config, reduce_bucket_size=SMALLEST_BUCKET, overlap_comm=False)
+        yield Lever(f"reduce_bucket_size: {SMALLEST_BUCKET}", ds_config)
+    if not ds_config.offload_optimizer:
+        offload = {"device": "cpu", "pin_memory": True}
+        ds_config = _with_zero(ds_config, stage=max(2, ds_config.zero_stage), offload_optimizer=offload)
+        params = {
+            k: v for k, v in ds_config.stock["optimizer"].get("params", {}).items() if k != "torch_adam"
+        }
+        optimizer = {**ds_config.stock["optimizer"], "params": params}
+        ds_config = replace(ds_config, stock={**ds_config.stock, "optimizer": optimizer})
+        yield Lever("offload_optimizer: cpu", ds_config)
+    if ds_config.precision == "fp32" and precisions:
+        ds_config = replace(ds_config, stock={**ds_config.stock, precisions[0]: {"enabled": True}})
+        yield Lever(precisions[0], ds_config)
+
+
+def _most_rows(
+    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int | None, total: int
+) -> int:
+    """The most rows, up to `total`, whose plan fits; 0 where none does."""
+
+    def fits(rows: int) -> bool:
+        return planner.plan(with_rows(experiment, rows), ds_config, ranks).fits
+
+    def nearly_fits(rows: int) -> bool:
+        return planner.plan(with_rows(experiment, rows), ds_config, ranks, quick_at=epoch).fits
+
+    epoch = planner.plan(with_rows(experiment, 1), ds_config, ranks).governing_stage.epoch
+    low, high = 0, total
+    while low < high:
+        middle = (low + high + 1) // 2
+        if nearly_fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    while low > 0 and not fits(low):
+        low -= 1
+    while low < total and fits(low + 1):
+        low += 1
+    return low
+
+
+def _with_zero(ds_config: DeepSpeedConfig, **changes: Any) -> DeepSpeedConfig:
+    stock = deepcopy(dict(ds_config.stock))
+    stock["zero_optimization"] = {**stock["zero_optimization"], **changes}
+    return replace(ds_config, stock=stock)

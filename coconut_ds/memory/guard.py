@@ -1,0 +1,209 @@
+"""End all ranks together when one runs out of memory, and say what there was.
+
+    with MemoryGuard(folder, ...):
+        train()            out of memory on any rank: every rank writes a report and ends, exit code 78
+
+Reports: RUN/memory/out_of_memory_rank_N.json, and on a GPU a snapshot of the allocator beside it, to be
+opened at https://pytorch.org/memory_viz.
+
+Knows: this process's memory, the other ranks' reports.  Does not know: how a plan is made, the loop.
+"""
+
+import gc
+import json
+import os
+import resource
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from coconut_ds.errors import OutOfMemory
+from coconut_ds.memory.plan import MIB
+
+POLL_SECONDS = 0.5
+# How long the rank that ran out waits for the others' reports.
+LAST_WORDS_SECONDS = 8.0
+NUM_LISTED = 15
+# Calls on the way to the failing line that name what a rank was doing, the innermost that is found.
+PHASES = {
+    "start_engine": "initialise",
+    "loss": "forward",
+    "backward": "backward",
+    "step": "optimizer step",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "save_shards": "checkpoint",
+    "load_shards": "loading a checkpoint",
+    "write_model": "checkpoint",
+}
+
+
+class MemoryGuard:
+    """Ends all ranks together when one runs out of memory; use it as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        plan: dict[str, Any] | None = None,
+        *,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        """`folder`: RUN/memory, the same for all ranks; None writes nothing.  `plan`: from `Plan.to_json`."""
+        self.folder, self.rank, self.world_size, self.device, self.plan = (
+            folder,
+            rank,
+            world_size,
+            device,
+            plan,
+        )
+        self._end = end
+        self._old = self._written()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory guard", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.folder is not None and self.world_size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if error is not None and is_out_of_memory(error):
+            text = self._report(phase_of(trace), str(error).splitlines()[0])
+            self._wait_for_others()
+            raise OutOfMemory(text) from error
+
+    def _path(self, rank: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"out_of_memory_rank_{rank}.json"
+
+    def _written(self) -> dict[int, float]:
+        """When each rank's report was written; those of an earlier run are known and ignored."""
+        if self.folder is None:
+            return {}
+        written = {}
+        for rank in range(self.world_size):
+            with suppress(OSError):
+                written[rank] = self._path(rank).stat().st_mtime
+        return written
+
+    def _new_reports(self) -> list[int]:
+        return [rank for rank, at in self._written().items() if self._old.get(rank) != at]
+
+    def _watch(self) -> None:
+        """Another rank ran out: this one may wait for it in a collective for ever."""
+        while not self._stop.wait(POLL_SECONDS):
+            others = [rank for rank in self._new_reports() if rank != self.rank]
+            if others:
+                text = self._report("waiting", f"rank {others[0]} ran out of memory")
+                print(f"rank {self.rank}: {text.splitlines()[0]}", file=sys.stderr, flush=True)
+                self._end(OutOfMemory.exit_code)
+                return
+
+    def _wait_for_others(self) -> None:
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self.folder is not None and time.monotonic() < deadline:
+            if len(self._new_reports()) == self.world_size:
+                return
+            time.sleep(POLL_SECONDS / 2)
+
+    def _report(self, phase: str, reason: str) -> str:
+        """Write what is known; gives the message."""
+        reached = measured(self.device)
+        largest = largest_tensors()
+        report = {
+            "rank": self.rank,
+            "phase": phase,
+            "reason": reason,
+            "reached_mib": reached,
+            "largest_tensors": largest,
+            "plan": self.plan,
+            "snapshot": self._snapshot(),
+        }
+        lines = [f"out of memory in phase '{phase}': {reason}"]
+        lines.append("  reached: " + ", ".join(f"{name} {value:,.0f} MiB" for name, value in reached.items()))
+        if self.plan is not None:
+            lines.append(
+                f"  planned: {self.plan['gpu_mib']:,.0f} MiB, governed by {self.plan['governing_phase']}"
+            )
+        lines += [f"  {item['mib']:>9,.1f} MiB  {item['count']} x {item['what']}" for item in largest[:5]]
+        for change in (self.plan or {}).get("changes", []):
+            said = "fits by its plan" if change["fits"] else "is smaller"
+            lines.append(
+                f"  {change['change']}: about {change['gpu_mib']:,.0f} MiB, {said}\n      {change['setting']}"
+            )
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self._path(self.rank).with_suffix(".tmp")
+            draft.write_text(json.dumps(report, indent=2), encoding="utf-8")
+            draft.replace(self._path(self.rank))
+            lines.append(f"  report: {self._path(self.rank)}")
+        return "\n".join(lines)
+
+    def _snapshot(self) -> str | None:
+        if self.folder is None or self.device.type != "cuda":
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"out_of_memory_rank_{self.rank}.pickle"
+        with suppress(RuntimeError, OSError):
+            torch.cuda.memory._dump_snapshot(str(path))
+            return str(path)
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of the GPU, of torch's CPU tensors or of Python gave up."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def phase_of(trace: TracebackType | None) -> str:
+    """What the failing call was part of."""
+    names = [frame.name for frame in traceback.extract_tb(trace)]
+    return next((PHASES[name] for name in reversed(names) if name in PHASES), "between phases")
+
+
+def measured(device: torch.device) -> dict[str, float]:
+    """What this process holds and held, MiB."""
+    numbers = {"host_rss_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        numbers["gpu_allocated_peak"] = torch.cuda.max_memory_allocated(device) / MIB
+        numbers["gpu_reserved_peak"] = torch.cuda.max_memory_reserved(device) / MIB
+    return numbers
+
+
+def largest_tensors(most: int = NUM_LISTED) -> list[dict[str, Any]]:
+    """The tensors of this process, equal ones together, largest sum first; a storage counts once."""
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    seen = set()
+    for thing in gc.get_objects():
+        with suppress(Exception):  # objects in the making, proxies, tensors without storage
+            if not isinstance(thing, torch.Tensor) or thing.untyped_storage().data_ptr() in seen:
+                continue
+            seen.add(thing.untyped_storage().data_ptr())
+            what = f"{tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')} on {thing.device}"
+            sizes[what] += thing.untyped_storage().nbytes()
+            counts[what] += 1
+    return [
+        {"what": what, "count": counts[what], "mib": round(size / MIB, 2)}
+        for what, size in sizes.most_common(most)
+    ]

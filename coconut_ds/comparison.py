@@ -1,0 +1,300 @@
+"""Compare runs: seeds together, one line a method; accuracy by stage; paired tests between methods.
+
+    summary_table(groups)    method, thought, tuning, dataset, seeds, accuracy and interval, tokens, peak, ...
+    stage_table(groups)      accuracy at every stage, a column for each group
+    paired_tests(groups)     McNemar on the items that two groups answered both
+
+Knows: run records, statistics.  Does not know: models, pictures, the command line.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from coconut_ds.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
+from coconut_ds.statistics import mcnemar_exact, wilson_interval
+from coconut_ds.tables import Table
+
+# Settings that do not make another experiment: names, places, how it runs.
+NOT_COMPARED = {
+    "project", "name", "save_path", "seed", "debug", "only_eval", "resume", "batch_size_eval",
+    "eval_max_items", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps", "allow_pickle",
+}  # fmt: skip
+IN_COLUMNS = ("method", "thought", "tuning")
+MOST_PAIRS, MOST_WORDS = 15, 2
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy with its 95 % interval, fractions of 1.
+
+    Of one run: over its items (Wilson).  Of several seeds: over the seeds (Student's t).
+    """
+
+    value: float
+    low: float
+    high: float
+    num_seeds: int
+
+    @classmethod
+    def of(cls, lines: Sequence[Any]) -> "Accuracy":
+        """From one log line for each seed."""
+        values = [line["num_correct"] / max(line["num_items"], 1) for line in lines]
+        if len(lines) == 1:
+            return cls(values[0], *wilson_interval(lines[0]["num_correct"], lines[0]["num_items"]), 1)
+        half = student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+        return cls(mean(values), max(0.0, mean(values) - half), min(1.0, mean(values) + half), len(values))
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in the seed alone."""
+
+    runs: tuple[RunRecord, ...]
+    label: str
+
+    @property
+    def first(self) -> RunRecord:
+        return self.runs[0]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.experiment.seed for run in self.runs]
+
+    @property
+    def thought(self) -> str:
+        """The thought, where the method has latents that a thought fills."""
+        method = self.first.experiment.method
+        return self.first.experiment.thought if method.has_latents and not method.is_pause else ""
+
+    def results(self) -> tuple[str | None, list[Any]]:
+        """(split, one line a run): the test set where every run has it."""
+        for split in SPLITS:
+            if all(run.of(split) for run in self.runs):
+                return split, [run.of(split)[-1] for run in self.runs]
+        return None, []
+
+    def average(self, values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return mean(known) if known else None
+
+
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """Put runs together that differ in their seed; labels say what tells the groups apart.
+
+    Where more than MOST_WORDS other settings do, the label is the first run's name.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(repr(_identity(run)), []).append(run)
+    identities = [_identity(members[0]) for members in groups.values()]
+    different = [key for key in identities[0] if any(i[key] != identities[0][key] for i in identities)]
+    shown = [key for key in different if key not in ("thought", "tuning")]
+    found = []
+    for members, identity in zip(groups.values(), identities, strict=True):
+        method = members[0].experiment.method
+        words = [str(method)]
+        if "thought" in different and method.has_latents and not method.is_pause:
+            words.append(str(identity["thought"]))
+        if "tuning" in different:
+            words.append(str(identity["tuning"]))
+        same_method = [i for i in identities if all(i[key] == identity[key] for key in IN_COLUMNS)]
+        more = [key for key in shown if key != "method" and any(i[key] != identity[key] for i in same_method)]
+        if len(more) > MOST_WORDS:
+            words = [members[0].experiment.name]
+        else:
+            words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
+        found.append(Group(tuple(sorted(members, key=lambda run: run.experiment.seed)), ", ".join(words)))
+    return found
+
+
+def _identity(run: RunRecord) -> dict[str, Any]:
+    settings = {key: value for key, value in asdict(run.experiment).items() if key not in NOT_COMPARED}
+    return {**settings, "memory": run.memory_split}
+
+
+def summary_table(groups: Sequence[Group]) -> Table:
+    """One line a group."""
+    on_gpu = any(run.uses_gpu for group in groups for run in group.runs)
+    head = ["run", "thought", "tuning", "dataset", "memory", "seeds", "set", "accuracy, 95 % interval"]
+    head += ["tokens", "s/epoch", "peak MiB" if on_gpu else "peak RSS MiB", "budget MiB"]
+    rows = []
+    for group in groups:
+        numbers = group_numbers(group)
+        rows.append(
+            [
+                group.label,
+                numbers["thought"] or "-",
+                numbers["tuning"],
+                numbers["dataset"],
+                numbers["memory"],
+                ", ".join(map(str, group.seeds)),
+                numbers["split"] or "-",
+                str(Accuracy(**numbers["accuracy"])) if numbers["accuracy"] else "-",
+                _number(numbers["tokens"], 1),
+                _number(numbers["seconds_per_epoch"], 1),
+                _number(numbers["peak_mib"], 0),
+                _number(numbers["budget_mib"], 0),
+            ]
+        )
+    return Table(head, rows, num_words=8)
+
+
+def group_numbers(group: Group) -> dict[str, Any]:
+    """What the table says of a group, as plain data.
+
+    tokens: generated ones and latents, a problem, as in table 1 of the Coconut paper.
+    """
+    split, lines = group.results()
+    stage = group.first.result_stage
+    return {
+        "label": group.label,
+        "method": str(group.first.experiment.method),
+        "thought": group.thought,
+        "tuning": group.first.experiment.tuning,
+        "dataset": group.first.dataset,
+        "memory": group.first.memory_split,
+        "seeds": group.seeds,
+        "runs": [str(run.folder) for run in group.runs],
+        "split": split,
+        "accuracy": asdict(Accuracy.of(lines)) if lines else None,
+        "accuracies": [line["accuracy"] for line in lines],
+        "tokens": mean(line["mean_tokens"] for line in lines) + stage.num_latents if lines else None,
+        "seconds_per_item": mean(line.get("seconds_per_item", 0.0) for line in lines) if lines else None,
+        "seconds_per_epoch": group.average([run.seconds_per_epoch for run in group.runs]),
+        "peak_mib": max((run.peak_mib for run in group.runs if run.peak_mib is not None), default=None),
+        "peak_is": "GPU tensors" if group.first.uses_gpu else "resident memory of the main rank",
+        "budget_mib": group.first.budget_mib,
+        "stages": [
+            {"stage": number, "what": what, "accuracy": asdict(Accuracy.of(found))}
+            for number, what, found in _stages(group)
+        ],
+    }
+
+
+def stage_table(groups: Sequence[Group]) -> Table:
+    """Accuracy at the end of every stage, and of the test; a column for each group, means over seeds."""
+    titles: dict[int, str] = {}
+    cells: dict[tuple[int, str], str] = {}
+    for group in groups:
+        if not group.first.experiment.method.has_stages:
+            continue
+        for number, what, lines in _stages(group):
+            if number not in titles or "latent" in what:
+                titles[number] = what
+            cells[number, group.label] = _percent(lines)
+    rows = [
+        [f"validation, stage {number}: {titles[number]}", *(cells.get((number, g.label), "") for g in groups)]
+        for number in sorted(titles)
+    ]
+    without = [group for group in groups if not group.first.experiment.method.has_stages]
+    if without:
+        last = [[run.stages[-1].line for run in group.runs if run.stages] for group in groups]
+        rows.append(["validation, at the end", *map(_percent, last)])
+    tests = [[run.of("test")[-1] for run in group.runs if run.of("test")] for group in groups]
+    if any(tests):
+        stage = next((g.first.result_stage for g in groups if g.first.result_stage.num_latents), None)
+        rows.append([f"test: {describe_stage(stage)}" if stage else "test", *map(_percent, tests)])
+    return Table(["accuracy", *map(_column_title, groups)], rows)
+
+
+def _column_title(group: Group) -> str:
+    return group.label + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "")
+
+
+def _stages(group: Group) -> Iterator[tuple[int, str, list[Any]]]:
+    """(number, what is hidden, a line for each run) of every stage that all runs went through."""
+    columns: list[list[StageResult]] = [run.stages for run in group.runs]
+    for results in zip(*columns, strict=False):
+        if len({result.stage for result in results}) == 1:
+            yield results[0].number, describe_stage(results[0].stage), [result.line for result in results]
+
+
+def _percent(lines: Sequence[Any]) -> str:
+    if not lines:
+        return ""
+    values = [100 * line["accuracy"] for line in lines]
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread} %"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two groups on the same items, runs of equal seeds paired; McNemar's exact test."""
+
+    first: str
+    second: str
+    split: str
+    num_items: int
+    only_first: int
+    only_second: int
+    p_value: float
+
+    def __str__(self) -> str:
+        value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
+        return (
+            f"{self.first} against {self.second} on {self.split}, {counted(self.num_items, 'item')}: "
+            f"{self.only_first} solved by the first alone, {self.only_second} by the second alone, {value}"
+        )
+
+
+def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
+    """Every two groups whose runs have predictions (`eval` writes them) of the same set."""
+    pairs = itertools.islice(itertools.combinations(groups, 2), MOST_PAIRS)
+    return [test for first, second in pairs if (test := _paired(first, second)) is not None]
+
+
+def _paired(first: Group, second: Group) -> PairedTest | None:
+    by_seed = {run.experiment.seed: run for run in second.runs}
+    pairs = [(run, by_seed[run.experiment.seed]) for run in first.runs if run.experiment.seed in by_seed]
+    if not pairs and len(first.runs) == len(second.runs) == 1:
+        pairs = [(first.first, second.first)]
+    answers = [(one.predictions(), other.predictions()) for one, other in pairs]
+    common = {split for ours, theirs in answers for split in ours.keys() & theirs.keys()}
+    split = min(common, key=lambda name: (name != "test", name), default=None)
+    if split is None or first.first.dataset != second.first.dataset:
+        return None
+    only_first = only_second = num_items = 0
+    for ours, theirs in answers:
+        mine, others = ours.get(split, {}), theirs.get(split, {})
+        for item in mine.keys() & others.keys():
+            num_items += 1
+            only_first += mine[item] and not others[item]
+            only_second += others[item] and not mine[item]
+    p_value = mcnemar_exact(only_first, only_second)
+    return PairedTest(first.label, second.label, split, num_items, only_first, only_second, p_value)
+
+
+def student_t(degrees: int, confidence: float = 0.95) -> float:
+    """The t beyond which 1 - confidence of Student's distribution lies, on both sides together.
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, the distribution for whole degrees of freedom.
+    """
+
+    def inside(t: float) -> float:
+        theta = math.atan(t / math.sqrt(degrees))
+        sine, cosine = math.sin(theta), math.cos(theta)
+        term = cosine if degrees % 2 else 1.0
+        total = 0.0 if degrees == 1 else term
+        for n in range(2 + degrees % 2, degrees - 1, 2):
+            term *= cosine * cosine * (n - 1) / n
+            total += term
+        return (theta + sine * total) * 2 / math.pi if degrees % 2 else sine * total
+
+    if degrees < 1:
+        raise ValueError(f"{degrees} degrees of freedom: an interval over seeds needs two of them")
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
+    return high

@@ -41,7 +41,7 @@ DOWNLOADS = {
     ),
 }
 COUNTS = {"train": 17_886, "valid": 300, "test": 500}
-OUT_OF_DISTRIBUTION = {  # what changes against the recipe of the training data
+OUT_OF_DISTRIBUTION: dict[str, dict[str, Any]] = {  # what changes against the recipe of the training data
     "7hop": {"min_hops": 7, "max_hops": 7, "slots": 38},
     "8hop": {"min_hops": 8, "max_hops": 8, "slots": 42},
     "dense": {"parents_mean": 2.5},

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,7 @@ def positive(text: str) -> int:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main and end the process: 0, or 2 with one clear sentence on stderr."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except UserError as error:
@@ -54,6 +56,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(
             _failure(f"{error.filename or 'the output'}: {error.strerror or error}; nothing was changed")
         )
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _failure(text: str) -> int:

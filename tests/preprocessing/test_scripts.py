@@ -68,14 +68,14 @@ def test_without_network_the_file_and_its_place_are_named(tmp_path, command, exp
 
 
 @pytest.mark.parametrize(
-    "script, more",
+    "script, more, number",
     [
-        ("prosqa.py", ["--generate", "--train", "1000000"]),
-        ("prontoqa.py", ["--generate", "--train", "1000000"]),
-        ("gsm8k.py", ["--source"]),
+        ("prosqa.py", ["--generate", "--train", "1000000"], signal.SIGINT),
+        ("prontoqa.py", ["--generate", "--train", "1000000"], signal.SIGTERM),
+        ("gsm8k.py", ["--source"], signal.SIGINT),
     ],
 )
-def test_an_interruption_leaves_what_was_there(tmp_path, script, more):
+def test_an_interruption_leaves_what_was_there(tmp_path, script, more, number):
     output = tmp_path / "data"
     output.mkdir()
     (output / "mine.json").write_text("[]")
@@ -86,7 +86,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, script, more):
     while not any(path.stat().st_size > 100_000 for path in output.iterdir()):
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 2 and "interrupted" in err and "Traceback" not in err
     assert [path.name for path in output.iterdir()] == ["mine.json"]
@@ -97,6 +97,15 @@ def endless_gsm8k(folder: Path) -> Path:
     for split in ("train", "valid", "test"):
         (folder / f"{split}.txt").write_text("What is one and one?||<<1+1=2>> #### 2\n" * 500_000)
     return folder
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = start(
+        sys.executable, ROOT / "preprocessing/prosqa.py", "--generate", "--output-dir", tmp_path / "file"
+    )
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and str(tmp_path / "file") in err and "Traceback" not in err
 
 
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path):

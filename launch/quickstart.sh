@@ -17,10 +17,11 @@ no_cot=runs/quickstart-no-cot-seed$seed
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2 micro_batches=1
 if [ "$gpus" = 1 ]; then ranks=1 micro_batches=2; fi
-export WANDB_MODE=${WANDB_MODE:-disabled}
+export WANDB_MODE=${WANDB_MODE:-disabled} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+export PYTHONWARNINGS=ignore::FutureWarning
 
 train() { # train CONFIG NAME: one run under DeepSpeed
-    deepspeed --num_gpus $ranks --master_port "${MASTER_PORT:-29511}" --module coconut_ds train "$1" \
+    deepspeed --num_gpus $ranks --log_level error --master_port "${MASTER_PORT:-29511}" --module coconut_ds train "$1" \
         --deepspeed_config $ds_config \
         --set "name=$2" --set "seed=$seed" --set gradient_accumulation_steps=$micro_batches
 }

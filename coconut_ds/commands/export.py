@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     exported = export_hf(args.target, args.output, args.checkpoint, args.merge, args.dtype)
     form = "LoRA adapters in PEFT form" if exported.is_adapter else "a Hugging Face model"
-    print(
-        f"{exported.folder}: {form}; read back, no logit differs by more than {exported.largest_difference:.2g}"
-    )
+    print(f"{exported.folder}: {form}; read back, logits differ by {exported.largest_difference:.2g} at most")
     if args.push:
         print(upload(exported.folder, args.push, args.private))
     return 0

@@ -94,6 +94,7 @@ class Deferral:
 
     def __init__(self) -> None:
         self._queues: dict[int, WeightQueue] | None = None
+        self.is_replay = False
 
     @property
     def is_active(self) -> bool:
@@ -111,9 +112,15 @@ class Deferral:
                 queue.token = None
             self._queues = outer
 
-    def replay(self) -> Any:
+    @contextmanager
+    def replay(self) -> Iterator[None]:
         """Recomputation in the backward: layers save what they saved before, and queue nothing."""
-        return self.forward()
+        self.is_replay = True
+        try:
+            with self.forward():
+                yield
+        finally:
+            self.is_replay = False
 
     def queue_of(self, weight: Tensor) -> WeightQueue | None:
         """The queue of an embedding's weight that was looked up already in this forward."""
@@ -219,12 +226,38 @@ def _call(
     recipe = recipe_of(input)
     kept = () if recipe is None else recipe.inputs
     options["recipe"] = None if recipe is None else recipe.function
+    if deferral.is_replay and function is _LinearProduct:
+        # Saves first: where these are the last tensors the backward needs, the product is never computed.
+        _Save.apply(weight, *(kept or (input,)))
+        with torch.no_grad():
+            return _product(input, weight, bias, options["transposed"]).requires_grad_()
     if queue.token is None:
         output, queue.token = function.apply(input, weight, bias, None, queue, options, *kept)
         return output
     detached_bias = None if bias is None else bias.detach()
     output, _ = function.apply(input, weight.detach(), detached_bias, queue.token, queue, options, *kept)
     return output
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    x_MI = x.view(-1, x.shape[-1])
+    y_MO = torch.mm(x_MI, weight) if bias is None else torch.addmm(bias, x_MI, weight)
+    return y_MO.view(*x.shape[:-1], weight.shape[1])
+
+
+class _Save(torch.autograd.Function):
+    """Hands tensors to whoever collects what a forward saves."""
+
+    @staticmethod
+    def forward(ctx, weight, *kept):  # type: ignore[override]
+        ctx.save_for_backward(weight, *kept)
+        return weight.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):  # type: ignore[override]
+        raise AssertionError("a recomputed forward has no backward of its own")
 
 
 class _LinearProduct(torch.autograd.Function):
@@ -236,13 +269,7 @@ class _LinearProduct(torch.autograd.Function):
         ctx.queue, ctx.transposed, ctx.is_first = queue, options["transposed"], token is None
         ctx.recipe, ctx.num_nones = options["recipe"], 3 + len(recipe_inputs)
         ctx.save_for_backward(weight, *(recipe_inputs or (x,)))
-        if options["transposed"]:
-            x_MI = x.view(-1, x.shape[-1])
-            y = torch.mm(x_MI, weight) if bias is None else torch.addmm(bias, x_MI, weight)
-            y = y.view(*x.shape[:-1], weight.shape[1])
-        else:
-            y = F.linear(x, weight, bias)
-        return y, x.new_empty(0)
+        return _product(x, weight, bias, options["transposed"]), x.new_empty(0)
 
     @staticmethod
     def backward(ctx, dy, _):  # type: ignore[override]

@@ -26,6 +26,12 @@ class CheckpointError(UserError):
     """A checkpoint that is absent, damaged or made for something else."""
 
 
+class OneRankFailed(CheckpointError):
+    """One rank could not write its part, where it could not tell the others."""
+
+    on_every_rank = False
+
+
 class StopRequested(UserError):
     """Somebody asked the run to stop; its state is saved, the same command goes on.  75: EX_TEMPFAIL."""
 

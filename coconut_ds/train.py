@@ -90,7 +90,9 @@ def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, engine: Engine)
     return run
 
 
-def start_engine(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Engine:
+def start_engine(
+    experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
+) -> Engine:
     """Build the model and wrap it. Collective."""
     module = build_module(experiment, material.vocabulary, ds_config.latent_memory)
     layout = layout_of(experiment, ranks)
@@ -227,13 +229,13 @@ class Trainer:
         self.guard.check(self.state.global_step + 1, loss, applied, micro_batches, losses.tolist())
         tokens = micro_batches[0].loss_denominator
         samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
-        (samples,) = self.engine.sum_over_ranks([samples])
+        samples = int(self.engine.sum_over_ranks([samples])[0])
         self.state = replace(
             self.state,
             step_in_epoch=self.state.step_in_epoch + 1,
-            samples_in_epoch=self.state.samples_in_epoch + int(samples),
+            samples_in_epoch=self.state.samples_in_epoch + samples,
             global_step=self.state.global_step + 1,
-            samples_seen=self.state.samples_seen + int(samples),
+            samples_seen=self.state.samples_seen + samples,
             tokens_seen=self.state.tokens_seen + tokens,
             skipped_steps=self.state.skipped_steps + (not applied),
         )
@@ -251,12 +253,20 @@ class Trainer:
     def evaluate(self, test_set: TestSet, stage, name: str, epoch: int) -> Evaluation:
         """Measure, log, and say it in a line."""
         result = evaluate(
-            self.engine, test_set, stage, self.experiment, self.material.vocabulary, self.progress, self.keep_going
+            self.engine,
+            test_set,
+            stage,
+            self.experiment,
+            self.material.vocabulary,
+            self.progress,
+            self.keep_going,
         )
         weights = self.engine.module.thought.window_weights()
         extra = {} if weights is None else {"window_weights": weights}
         number = stage_number(epoch, self.experiment)
-        self.run.log(name, step=self.state.global_step, epoch=epoch, stage=number, **result.numbers(), **extra)
+        self.run.log(
+            name, step=self.state.global_step, epoch=epoch, stage=number, **result.numbers(), **extra
+        )
         for prediction in result.predictions[:NUM_SHOWN]:
             self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
         self.say(
@@ -286,7 +296,9 @@ class Trainer:
             return
         self.watchdog.beat("saving a checkpoint", patience=10)
         state = replace(self.state, positions=self.run.positions())
-        self.checkpoints.save(state, self.write_model, improved=improved)
+        started = time.perf_counter()
+        name = self.checkpoints.save(state, self.write_model, improved=improved)
+        self.run.log("save", step=state.global_step, name=name, seconds=time.perf_counter() - started)
         self.saved_at = position
         self.requests.saved()
 
@@ -301,7 +313,9 @@ class Trainer:
         if self.experiment.only_eval:
             raise StopRequested(f"{self.requests.reason()}; the evaluation has no result")
         self.write_checkpoint()
-        what = "nothing is saved with debug" if self.experiment.debug else "the same command goes on from here"
+        what = (
+            "nothing is saved with debug" if self.experiment.debug else "the same command goes on from here"
+        )
         raise StopRequested(f"{self.requests.reason()}; after step {self.state.global_step}; {what}")
 
     def write_model(self, folder: Path) -> None:

@@ -6,6 +6,7 @@
 Knows: which setting means what for a resume.  Does not know: checkpoint folders, ranks.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -45,6 +46,7 @@ class Change:
 SHAPES = "the saved tensors have other shapes or names"
 SHARDS = "the shards are split in another way"
 LEARNS = "changes what is learned"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 # Settings of the YAML that do not change what a resumed run learns.  All others need leave.
 HARMLESS_EXPERIMENT = {
     "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval", "eval_max_items",
@@ -89,16 +91,29 @@ def settings_to_compare(experiment: Experiment, ds_config: Mapping[str, Any]) ->
     return {
         "experiment": asdict(experiment),
         "ds_config": dict(ds_config),
-        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path},
+        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path}
+        | _base_model(experiment),
         "libraries": library_versions(),
         "code": code_version(),
     }
 
 
+def _base_model(experiment: Experiment) -> dict[str, str]:
+    """The sha256 of a model folder's files; of its weights only where a checkpoint leaves them out (LoRA)."""
+    folder = Path(experiment.model_id)
+    if not folder.is_dir():
+        return {}
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if experiment.tuning != "lora":
+        files = [path for path in files if path.suffix not in WEIGHT_SUFFIXES]
+    listed = "".join(f"{path.name} {hash_file(path)}\n" for path in files)
+    return {"base_model": hashlib.sha256(listed.encode()).hexdigest()}
+
+
 def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
     """Every difference, the gravest first."""
     changes = [
-        *_experiment_changes(saved.get("experiment", {}), current.get("experiment", {})),
+        *_experiment_changes(saved, current),
         *_ds_changes(saved.get("ds_config", {}), current.get("ds_config", {})),
         *_data_changes(saved.get("data", {}), current.get("data", {})),
     ]
@@ -142,14 +157,18 @@ def refuse_changes(
 
 
 def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
-    for key, old, new in _differences(saved, current):
-        if key in HARMLESS_EXPERIMENT:
+    hashes = [settings.get("data", {}).get("base_model") for settings in (saved, current)]
+    experiment = current.get("experiment", {})
+    for key, old, new in _differences(saved.get("experiment", {}), experiment):
+        if key in HARMLESS_EXPERIMENT or (
+            key == "model_id" and all(hashes)
+        ):  # a folder's content is compared
             yield Change(key, old, new, Severity.HARMLESS, "")
         elif key in IMPOSSIBLE_EXPERIMENT:
             yield Change(key, old, new, Severity.IMPOSSIBLE, IMPOSSIBLE_EXPERIMENT[key])
-        elif key == "latent_window_size" and str(current.get("thought", "")).startswith("learnable"):
+        elif key == "latent_window_size" and str(experiment.get("thought", "")).startswith("learnable"):
             yield Change(key, old, new, Severity.IMPOSSIBLE, SHAPES)
-        elif key == "num_epochs" and current.get("lr_schedule") == "constant":
+        elif key == "num_epochs" and experiment.get("lr_schedule") == "constant":
             yield Change(key, old, new, Severity.HARMLESS, "")
         else:
             yield Change(key, old, new, Severity.NEEDS_ALLOW, LEARNS)
@@ -171,7 +190,7 @@ def _data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Itera
     whys = {
         "train": (Severity.NEEDS_ALLOW, "the training file's content changed: its order is another one now"),
         "val": (Severity.NEEDS_ALLOW, "the validation file's content changed: accuracies do not compare"),
-        "base_model": (Severity.IMPOSSIBLE, "the base model's weights are others"),
+        "base_model": (Severity.IMPOSSIBLE, "the base model's files are others"),
     }
     for key, old, new in _differences(saved, current):
         severity, why = whys.get(key, (Severity.NEEDS_ALLOW, "its content changed"))

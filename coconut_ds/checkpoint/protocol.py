@@ -13,14 +13,18 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from safetensors import SafetensorError
+
 from coconut_ds.checkpoint.changes import refuse_changes
 from coconut_ds.checkpoint.folders import DRAFT, CheckpointFolders, Say, checkpoint_name
 from coconut_ds.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
 from coconut_ds.checkpoint.random_state import restore_random_state, save_random_state
-from coconut_ds.errors import CheckpointError
+from coconut_ds.errors import CheckpointError, OneRankFailed
 from coconut_ds.runs import replace_text, sync_folder
 
 SPARE_BYTES = 16 * 2**20
+# torch.save says RuntimeError when the disk is full, and not why.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 Result = TypeVar("Result")
 
 
@@ -34,7 +38,7 @@ class Shards(Protocol):
     @property
     def is_main(self) -> bool: ...
     def barrier(self) -> None: ...
-    def any_over_ranks(self, flag: bool, /) -> bool: ...
+    def gather(self, value: Any, /) -> list[Any]: ...
     def broadcast_object(self, value: Any, /) -> Any: ...
     def save_shards(self, folder: Path, client_state: dict[str, Any], /) -> None: ...
     def load_shards(self, folder: Path, /) -> dict[str, Any]: ...
@@ -92,10 +96,10 @@ class Checkpoints:
         try:
             self.engine.save_shards(draft / "engine", {"step_of_run": state.global_step})
             model_writer(draft / "model")
-        except (OSError, RuntimeError) as error:
+        except WRITE_ERRORS as error:
             # The other ranks may wait inside a collective: they cannot be asked, only left.
             shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError(self._cannot_write(error)) from error
+            raise OneRankFailed(self._cannot_write(error)) from error
         self.engine.barrier()
         self._settle(draft)
         self._on_main(lambda: self._finish(draft, name, state, improved))
@@ -196,21 +200,20 @@ class Checkpoints:
         problem = None
         try:
             action()
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        except WRITE_ERRORS as error:
             problem = self._cannot_write(error)
-        if self.engine.any_over_ranks(problem is not None):
+        problems = [text for text in self.engine.gather(problem) if text is not None]
+        if problems:
             shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError(
-                problem or f"rank {self.engine.rank}: another rank could not write its part"
-            )
+            raise CheckpointError("\n".join(problems))
 
     def _random_file(self, folder: Path) -> Path:
         return folder / "random" / f"rank_{self.engine.rank:05d}.pt"
 
     def _cannot_write(self, error: Exception) -> str:
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        )
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        if shutil.disk_usage(self.run_folder).free < SPARE_BYTES:
+            reason = f"the disk is full: {reason}"
         what = f"rank {self.engine.rank}: {self.run_folder}: cannot write a checkpoint ({reason})."
         return f"{what} {self._what_is_left()}"
 

@@ -20,12 +20,12 @@ class FakeShards:
         if self.world_size > 1:
             dist.barrier()
 
-    def any_over_ranks(self, flag: bool) -> bool:
-        if self.world_size == 1:
-            return flag
-        total = torch.tensor(float(flag))
-        dist.all_reduce(total)
-        return bool(total)
+    def gather(self, value: Any) -> list[Any]:
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast_object(self, value: Any) -> Any:
         holder = [value]

@@ -11,7 +11,7 @@ from coconut_ds.errors import CheckpointError
 
 SAVED: dict[str, Any] = {
     "experiment": {
-        "method": "coconut", "thought": "last_hidden", "latent_window_size": 3,
+        "method": "coconut", "model_id": "/here", "thought": "last_hidden", "latent_window_size": 3,
         "lora_target_modules": ("q", "v"), "lr": 1e-4, "lr_schedule": "constant", "num_epochs": 10,
         "batch_size_training": 4, "save_path": "runs",
     },
@@ -46,6 +46,7 @@ def with_(path: str, value: Any) -> dict[str, Any]:
         ("experiment.lr", 3e-4, Severity.NEEDS_ALLOW),
         ("experiment.batch_size_training", 8, Severity.NEEDS_ALLOW),
         ("experiment.latent_window_size", 4, Severity.NEEDS_ALLOW),
+        ("experiment.model_id", "/moved", Severity.HARMLESS),
         ("experiment.method", "cot", Severity.IMPOSSIBLE),
         ("experiment.thought", "mlp_projection", Severity.IMPOSSIBLE),
         ("experiment.lora_target_modules", ["q"], Severity.IMPOSSIBLE),
@@ -76,6 +77,12 @@ def test_what_the_yaml_owns_is_named_once() -> None:
     current = with_("ds_config.train_micro_batch_size_per_gpu", 8)
     current["experiment"] = {**SAVED["experiment"], "batch_size_training": 8}
     assert [change.key for change in classify_changes(SAVED, current)] == ["batch_size_training"]
+
+
+def test_a_model_that_was_not_hashed_needs_leave() -> None:
+    saved = {**SAVED, "data": {}}
+    current = {**with_("experiment.model_id", "gpt2"), "data": {}}
+    assert [change.severity for change in classify_changes(saved, current)] == [Severity.NEEDS_ALLOW]
 
 
 def test_a_schedule_that_ends_makes_num_epochs_matter() -> None:

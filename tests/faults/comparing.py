@@ -24,7 +24,7 @@ class Numbers:
 def numbers_of(run_folder: Path) -> Numbers:
     newest = run_folder / (run_folder / "latest").read_text().strip()
     return Numbers(
-        [_without_times(line) for line in _lines(run_folder / "metrics.jsonl")],
+        [_without_times(line) for line in _lines(run_folder / "metrics.jsonl") if line["kind"] != "save"],
         _lines(run_folder / "samples.jsonl"),
         {name: value.tolist() for name, value in load_file(newest / "model/model.safetensors").items()},
         [

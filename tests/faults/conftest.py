@@ -1,4 +1,4 @@
-"""A tiny task with everything that a resume could get wrong: dropout, stages, a schedule, mixed stages, moments."""
+"""A tiny task with all that a resume could get wrong: dropout, moments, a schedule, stages, their mixture."""
 
 import json
 import shutil
@@ -21,6 +21,7 @@ EXPERIMENT: dict[str, Any] = {
     "batch_size_eval": 2, "lr": 0.01, "lr_schedule": "linear", "warmup_ratio": 0.2, "reset_optimizer": True,
     "max_new_tokens": 4, "save_steps": 4, "keep_checkpoints": 2,
 }  # fmt: skip
+PATHS = ("save_path", "model_id", "train_path", "val_path", "test_path")
 STEPS_PER_EPOCH = 6  # 24 problems, 2 ranks of 2 rows a step
 
 
@@ -44,8 +45,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [
         sys.executable,
         str(ROOT / "preprocessing/arithmetic.py"),
-        "--data-dir",
-        "data",
         *sizes,
         *model,
     ]
@@ -53,7 +52,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "model/config.json").read_text())
     config.update(resid_pdrop=0.1, embd_pdrop=0.1)
     (folder / "model/config.json").write_text(json.dumps(config))
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     return folder
 
 
@@ -64,19 +62,28 @@ class Bench:
         self.folder, self.warm = folder, warm
         shutil.copytree(task, folder, dirs_exist_ok=True)
         self.run_folder = folder / "runs" / "run"
+        paths = {key: str(folder / EXPERIMENT[key]) for key in PATHS}
+        self.experiment = folder / "experiment.yaml"
+        self.experiment.write_text(yaml.safe_dump({**EXPERIMENT, **paths}))
 
     def arguments(self, *more: str) -> list[str]:
-        return ["train", "experiment.yaml", "--deepspeed_config", str(ROOT / "ds_configs/zero2.json"), *more]
+        return [
+            "train",
+            str(self.experiment),
+            "--deepspeed_config",
+            str(ROOT / "ds_configs/zero2.json"),
+            *more,
+        ]
 
     def train(
-        self, *more: str, faults: Faults = (), ranks: int = 2, timeout: float = 60, **extra: str
+        self, *more: str, faults: Faults = (), ranks: int = 2, timeout: float = 150, **extra: str
     ) -> Ended:
         """Ranks without a launcher."""
         return self.warm.run(self.arguments(*more), self.folder, faults, ranks, timeout, **extra)
 
-    def launch(self, *more: str, faults: Faults = (), **extra: str) -> Ended:
+    def launch(self, *more: str, faults: Faults = ()) -> Ended:
         """Two ranks under the deepspeed launcher."""
-        return under_launcher(self.arguments(*more), self.folder, faults, **extra)
+        return under_launcher(self.arguments(*more), self.folder, faults)
 
     def numbers(self) -> Numbers:
         return numbers_of(self.run_folder)

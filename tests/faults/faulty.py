@@ -1,21 +1,19 @@
-"""The real program with a fault at one place of one rank.
+"""Break one place of the real program, on one rank.
 
-    deepspeed tests/faults/faulty.py train CONFIG ...      FAULTS='[{"rank": 1, "at": "...", "call": 3, "do": "kill"}]'
+    FAULTS='[{"rank": 1, "at": "coconut_ds.engine:Engine.step", "call": 3, "when": "after", "do": "kill"}]'
 
-`at`: "module:Class.function" or "module:function"; `call`: at which of its calls (counted from 1); `when`: before
-(default) or after it.  `do`: kill, sleep, stop (SIGSTOP), nan (the result times NaN), full (the disk, from then on),
-TERM / USR1 / INT @ self / parent / grandparent / pid file.  From the first signal on every step takes longer, so that
-the run is still there when the signal has made its way.
+`at`: "module:Class.function" or "module:function"; `call`: at which of its calls, counted from 1; `when`:
+before it (default) or after.  `do`: kill, sleep, stop (SIGSTOP), nan (the result times NaN), fill FILE (until
+the disk is full), touch FILE, or SIGNAL@TARGET: TERM, USR1, INT, KILL to self, parent, grandparent, or to the
+process id in a file.  After a signal every step takes longer, so that it arrives before the run is over.
 """
 
-import errno
 import importlib
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +67,21 @@ def _act(what: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "sleep":
         time.sleep(600)
-    elif what == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif what.startswith("touch "):
+        Path(what.removeprefix("touch ")).touch()
+    elif what.startswith("fill "):
+        _fill_disk(Path(what.removeprefix("fill ")))
     else:
         name, _, target = what.partition("@")
         _wrap("coconut_ds.engine:Engine.step", _slow)
         os.kill(_process_id(target), getattr(signal, f"SIG{name}"))
+
+
+def _fill_disk(file: Path) -> None:
+    """Write until there is no room."""
+    with suppress(OSError), open(file, "wb", buffering=0) as writer:
+        while writer.write(bytes(2**16)):
+            pass
 
 
 def _slow(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,14 +99,3 @@ def _process_id(target: str) -> int:
     if target in ("parent", "grandparent"):
         return me.parents()[0 if target == "parent" else 1].pid
     return int(Path(target).read_text())
-
-
-def main() -> int:
-    from coconut_ds.__main__ import main as program
-
-    install(json.loads(os.environ.get("FAULTS", "[]")))
-    return program()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Start real runs: under the `deepspeed` launcher, or as ranks forked from a process that has imported everything."""
+"""Start real runs: under the `deepspeed` launcher, or as ranks forked from one that imported all."""
 
 import json
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def environment(faults: Faults = (), **extra: str) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/faults/site'}",
         "WANDB_MODE": "disabled",
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
         "FAULTS": json.dumps(list(faults)),
@@ -59,29 +60,19 @@ def free_port() -> str:
     return str(random.randint(20000, 32000))
 
 
-def under_launcher(
-    arguments: Sequence[str], cwd: Path, faults: Faults = (), ranks: int = 2, **extra: str
-) -> Ended:
-    """`deepspeed --num_gpus RANKS tests/faults/faulty.py ARGUMENTS`."""
-    port = free_port()
-    command = [
-        "deepspeed",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        port,
-        str(ROOT / "tests/faults/faulty.py"),
-    ]
-    return run(["env", *command, *arguments], cwd, environment(faults, **extra))
+def under_launcher(arguments: Sequence[str], cwd: Path, faults: Faults = ()) -> Ended:
+    """`deepspeed --num_gpus 2 --module coconut_ds ARGUMENTS`."""
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "coconut_ds"]
+    return run([*command, *arguments], cwd, environment(faults))
 
 
-def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: float = 120) -> Ended:
+def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: float = 240) -> Ended:
     """Run a program to its end, and wait a little for what it started."""
     started = time.monotonic()
-    log = cwd / f"{variables[TOKEN]}.log"
+    log = Path(tempfile.gettempdir(), f"{variables[TOKEN]}.log")
     with open(log, "wb") as writer:
         process = subprocess.Popen(
-            command,
+            ["env", *command],
             cwd=cwd,
             env={**os.environ, **variables},
             stdout=writer,
@@ -92,7 +83,9 @@ def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: f
         process.wait(timeout)
     finally:
         left = wait_for_others(variables[TOKEN])
-    return Ended([process.returncode], log.read_text(errors="replace"), left, time.monotonic() - started)
+    output = log.read_text(errors="replace")
+    log.unlink()
+    return Ended([process.returncode], output, left, time.monotonic() - started)
 
 
 def wait_for_others(token: str, patience: float = 35) -> list[str]:
@@ -122,7 +115,7 @@ def with_token(token: str) -> list[psutil.Process]:
 
 
 class Warm:
-    """Ranks without a launcher, forked from a server that has imported torch and DeepSpeed: a start takes no time."""
+    """Ranks without a launcher, forked from a server that has imported DeepSpeed: a start takes no time."""
 
     def __init__(self) -> None:
         os.environ.update(
@@ -142,7 +135,7 @@ class Warm:
         cwd: Path,
         faults: Faults = (),
         ranks: int = 1,
-        timeout: float = 60,
+        timeout: float = 150,
         **extra: str,
     ) -> Ended:
         return self.start(arguments, cwd, faults, ranks, **extra).wait(timeout)
@@ -174,7 +167,7 @@ class WarmRun:
     def output(self) -> str:
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait(self, timeout: float = 60) -> Ended:
+    def wait(self, timeout: float = 150) -> Ended:
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -194,6 +187,8 @@ def _rank(arguments: list[str], cwd: str, variables: dict[str, str], log: str) -
     os.environ.update(variables)
     os.chdir(cwd)
     sys.argv = ["coconut_ds", *arguments]
-    from tests.faults.faulty import main
+    from coconut_ds.__main__ import main
+    from tests.faults.faulty import install
 
+    install(json.loads(variables["FAULTS"]))
     sys.exit(main())

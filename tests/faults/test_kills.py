@@ -1,16 +1,14 @@
-"""SIGKILL of one rank at every kind of place: the other one ends by itself, and the resumed run is the same run."""
+"""SIGKILL of one rank at every kind of place: the other ends by itself, and the resumed run is the same."""
 
 import pytest
 
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
 
-ENGINE, PROTOCOL, FOLDERS = (
-    "coconut_ds.engine:Engine",
-    "coconut_ds.checkpoint.protocol",
-    "coconut_ds.checkpoint.folders",
-)
-# name: (place, call, when, the newest checkpoint after it).  Checkpoints: steps 4, 6 (epoch 1), 8, 12 (epoch 2), ...
+ENGINE = "coconut_ds.engine:Engine"
+PROTOCOL, FOLDERS = "coconut_ds.checkpoint.protocol", "coconut_ds.checkpoint.folders"
+PUBLISH = f"{FOLDERS}:CheckpointFolders.publish"
+# name: (place, call, when, newest checkpoint after it).  There is one every 4 steps and every epoch (6).
 PLACES = {
     "forward": (f"{ENGINE}.loss", 11, "before", "checkpoint_0_step_0000004"),
     "between forward and backward": (f"{ENGINE}.backward", 20, "before", "checkpoint_1_step_0000002"),
@@ -40,7 +38,7 @@ def check(bench: Bench, reference: Numbers, rank: int, place, launched: bool) ->
     at, call, when, newest = place
     fault = {"rank": rank, "at": at, "call": call, "when": when, "do": "kill"}
     ended = bench.launch(faults=[fault]) if launched else bench.train(faults=[fault])
-    assert ended.left == [] and ended.seconds < 60
+    assert ended.left == []
     if launched:
         assert ended.code != 0
     else:
@@ -49,7 +47,7 @@ def check(bench: Bench, reference: Numbers, rank: int, place, launched: bool) ->
         assert f"rank {1 - rank} lost contact with another rank" in ended.output
     resumed = bench.train()
     assert resumed.codes == [0, 0], resumed.output
-    assert f"resumed from runs/run/{newest}:" in resumed.output
+    assert f"resumed from {bench.run_folder}/{newest}:" in resumed.output
     assert bench.numbers() == reference
     assert bench.steps() == sorted(set(bench.steps()))
     assert not list(bench.run_folder.glob(".tmp-*"))

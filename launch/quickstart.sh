@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh            SEED=1 bash launch/quickstart.sh
 #
 # Makes chains of additions and a tiny GPT-2, trains it with Coconut, trains its no-CoT twin, prints one table.
-# Stopped halfway, the same command goes on where it was.
+# Stopped halfway, the same command goes on where it was.  Further arguments (--set KEY=VALUE) go to both trainings.
 
 source "$(dirname "$0")/setup.sh"
 
@@ -20,20 +20,22 @@ if [ "$gpus" = 1 ]; then ranks=1 micro_batches=2; fi
 export WANDB_MODE=${WANDB_MODE:-disabled} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 export PYTHONWARNINGS=ignore::FutureWarning
 
-train() { # train CONFIG NAME: one run under DeepSpeed
-    deepspeed --num_gpus $ranks --log_level error --master_port "${MASTER_PORT:-29511}" --module coconut_ds train "$1" \
+train() { # train CONFIG NAME ARGUMENT...: one run under DeepSpeed
+    local port
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    deepspeed --num_gpus $ranks --master_port "$port" --log_level error --module coconut_ds train "$1" \
         --deepspeed_config $ds_config \
-        --set "name=$2" --set "seed=$seed" --set gradient_accumulation_steps=$micro_batches
+        --set "name=$2" --set "seed=$seed" --set gradient_accumulation_steps=$micro_batches "${@:3}"
 }
 
 echo "== 1/4  chains of additions modulo 10, and a tiny GPT-2 with random weights"
 python preprocessing/arithmetic.py --seed "$seed" --model-dir data/arithmetic_gpt2
 
 echo "== 2/4  Coconut: the steps of the reasoning become latents, stage by stage"
-train configs/quickstart/coconut.yaml "$(basename "$coconut")"
+train configs/quickstart/coconut.yaml "$(basename "$coconut")" "$@"
 
 echo "== 3/4  no CoT: the same model, with neither steps nor latents"
-train configs/quickstart/no_cot.yaml "$(basename "$no_cot")"
+train configs/quickstart/no_cot.yaml "$(basename "$no_cot")" "$@"
 
 echo "== 4/4  result"
 python launch/quickstart_table.py "$coconut" "$no_cot"

@@ -68,6 +68,28 @@ def test_the_files_that_the_settings_name_are_the_ones_the_script_makes():
         assert (ROOT / named).is_file(), named
 
 
+@pytest.mark.slow
+def test_the_script_ends_in_a_table_and_goes_on_where_it_was(tmp_path: Path):
+    if not (ROOT / ".venv" / "requirements.sha256").is_file():
+        pytest.skip(
+            "the environment was not made by launch/setup.sh, and this test must not install anything"
+        )
+    for name in ("coconut_ds", "configs", "ds_configs", "launch", "preprocessing", "requirements.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    overrides = ["batch_size_training=500", "epochs_per_stage=1", "num_epochs=4", "eval_max_items=20"]
+    command = ["bash", str(tmp_path / "launch" / "quickstart.sh")]
+    command += [word for override in overrides for word in ("--set", override)]
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tables.append(done.stdout[done.stdout.index("== 4/4") :])
+    assert tables[0] == tables[1]
+    assert len(re.findall(r"validation, stage \d: .* \d+\.\d %", tables[0])) == 4
+    assert re.search(r"test: .* \d+\.\d % +\d+\.\d %", tables[0])
+
+
 def write_metrics(folder: Path, records: list[dict[str, object]]) -> Path:
     folder.mkdir()
     lines = [json.dumps({"time": 0.0, **record}) for record in records]

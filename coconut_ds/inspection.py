@@ -223,3 +223,10 @@ def _spans(asked: CoconutForCausalLM, prompt: Sample) -> tuple[list[str], list[t
 
 def _nested(table: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in table.tolist())
+
+
+def first_tokens(asked: CoconutForCausalLM, text: str) -> set[int]:
+    """The tokens that `text` can begin with, with and without a space before it."""
+    encode = asked.vocabulary.tokenizer
+    spellings = [encode(spelt, add_special_tokens=False)["input_ids"] for spelt in (text, f" {text}")]
+    return {ids[0] for ids in spellings if ids and asked.vocabulary.spell([ids[0]]).strip()}

@@ -23,6 +23,7 @@ from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
 from coconut_ds.lora import parameter_groups
+from coconut_ds.memory.budget import hold_to_budget
 from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.runs import Run
 from coconut_ds.signals import Request, Requests, Signals
@@ -39,6 +40,7 @@ class Options:
     allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
     max_minutes: float | None = None  # save and stop after so long
     stuck_seconds: float = 300.0  # end when nothing moves for so long; 0: never
+    skip_plan: bool = False  # start without checking the plan against the memory budget
 
 
 def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
@@ -49,11 +51,12 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     with Signals() as signals, lost_ranks_explained():
         material = load_material(experiment)
         ranks = start_distributed(ds_config.precision)
-        engine = start_engine(experiment, ds_config, material, ranks)
-        with open_run(experiment, ds_config, engine) as run:
-            trainer = Trainer(experiment, material, engine, run, signals, options)
-            with trainer.watchdog:
-                result = trainer.run_all()
+        with hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan):
+            engine = start_engine(experiment, ds_config, material, ranks)
+            with open_run(experiment, ds_config, engine) as run:
+                trainer = Trainer(experiment, material, engine, run, signals, options)
+                with trainer.watchdog:
+                    result = trainer.run_all()
         engine.close()
     return result
 
@@ -66,11 +69,12 @@ def evaluate_only(experiment: Experiment, ds_config: DeepSpeedConfig) -> Evaluat
     with Signals() as signals, lost_ranks_explained():
         material = load_material(experiment)
         ranks = start_distributed(ds_config.precision)
-        engine = start_engine(experiment, ds_config, material, ranks)
-        with open_run(experiment, ds_config, engine) as run:
-            trainer = Trainer(experiment, material, engine, run, signals, Options())
-            with trainer.watchdog:
-                result = trainer.validate(experiment.resume)
+        with hold_to_budget(experiment, ds_config, material, ranks, skip_plan=True):
+            engine = start_engine(experiment, ds_config, material, ranks)
+            with open_run(experiment, ds_config, engine) as run:
+                trainer = Trainer(experiment, material, engine, run, signals, Options())
+                with trainer.watchdog:
+                    result = trainer.validate(experiment.resume)
         engine.close()
     return result
 
@@ -220,13 +224,18 @@ class Trainer:
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; gives what is worth a log line."""
         started = time.perf_counter()
-        self.watchdog.beat(f"step {self.state.global_step + 1}")
-        losses = torch.stack(
-            [self.engine.backward(self.engine.loss(batch.to(self.engine.device))) for batch in micro_batches]
-        )
+        number = self.state.global_step + 1
+        shares = []
+        for batch in micro_batches:
+            self.watchdog.beat(f"step {number}, forward")
+            share = self.engine.loss(batch.to(self.engine.device))
+            self.watchdog.beat(f"step {number}, backward")
+            shares.append(self.engine.backward(share))
+        self.watchdog.beat(f"step {number}, optimizer")
         applied = self.engine.step()
+        losses = torch.stack(shares)
         (loss,) = self.engine.sum_over_ranks([float(losses.sum())])
-        self.guard.check(self.state.global_step + 1, loss, applied, micro_batches, losses.tolist())
+        self.guard.check(number, loss, applied, micro_batches, losses.tolist())
         tokens = micro_batches[0].loss_denominator
         samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
         samples = int(self.engine.sum_over_ranks([samples])[0])
@@ -304,9 +313,10 @@ class Trainer:
 
     def keep_going(self) -> None:
         """Called between the batches of an evaluation."""
-        self.watchdog.beat("evaluation")
+        self.watchdog.beat("evaluation, agreeing")
         if self.requests.poll() is Request.STOP:
             self.stop()
+        self.watchdog.beat("evaluation, a batch")
 
     def stop(self) -> NoReturn:
         """Save, and end on all ranks alike."""

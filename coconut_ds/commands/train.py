@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="end with stack traces when no rank moved for N seconds; 0: wait for ever (default: 300)",
     )
+    parser.add_argument(
+        "--skip-plan", action="store_true", help="start without checking the plan against the memory budget"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if experiment.only_eval:
         evaluate_only(experiment, ds_config)
     else:
-        options = Options(args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds)
+        options = Options(
+            args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds, args.skip_plan
+        )
         train(experiment, ds_config, options)
     return 0

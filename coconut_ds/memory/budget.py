@@ -16,28 +16,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from coconut_ds.build import Material
+from coconut_ds.collectives import Ranks
 from coconut_ds.config import Experiment
 from coconut_ds.ds_config import DeepSpeedConfig, MemoryBudget
-from coconut_ds.errors import BudgetError
+from coconut_ds.errors import BudgetError, UserError
 from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.plan import MIB, Plan
 from coconut_ds.memory.planner import Planner
-from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 
-def check_plan(
-    experiment: Experiment,
-    ds_config: DeepSpeedConfig,
-    train: list[TokenizedProblem],
-    valid: list[TokenizedProblem],
-    vocabulary: Vocabulary,
-    device: str,
-    ranks: int,
-) -> Plan:
+def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Plan:
     """Plan a run that is about to start, with the changes that would help."""
-    planner = Planner.from_material(experiment, train or valid, valid, vocabulary, device)
-    plan = planner.plan(experiment, ds_config, ranks)
+    valid = list(material.valid.tokenized)
+    planner = Planner.from_material(
+        experiment, material.train or valid, valid, material.vocabulary, ranks.device.type
+    )
+    plan = planner.plan(experiment, ds_config, ranks.world_size)
     return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
 
 
@@ -85,12 +81,8 @@ def limit_gpu(budget: MemoryBudget, device: torch.device) -> None:
 def hold_to_budget(
     experiment: Experiment,
     ds_config: DeepSpeedConfig,
-    train: list[TokenizedProblem],
-    valid: list[TokenizedProblem],
-    vocabulary: Vocabulary,
-    rank: int,
-    world_size: int,
-    device: torch.device,
+    material: Material,
+    ranks: Ranks,
     skip_plan: bool = False,
 ) -> MemoryGuard:
     """Check the plan, limit the GPU, and give the guard to train under.  Collective.
@@ -99,21 +91,24 @@ def hold_to_budget(
     """
     plan, problem = None, None
     folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
-    if rank == 0 and not skip_plan and ds_config.memory_budget is not None:
-        made = check_plan(experiment, ds_config, train, valid, vocabulary, device.type, world_size)
-        plan = made.to_json()
+    if ranks.is_main and not skip_plan and ds_config.memory_budget is not None:
         try:
+            made = check_plan(experiment, ds_config, material, ranks)
+            plan = made.to_json()
             refuse_or_warn(made)
-        except BudgetError as error:
+        except UserError as error:
             problem = str(error)
-        if folder is not None:
+        except Exception as error:  # the other ranks wait, and a model that cannot be planned may well train
+            reason = (str(error).splitlines() or [""])[0]
+            warnings.warn(f"this model cannot be planned ({type(error).__name__}: {reason})", stacklevel=2)
+        if folder is not None and plan is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "plan.json").write_text(json.dumps(plan, indent=2), encoding="utf-8")
     told: list[Any] = [plan, problem]
-    if world_size > 1:
-        dist.broadcast_object_list(told, src=0, device=device if device.type == "cuda" else None)
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(told, src=0, device=ranks.device)
     if told[1] is not None:
         raise BudgetError(told[1])
-    if device.type == "cuda" and ds_config.memory_budget is not None:
-        limit_gpu(ds_config.memory_budget, device)
-    return MemoryGuard(folder, rank, world_size, device, told[0])
+    if ranks.device.type == "cuda" and ds_config.memory_budget is not None:
+        limit_gpu(ds_config.memory_budget, ranks.device)
+    return MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, told[0])

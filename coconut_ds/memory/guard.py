@@ -32,6 +32,8 @@ from coconut_ds.memory.plan import MIB
 POLL_SECONDS = 0.5
 # How long the rank that ran out waits for the others' reports.
 LAST_WORDS_SECONDS = 8.0
+# How long the others then stay, so that the launcher does not end that rank before it has spoken.
+LINGER_SECONDS = 2.0
 NUM_LISTED = 15
 # Calls on the way to the failing line that name what a rank was doing, the innermost that is found.
 PHASES = {
@@ -113,6 +115,7 @@ class MemoryGuard:
             if others:
                 text = self._report("waiting", f"rank {others[0]} ran out of memory")
                 print(f"rank {self.rank}: {text.splitlines()[0]}", file=sys.stderr, flush=True)
+                time.sleep(LINGER_SECONDS)
                 self._end(OutOfMemory.exit_code)
                 return
 

@@ -1,0 +1,133 @@
+"""Launched on two ranks: what DeepSpeed's engine really holds after two steps, and its peak in a backward.
+
+    deepspeed --num_gpus 2 --module tests.memory.engine_states OUT.json TUNING
+
+Writes per ds_config the measured and the planned bytes of the rank that holds most.
+"""
+
+import gc
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.plan_accuracy import TEXT, peak_of_events, real_model, with_padding
+from coconut_ds.config import validate_experiment
+from coconut_ds.ds_config import load_ds_config
+from coconut_ds.engine import Engine, start_distributed
+from coconut_ds.lora import parameter_groups
+from coconut_ds.memory.gradient_path import replay
+from coconut_ds.memory.phantom import build_phantom
+from coconut_ds.memory.trace import Trace, record
+from coconut_ds.memory.worst import stages_of, worst_batch
+from coconut_ds.memory.zero import Sizes, ZeroSettings, gpu_states, host_states, trainable_sizes
+from coconut_ds.model.loading import load_config
+from coconut_ds.tokens import Vocabulary
+
+VOCABULARY_SIZE, BUCKET = 8000, 1_000_000
+
+
+def small_gpt2():
+    config = load_config("benchmarks/shapes/gpt2")
+    config.n_layer, config.n_embd, config.n_head, config.vocab_size = 4, 256, 4, VOCABULARY_SIZE
+    return config
+
+
+def main(out, tuning):
+    ranks = start_distributed("fp32")
+    experiment = validate_experiment(
+        {
+            "project": "plan", "name": "states", "save_path": "runs", "model_id": "benchmarks/shapes/gpt2",
+            "train_path": "none.json", "val_path": "none.json", "lr": 1e-4, "num_epochs": 3, "c_thought": 2,
+            "epochs_per_stage": 1, "max_latent_stage": 3, "batch_size_training": 2, "method": "coconut",
+            "gradient_accumulation_steps": 2, "tuning": tuning, "thought": "learnable_window",
+        },
+        "states",
+    )  # fmt: skip
+    size = VOCABULARY_SIZE
+    vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
+    batch = worst_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
+    batch = with_padding(batch)
+    results = {}
+    for name in ("zero1", "zero2", "zero2_offload"):
+        ds_config = load_ds_config(f"ds_configs/{name}.json")
+        ds_config.stock["zero_optimization"]["reduce_bucket_size"] = BUCKET
+        gc.collect()
+        before = held_bytes()
+        model = real_model(experiment, small_gpt2(), size + 3, vocabulary, ds_config.latent_memory)
+        settings = ds_config.resolve(experiment, ranks.world_size)
+        sizes = Sizes(
+            trainable_sizes([group["params"] for group in parameter_groups(model, experiment)]),
+            sum(p.numel() for p in model.parameters() if not p.requires_grad),
+            sum(b.numel() * b.element_size() for b in model.buffers()),
+        )
+        engine = Engine(model, parameter_groups(model, experiment), settings, ranks)
+        for _ in range(2):
+            for _ in range(2):
+                engine.backward(engine.loss(batch))
+            engine.step()
+        gc.collect()
+        held = held_bytes() - before
+        engine.backward(engine.loss(batch))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            engine.backward(engine.loss(batch))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as step_profiler:
+            engine.step()
+        zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
+        phantom = build_phantom(
+            experiment, small_gpt2(), size + 3, vocabulary.marker_ids, ds_config.latent_memory, device="cpu"
+        )
+        peak = replay(record(phantom, batch), sizes, zero)
+        host = [i for i in host_states(sizes, zero) if i.component not in ("process", "start")]
+        results[name] = {
+            "measured_states": most(held),
+            "planned_states": sum(i.size for i in [*gpu_states(sizes, zero), *host]),
+            "measured_backward": most(peak_of_events(profiler)),
+            "planned_backward": peak.size - waiting(sizes, zero),
+            "measured_step": most(peak_of_events(step_profiler)),
+        }
+        engine._engine.destroy()
+        del engine, model, phantom
+    if ranks.is_main:
+        with open(out, "w") as file:
+            json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def waiting(sizes, zero):
+    """Gradients of the micro-batch before, which are there before the measured one begins."""
+    return replay(Trace([], sizes.flat), sizes, zero).size
+
+
+def most(value):
+    """The largest over the ranks."""
+    tensor = torch.tensor([float(value)])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def held_bytes():
+    """Bytes of all tensors' storages of this process."""
+    storages = {}
+    for thing in gc.get_objects():
+        try:
+            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and not is_fake(thing):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+                if thing.grad is not None:
+                    storages[thing.grad.untyped_storage().data_ptr()] = thing.grad.untyped_storage().nbytes()
+        except (ReferenceError, RuntimeError):
+            continue
+    return sum(storages.values())
+
+
+def is_fake(tensor):
+    return type(tensor).__name__ == "FakeTensor"
+
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(*arguments)

@@ -1,0 +1,170 @@
+"""The guard: what counts as out of memory, which phase it was, and that all ranks end together."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+
+from coconut_ds.ds_config import MemoryBudget
+from coconut_ds.errors import BudgetError, OutOfMemory
+from coconut_ds.memory.budget import refuse_or_warn
+from coconut_ds.memory.guard import MemoryGuard, is_out_of_memory, largest_tensors, phase_of
+from coconut_ds.memory.plan import MIB, BatchShape, Phase, Plan, StagePlan
+from coconut_ds.memory.zero import Item
+from tests.launched.start import ROOT, start
+
+CPU = torch.device("cpu")
+
+
+def plan_of(activations_mib, on_exceed="error", share=10_000):
+    budget = MemoryBudget("card", 1, 1000, 200, 64, {"activations": share}, on_exceed)
+    phase = Phase("forward and backward", (Item("activations", "all", activations_mib * MIB, ""),))
+    stage = StagePlan(0, "stage", BatchShape(1, 1, 1, 0, 1), activations_mib * MIB, True)
+    return Plan("x", "x.json", "model", 1, budget, (), (phase,), (stage,), ())
+
+
+def test_a_plan_over_the_budget_is_refused_with_the_number():
+    with pytest.raises(BudgetError, match=r"801 MiB per GPU, 1 MiB more than 1,000 - 200 MiB"):
+        refuse_or_warn(plan_of(801))
+
+
+def test_a_plan_over_the_budget_only_warns_where_the_budget_says_so():
+    with pytest.warns(UserWarning, match="does not fit"):
+        refuse_or_warn(plan_of(801, on_exceed="warn"))
+
+
+def test_a_component_over_its_share_warns(recwarn):
+    refuse_or_warn(plan_of(800, share=800))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="activations takes 800 MiB, over its share of 799 MiB"):
+        refuse_or_warn(plan_of(800, share=799))
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"), True),
+        (RuntimeError("size mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_cpu_allocator_itself_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_the_phase_is_read_from_the_calls():
+    def backward():
+        raise MemoryError
+
+    def step():
+        backward()
+
+    with pytest.raises(MemoryError) as caught:
+        step()
+    assert phase_of(caught.tb) == "backward"
+
+
+def test_the_report_names_phase_plan_tensors_and_changes(tmp_path):
+    plan = plan_of(500).to_json()
+    plan["changes"] = [
+        {"change": "fewer rows", "setting": "--set batch_size_training=1", "gpu_mib": 9, "fits": True}
+    ]
+    kept = torch.zeros(3, 5, 7, 11)
+
+    def loss():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(OutOfMemory) as caught, MemoryGuard(tmp_path, 0, 1, CPU, plan):
+        loss()
+    text = str(caught.value)
+    assert "phase 'forward'" in text and "Tried to allocate 2 GiB" in text
+    assert "planned: 500 MiB" in text and "--set batch_size_training=1" in text
+    report = json.loads((tmp_path / "out_of_memory_rank_0.json").read_text())
+    assert report["plan"]["gpu_mib"] == 500
+    assert report["reached_mib"]["host_rss_peak"] > 0
+    assert (
+        any(item["what"].startswith("(3, 5, 7, 11)") for item in largest_tensors(10_000)) and kept is not None
+    )
+
+
+def test_other_errors_pass_through(tmp_path):
+    with pytest.raises(ValueError, match="mine"), MemoryGuard(tmp_path, 0, 1, CPU):
+        raise ValueError("mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_waiting_rank_ends_when_another_runs_out(tmp_path):
+    ended = threading.Event()
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    with MemoryGuard(tmp_path, 1, 2, CPU, end=end):
+        with pytest.raises(OutOfMemory), MemoryGuard(tmp_path, 0, 2, CPU, end=end):
+            raise MemoryError("no more")
+        assert ended.wait(10)
+    assert codes == [OutOfMemory.exit_code]
+    assert json.loads((tmp_path / "out_of_memory_rank_1.json").read_text())["phase"] == "waiting"
+
+
+def test_the_reports_of_an_earlier_run_end_nobody(tmp_path):
+    (tmp_path / "out_of_memory_rank_0.json").write_text("{}")
+    codes = []
+    with MemoryGuard(tmp_path, 1, 2, CPU, end=codes.append):
+        time.sleep(1.2)
+    assert codes == []
+
+
+@pytest.fixture(scope="module")
+def written(arithmetic, tiny_experiment, tmp_path_factory):
+    """An experiment file on the tiny task and two ds_configs, of plenty and of no memory."""
+    folder = tmp_path_factory.mktemp("guard")
+    values = {**tiny_experiment, "save_path": str(folder / "runs"), "gradient_accumulation_steps": 2}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    plenty = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    plenty["zero_optimization"]["reduce_bucket_size"] = 100_000
+    (folder / "plenty.json").write_text(json.dumps(plenty))
+    plenty["memory_budget"] |= {"gpu_memory_mib": 802, "components_mib": {}}
+    (folder / "tight.json").write_text(json.dumps(plenty))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_whose_plan_exceeds_the_budget_does_not_start(written):
+    arguments = [written / "tiny.yaml", "--deepspeed_config", written / "tight.json"]
+    done = start("coconut_ds", "train", *arguments, ranks=1)
+    assert done.returncode == BudgetError.exit_code, done.stderr[-2000:]
+    assert "does not fit" in done.stderr and "--skip-plan" in done.stderr
+    assert not (written / "runs/tiny/checkpoint_1").exists()
+    assert json.loads((written / "runs/tiny/memory/plan.json").read_text())["fits"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_rank_out_of_memory_ends_both_within_30_seconds(written, failing):
+    reports = [written / f"runs/tiny/memory/out_of_memory_rank_{rank}.json" for rank in (0, 1)]
+    for report in reports:
+        report.unlink(missing_ok=True)
+    arguments = [written / "tiny.yaml", written / "plenty.json", failing]
+    done = start("tests.memory.out_of_memory", *arguments, ranks=2)
+    ended = time.time()
+    assert done.returncode == OutOfMemory.exit_code, done.stderr[-3000:]
+    assert "out of memory in phase 'backward'" in done.stderr
+    assert all(report.exists() for report in reports)
+    first = min(report.stat().st_mtime for report in reports)
+    assert ended - first < 30
+    assert json.loads(reports[failing].read_text())["phase"] == "backward"
+    assert json.loads(reports[1 - failing].read_text())["phase"] == "waiting"

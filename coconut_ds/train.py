@@ -28,6 +28,7 @@ from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.runs import Run
 from coconut_ds.signals import Request, Requests, Signals
 from coconut_ds.watchdog import Watchdog, lost_ranks_explained
+from coconut_ds.window_picture import draw_window_weights
 
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
 
@@ -276,6 +277,8 @@ class Trainer:
         self.run.log(
             name, step=self.state.global_step, epoch=epoch, stage=number, **result.numbers(), **extra
         )
+        if weights is not None and self.run.writes:
+            draw_window_weights(self.run.folder)
         for prediction in result.predictions[:NUM_SHOWN]:
             self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
         self.say(

@@ -184,8 +184,9 @@ def training_steps(
     order = epoch_order(len(problems), experiment.seed, epoch)
 
     def draw(index: int) -> Sample:
-        stage = mixed_stage(len(problems[index].steps), epoch, index, experiment)
-        return render(problems[index], stage, experiment, vocabulary, index)
+        problem = problems[index]
+        stage = mixed_stage(len(problem.steps), epoch, index, experiment)
+        return render(problem, stage, experiment, vocabulary, index)
 
     for start in range(first_step * layout.rows_per_step, len(order), layout.rows_per_step):
         samples = [draw(index) for index in order[start : start + layout.rows_per_step]]

@@ -4,6 +4,7 @@ Knows: every way a model or a data set may be given.  Does not know: DeepSpeed, 
 Data is read first and the model last, so that every mistake shows before a model is loaded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import install_weights, load_base
 from coconut_ds.problems import card_for, read_problems
 from coconut_ds.thoughts import ThoughtSettings, build_thought
+from coconut_ds.token_cache import cache_folder, cached_tokens
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
 
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
@@ -37,7 +39,7 @@ class Material:
     """What a run reads from disk before any model."""
 
     vocabulary: Vocabulary
-    train: list[TokenizedProblem]
+    train: Sequence[TokenizedProblem]
     valid: TestSet
     test: TestSet | None
 
@@ -49,10 +51,11 @@ def load_material(experiment: Experiment) -> Material:
     """
     debug = experiment.debug
     vocabulary = load_vocabulary(experiment.model_id)
-    train: list[TokenizedProblem] = []
+    train: Sequence[TokenizedProblem] = []
     if not experiment.only_eval:
         limit = DEBUG_TRAIN_ITEMS if debug else None
-        train = tokenize(read_problems(experiment.train_path, limit), vocabulary)
+        path = experiment.train_path
+        train = cached_tokens(path, vocabulary, cache_folder(path), limit)
         if not train:
             raise DataError(f"{experiment.train_path}: no problem to train on")
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items

@@ -128,7 +128,7 @@ def max_new_tokens(experiment: Experiment, card: Card) -> int:
 def grade(index: int, completion: str, num_tokens: int, test_set: TestSet) -> Prediction:
     """Judge one completion by the rule of the data set's card."""
     problem = test_set.problems[index]
-    reasoning, predicted = split_completion(completion)
+    reasoning, predicted = split_completion(completion, test_set.card.grading)
     return Prediction(
         index=index,
         completion=completion,

@@ -12,6 +12,7 @@ four above.  All ranks of a machine share the pages.
 Knows: token ids and files.  Does not know: stages, batches, ranks.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -70,26 +71,41 @@ def cached_tokens(
 ) -> CachedProblems:
     """The tokenized problems of a data file, from `folder` when they are there, else tokenised into it.
 
-    Safe when several processes do the same at once: each writes its own folder, and the first renames it.
-    An entry that is damaged is made again.  Raises DataError as read_problems, and when it cannot be stored.
+    Of several ranks that ask at once, one tokenises and the others wait for it.  A damaged entry is made
+    again.  Raises DataError as read_problems, and when it cannot be stored.
     """
     path, folder = Path(path), Path(folder)
     entry = folder / _key(path, vocabulary, limit)
     if not _is_whole(entry):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            working = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=folder))
-            try:
-                _write(working, each_problem(path, limit), vocabulary)
-                _put_in_place(working, entry)
-            finally:
-                shutil.rmtree(working, ignore_errors=True)
+            with (folder / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _is_whole(entry):
+                    _make(entry, path, vocabulary, limit)
         except OSError as error:
             raise DataError(
                 f"{error.filename or folder}: the tokenised {path.name} cannot be stored ({error.strerror}); "
                 "make room, or name a folder that can be written"
             ) from error
     return CachedProblems(entry)
+
+
+def cache_folder(path: str | Path) -> Path:
+    """Where the tokens of a data file go: beside it, or in the user's cache where that cannot be written."""
+    beside = Path(path).parent
+    if os.access(beside, os.W_OK):
+        return beside / "cache" / "tokens"
+    return Path.home() / ".cache" / "coconut_ds" / "tokens"
+
+
+def _make(entry: Path, path: Path, vocabulary: Vocabulary, limit: int | None) -> None:
+    working = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    try:
+        _write(working, each_problem(path, limit), vocabulary)
+        _put_in_place(working, entry)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
 
 
 def _key(path: Path, vocabulary: Vocabulary, limit: int | None) -> str:

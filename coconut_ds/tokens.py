@@ -106,7 +106,10 @@ def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[Tokeni
     def encode(texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        made = vocabulary.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
+        # A marker written out in the data stays text; only `render` places markers.
+        made = vocabulary.tokenizer(
+            texts, add_special_tokens=special, split_special_tokens=True, return_attention_mask=False
+        )
         return made["input_ids"]
 
     questions = encode([problem.question + "\n" for problem in problems], special=True)

@@ -1,9 +1,10 @@
 """Check settings and data files without starting anything.
 
-    python -m coconut_ds validate FILE...
+    python -m coconut_ds validate FILE... [--model ID_OR_FOLDER] [--picture PNG]
 
-YAML files are experiments. JSON files are DeepSpeed settings or problems, told apart by what they hold.
-Every problem of every file is listed; the exit code is 2 when there is any.
+YAML files are experiments. JSON files are DeepSpeed settings, problems or cards, told apart by what they hold.
+Every problem of every file is listed; data files are looked at together: lengths, leaks between splits, items
+longer than the model. The exit code is 2 when a file cannot be used or the splits leak.
 """
 
 import argparse
@@ -11,31 +12,39 @@ import sys
 from pathlib import Path
 
 from coconut_ds.config import load_experiment
+from coconut_ds.data_report import check_data_files
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, UserError
-from coconut_ds.problems import card_for, read_problems
+from coconut_ds.problems import card_for
 
 CARD_SUFFIX = ".card.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="YAML or JSON file")
+    parser.add_argument("--model", metavar="ID", help="count lengths in this model's tokens, not in words")
+    parser.add_argument("--picture", metavar="PNG", help="draw the histograms of the data files' lengths")
 
 
 def run(args: argparse.Namespace) -> int:
     failed = 0
-    for name in args.files:
+    data_files = []
+    for path in map(Path, args.files):
         try:
-            print(f"{name}: ok, {_check(Path(name))}")
+            if path.suffix == ".json" and not path.name.endswith(CARD_SUFFIX) and _holds_a_list(path):
+                data_files.append(path)
+            else:
+                print(f"{path}: ok, {_check_settings(path)}")
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
-    if failed:
-        print(f"{failed} of {len(args.files)} files cannot be used", file=sys.stderr)
+    if data_files:
+        failed += _check_data(data_files, args.model, args.picture)
     return ConfigError.exit_code if failed else 0
 
 
-def _check(path: Path) -> str:
+def _check_settings(path: Path) -> str:
+    """One line about a sound file; ConfigError or DataError with everything wrong in it."""
     if path.suffix in (".yaml", ".yml"):
         experiment = load_experiment(path)
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
@@ -46,13 +55,23 @@ def _check(path: Path) -> str:
     if path.name.endswith(CARD_SUFFIX):
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
         return f"the card of {card.name}, graded as {card.grading}"
-    if _holds_a_list(path):
-        problems = read_problems(path)
-        steps = sum(len(problem.steps) for problem in problems) / len(problems)
-        card = card_for(path)
-        return f"{len(problems)} problems, {steps:.1f} steps on average, graded as {card.grading}"
     ds_config = load_ds_config(path)
     return f"DeepSpeed settings (ZeRO stage {ds_config.zero_stage}, {ds_config.precision})"
+
+
+def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
+    """Print the report on the data files; gives the number of errors and leaks."""
+    vocabulary = None
+    if model is not None:
+        from coconut_ds.tokens import load_vocabulary
+
+        vocabulary = load_vocabulary(model)
+    report = check_data_files(paths, vocabulary)
+    print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
+    if picture is not None:
+        report.save_picture(picture)
+        print(f"lengths drawn in {picture}")
+    return len(report.errors) + len(report.leaks)
 
 
 def _holds_a_list(path: Path) -> bool:

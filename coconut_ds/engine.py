@@ -170,6 +170,14 @@ class Engine(Collectives):
         """
         self._base_optimizer.state = defaultdict(dict)
 
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """This rank's master weights and moments, wherever they lie."""
+        optimizer = self._base_optimizer
+        for group in optimizer.param_groups:
+            yield from group["params"]
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self._optimizer, "optimizer", self._optimizer)

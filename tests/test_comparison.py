@@ -96,7 +96,7 @@ def test_seeds_are_one_line_and_methods_are_several(make_run):
     coconut, no_cot = summary_table(groups).rows
     assert coconut[:7] == ["coconut", "last_hidden", "full", "t", "ZeRO-2, offload, fp16", "0, 1", "test"]
     assert no_cot[1] == "-"  # nothing fills latents that are not there
-    # two generated tokens and four latents; 5 steps of 2 s; the third epoch's peak; the card without its reserve
+    # two tokens and four latents; 5 steps of 2 s; the third epoch's peak; the card without its reserve
     assert coconut[8:] == ["6.0", "10.0", "300", "10,464"]
     assert no_cot[8] == "2.0"
 

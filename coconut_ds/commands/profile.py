@@ -1,0 +1,132 @@
+"""Measure the memory of real optimizer steps on the worst batch, by phase, beside plan and budget.
+
+    deepspeed --num_gpus 2 --module coconut_ds profile CONFIG --deepspeed_config JSON
+
+Phases: initialise; every pass, loss, backward, reduce and optimizer step, twice; evaluation; checkpoint.
+Writes memory/plan.json and memory/profile.json in the run folder, for `report`; no weights are kept.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from coconut_ds.batching import Batch
+from coconut_ds.build import Material, load_material, write_model
+from coconut_ds.config import Experiment, experiment_to_yaml
+from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.engine import Engine, Ranks, start_distributed
+from coconut_ds.evaluate import TestSet, evaluate
+from coconut_ds.memory.allocations import recorder_for
+from coconut_ds.memory.guard import MemoryGuard
+from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.profile import BETWEEN, INITIALISE, PhaseMeter, profile_steps
+from coconut_ds.memory.profile_table import profile_text
+from coconut_ds.memory.worst import shape_of, stages_of, worst_batch
+from coconut_ds.runs import replace_text, run_folder
+from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
+from coconut_ds.train import start_engine
+from coconut_ds.watchdog import lost_ranks_explained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+    add_ds_config_argument(parser)
+    parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="on GPUs: also memory/snapshot_rank_N.pickle for pytorch.org/memory_viz",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    experiment, ds_config = read_settings(args)
+    with lost_ranks_explained():
+        result = profile(experiment, ds_config, args.snapshot)
+    if result is not None:
+        print(result)
+    return 0
+
+
+def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) -> str | None:
+    """Profile on every rank; the main rank writes the files and gives the text.  Collective."""
+    folder = run_folder(experiment) / "memory"
+    material = load_material(experiment)
+    ranks = start_distributed(ds_config.precision)
+    picture = folder / f"snapshot_rank_{ranks.rank}.pickle" if snapshot else None
+    meter = PhaseMeter(ranks.device, recorder_for(ranks.device, picture))
+    meter.begin(INITIALISE)
+    engine = start_engine(experiment, ds_config, material, ranks)
+    meter.begin(BETWEEN)
+    plan = engine.broadcast_object(_plan(experiment, ds_config, material, ranks) if ranks.is_main else None)
+    batch = _batch(experiment, material, plan)
+    with MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan):
+        mine = profile_steps(
+            engine,
+            meter,
+            batch,
+            experiment.gradient_accumulation_steps,
+            lambda: _evaluate(engine, experiment, material),
+            lambda where: write_model(engine.module, material.vocabulary, where),
+            folder,
+        )
+    everybody = engine.gather(mine.to_json())
+    text = None
+    if engine.is_main:
+        result = {
+            "experiment": experiment.name,
+            "ds_config": ds_config.path,
+            "budget": plan["budget"],
+            "batch": str(shape_of(batch)),
+            "stage": _governing(plan)["stage"],
+            "ranks": everybody,
+        }
+        _write(folder, experiment, ds_config.resolve(experiment, ranks.world_size), plan, result)
+        text = profile_text(result, plan) + f"\n\n{folder / 'profile.json'}"
+    engine.close()
+    return text
+
+
+def _plan(
+    experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
+) -> dict[str, Any]:
+    valid = list(material.valid.tokenized)
+    train = material.train or valid
+    planner = Planner.from_material(experiment, train, valid, material.vocabulary, ranks.device.type)
+    return planner.plan(experiment, ds_config, ranks.world_size).to_json()
+
+
+def _governing(plan: dict[str, Any]) -> dict[str, Any]:
+    """The stage that takes the most."""
+    return max(plan["stages"], key=lambda stage: stage["gpu_mib"])
+
+
+def _batch(experiment: Experiment, material: Material, plan: dict[str, Any]) -> Batch:
+    at = next(at for at in stages_of(experiment) if at.epoch == _governing(plan)["first_epoch"])
+    return worst_batch(material.train, at, experiment, material.vocabulary, experiment.batch_size_training)
+
+
+def _evaluate(engine: Engine, experiment: Experiment, material: Material) -> None:
+    """One evaluation batch a rank, of the longest problems, at the last stage."""
+    valid = material.valid
+    lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
+    most = experiment.batch_size_eval * engine.world_size
+    chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:most]
+    problems, tokenized = ([items[i] for i in chosen] for items in (valid.problems, valid.tokenized))
+    stage = stages_of(experiment)[-1].stage
+    evaluate(engine, TestSet(problems, tokenized, valid.card), stage, experiment, material.vocabulary)
+
+
+def _write(
+    folder: Path,
+    experiment: Experiment,
+    settings: dict[str, Any],
+    plan: dict[str, Any],
+    result: dict[str, Any],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+    replace_text(folder / "profile.json", json.dumps(result) + "\n")
+    if not (folder.parent / "experiment.yaml").exists():  # a folder that was never trained in
+        replace_text(folder.parent / "experiment.yaml", experiment_to_yaml(experiment))
+        replace_text(folder.parent / "ds_config.json", json.dumps(settings, indent=2, default=str) + "\n")

@@ -31,6 +31,7 @@ from coconut_ds.thoughts import ThoughtSettings, build_thought
 V, D = 40, 16
 START, END, LATENT, EOS = 37, 38, 39, 36
 MARKERS = (START, LATENT, END)
+DEFAULT_MEMORY = LatentMemory()
 NO_DROPOUT = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
 
 
@@ -69,10 +70,10 @@ def new_base(family="gpt2", seed=0):
     return FAMILIES[family]().eval()
 
 
-def coconut(family="gpt2", thought="last_hidden", seed=0, **changes):
+def coconut(family="gpt2", thought="last_hidden", seed=0, latent_memory=DEFAULT_MEMORY, **changes):
     adapted = lora.add_adapters(new_base(family, seed), experiment(**changes), MARKERS)
     torch.manual_seed(seed)
-    return Coconut(adapted, build_thought(thought, D, ThoughtSettings()), LatentMemory())
+    return Coconut(adapted, build_thought(thought, D, ThoughtSettings()), latent_memory)
 
 
 def batch():
@@ -163,6 +164,35 @@ def test_marker_rows_equal_the_slow_way_of_peft(family):
     for name, parameter in fast.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, slow_gradients[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("thought", ["learnable_window", "mlp_projection"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recompute": "layers"},
+        {"loss_chunk_tokens": 3},
+        {"segmented_cache": False, "recompute": "layers"},
+    ],
+)
+def test_memory_levers_change_no_gradient_of_an_adapter(family, thought, changes):
+    plain = LatentMemory(False, 1024, False, False, "none", False)
+    gradients, losses = [], []
+    for memory in (plain, LatentMemory(**changes)):
+        model = coconut(family, thought, latent_memory=memory)
+        model.thought.load_state_dict({n: v + 0.1 for n, v in model.thought.state_dict().items()})
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.02)
+        loss = model(batch())
+        loss.backward()
+        losses.append(loss)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_head_makes_no_gradient_of_the_embeddings_size():

@@ -2,7 +2,7 @@
 
     python -m coconut_ds validate FILE... [--model ID_OR_FOLDER] [--picture PNG]
 
-YAML files are experiments. JSON files are DeepSpeed settings, problems or cards, told apart by what they hold.
+YAML files are experiments; JSON files are DeepSpeed settings, problems or cards, told apart by what they hold.
 Every problem of every file is listed; data files are looked at together: lengths, leaks between splits, items
 longer than the model. The exit code is 2 when a file cannot be used or the splits leak.
 """

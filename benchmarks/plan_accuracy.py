@@ -3,8 +3,8 @@
     python -m benchmarks.plan_accuracy [--llama] [--tuning lora]
 
 Measured are the CPU allocator's own events (torch.profiler), so memory that an operator takes and gives
-back inside counts too; planned is the trace of the same model without storage.  Gradients are dropped on arrival in
-both.
+back inside counts too; planned is the trace of the same model without storage.  Gradients are dropped on
+arrival in both.
 
 Knows: phantoms and real models of random weights.  Does not know: ZeRO.
 """
@@ -142,7 +142,7 @@ def real_model(
 
 
 def measured_peak(model: Coconut, batch: Batch) -> int:
-    """Most bytes that the allocator gave out during one forward and backward, gradients dropped on arrival."""
+    """Most bytes the allocator gave out in one forward and backward, gradients dropped on arrival."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -199,10 +199,11 @@ def main() -> None:
             if args.tuning not in (None, case.tuning):
                 continue
             started = time.perf_counter()
-            rows.append(compare(case, config))
+            row = compare(case, config)
+            rows.append(row)
             print(
-                f"{rows[-1].case}: planned {rows[-1].planned / MB:.1f} MB, measured {rows[-1].measured / MB:.1f} MB, "
-                f"{100 * rows[-1].error:+.1f} %, {time.perf_counter() - started:.1f} s",
+                f"{row.case}: planned {row.planned / MB:.1f} MB, measured {row.measured / MB:.1f} MB, "
+                f"{100 * row.error:+.1f} %, {time.perf_counter() - started:.1f} s",
                 flush=True,
             )
     print(table(rows))

@@ -1,6 +1,6 @@
 """What the phases of a run take on a GPU beyond the lasting states: from runs of the model or of its copies.
 
-One run of the full model is made for the stage that governs.  Which one that is, and what the other stages
+The full model is run for the stages that may govern.  Which these are, and what the other stages
 take, is told by two shallow copies: activations grow by the same bytes with every layer.
 
 Knows: traces, ZeRO's gradient path, worst batches.  Does not know: where traces come from, states, budgets.
@@ -23,6 +23,8 @@ from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 # The caching allocator's blocks do not fit together exactly.  An assumption, to be checked on a GPU.
 FRAGMENTATION = 0.05
+# Stages that come so close to the largest are run on the whole model too, at most so many.
+NEAR, MOST_EXACT = 0.95, 2
 
 
 class Source(Protocol):
@@ -84,10 +86,12 @@ class PlannedRun:
         if None in scaled:
             exact = {place: self.exact_phase(batch) for place, (_, batch) in enumerate(found)}
         else:
-            largest = max(range(len(found)), key=lambda place: scaled[place] or 0)
-            batch = found[largest][1]
-            is_known = quick_at is None or planner.remembers(self.experiment, self.ds_config, batch)
-            exact[largest] = self.exact_phase(batch) if is_known else self.quick_phase(scaled[largest] or 0)
+            top = max(size or 0 for size in scaled)
+            near = [place for place, size in enumerate(scaled) if (size or 0) >= NEAR * top]
+            for place in sorted(near, key=lambda place: scaled[place] or 0, reverse=True)[:MOST_EXACT]:
+                batch = found[place][1]
+                is_known = quick_at is None or planner.remembers(self.experiment, self.ds_config, batch)
+                exact[place] = self.exact_phase(batch) if is_known else self.quick_phase(scaled[place] or 0)
         known = max(exact, key=lambda place: exact[place].size)
 
         def size_of(place: int) -> int:

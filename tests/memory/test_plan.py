@@ -1,0 +1,258 @@
+"""Plans of a small model: what they count, that they move the right way, and that `fit` agrees with them."""
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coconut_ds.__main__ import main
+from coconut_ds.config import load_experiment, validate_experiment
+from coconut_ds.ds_config import load_ds_config
+from coconut_ds.errors import BudgetError, ConfigError
+from coconut_ds.memory.changes import cheapest_changes
+from coconut_ds.memory.fit import fit
+from coconut_ds.memory.planner import Planner, with_rows
+from coconut_ds.memory.table import full_text, markdown, side_by_side
+from coconut_ds.memory.worst import TextShape, longest, read_lengths, shape_of, stages_of, worst_batch
+from coconut_ds.problems import Problem
+from coconut_ds.tokens import TokenizedProblem, Vocabulary
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = TextShape(question=60, steps=3, step=8, answer=5)
+VOCABULARY = Vocabulary(None, 1000, 1001, 1002, eos_id=0, pad_id=0)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A GPT-2 of six layers as a folder with a configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("model")
+    values = json.loads((ROOT / "benchmarks/shapes/gpt2/config.json").read_text())
+    values |= {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": 1000}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def experiment_of(model, **changes):
+    values = {
+        "project": "p", "name": "n", "save_path": "runs", "method": "coconut", "model_id": str(model),
+        "train_path": "none.json", "val_path": "none.json", "c_thought": 1, "epochs_per_stage": 1,
+        "max_latent_stage": 2, "num_epochs": 3, "batch_size_training": 4, "gradient_accumulation_steps": 3,
+        "batch_size_eval": 1, "lr": 1e-4,
+    }  # fmt: skip
+    return validate_experiment(values | changes, "test")
+
+
+@pytest.fixture(scope="module")
+def planner(tiny_model):
+    return Planner.of(experiment_of(tiny_model), TEXT)
+
+
+@pytest.fixture(scope="module")
+def ds_config():
+    config = load_ds_config(ROOT / "ds_configs/zero2.json")
+    config.stock["zero_optimization"]["reduce_bucket_size"] = 10_000
+    return config
+
+
+@pytest.fixture(scope="module")
+def plan(planner, tiny_model, ds_config):
+    return planner.plan(experiment_of(tiny_model), ds_config)
+
+
+def budget_of(ds_config, mib):
+    budget = replace(ds_config.memory_budget, gpu_memory_mib=mib, reserved_mib=0, components_mib={})
+    return replace(ds_config, memory_budget=budget)
+
+
+def test_items_add_up_to_the_total(plan):
+    assert sum(item.size for item in plan.items) == plan.gpu_bytes
+    assert plan.governing_stage.gpu_bytes == plan.states_bytes + plan.phases[0].size
+    assert all(item.formula for item in [*plan.items, *plan.host])
+
+
+def test_every_stage_is_planned_and_one_exactly(plan):
+    assert [stage.name for stage in plan.stages][:2] == [
+        "0 steps hidden, 0 latents",
+        "1 steps hidden, 1 latents",
+    ]
+    assert any(stage.is_exact for stage in plan.stages)
+
+
+def test_scaled_stages_come_close_to_exact_ones(planner, tiny_model, ds_config, plan):
+    experiment = experiment_of(tiny_model)
+    exact = [
+        planner.trace(
+            experiment, ds_config, worst_batch(planner.train, at, experiment, planner.vocabulary, 4), 6
+        ).peak
+        for at in stages_of(experiment)
+    ]
+    known = next(place for place, stage in enumerate(plan.stages) if stage.is_exact)
+    for stage, peak in zip(plan.stages, exact, strict=True):
+        expected = plan.stages[known].gpu_bytes + 1.05 * (peak - exact[known])
+        assert stage.gpu_bytes == pytest.approx(expected, rel=0.1)
+
+
+def test_more_rows_take_more(planner, tiny_model, ds_config, plan):
+    assert (
+        planner.plan(experiment_of(tiny_model, batch_size_training=5), ds_config).gpu_bytes > plan.gpu_bytes
+    )
+
+
+def test_recomputation_takes_less(planner, tiny_model, ds_config, plan):
+    recomputing = replace(ds_config, latent_memory=replace(ds_config.latent_memory, recompute="layers"))
+    assert planner.plan(experiment_of(tiny_model), recomputing).gpu_bytes < plan.gpu_bytes
+
+
+def test_lora_takes_less_for_states(planner, tiny_model, ds_config, plan):
+    lora = planner.plan(experiment_of(tiny_model, tuning="lora"), ds_config)
+    assert lora.components()["optimizer"] < plan.components()["optimizer"] / 4
+
+
+def test_half_precision_takes_less(planner, tiny_model, ds_config, plan):
+    half = replace(ds_config, stock={**ds_config.stock, "bf16": {"enabled": True}})
+    assert (
+        planner.plan(experiment_of(tiny_model), half).components()["parameters"]
+        < plan.components()["parameters"]
+    )
+
+
+def test_changes_help_and_say_how(planner, tiny_model, ds_config, plan):
+    changes = cheapest_changes(planner, experiment_of(tiny_model), ds_config, plan)
+    assert len(changes) == 3
+    assert all(change.gpu_bytes < plan.gpu_bytes and change.setting for change in changes)
+
+
+def test_changes_that_make_it_fit_come_first(planner, tiny_model, ds_config, plan):
+    tight = budget_of(ds_config, int(plan.gpu_bytes / 2**20))
+    over = planner.plan(experiment_of(tiny_model), tight)
+    assert not over.fits
+    changes = cheapest_changes(planner, experiment_of(tiny_model), tight, over)
+    assert changes[0].fits
+
+
+def test_fit_is_the_largest_that_fits(planner, tiny_model, ds_config):
+    experiment = experiment_of(tiny_model, batch_size_training=4, gradient_accumulation_steps=6)
+    wanted = planner.plan(with_rows(experiment, 5), ds_config).gpu_bytes
+    tight = budget_of(ds_config, wanted // 2**20 + 1)
+    found = fit(planner, experiment, tight)
+    assert found.plan.fits and found.levers == ()
+    assert planner.plan(with_rows(experiment, found.most_rows), tight).fits
+    assert not planner.plan(with_rows(experiment, found.most_rows + 1), tight).fits
+    rows, steps = found.experiment.batch_size_training, found.experiment.gradient_accumulation_steps
+    assert rows * steps == 24 and rows <= found.most_rows < 24
+
+
+def test_fit_pulls_levers_where_one_row_is_too_much(planner, tiny_model, ds_config):
+    experiment = experiment_of(tiny_model)
+    one = planner.plan(with_rows(experiment, 1), ds_config).gpu_bytes
+    found = fit(planner, experiment, budget_of(ds_config, one // 2**20))
+    assert found.levers[0] == "recompute: layers" and found.plan.fits
+
+
+def test_fit_says_when_nothing_fits(planner, tiny_model, ds_config):
+    with pytest.raises(BudgetError, match="not even one row fits"):
+        fit(planner, experiment_of(tiny_model), budget_of(ds_config, 1))
+
+
+def test_texts_show_what_there_is(plan):
+    text = full_text(plan)
+    for word in ("Adam moments", "8 P/N", "VERDICT  fits", "STAGES", "HOST"):
+        assert word in text
+    assert side_by_side([plan, plan]).count("zero2") == 2
+    assert markdown([("tiny", plan)]).count("\n") == 2
+
+
+def problem(question, steps, answer=2):
+    return TokenizedProblem((0,) * question, tuple((0,) * n for n in steps), (0,) * answer)
+
+
+def test_the_worst_batch_has_the_longest_question_and_the_longest_rest(tiny_model):
+    experiment = experiment_of(tiny_model)
+    problems = [problem(9, [1]), problem(3, [8, 8]), problem(4, [2, 2, 2])]
+    first, second, *_ = stages_of(experiment)
+    shape = shape_of(worst_batch(problems, first, experiment, VOCABULARY, 2))
+    assert shape.columns == 10 + 1 + 16 + 2
+    shape = shape_of(worst_batch(problems, second, experiment, VOCABULARY, 2))
+    assert (shape.prompt, shape.num_latents, shape.columns) == (10, 1, 10 + 1 + 1 + 8 + 2)
+    assert shape_of(worst_batch(problems, first, experiment, VOCABULARY, 1)).columns == 3 + 2 + 16 + 2
+
+
+def test_mixed_stages_count_the_longest_text_and_the_most_latents(tiny_model):
+    mixed = experiment_of(tiny_model, uniform_prob=0.5)
+    last = stages_of(mixed)[-1]
+    shape = shape_of(worst_batch([problem(5, [8, 8, 8])], last, mixed, VOCABULARY, 2))
+    assert shape.labels == 2 * (24 + 2)
+    assert shape.num_latents == 2
+
+
+def test_of_a_large_file_the_longest_are_kept():
+    problems = [Problem("q" * (i % 700), ("s" * (i % 310),), "a") for i in range(3000)]
+    kept = longest(problems, most=40)
+    assert len(kept) <= 40
+    assert max(len(p.question) for p in kept) == 699 and max(len(p.steps[0]) for p in kept) == 309
+
+
+def test_without_data_the_shape_options_are_named(tiny_model):
+    with pytest.raises(ConfigError, match="--question-tokens"):
+        read_lengths(experiment_of(tiny_model), None)
+
+
+def write(tmp_path, model, **changes):
+    values = {
+        "project": "p", "name": "n", "save_path": "runs", "method": "coconut", "model_id": str(model),
+        "train_path": "none.json", "val_path": "none.json", "c_thought": 1, "epochs_per_stage": 1,
+        "max_latent_stage": 1, "num_epochs": 2, "batch_size_training": 2, "lr": 1e-4,
+        "gradient_accumulation_steps": 2, "batch_size_eval": 1,
+    }  # fmt: skip
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return path
+
+
+def test_the_command_says_with_its_exit_code_whether_it_fits(tiny_model, tmp_path, capsys):
+    config = write(tmp_path, tiny_model)
+    values = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    values["memory_budget"] |= {"gpu_memory_mib": 801, "components_mib": {}}
+    tight = tmp_path / "tight.json"
+    tight.write_text(json.dumps(values))
+    shape = ["--question-tokens", "30", "--json", "--no-changes"]
+    assert main(["plan", str(config), "--deepspeed_config", "ds_configs/zero2.json", *shape]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["fits"] is True
+    assert main(["plan", str(config), "--deepspeed_config", "ds_configs/zero2.json", str(tight), *shape]) == 3
+    assert [plan["fits"] for plan in json.loads(capsys.readouterr().out)] == [True, False]
+
+
+def test_the_fit_command_writes_a_file_that_fits(tiny_model, tmp_path, capsys):
+    config = write(tmp_path, tiny_model)
+    out = tmp_path / "new.yaml"
+    shape = ["--question-tokens", "30"]
+    command = [
+        "fit",
+        str(config),
+        "--deepspeed_config",
+        "ds_configs/zero2.json",
+        "--output",
+        str(out),
+        *shape,
+    ]
+    assert main(command) == 0
+    assert load_experiment(out).batch_size_training == 4
+    assert "up to 4 rows would fit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2-xl", "llama-3.2-1b"])
+def test_large_shapes_need_neither_weights_nor_much_memory(model, tmp_path, capsys):
+    config = write(
+        tmp_path, ROOT / "benchmarks/shapes" / model, c_thought=2, max_latent_stage=3, num_epochs=5
+    )
+    files = [str(path) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    main(["plan", str(config), "--deepspeed_config", *files, "--question-tokens", "100"])
+    seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
+    assert "DOES NOT FIT" in capsys.readouterr().out or model == "llama-3.2-1b"
+    assert seconds < 180  # of one busy core; about 60 s of wall time on a free one
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20

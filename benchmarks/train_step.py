@@ -3,7 +3,8 @@
     python -m benchmarks.train_step                              the table, GPT-2 124M
     python -m benchmarks.train_step --sweep latents --picture docs/latents.png
 
-One JSON line per variant: seconds (median, least, most), peak bytes above weights and gradients, tokens.
+One JSON line per variant: seconds (median, least, most), least CPU seconds, peak bytes above weights and
+gradients, tokens.  With --threads 1 the CPU seconds hold on a busy machine too.
   single_pass           the limit: the same tokens in one ordinary pass, no recurrence
   textbook              a plain faithful loop: benchmarks/textbook.py
   coconut_ds            all techniques but recomputation;  coconut_ds+recompute: all of them
@@ -87,6 +88,7 @@ class Shape:
 @dataclass(frozen=True)
 class Measurement:
     seconds: list[float]
+    cpu_seconds: list[float]
     peak_bytes: int
 
 
@@ -179,21 +181,25 @@ def peak_bytes(loss_of: Callable[[Batch], Tensor], batch: Batch) -> int:
     return peak
 
 
-def seconds(loss_of: Callable[[Batch], Tensor], batch: Batch) -> float:
-    start = time.perf_counter()
+def seconds(loss_of: Callable[[Batch], Tensor], batch: Batch) -> tuple[float, float]:
+    """Wall and CPU seconds of one step."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     step(loss_of, batch)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def measure(names: list[str], base: PreTrainedModel, batch: Batch, repeats: int) -> dict[str, Measurement]:
     """All variants in turn, `repeats` times over, so that a slow minute of the machine hits all alike."""
     losses = {name: variant(name, base) for name in names}
     peaks = {name: peak_bytes(loss_of, batch) for name, loss_of in losses.items()}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(repeats):
         for name, loss_of in losses.items():
             times[name].append(seconds(loss_of, batch))
-    return {name: Measurement(times[name], peaks[name]) for name in names}
+    return {
+        name: Measurement([wall for wall, _ in times[name]], [cpu for _, cpu in times[name]], peaks[name])
+        for name in names
+    }
 
 
 def allocate_gradients(model: nn.Module) -> None:
@@ -212,12 +218,15 @@ def lines(results: dict[str, Measurement], shape: Shape, **context: Any) -> Iter
             "seconds": round(statistics.median(result.seconds), 4),
             "seconds_min": round(min(result.seconds), 4),
             "seconds_max": round(max(result.seconds), 4),
+            "cpu_seconds": round(min(result.cpu_seconds), 4),
             "peak_bytes": result.peak_bytes,
         }
         for other in ("single_pass", "textbook"):
             if other in results:
                 own, theirs = statistics.median(result.seconds), statistics.median(results[other].seconds)
                 record[f"time_over_{other}"] = round(own / theirs, 3)
+                own, theirs = min(result.cpu_seconds), min(results[other].cpu_seconds)
+                record[f"cpu_over_{other}"] = round(own / theirs, 3)
                 record[f"peak_over_{other}"] = round(result.peak_bytes / results[other].peak_bytes, 3)
         yield record
 
@@ -229,14 +238,15 @@ def draw(records: list[dict[str, Any]], axis: str, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    time_key = "cpu_seconds" if records[0]["device"] == "cpu" else "seconds"
     figure, (memory, clock) = plt.subplots(1, 2, figsize=(11, 4.2))
     for name in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == name]
         x = [record[axis] for record in own]
         memory.plot(x, [record["peak_bytes"] / 2**20 for record in own], marker="o", label=name)
-        clock.plot(x, [record["seconds"] for record in own], marker="o", label=name)
+        clock.plot(x, [record[time_key] for record in own], marker="o", label=name)
     memory.set(xlabel=axis, ylabel="peak above weights and gradients, MiB", ylim=(0, None))
-    clock.set(xlabel=axis, ylabel="seconds, forward and backward", ylim=(0, None))
+    clock.set(xlabel=axis, ylabel=f"{time_key.replace('_', ' ')}, forward and backward", ylim=(0, None))
     memory.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

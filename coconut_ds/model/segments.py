@@ -146,10 +146,6 @@ class SegmentedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in transformers before 5.20."""
-        return -1
-
 
 class SegmentedCache(Cache):
     """A cache for one multi-pass forward."""

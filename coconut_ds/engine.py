@@ -32,9 +32,9 @@ from coconut_ds.model.coconut import Coconut
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
-def rank_from_environment() -> int:
-    """This process's rank as its launcher says it, before any process group exists; 0 without a launcher."""
-    return int(os.environ.get("RANK", os.environ.get(SLURM_NAMES["RANK"], "0")))
+def world_size_from_environment() -> int:
+    """The number of ranks as the launcher says it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get(SLURM_NAMES["WORLD_SIZE"], "1")))
 
 
 def start_distributed(precision: str = "fp32") -> Ranks:
@@ -54,7 +54,7 @@ def start_distributed(precision: str = "fp32") -> Ranks:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible; lower --num_gpus"
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; lower --num_gpus"
             )
         torch.cuda.set_device(local_rank)
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))

@@ -19,7 +19,7 @@ from coconut_ds.config import Experiment
 from coconut_ds.curriculum import final_stage, is_stage_switch, stage_at, stage_number
 from coconut_ds.divergence import LossGuard
 from coconut_ds.ds_config import DeepSpeedConfig
-from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed
+from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
 from coconut_ds.lora import parameter_groups
@@ -50,6 +50,7 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     Raises UserError for everything the user can mend, before a model is loaded where possible.
     """
     with Signals() as signals, lost_ranks_explained():
+        ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
         material = load_material(experiment)
         ranks = start_distributed(ds_config.precision)
         with hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan):
@@ -68,6 +69,7 @@ def evaluate_only(experiment: Experiment, ds_config: DeepSpeedConfig) -> Evaluat
     Raises UserError for everything the user can mend.
     """
     with Signals() as signals, lost_ranks_explained():
+        ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
         material = load_material(experiment)
         ranks = start_distributed(ds_config.precision)
         with hold_to_budget(experiment, ds_config, material, ranks, skip_plan=True):

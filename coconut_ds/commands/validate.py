@@ -2,7 +2,7 @@
 
     python -m coconut_ds validate FILE... [--model ID_OR_FOLDER] [--picture PNG]
 
-YAML files are experiments; JSON files are DeepSpeed settings, problems or cards, told apart by what they hold.
+YAML files are experiments; JSON files are DeepSpeed settings, problems or cards, as what they hold tells.
 Every problem of every file is listed; data files are looked at together: lengths, leaks between splits, items
 longer than the model. The exit code is 2 when a file cannot be used or the splits leak.
 """
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from coconut_ds.config import load_experiment
-from coconut_ds.data_report import check_data_files
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.problems import card_for
@@ -61,11 +60,10 @@ def _check_settings(path: Path) -> str:
 
 def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
     """Print the report on the data files; gives the number of errors and leaks."""
-    vocabulary = None
-    if model is not None:
-        from coconut_ds.tokens import load_vocabulary
+    from coconut_ds.data_report import check_data_files  # loads torch, which settings files need not wait for
+    from coconut_ds.tokens import load_vocabulary
 
-        vocabulary = load_vocabulary(model)
+    vocabulary = None if model is None else load_vocabulary(model)
     report = check_data_files(paths, vocabulary)
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:

@@ -1,0 +1,150 @@
+"""The command line: help texts, show and validate, and a bad file of every kind with its one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coconut_ds.__main__ import COMMANDS, main
+from tests.conftest import ROOT
+
+NAMES = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
+DS_CONFIG = str(ROOT / "ds_configs" / "zero2.json")
+
+
+@pytest.fixture
+def experiment_file(tiny_experiment, tmp_path):
+    def write(**changes):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(tiny_experiment | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage:" in text and len(text) > 200
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text or f"    {name}\n" in text for name in NAMES)
+
+
+def test_help_and_validate_do_not_wait_for_deepspeed():
+    program = (
+        "import sys; from coconut_ds.__main__ import main; "
+        "main(['validate', 'ds_configs/zero2.json', 'configs/full/gsm_coconut.yaml']); "
+        "sys.exit('deepspeed' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_show_prints_settings_batches_stages_and_samples(experiment_file, capsys):
+    assert (
+        main(
+            ["show", experiment_file(epochs_per_stage=[2, 1], num_epochs=6), "--deepspeed_config", DS_CONFIG]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "8 rows per GPU x 1 accumulated x 2 GPUs = 16 rows per optimizer step" in text
+    assert "96 problems -> 6 steps per epoch, 36 steps in 6 epochs" in text
+    assert "1-2  0: 0 steps hidden, 0 latents" in text
+    assert "6  4: all steps hidden, 3 latents" in text
+    assert "<|start-latent|><|latent|><|end-latent|>" in text
+
+
+def test_show_goes_without_data(experiment_file, capsys):
+    assert main(["show", experiment_file(train_path="data/absent_train.json")]) == 0
+    text = capsys.readouterr().out
+    assert "absent_train.json: no such file" in text and "Stages" in text
+
+
+def test_validate_lists_every_bad_file(tmp_path, experiment_file, capsys):
+    (tmp_path / "bad.json").write_text('{"zero_optimisation": {}}')
+    (tmp_path / "data.json").write_text('[{"question": "", "answer": "1", "steps": []}]')
+    files = [experiment_file(lr=-1), str(tmp_path / "bad.json"), str(tmp_path / "data.json"), DS_CONFIG]
+    assert main(["validate", *files]) == 2
+    said = capsys.readouterr()
+    assert "lr" in said.err and "did you mean 'zero_optimization'" in said.err and "question" in said.err
+    assert f"{DS_CONFIG}: ok" in said.out
+
+
+def problem(**changes):
+    return [{"question": "1+1=?", "steps": ["<<1+1=2>>"], "answer": "2"} | changes]
+
+
+BAD_RUNS = {  # what is wrong: (changes of the YAML, words that the message must have)
+    "no training file": ({"train_path": "nowhere/x_train.json"}, "nowhere/x_train.json: no such file"),
+    "no validation file": ({"val_path": "nowhere/x_valid.json"}, "nowhere/x_valid.json: no such file"),
+    "no model folder": ({"model_id": "./nowhere/model"}, "model_id: ./nowhere/model does not exist"),
+    "no gguf file": ({"model_id": "models/x.gguf"}, "model_id: models/x.gguf does not exist"),
+    "unknown thought": ({"thought": "last_hiden"}, "last_hidden"),
+    "two methods": ({"method": None, "coconut": True, "cot": True}, "cot"),
+    "evaluation without weights": ({"only_eval": True}, "load_model_path"),
+    "name that leaves the folder": ({"name": "../x"}, "name"),
+    "negative rate": ({"lr": -0.1}, "lr"),
+    "text for a number": ({"num_epochs": "many"}, "num_epochs"),
+    "misspelt key": ({"epoch_per_stage": 2}, "did you mean 'epochs_per_stage'?"),
+    "bf16 without bf16": ({"bf16": True}, "zero2_offload_bf16.json"),
+}
+BAD_DATA = {
+    "no list": ("{}", "list"),
+    "not json": ("[{", "data.json"),
+    "empty list": ("[]", "data.json"),
+    "empty file": ("", "data.json"),
+    "no answer": (json.dumps([{"question": "a", "steps": []}]), "answer"),
+    "steps of text": (json.dumps(problem(steps="<<1+1=2>>")), "steps"),
+    "step of number": (json.dumps(problem(steps=[1])), "steps"),
+    "blank question": (json.dumps(problem(question=" ")), "question"),
+    "answer of number": (json.dumps(problem(answer=2)), "answer"),
+}
+
+
+def fails_cleanly(arguments, words, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_bad_settings_end_before_any_model(name, experiment_file, capsys):
+    changes, words = BAD_RUNS[name]
+    fails_cleanly(["train", experiment_file(**changes), "--deepspeed_config", DS_CONFIG], words, capsys)
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_ends_before_any_model(name, experiment_file, tmp_path, capsys):
+    text, words = BAD_DATA[name]
+    (tmp_path / "data.json").write_text(text)
+    path = experiment_file(train_path=str(tmp_path / "data.json"))
+    fails_cleanly(["train", path, "--deepspeed_config", DS_CONFIG], words, capsys)
+
+
+@pytest.mark.parametrize(
+    "text, words", [("{", "broken.json"), ("[]", "broken.json"), ('{"a": 1}', "broken.json")]
+)
+def test_bad_deepspeed_settings_end_before_any_model(text, words, experiment_file, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text(text)
+    path = str(tmp_path / "broken.json")
+    fails_cleanly(["train", experiment_file(), "--deepspeed_config", path], words, capsys)
+
+
+def test_an_absent_settings_file_is_named(capsys):
+    fails_cleanly(["train", "no.yaml", "--deepspeed_config", DS_CONFIG], "no.yaml", capsys)
+
+
+def test_readme_names_every_command():
+    text = Path(ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in text for name in NAMES)

@@ -91,7 +91,7 @@ def _plan(
     experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
 ) -> dict[str, Any]:
     valid = list(material.valid.tokenized)
-    train = material.train or valid
+    train = list(material.train) or valid
     planner = Planner.from_material(experiment, train, valid, material.vocabulary, ranks.device.type)
     return planner.plan(experiment, ds_config, ranks.world_size).to_json()
 
@@ -112,9 +112,9 @@ def _evaluate(engine: Engine, experiment: Experiment, material: Material) -> Non
     lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
     most = experiment.batch_size_eval * engine.world_size
     chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:most]
-    problems, tokenized = ([items[i] for i in chosen] for items in (valid.problems, valid.tokenized))
+    hardest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
     stage = stages_of(experiment)[-1].stage
-    evaluate(engine, TestSet(problems, tokenized, valid.card), stage, experiment, material.vocabulary)
+    evaluate(engine, hardest, stage, experiment, material.vocabulary)
 
 
 def _write(

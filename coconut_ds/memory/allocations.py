@@ -20,7 +20,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 MOST_GPU_EVENTS = 4_000_000
-NUM_POINTS = 600
+POINTS_A_PHASE = 48
 BEFORE = "before"
 
 
@@ -146,19 +146,22 @@ class Timeline:
 
 
 def _thinned(levels: Sequence[tuple[int, int]], marks: Sequence[Mark]) -> list[tuple[float, int]]:
-    """The highest and the last level of each of NUM_POINTS / 2 equal whiles."""
-    if not levels:
-        return []
-    start, end = marks[0].time_ns, max(levels[-1][0], marks[-1].time_ns)
-    width = max(1, (end - start) // (NUM_POINTS // 2))
-    points: list[tuple[float, int]] = []
-    bins: dict[int, list[tuple[int, int]]] = {}
+    """The highest and the last level of POINTS_A_PHASE / 2 equal whiles of every phase."""
+    starts = [mark.time_ns for mark in marks]
+    ends = [*starts[1:], max(levels[-1][0] if levels else 0, starts[-1]) + 1]
+    bins: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    phase = 0
     for level in levels:
-        bins.setdefault((level[0] - start) // width, []).append(level)
+        while level[0] >= ends[phase]:
+            phase += 1
+        width = max(1, (ends[phase] - starts[phase]) // (POINTS_A_PHASE // 2))
+        bins.setdefault((phase, (level[0] - starts[phase]) // width), []).append(level)
+    points: list[tuple[float, int]] = []
     for inside in bins.values():
         highest = max(inside, key=lambda level: level[1])
-        for moment, size in dict.fromkeys((highest, inside[-1])):
-            points.append(((moment - start) / 1e9, size))
+        points += [
+            ((moment - starts[0]) / 1e9, size) for moment, size in dict.fromkeys((highest, inside[-1]))
+        ]
     return points
 
 

@@ -2,6 +2,7 @@
 
 Knows: losses, skipped steps.  Does not know: the loop, checkpoints.
 A loss that is not finite is the same on every rank once it is summed over them, so all stop at the same step.
+DeepSpeed skips a step whose gradients are not finite and goes on, in fp32 too; alone it would skip for ever.
 """
 
 import json
@@ -32,14 +33,14 @@ class LossGuard:
     ) -> None:
         """Raise Diverged, on every rank alike, when there is no point in going on.
 
-        `loss`: summed over ranks.  `applied`: false where fp16 overflowed and the step was skipped.
+        `loss`: summed over ranks.  `applied`: false where gradients overflowed and the step was skipped.
         `batches`, `losses`: this rank's micro-batches; they are written to a file.
         """
         self._skipped = 0 if applied else self._skipped + 1
-        if applied and not math.isfinite(loss):
+        if not math.isfinite(loss):
             problem = f"the loss of step {step} is {loss}"
         elif self._skipped >= self.max_skipped:
-            problem = f"{self._skipped} steps in a row overflowed in fp16 and were skipped, up to step {step}"
+            problem = f"{self._skipped} steps in a row overflowed and were skipped, up to step {step}"
         else:
             return
         file = self.folder / FOLDER / f"step_{step}_rank_{self.rank}.json"

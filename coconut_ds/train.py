@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
+from coconut_ds.ablation import Comparison
 from coconut_ds.batching import Batch, Layout, training_steps
 from coconut_ds.build import Material, build_module, load_material, write_model
 from coconut_ds.checkpoint import Checkpoints, TrainState, settings_to_compare
@@ -174,6 +175,7 @@ class Trainer:
                 self.engine.reset_optimizer()
             self.train_epoch(epoch)
             result = self.validate(epoch)
+            self.ablate(epoch, result)
             self.save(result)
         if self.material.test is not None:
             stage = final_stage(self.experiment)
@@ -261,6 +263,28 @@ class Trainer:
 
     def validate(self, epoch: int) -> Evaluation:
         return self.evaluate(self.material.valid, stage_at(epoch, self.experiment), "valid", epoch)
+
+    def ablate(self, epoch: int, intact: Evaluation) -> None:
+        """After the last epoch of a stage with latents: validate with something else in their place."""
+        names, stage = self.experiment.ablate_after_stage, stage_at(epoch, self.experiment)
+        goes_on = epoch + 1 < self.experiment.num_epochs and not is_stage_switch(epoch + 1, self.experiment)
+        if not names or goes_on or stage.num_latents == 0:
+            return
+        for name in names:
+            result = evaluate(
+                self.engine,
+                self.material.valid,
+                stage,
+                self.experiment,
+                self.material.vocabulary,
+                self.progress,
+                self.keep_going,
+                ablation=name,
+            )
+            comparison = Comparison.between(name, intact.predictions, result.predictions)
+            numbers = {**result.numbers(), **comparison.against_intact()}
+            self.run.log("ablation", step=self.state.global_step, epoch=epoch, ablation=name, **numbers)
+            self.say(f"  {comparison}")
 
     def evaluate(self, test_set: TestSet, stage, name: str, epoch: int) -> Evaluation:
         """Measure, log, and say it in a line."""

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 TIMES = {"time", "tokens_per_s", "seconds_per_item", "host_rss_peak_mib"}
+COMPARED = ("train", "valid", "test")  # not what a process measured of itself: memory, saving
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Numbers:
 def numbers_of(run_folder: Path) -> Numbers:
     newest = run_folder / (run_folder / "latest").read_text().strip()
     return Numbers(
-        [_without_times(line) for line in _lines(run_folder / "metrics.jsonl") if line["kind"] != "save"],
+        [_without_times(line) for line in _lines(run_folder / "metrics.jsonl") if line["kind"] in COMPARED],
         _lines(run_folder / "samples.jsonl"),
         {name: value.tolist() for name, value in load_file(newest / "model/model.safetensors").items()},
         [

@@ -12,7 +12,7 @@ LOSS = "coconut_ds.engine:Engine.loss"
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nan_on_one_rank_ends_all(bench: Bench, reference: Numbers, rank: int) -> None:
-    ended = bench.train(faults=[{"rank": rank, "at": LOSS, "call": 18, "do": "nan"}])
+    ended = bench.train(faults=[{"rank": rank, "at": LOSS, "call": 20, "do": "nan"}])
     assert ended.codes == [76, 76], ended.output
     assert ended.output.count("error: ") == 1 and "the loss of step 9 is nan" in ended.output
     losses = {

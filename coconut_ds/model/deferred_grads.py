@@ -15,11 +15,9 @@ one gradient, through autograd, and its hooks fire layer by layer as in ordinary
 
 Knows: nn.Linear, transformers' Conv1D, nn.Embedding, autograd.  Does not know: passes' contents, DeepSpeed.
 
-Shapes: M rows (all leading dimensions), I inputs, O outputs, V vocabulary, D hidden size.
+Shapes: M rows (all leading dimensions), I inputs, O outputs.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,128 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from coconut_ds.model.deferred_rows import RowLookup
 from coconut_ds.model.fused_activations import recipe_of
-
-
-class BackwardQueue:
-    """Work that one node of a backward leaves for another, which runs later in the same backward.
-
-    It never holds a graph, and a second backward through the same graph finds it empty.
-    """
-
-    setting: str  # of latent_memory
-
-    def __init__(self) -> None:
-        self._is_watched = False
-
-    @property
-    def is_empty(self) -> bool:
-        raise NotImplementedError
-
-    def clear(self) -> None:
-        raise NotImplementedError
-
-    def watch(self) -> None:
-        """Have autograd check at the end of this backward that nothing was left behind."""
-        if not self._is_watched:
-            self._is_watched = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._assert_collected)
-
-    def _assert_collected(self) -> None:
-        self._is_watched = False
-        left_behind = not self.is_empty
-        self.clear()
-        if left_behind:
-            raise RuntimeError(
-                "this backward ran the later passes of a layer and not its first, so the layer's gradient is "
-                "incomplete. Run backward() on the whole loss; for torch.autograd.grad() of some inputs set "
-                f"latent_memory.{self.setting} to false."
-            )
-
-
-class WeightQueue(BackwardQueue):
-    """What the later passes of one forward owe to one weight."""
-
-    setting = "deferred_weight_gradients"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token: Tensor | None = None
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.sums: list[Tensor] = []  # [product, bias sum] of pairs that outgrew the weight
-        self.additions: list[Callable[[Tensor | None], Tensor]] = []  # parts of others: gradient -> gradient
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.pairs or self.sums or self.additions)
-
-    def clear(self) -> None:
-        self.pairs, self.sums, self.additions = [], [], []
-
-
-class Deferral:
-    """The forward in progress of one model: which layers ran already, and their queues.
-
-    One instance is shared by all deferring layers of a model; outside `forward()` they are ordinary layers.
-    """
-
-    def __init__(self) -> None:
-        self._queues: dict[int, WeightQueue] | None = None
-        self.is_replay = False
-
-    @property
-    def is_active(self) -> bool:
-        return self._queues is not None
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Everything inside is one forward of several passes, to be followed by one backward."""
-        outer, self._queues = self._queues, {}
-        try:
-            yield
-        finally:
-            # The tokens hold the graph; the graph must not outlive the loss.
-            for queue in self._queues.values():
-                queue.token = None
-            self._queues = outer
-
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        """Recomputation in the backward: layers save what they saved before, and queue nothing."""
-        self.is_replay = True
-        try:
-            with self.forward():
-                yield
-        finally:
-            self.is_replay = False
-
-    def queue_of(self, weight: Tensor) -> WeightQueue | None:
-        """The queue of an embedding's weight that was looked up already in this forward."""
-        return None if self._queues is None else self._queues.get(id(weight))
-
-    def open_queue(self, key: object) -> WeightQueue:
-        """The queue of `key`: a linear layer, or an embedding's weight."""
-        assert self._queues is not None
-        return self._queues.setdefault(id(key), WeightQueue())
-
-    def applies_to(self, weight: Tensor) -> bool:
-        """Whether a call on this weight is to be deferred now."""
-        return (
-            self._queues is not None
-            and weight.requires_grad
-            and torch.is_grad_enabled()
-            and not is_partitioned(weight)
-            and not torch.is_autocast_enabled(weight.device.type)
-        )
-
-
-def is_partitioned(weight: Tensor) -> bool:
-    """Whether ZeRO-3 owns the weight, so that its gradient cannot be deferred.
-
-    Such a weight exists only between the hooks of its module's own forward and backward; a queue would need
-    it at another time.
-    """
-    return hasattr(weight, "ds_id")
+from coconut_ds.model.weight_queue import Deferral, WeightQueue, take
 
 
 def install_deferral(model: nn.Module) -> Deferral:
@@ -202,7 +81,7 @@ class DeferringEmbedding(nn.Embedding):
         if not self.deferral.applies_to(self.weight):
             return super().forward(input)
         return _call(
-            self.deferral, self.weight, _RowLookup, input, self.weight, None, padding_idx=self.padding_idx
+            self.deferral, self.weight, RowLookup, input, self.weight, None, padding_idx=self.padding_idx
         )
 
 
@@ -297,7 +176,7 @@ def _fold_when_large(queue: WeightQueue, weight: Tensor, transposed: bool) -> No
     """A queue never takes more bytes than the gradient it stands for."""
     if sum(x.numel() + dy.numel() for x, dy in queue.pairs) < weight.numel():
         return
-    for x_MI, dy_MO in _take(queue.pairs):
+    for x_MI, dy_MO in take(queue.pairs):
         if queue.sums:
             queue.sums[0].addmm_(*_factors(x_MI, dy_MO, transposed))
             queue.sums[1].add_(dy_MO.sum(0))
@@ -317,7 +196,7 @@ def _collect(
     The first pass's rows, many, are not copied; the later passes', few, are concatenated.
     """
     sums, queue.sums = queue.sums, []
-    pairs = _take(queue.pairs)
+    pairs = take(queue.pairs)
     parts = [] if own is None else [own]
     if len(pairs) > 1:
         pairs = [(torch.cat([x for x, _ in pairs]), torch.cat([dy for _, dy in pairs]))]
@@ -334,61 +213,3 @@ def _collect(
 
 def _factors(x_MI: Tensor, dy_MO: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     return (x_MI.t(), dy_MO) if transposed else (dy_MO.t(), x_MI)
-
-
-def _take(items: list) -> list:
-    taken = items[:]
-    items.clear()
-    return taken
-
-
-class _RowLookup(torch.autograd.Function):
-    """ids -> rows of the embedding, and the token."""
-
-    @staticmethod
-    def forward(ctx, ids, weight, _bias, token, queue, options):  # type: ignore[override]
-        ctx.set_materialize_grads(False)
-        ctx.queue, ctx.padding_idx, ctx.is_first = queue, options["padding_idx"], token is None
-        ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
-        return F.embedding(ids, weight), weight.new_empty(0)
-
-    @staticmethod
-    def backward(ctx, dy, _):  # type: ignore[override]
-        (ids,) = ctx.saved_tensors
-        if dy is not None and (ctx.is_first or ctx.needs_input_grad[3]):
-            ctx.queue.watch()
-            ctx.queue.pairs.append((ids.reshape(-1), dy.reshape(-1, dy.shape[-1])))
-        if not ctx.is_first or ctx.queue.is_empty:
-            return (None,) * 6
-        pairs, additions = _take(ctx.queue.pairs), _take(ctx.queue.additions)
-        dweight_VD = None
-        for add in additions:
-            dweight_VD = add(dweight_VD)
-        if pairs:
-            ids_M, rows_MD = torch.cat([ids for ids, _ in pairs]), torch.cat([rows for _, rows in pairs])
-            if dweight_VD is None:
-                padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-                dweight_VD = torch.ops.aten.embedding_dense_backward(
-                    rows_MD, ids_M, ctx.shape[0], padding, False
-                )
-            else:
-                add_rows_(dweight_VD, ids_M, rows_MD, ctx.padding_idx)
-        return None, dweight_VD, None, None, None, None
-
-
-def add_rows_(target_VD: Tensor, ids_M: Tensor, rows_MD: Tensor, padding_idx: int | None) -> None:
-    """target[ids[m]] += rows[m], in place, rows of `padding_idx` left out.
-
-    Rows of the same id are summed first, by the kernel of the embedding's own backward: no repeated index is
-    left, so the result does not depend on the order of atomic additions, and 16-bit rows are rounded once.
-    """
-    if padding_idx is not None:
-        rows_MD = rows_MD.masked_fill((ids_M == padding_idx)[:, None], 0)
-    sorted_M, order_M = ids_M.sort(stable=True)
-    is_new_M = torch.ones_like(sorted_M)
-    is_new_M[1:] = sorted_M[1:] != sorted_M[:-1]
-    slot_M = is_new_M.cumsum(0) - 1
-    sums_MD = torch.ops.aten.embedding_dense_backward(rows_MD[order_M], slot_M, len(ids_M), -1, False)
-    slot_ids_M = torch.zeros_like(sorted_M).scatter_(0, slot_M, sorted_M)
-    target_VD.index_add_(0, slot_ids_M, sums_MD.to(target_VD.dtype))

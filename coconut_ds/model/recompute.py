@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.model.deferred_grads import Deferral
+from coconut_ds.model.weight_queue import Deferral
 
 
 class PureCache(Protocol):

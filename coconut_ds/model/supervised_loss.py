@@ -17,12 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coconut_ds.model.deferred_grads import (
-    Deferral,
-    DeferringLinear,
-    WeightQueue,
-    is_partitioned,
-)
+from coconut_ds.model.deferred_grads import DeferringLinear
+from coconut_ds.model.weight_queue import Deferral, WeightQueue, is_partitioned
 
 
 def supervised_loss(

@@ -8,11 +8,10 @@ from transformers import GPT2LMHeadModel
 
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.live_bytes import LiveBytes
-from coconut_ds.model import segments
+from coconut_ds.model import segment_attention
+from coconut_ds.model.segment_attention import Records, Segments
 from coconut_ds.model.segments import (
-    Records,
     SegmentedCache,
-    Segments,
     install_segmented_attention,
     segmented_attention,
     segmented_mask,
@@ -56,7 +55,7 @@ def joined_attention(query, keys, values, keep=None, dropout=0.0):
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_three_passes(monkeypatch, dropout, block):
     """5, 1 and 3 columns through one cache; outputs and all gradients."""
-    monkeypatch.setattr(segments, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(segment_attention, "BLOCK_ELEMENTS", block)
     torch.manual_seed(0)
     lengths = (5, 1, 3)
     queries = [torch.randn(2, 4, n, 8, requires_grad=True) for n in lengths]
@@ -92,7 +91,7 @@ def test_three_passes(monkeypatch, dropout, block):
 def test_small_blocks_change_nothing(monkeypatch, architecture):
     batch = make_batch(RAGGED_ROWS)
     _, expected = loss_and_gradients(make_coconut(architecture, PLAIN), batch)
-    monkeypatch.setattr(segments, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(segment_attention, "BLOCK_ELEMENTS", 100)
     _, ours = loss_and_gradients(make_coconut(architecture, SEGMENTED), batch)
     assert_same_gradients(ours, expected)
 

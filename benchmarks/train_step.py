@@ -72,6 +72,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "fused_activations": {"fused_activations": False},
 }
 
+POINTS: dict[str, list[int]] = {"latents": [0, 1, 2, 4, 8, 12, 16], "rows": [1, 2, 4, 8, 16, 32]}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -265,18 +267,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument(
-        "--sweep", choices=("latents", "rows"), help="measure over 0..16 latents or 1..32 rows"
-    )
+    parser.add_argument("--sweep", choices=POINTS, help="measure over 0..16 latents or 1..32 rows")
     parser.add_argument("--picture", help="PNG of the sweep")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     base = make_model(options.size, getattr(torch, options.dtype), options.dropout).to(options.device)
     allocate_gradients(base)
     shape = Shape(options.rows, options.question, options.latents, options.answer)
-    points = {None: [None], "latents": [0, 2, 4, 8, 12, 16], "rows": [1, 2, 4, 8, 16, 32]}[options.sweep]
     records = []
-    for point in points:
+    for point in POINTS[options.sweep] if options.sweep else [None]:
         swept = shape if point is None else replace(shape, **{options.sweep: point})
         batch = make_batch(swept, base.config.vocab_size).to(options.device)
         results = measure(options.variants, base, batch, options.repeats)

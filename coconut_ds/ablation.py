@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,15 @@ class Replay(Thought):
         return latents_BD
 
 
+class Answer(Protocol):
+    """What a comparison needs of a graded answer."""
+
+    @property
+    def correct(self) -> bool: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Comparison:
     """An ablation against the intact model, on the same items."""
@@ -207,13 +217,23 @@ class Comparison:
     p_value: float  # McNemar, exact, two-sided
 
     @classmethod
-    def of(
-        cls, name: str, intact: Sequence[bool], ablated: Sequence[bool], mean_tokens: float
-    ) -> "Comparison":
-        lost = sum(a and not b for a, b in zip(intact, ablated, strict=True))
-        gained = sum(b and not a for a, b in zip(intact, ablated, strict=True))
-        p_value = mcnemar_exact(lost, gained)
-        return cls(name, len(ablated), sum(ablated), mean_tokens, lost, gained, p_value)
+    def between(cls, name: str, intact: Sequence[Answer], ablated: Sequence[Answer]) -> "Comparison":
+        """Both in the order of the same items."""
+        pairs = [(a.correct, b.correct) for a, b in zip(intact, ablated, strict=True)]
+        lost, gained = pairs.count((True, False)), pairs.count((False, True))
+        return cls(
+            name=name,
+            num_items=len(pairs),
+            num_correct=sum(right for _, right in pairs),
+            mean_tokens=sum(answer.num_tokens for answer in ablated) / max(len(pairs), 1),
+            lost=lost,
+            gained=gained,
+            p_value=mcnemar_exact(lost, gained),
+        )
+
+    def against_intact(self) -> dict[str, float]:
+        """What belongs into a log line beside the ablated model's own numbers."""
+        return {"lost": self.lost, "gained": self.gained, "p_value": self.p_value}
 
     def __str__(self) -> str:
         p_value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"

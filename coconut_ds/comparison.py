@@ -21,7 +21,8 @@ from coconut_ds.tables import Table
 # Settings that do not make another experiment: names, places, how it runs.
 NOT_COMPARED = {
     "project", "name", "save_path", "seed", "debug", "only_eval", "resume", "batch_size_eval",
-    "eval_max_items", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps", "allow_pickle",
+    "eval_max_items", "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes",
+    "save_steps", "allow_pickle",
 }  # fmt: skip
 IN_COLUMNS = ("method", "thought", "tuning")
 MOST_PAIRS, MOST_WORDS = 15, 2

@@ -78,6 +78,7 @@ class Experiment:
     resume: int
     batch_size_eval: int
     eval_max_items: int | None
+    ablate_after_stage: tuple[str, ...] | None
     save_only_improve: bool
     keep_checkpoints: int | None
     save_minutes: float | None

@@ -71,7 +71,7 @@ class Measurement:
         low, high = wilson_interval(self.evaluation.num_correct, self.evaluation.num_items)
         numbers = {**self.key(), **self.evaluation.numbers(), "accuracy_low": low, "accuracy_high": high}
         if self.against_intact is not None:
-            numbers |= {name: getattr(self.against_intact, name) for name in ("lost", "gained", "p_value")}
+            numbers |= self.against_intact.against_intact()
         return numbers
 
     def __str__(self) -> str:
@@ -191,13 +191,8 @@ def _measurements(
     yield intact
     for name in wanted.ablations:
         ablated = result_of(name)
-        tokens = ablated.evaluation.mean_tokens
-        comparison = Comparison.of(name, _correct(intact), _correct(ablated), tokens)
-        yield replace(ablated, against_intact=comparison)
-
-
-def _correct(measurement: Measurement) -> list[bool]:
-    return [prediction.correct for prediction in measurement.evaluation.predictions]
+        answers = (intact.evaluation.predictions, ablated.evaluation.predictions)
+        yield replace(ablated, against_intact=Comparison.between(name, *answers))
 
 
 def write_down(result: Measurement, folder: Path) -> None:

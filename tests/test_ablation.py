@@ -1,6 +1,5 @@
 """What is put into the latent slots, and that the model then computes with it."""
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from coconut_ds.ablation import (
 from coconut_ds.batching import PADDING_ROW
 from coconut_ds.curriculum import Stage
 from coconut_ds.errors import ConfigError
+from coconut_ds.evaluate import Prediction
 from tests.model.cases import PLAIN, RAGGED_ROWS, make_batch, make_coconut
 
 ROWS = ((9, 3, 2), (6, 3, 2), (7, 3, 2), (5, 3, 2))
@@ -141,9 +141,13 @@ def test_names():
 
 
 def test_comparison_counts_pairs():
-    intact = [True] * 12 + [False] * 4
-    ablated = [False] * 10 + [True] * 2 + [True] + [False] * 3
-    result = Comparison.of("zero", intact, ablated, 2.0)
+    def answers(*rights):
+        return [Prediction(i, "", "", "", right, False, i) for i, right in enumerate(rights)]
+
+    intact = answers(*[True] * 12, *[False] * 4)
+    ablated = answers(*[False] * 10, *[True] * 2, True, *[False] * 3)
+    result = Comparison.between("zero", intact, ablated)
     assert (result.lost, result.gained, result.num_correct, result.num_items) == (10, 1, 3, 16)
     assert result.p_value == pytest.approx(2 * (1 + 11) / 2**11)
-    assert Counter(str(result).split())["lost"] == 1
+    assert result.mean_tokens == 7.5
+    assert "7.5 tokens, lost 10, gained 1" in str(result)

@@ -3,7 +3,8 @@
     python -m benchmarks.memory_table [MODEL ...] [--write]
 
 Text: ProsQA's size (430 question tokens, six steps of 15, 12 answer tokens), Coconut with six latents,
-micro-batches of 8 rows accumulated, two GPUs.  `--write` puts the table into docs/memory.md between its markers.
+micro-batches of 8 rows accumulated, two GPUs.  `--write` puts the table into docs/memory.md between its
+markers.
 
 Knows: shapes, plans.  Does not know: real data, real weights.
 """

@@ -206,7 +206,9 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         flat.append(Item(GRADIENTS, "in fp32", FP32 * part, f"4 P/N = 4 x {part:,}"))
     widest = max((_padded(sum(group), zero.ranks) // zero.ranks for group in sizes.groups), default=0)
     copies = 1 if zero.device == NVIDIA else 2
+    # Seen on two CPU ranks: what was collected lives until the update is over.
     update = [
+        *(item for item in collected if item.component == GRADIENTS),
         Item(GRADIENTS, "in fp32", FP32 * part, f"4 P/N = 4 x {part:,}"),
         Item(
             OPTIMIZER, "Adam's square roots", copies * FP32 * widest, f"{4 * copies} P/N of the largest group"

@@ -8,6 +8,7 @@ Writes per ds_config the measured and the planned bytes of the rank that holds m
 import gc
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from coconut_ds.memory.gradient_path import replay
 from coconut_ds.memory.phantom import build_phantom
 from coconut_ds.memory.trace import Trace, record
 from coconut_ds.memory.worst import stages_of, worst_batch
-from coconut_ds.memory.zero import Sizes, ZeroSettings, gpu_states, host_states, trainable_sizes
+from coconut_ds.memory.zero import Sizes, ZeroSettings, gpu_states, host_states, step_items, trainable_sizes
 from coconut_ds.model.loading import load_config
 from coconut_ds.tokens import Vocabulary
 
@@ -87,18 +88,24 @@ def main(out, tuning):
             "measured_backward": most(peak_of_events(profiler)),
             "planned_backward": peak.size - waiting(sizes, zero),
             "measured_step": most(peak_of_events(step_profiler)),
+            "planned_step": sum(i.size for i in step_items(sizes, zero)) - kept_for_step(sizes, zero),
         }
+        if ranks.is_main:
+            Path(out).write_text(json.dumps(results))
         engine._engine.destroy()
         del engine, model, phantom
-    if ranks.is_main:
-        with open(out, "w") as file:
-            json.dump(results, file)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def waiting(sizes, zero):
     """Gradients of the micro-batch before, which are there before the measured one begins."""
+    bucket = zero.model_bytes * zero.bucket if zero.stage == 1 else 0
+    return replay(Trace([], sizes.flat), sizes, zero).size + bucket
+
+
+def kept_for_step(sizes, zero):
+    """Gradients that are there when the step begins."""
     return replay(Trace([], sizes.flat), sizes, zero).size
 
 

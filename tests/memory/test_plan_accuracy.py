@@ -1,6 +1,6 @@
-"""Planned against measured: activations of real models, and what DeepSpeed's engine really holds on two ranks.
+"""Planned against measured: activations of real models, and what the engine really holds on two ranks.
 
-The benchmark benchmarks/plan_accuracy.py runs every combination; here each value of each choice appears at two
+benchmarks/plan_accuracy.py runs every combination; here each value of each choice appears at two
 batch sizes, all in this process.
 """
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+import jsonschema
+
 from coconut_ds.errors import CheckpointError
 from coconut_ds.runs import replace_text
 
@@ -34,6 +36,46 @@ class TrainState:
     stage: int = 0
     wandb_id: str | None = None
     positions: Mapping[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl, samples.jsonl
+
+
+COUNT = {"type": "integer", "minimum": 0, "maximum": 2**63}
+ACCURACY = {"type": ["number", "null"]}
+
+
+def _record(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+SHAPE = jsonschema.Draft202012Validator(
+    _record(
+        {
+            "format": {"const": FORMAT},
+            "state": _record(
+                {item.name: COUNT for item in fields(TrainState) if item.type is int}
+                | {"best_accuracy": ACCURACY, "accuracy": ACCURACY, "wandb_id": {"type": ["string", "null"]}}
+                | {"positions": {"type": "object", "additionalProperties": COUNT}}
+            ),
+            "settings": {
+                "type": "object",
+                "properties": {
+                    part: {"type": "object"} for part in ("experiment", "ds_config", "data", "libraries")
+                },
+            },
+            "world_size": {"type": "integer", "minimum": 1},
+            "improved": {"type": "boolean"},
+            "files": {
+                "type": "object",
+                "propertyNames": {"pattern": "^[^\u0000]+$"},
+                "additionalProperties": _record({"size": COUNT, "sha256": {"type": "string"}}),
+            },
+        }
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -75,16 +117,16 @@ class Manifest:
             raise CheckpointError(f"{path} cannot be read ({_first_line(error)})") from error
         if written != found:
             raise CheckpointError(f"{path} was changed after it was written (its sha256 does not fit)")
-        if body.pop("format") != FORMAT:
-            raise CheckpointError(f"{path} was written by another version of this program")
-        try:
-            body["state"] = TrainState(**body["state"])
-            body["files"] = {name: FileRecord(**record) for name, record in body["files"].items()}
-            return cls(**{item.name: body[item.name] for item in fields(cls)})
-        except (AttributeError, KeyError, TypeError) as error:
+        problem = jsonschema.exceptions.best_match(SHAPE.iter_errors(body))
+        if problem is not None:
             raise CheckpointError(
-                f"{path} is not a manifest of this program ({_first_line(error)})"
-            ) from error
+                f"{path} is not a manifest of this version of the program "
+                f"({problem.json_path.removeprefix('$.')}: {problem.message[:200]})"
+            )
+        body.pop("format")
+        body["state"] = TrainState(**body["state"])
+        body["files"] = {name: FileRecord(**record) for name, record in body["files"].items()}
+        return cls(**body)
 
     def verify(self, folder: Path) -> None:
         """Read every file again; raises CheckpointError that names the first one that is not as it was."""

@@ -32,7 +32,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file.  ConfigError as for YAML, and for comments, NaN and duplicate keys."""
     text = _read_text(path)
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_sane_int
+        )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         hint = " (JSON has no comments)" if _starts_comment(text, error.pos) else ""
@@ -121,6 +123,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number; write a finite number")
+
+
+def _sane_int(text: str) -> int:
+    if len(text) > len(str(2**63)):
+        raise ValueError(f"{text[:30]}... is too large a number")
+    return int(text)
 
 
 def _starts_comment(text: str, position: int) -> bool:

@@ -165,7 +165,7 @@ def stage_picture(groups: Sequence[Group]) -> Figure | None:
             errors = [[100 * (accuracy.value - accuracy.low)], [100 * (accuracy.high - accuracy.value)]]
             axes.errorbar(
                 result.number + 0.12 * (place - (len(shown) - 1) / 2), 100 * accuracy.value, yerr=errors,
-                color=colour(place), marker=MARKS[place % len(MARKS)], capsize=3,
+                color=colour(place), marker=MARKS[place % len(MARKS)], capsize=3, linestyle="none",
                 label=group.label if result is group.first.stages[0] else None,
             )  # fmt: skip
             titles.setdefault(result.number, describe_stage(result.stage))

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 MOST_GPU_EVENTS = 4_000_000
 POINTS_A_PHASE = 48
-BEFORE = "before"
+BEFORE, BETWEEN_PHASES = "before", "between phases"
 
 
 class Change(NamedTuple):
@@ -140,7 +140,11 @@ class Timeline:
                     peak, peak_place, at_peak = current, place, by_phase.copy()
         for later in range(place + 1, len(marks)):
             peaks[later] = current
-        made = {marks[phase].name: size for phase, size in at_peak.items() if phase >= 0 and size}
+        made: dict[str, int] = {}
+        for phase, size in at_peak.items():
+            if phase >= 0 and size:
+                name = marks[phase].name or BETWEEN_PHASES
+                made[name] = made.get(name, 0) + size
         made = {BEFORE: peak - sum(made.values()), **made}
         return cls(_thinned(levels, marks), peaks, peak, marks[peak_place].name, made)
 

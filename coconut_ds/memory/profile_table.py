@@ -102,7 +102,7 @@ def profile_text(profile: Json, plan: Json | None) -> str:
         _comparison(against_plan(profile, plan), profile).text(),
     ]
     at_peak = heaviest(profile)["at_peak"]
-    made = sorted(at_peak["made_in_mib"].items(), key=lambda item: -item[1])[:6]
+    made = sorted(at_peak["made_in_mib"].items(), key=lambda item: -item[1])[:4]
     lines += ["", f"at the peak, in '{at_peak['phase']}', alive from: " + _list(made)]
     lines += _verdict(profile)
     return "\n".join(lines)

@@ -31,7 +31,7 @@ def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, material: Mat
     """Plan a run that is about to start, with the changes that would help."""
     valid = list(material.valid.tokenized)
     planner = Planner.from_material(
-        experiment, material.train or valid, valid, material.vocabulary, ranks.device.type
+        experiment, list(material.train) or valid, valid, material.vocabulary, ranks.device.type
     )
     plan = planner.plan(experiment, ds_config, ranks.world_size)
     return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))

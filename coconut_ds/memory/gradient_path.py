@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from coconut_ds.memory.trace import GRADIENTS, Arrival, BackwardBegins, Event, Trace
 from coconut_ds.memory.zero import COMMUNICATION, Partition, Sizes, ZeroSettings
 
+# Of more ranks than these, a sample is replayed.
+MOST_RANKS = 8
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -25,22 +28,34 @@ class Peak:
 
 
 def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
-    """The peak of `trace` under `zero`; `sizes.flat` numbers parameters as the trace does."""
+    """The peak of `trace` under `zero` on the rank that has the highest.
+
+    The last layers' owner keeps gradients from the start of the backward on, when most activations live; the
+    owner of the most parameters may keep them only at its end.  `sizes.flat` numbers parameters as the trace
+    does.
+    """
     assert sizes.flat == trace.parameter_sizes
-    run = _StageThree(sizes, zero) if zero.stage == 3 else _Replay(sizes, zero)
+    partitions = Partition.of_every_rank(sizes, zero)
+    step = -(-len(partitions) // MOST_RANKS)
+    return max((replay_on(trace, sizes, zero, p) for p in partitions[::step]), key=lambda peak: peak.size)
+
+
+def replay_on(trace: Trace, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> Peak:
+    """The peak on the rank that owns `partition`."""
+    run = (_StageThree if zero.stage == 3 else _Replay)(sizes, zero, partition)
     for event in trace.events:
         run.take(event)
     run.finish()
-    return Peak(run.highest, {k: v for k, v in run.at_highest.items() if v}, run.highest_in_backward, run.own)
+    parts = {kind: size for kind, size in run.at_highest.items() if size}
+    return Peak(run.highest, parts, run.highest_in_backward, run.own)
 
 
 class _Replay:
     """ZeRO-1 and -2 with contiguous gradients."""
 
-    def __init__(self, sizes: Sizes, zero: ZeroSettings) -> None:
-        self.sizes, self.zero = sizes, zero
-        self.partition = Partition.heaviest(sizes, zero)
-        self.owned = set(self.partition.owned)
+    def __init__(self, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> None:
+        self.sizes, self.zero, self.partition = sizes, zero, partition
+        self.owned = set(partition.owned)
         self.owned_bytes = zero.model_bytes * sum(sizes.flat[i] for i in self.owned)
         self.alive: dict[str, int] = {}
         self.total = self.highest = 0

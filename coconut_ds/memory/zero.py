@@ -100,8 +100,8 @@ class Partition:
     parts: tuple[tuple[int, ...], ...]  # for every parameter the ranks that own some of it
 
     @classmethod
-    def heaviest(cls, sizes: Sizes, zero: ZeroSettings) -> "Partition":
-        """The rank whose parameters are the most, boundary parameters counted whole."""
+    def of_every_rank(cls, sizes: Sizes, zero: ZeroSettings) -> "list[Partition]":
+        """The partitions of ranks 0, 1, ..."""
         parts: list[tuple[int, ...]] = [()] * len(sizes.flat)
         total, first = 0, 0
         for group in sizes.groups:
@@ -113,12 +113,17 @@ class Partition:
                 last = max(start, offset - 1)
                 parts[first + place] = tuple(range(start // size, last // size + 1)) if size else ()
             first += len(group)
-        weights = [
-            sum(size for size, owners in zip(sizes.flat, parts, strict=True) if rank in owners)
+        return [
+            cls(total, tuple(i for i, owners in enumerate(parts) if rank in owners), tuple(parts))
             for rank in range(zero.ranks)
         ]
-        rank = weights.index(max(weights))
-        return cls(total, tuple(i for i, owners in enumerate(parts) if rank in owners), tuple(parts))
+
+    @classmethod
+    def heaviest(cls, sizes: Sizes, zero: ZeroSettings) -> "Partition":
+        """The rank whose parameters are the most, boundary parameters counted whole."""
+        return max(
+            cls.of_every_rank(sizes, zero), key=lambda partition: sum(sizes.flat[i] for i in partition.owned)
+        )
 
 
 def _order(count: int, zero: ZeroSettings) -> list[int]:

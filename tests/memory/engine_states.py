@@ -19,11 +19,19 @@ from coconut_ds.config import validate_experiment
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.engine import Engine, start_distributed
 from coconut_ds.lora import parameter_groups
-from coconut_ds.memory.gradient_path import replay
+from coconut_ds.memory.gradient_path import replay, replay_on
 from coconut_ds.memory.phantom import build_phantom
 from coconut_ds.memory.trace import Trace, record
 from coconut_ds.memory.worst import stages_of, worst_batch
-from coconut_ds.memory.zero import Sizes, ZeroSettings, gpu_states, host_states, step_items, trainable_sizes
+from coconut_ds.memory.zero import (
+    Partition,
+    Sizes,
+    ZeroSettings,
+    gpu_states,
+    host_states,
+    step_items,
+    trainable_sizes,
+)
 from coconut_ds.model.loading import load_config
 from coconut_ds.tokens import Vocabulary
 
@@ -80,13 +88,19 @@ def main(out, tuning):
         phantom = build_phantom(
             experiment, small_gpt2(), size + 3, vocabulary.marker_ids, ds_config.latent_memory, device="cpu"
         )
-        peak = replay(record(phantom, batch), sizes, zero)
+        trace, nothing = record(phantom, batch), Trace([], sizes.flat)
+        more = max(
+            replay_on(trace, sizes, zero, p).size - replay_on(nothing, sizes, zero, p).size
+            for p in Partition.of_every_rank(sizes, zero)
+        )
+        # ZeRO-1's bucket stays from the first micro-batch of a step to its end.
+        bucket = zero.model_bytes * zero.bucket if zero.stage == 1 else 0
         host = [i for i in host_states(sizes, zero) if i.component not in ("process", "start")]
         results[name] = {
             "measured_states": most(held),
             "planned_states": sum(i.size for i in [*gpu_states(sizes, zero), *host]),
             "measured_backward": most(peak_of_events(profiler)),
-            "planned_backward": peak.size - waiting(sizes, zero),
+            "planned_backward": more - bucket,
             "measured_step": most(peak_of_events(step_profiler)),
             "planned_step": sum(i.size for i in step_items(sizes, zero)) - kept_for_step(sizes, zero),
         }
@@ -96,12 +110,6 @@ def main(out, tuning):
         del engine, model, phantom
     dist.barrier()
     dist.destroy_process_group()
-
-
-def waiting(sizes, zero):
-    """Gradients of the micro-batch before, which are there before the measured one begins."""
-    bucket = zero.model_bytes * zero.bucket if zero.stage == 1 else 0
-    return replay(Trace([], sizes.flat), sizes, zero).size + bucket
 
 
 def kept_for_step(sizes, zero):

@@ -70,8 +70,8 @@ def make_run(tmp_path):
         (folder / "memory").mkdir(parents=True)
         settings = {
             "name": name, "model_id": "gpt2", "train_path": "t.json", "val_path": "v.json",
-            "method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 1, "num_epochs": 2,
-            "thought": "learnable_window", "latent_window_size": 2,
+            "method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 1,
+            "num_epochs": 2, "thought": "learnable_window", "latent_window_size": 2,
         }  # fmt: skip
         (folder / "experiment.yaml").write_text(experiment_to_yaml(validate_experiment(settings, "test")))
         lines = []

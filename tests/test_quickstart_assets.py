@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -74,8 +75,9 @@ def test_the_script_ends_in_a_table_and_goes_on_where_it_was(tmp_path: Path):
         pytest.skip(
             "the environment was not made by launch/setup.sh, and this test must not install anything"
         )
-    for name in ("coconut_ds", "configs", "ds_configs", "launch", "preprocessing", "requirements.txt"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("coconut_ds", "configs", "ds_configs", "launch", "preprocessing"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     overrides = ["batch_size_training=500", "epochs_per_stage=1", "num_epochs=4", "eval_max_items=20"]
     command = ["bash", str(tmp_path / "launch" / "quickstart.sh")]

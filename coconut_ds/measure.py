@@ -33,6 +33,7 @@ from coconut_ds.runs import replace_text
 from coconut_ds.statistics import percent_with_interval, wilson_interval
 from coconut_ds.tokens import Vocabulary, load_vocabulary
 from coconut_ds.trained import Trained
+from coconut_ds.watchdog import lost_ranks_explained
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -101,7 +102,7 @@ def measure(
         precision = "fp32"
     ranks = start_distributed(precision)
     results = []
-    try:
+    with lost_ranks_explained():
         for trained, vocabulary, test_set in prepared:
             engine = _engine(trained, vocabulary, ds_config, ranks, precision)
             for result in _measurements(engine, trained, vocabulary, test_set, wanted):
@@ -111,8 +112,7 @@ def measure(
                     if not trained.experiment.debug:
                         write_down(result, trained.folder)
             del engine
-    finally:
-        finish_distributed()
+    finish_distributed()
     return results
 
 

@@ -19,6 +19,8 @@ class AnswerLayer(CacheLayerMixin):
     """One layer's keys and values, [B, K, columns, E]; the first `length` columns are filled."""
 
     is_sliding = False
+    keys: Any  # a Tensor after the first update
+    values: Any
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -67,6 +69,7 @@ class AnswerCache(Cache):
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order."""
         for layer in self.layers:
+            assert isinstance(layer, AnswerLayer)
             layer.keep(rows)
 
 

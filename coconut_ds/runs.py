@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.errors import ConfigError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+MOST_SAMPLES = 100  # rows of the table that wandb shows
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "coconut_ds")
 SETTINGS_FROM_ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "DS_ALLOW_DEPRECATED_FP16",
@@ -117,6 +119,7 @@ class Run:
         self._wandb: Any = None
         self._lock: RunLock | None = None
         self._lines: dict[str, JsonLines] = {}
+        self._samples: deque[dict[str, Any]] = deque(maxlen=MOST_SAMPLES)
         if self.writes:
             self._open(ds_config, devices, command)
 
@@ -143,19 +146,45 @@ class Run:
         self._lines[METRICS].append({"time": round(time.time(), 3), "kind": kind, **numbers})
         if self._wandb is not None:
             try:
-                self._wandb.log(
-                    {name if "step" in name else f"{kind}/{name}": value for name, value in numbers.items()}
-                )
+                self._wandb.log(wandb_numbers(kind, numbers))
             except Exception as error:  # wandb's own errors share no base class
-                warnings.warn(
-                    f"wandb stopped ({error}); metrics go on in {self.folder / METRICS}", stacklevel=2
-                )
-                self._wandb = None
+                self._stop_wandb(error)
+
+    def _stop_wandb(self, error: Exception) -> None:
+        warnings.warn(f"wandb stopped ({error}); metrics go on in {self.folder / METRICS}", stacklevel=3)
+        self._wandb = None
 
     def sample(self, **fields: Any) -> None:
         """Append one decoded problem to samples.jsonl."""
         if self.writes:
             self._lines[SAMPLES].append(fields)
+            self._samples.append(fields)
+
+    @property
+    def has_wandb(self) -> bool:
+        return self._wandb is not None
+
+    def show_samples(self) -> None:
+        """Send the newest samples to wandb as one table, which replaces the last."""
+        if self._wandb is None or not self._samples:
+            return
+        columns: list[str | int] = list(self._samples[-1])
+        try:
+            import wandb
+
+            rows = [[str(sample.get(str(column), "")) for column in columns] for sample in self._samples]
+            self._wandb.log({"samples": wandb.Table(columns=columns, data=rows)})
+        except Exception as error:
+            self._stop_wandb(error)
+
+    def attach(self, path: Path, kind: str) -> None:
+        """Send a file to wandb as an artifact of this run."""
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log_artifact(str(path), name=f"{self.experiment.name}-{kind}", type=kind)
+        except Exception as error:
+            self._stop_wandb(error)
 
     def positions(self) -> dict[str, int]:
         """Length in bytes of every line file now, for a checkpoint to remember."""
@@ -186,7 +215,7 @@ class Run:
                 mode=os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "offline"),  # type: ignore[arg-type]
                 settings=wandb.Settings(init_timeout=30, silent=True),
             )
-            self._wandb.define_metric("*", step_metric="global_step")
+            self._wandb.define_metric("*", step_metric="step")
             return str(self._wandb.id)
         except Exception as error:  # no network, a full disk, a version: none of it is worth losing a run
             warnings.warn(
@@ -278,6 +307,19 @@ def describe_environment(devices: Sequence[str], command: Sequence[str]) -> dict
         "devices": list(devices),
         "settings": {name: os.environ[name] for name in SETTINGS_FROM_ENVIRONMENT if name in os.environ},
     }
+
+
+def wandb_numbers(kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """A log line as wandb draws it: 'train/loss' over 'step', every window weight a curve of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in numbers.items():
+        if name == "step":
+            flat[name] = value
+        elif isinstance(value, list | tuple):
+            flat |= {f"{kind}/{name}/{place}": item for place, item in enumerate(value)}
+        else:
+            flat[f"{kind}/{name}"] = value
+    return flat
 
 
 def is_logged_in_to_wandb() -> bool:

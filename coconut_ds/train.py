@@ -4,6 +4,7 @@ Knows: everything above it in the house.  Does not know: the command line.
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
                 trainer = Trainer(experiment, material, engine, run, signals, options)
                 with trainer.watchdog:
                     result = trainer.run_all()
+                send_report(run)
         engine.close()
     return result
 
@@ -81,6 +83,17 @@ def evaluate_only(experiment: Experiment, ds_config: DeepSpeedConfig) -> Evaluat
                     result = trainer.validate(experiment.resume)
         engine.close()
     return result
+
+
+def send_report(run: Run) -> None:
+    """The report of a finished run as a wandb artifact, where wandb is on."""
+    if run.has_wandb:
+        from coconut_ds.memory.report import report_of  # matplotlib takes a second
+
+        try:
+            run.attach(report_of(run.folder), "report")
+        except (OSError, ValueError) as error:  # the training itself is done and saved
+            warnings.warn(f"no report for wandb: {error}", stacklevel=2)
 
 
 def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, engine: Engine) -> Run:
@@ -307,6 +320,7 @@ class Trainer:
             draw_window_weights(self.run.folder)
         for prediction in result.predictions[:NUM_SHOWN]:
             self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
+        self.run.show_samples()
         self.say(
             f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
             f"accuracy {100 * result.accuracy:.1f} %  CoT match {100 * result.cot_match:.1f} %  "

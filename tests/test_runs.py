@@ -7,12 +7,13 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coconut_ds.config import Experiment, load_experiment, validate_experiment
 from coconut_ds.errors import ConfigError
-from coconut_ds.runs import Run, code_version, replace_text, run_folder
+from coconut_ds.runs import MOST_SAMPLES, Run, code_version, replace_text, run_folder
 
 PUBLISHED = {
     "project": "coconut", "name": "first", "coconut": True, "c_thought": 1, "epochs_per_stage": 1,
@@ -149,5 +150,59 @@ def test_wandb_that_does_not_start_is_a_warning(experiment: Experiment, monkeypa
     monkeypatch.setattr(wandb, "init", broken)
     with Run(experiment, {}) as run, pytest.warns(UserWarning, match="wandb did not start.*no service"):
         assert run.start_wandb("old") == "old"
+        run.log("train", step=1)
+        assert len(lines(run)) == 1
+
+
+class FakeWandb:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.artifacts: list[tuple[str, str, str]] = []
+
+    def log(self, numbers: dict[str, Any]) -> None:
+        self.logged.append(numbers)
+
+    def log_artifact(self, path: str, name: str, type: str) -> None:
+        self.artifacts.append((path, name, type))
+
+    def finish(self) -> None:
+        self.logged.append({})
+
+
+def test_wandb_gets_curves_over_the_step_a_bounded_table_and_files(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    import wandb
+
+    told = FakeWandb()
+    with Run(experiment, {}) as run:
+        run._wandb = told
+        run.log("valid", step=3, accuracy=0.5, window_weights=[0.75, 0.25])
+        for index in range(MOST_SAMPLES + 20):
+            run.sample(kind="valid", index=index, predicted="7")
+        run.show_samples()
+        run.attach(tmp_path / "report.html", "report")
+    curves, table, _ = told.logged
+    assert curves == {
+        "step": 3, "valid/accuracy": 0.5, "valid/window_weights/0": 0.75, "valid/window_weights/1": 0.25
+    }  # fmt: skip
+    assert isinstance(table["samples"], wandb.Table)
+    assert len(table["samples"].data) == MOST_SAMPLES
+    assert table["samples"].data[-1] == ["valid", str(MOST_SAMPLES + 19), "7"]
+    assert told.artifacts == [(str(tmp_path / "report.html"), f"{experiment.name}-report", "report")]
+
+
+def test_a_wandb_that_breaks_off_is_a_warning(experiment: Experiment, tmp_path: Path) -> None:
+    class Broken(FakeWandb):
+        def log_artifact(self, path: str, name: str, type: str) -> None:
+            raise RuntimeError("gone")
+
+    with Run(experiment, {}) as run:
+        run._wandb = Broken()
+        with pytest.warns(UserWarning, match="wandb stopped.*gone"):
+            run.attach(tmp_path / "report.html", "report")
+        assert not run.has_wandb
         run.log("train", step=1)
         assert len(lines(run)) == 1

@@ -207,9 +207,9 @@ def ranks_picture(runs: Sequence[RunRecord]) -> Figure | None:
         axes.set_xticks(range(count), [f"rank {rank}" for rank in range(count)])
         axes.set_title(f"{run.experiment.name}: ranks", loc="left")
         axes.set(ylabel="MiB" if axes is panels[0] else None)
-        axes.margins(y=0.25)
+        axes.margins(y=0.35)
         axes.grid(axis="x", visible=False)
-        axes.legend(fontsize=8, loc="upper left", ncols=len(bars))
+        axes.legend(fontsize=8, loc="upper left", ncols=2)
     return figure
 
 

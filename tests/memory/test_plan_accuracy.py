@@ -47,3 +47,7 @@ def test_states_and_backward_of_the_real_engine(tuning, tmp_path):
     for name, sizes in json.loads(out.read_text()).items():
         assert sizes["planned_states"] == pytest.approx(sizes["measured_states"], rel=0.05), name
         assert sizes["planned_backward"] == pytest.approx(sizes["measured_backward"], rel=WITHIN), name
+        if (
+            tuning == "full" and name != "zero2_offload"
+        ):  # on the CPU its step shares one memory with the host's part
+            assert sizes["planned_step"] == pytest.approx(sizes["measured_step"], rel=WITHIN), name

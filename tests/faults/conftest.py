@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from tests.faults.comparing import Numbers, numbers_of
-from tests.faults.processes import ROOT, Ended, Faults, Warm, under_launcher
+from tests.faults.processes import ROOT, Ended, Faults, Warm, WarmRun, under_launcher
 
 EXPERIMENT: dict[str, Any] = {
     "project": "faults", "name": "run", "save_path": "runs", "seed": 1, "coconut": True, "c_thought": 1,
@@ -75,11 +76,17 @@ class Bench:
             *more,
         ]
 
-    def train(
-        self, *more: str, faults: Faults = (), ranks: int = 2, timeout: float = 150, **extra: str
-    ) -> Ended:
+    def start(
+        self, *more: str, faults: Faults = (), ranks: int = 2, variables: Mapping[str, str] | None = None
+    ) -> WarmRun:
         """Ranks without a launcher."""
-        return self.warm.run(self.arguments(*more), self.folder, faults, ranks, timeout, **extra)
+        return self.warm.start(self.arguments(*more), self.folder, faults, ranks, variables)
+
+    def train(
+        self, *more: str, faults: Faults = (), ranks: int = 2, variables: Mapping[str, str] | None = None
+    ) -> Ended:
+        """The same, to their end."""
+        return self.start(*more, faults=faults, ranks=ranks, variables=variables).wait()
 
     def launch(self, *more: str, faults: Faults = ()) -> Ended:
         """Two ranks under the deepspeed launcher."""

@@ -4,13 +4,16 @@
 
 `at`: "module:Class.function" or "module:function"; `call`: at which of its calls, counted from 1; `when`:
 before it (default) or after.  `do`: kill, sleep, stop (SIGSTOP), nan (the result times NaN), fill FILE (until
-the disk is full), touch FILE, or SIGNAL@TARGET: TERM, USR1, INT, KILL to self, parent, grandparent, or to the
-process id in a file.  After a signal every step takes longer, so that it arrives before the run is over.
+the disk is full), touch FILE, run COMMAND, or SIGNAL@TARGET: TERM, USR1, INT, KILL to self, parent,
+grandparent, or to the process id in a file.  After a signal every step takes longer, so that it arrives before
+the run is over.
 """
 
 import importlib
 import os
+import shlex
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -69,6 +72,8 @@ def _act(what: str) -> None:
         time.sleep(600)
     elif what.startswith("touch "):
         Path(what.removeprefix("touch ")).touch()
+    elif what.startswith("run "):
+        subprocess.run(shlex.split(what.removeprefix("run ")), check=True)
     elif what.startswith("fill "):
         _fill_disk(Path(what.removeprefix("fill ")))
     else:

@@ -1,5 +1,6 @@
 """Start real runs: under the `deepspeed` launcher, or as ranks forked from one that imported all."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -125,20 +126,14 @@ class Warm:
         self.context.set_forkserver_preload(PRELOAD)
 
     def start(
-        self, arguments: Sequence[str], cwd: Path, faults: Faults = (), ranks: int = 1, **extra: str
-    ) -> "WarmRun":
-        return WarmRun(self.context, arguments, cwd, faults, ranks, extra)
-
-    def run(
         self,
         arguments: Sequence[str],
         cwd: Path,
         faults: Faults = (),
         ranks: int = 1,
-        timeout: float = 150,
-        **extra: str,
-    ) -> Ended:
-        return self.start(arguments, cwd, faults, ranks, **extra).wait(timeout)
+        variables: Mapping[str, str] | None = None,
+    ) -> "WarmRun":
+        return WarmRun(self.context, arguments, cwd, faults, ranks, variables or {})
 
 
 class WarmRun:
@@ -149,12 +144,13 @@ class WarmRun:
         cwd: Path,
         faults: Faults,
         ranks: int,
-        extra: dict[str, str],
+        extra: Mapping[str, str],
     ) -> None:
         self.started = time.monotonic()
         variables = environment(faults, **extra)
         if ranks > 1:
-            variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            variables = group | variables
         self.logs = [cwd / f"{variables[TOKEN]}_{rank}.log" for rank in range(ranks)]
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -186,9 +182,19 @@ def _rank(arguments: list[str], cwd: str, variables: dict[str, str], log: str) -
     os.dup2(descriptor, 2)
     os.environ.update(variables)
     os.chdir(cwd)
+    if namespace := variables.get(f"NAMESPACE_{variables.get('RANK')}"):
+        enter_namespace(namespace)
     sys.argv = ["coconut_ds", *arguments]
     from coconut_ds.__main__ import main
     from tests.faults.faulty import install
 
     install(json.loads(variables["FAULTS"]))
     sys.exit(main())
+
+
+def enter_namespace(name: str) -> None:
+    """Move this process into a network namespace of `ip netns`, as onto another host."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{name}") as handle:
+        if libc.setns(handle.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")

@@ -166,7 +166,7 @@ def test_new_learning_rate_counts(broken: Bench) -> None:
 
 def test_another_zero_stage(broken: Bench) -> None:
     stage1 = broken.arguments()[:-1] + [broken.arguments()[-1].replace("zero2", "zero1")]
-    ended = broken.warm.run(stage1, broken.folder)
+    ended = broken.warm.start(stage1, broken.folder).wait()
     assert_refused(ended, "zero_optimization.stage: 2 when saved, 1 now")
 
 
@@ -175,7 +175,7 @@ def test_another_number_of_ranks(broken: Bench) -> None:
 
 
 def test_two_runs_in_one_folder(bench: Bench) -> None:
-    first = bench.warm.start(bench.arguments(), bench.folder, [{"at": STEP, "call": 5, "do": "sleep"}])
+    first = bench.start(ranks=1, faults=[{"at": STEP, "call": 5, "do": "sleep"}])
     while not (bench.run_folder / "metrics.jsonl").exists():
         assert first.processes[0].is_alive(), first.output
     try:

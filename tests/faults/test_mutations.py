@@ -33,12 +33,14 @@ BILLION_LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 ODD_VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 1e308, -1e-320, float("nan"), float("inf"), "", " ",
-    "None", "nan", "1e-4", "../../etc/passwd", "/etc/passwd", "a\x00b", "\ud800", "\u202e\u0007", "x" * 10_000,
+    "None", "nan", "1e-4", "../../etc/passwd", "/etc/passwd", "a\x00b", "\ud800", "\u202e\u0007", 
+    "x" * 10_000,
     [], {}, [[]], {"a": {"b": {}}}, [None], ["x"] * 1000, {"": ""}, "!!python/object/apply:os.system [id]",
     "${HOME}", "%s%n",
 ]  # fmt: skip
 ODD_BYTES = [
-    b"", b"\xff\xfe\x00", b"\xef\xbb\xbf{}", b"\x00" * 64, b"[" * 200_000, b"{" * 200_000, b'{"a":' * 100_000,
+    b"", b"\xff\xfe\x00", b"\xef\xbb\xbf{}", b"\x00" * 64, b"[" * 200_000, b"{" * 200_000,
+    b'{"a":' * 100_000,
     b"- " * 50_000, BILLION_LAUGHS.encode(), b"!!python/object/apply:os.system ['id']", b"&a [*a]",
     b"a: &a\n  b: *a\n", b'{"a": 1, "a": 2}', b"9" * 10_000, b"[1e999999999]", b"<<: *x", b"? [a]\n: b",
     b"%YAML 9.9\n---\na", b"\r\n\x85", "naïve: ∑".encode("utf-16"), b"NaN", b"-Infinity", b"null", b"true",

@@ -30,12 +30,8 @@ def test_nan_on_one_rank_ends_all(bench: Bench, reference: Numbers, rank: int) -
 
 @pytest.mark.parametrize("rank, how", [(1, "sleep"), (0, "sleep"), (1, "stop")])
 def test_a_rank_that_does_not_move_is_named(bench: Bench, reference: Numbers, rank: int, how: str) -> None:
-    running = bench.warm.start(
-        bench.arguments("--stuck-seconds", "5"),
-        bench.folder,
-        [{"rank": rank, "at": LOSS, "call": 18, "do": how}],
-        2,
-    )
+    fault = {"rank": rank, "at": LOSS, "call": 18, "do": how}
+    running = bench.start("--stuck-seconds", "5", faults=[fault])
     running.processes[1 - rank].join(60)
     assert running.processes[1 - rank].exitcode == 77
     assert f"waiting for rank {rank}, which stopped moving" in running.output, running.output

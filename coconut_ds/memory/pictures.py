@@ -58,8 +58,16 @@ def mark_budget(
         how: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
         axes.text(*at, note, color=BUDGET_COLOUR, fontsize=9, **how)
         return
-    draw = axes.axvline if across else axes.axhline
-    draw(budget, color=BUDGET_COLOUR, linestyle="--", linewidth=1.5, label=f"budget {budget:,.0f} MiB")
+    line: dict[str, Any] = {"color": BUDGET_COLOUR, "linestyle": "--", "linewidth": 1.5}
+    said = f"budget {budget:,.0f} MiB"
+    if across:
+        axes.axvline(budget, **line)
+        above = axes.get_xaxis_transform()
+        axes.text(
+            budget, 1.01, said, transform=above, ha="center", va="bottom", color=BUDGET_COLOUR, fontsize=9
+        )
+    else:
+        axes.axhline(budget, label=said, **line)
 
 
 def timeline_picture(runs: Sequence[RunRecord]) -> Figure | None:
@@ -105,14 +113,14 @@ def _timeline(axes: Axes, profile: Json) -> None:
             drawstyle="steps-post",
         )
         axes.fill_between(places, sizes, color=colour(number), alpha=0.10, linewidth=0, step="post")
-    mark_budget(axes, gpu_budget_mib(profile), highest)
+    mark_budget(axes, gpu_budget_mib(profile), highest, at=(0.995, 0.92))
     names = [phase["name"].replace("step ", "") for phase in phases]
     axes.set_xticks([place + 0.5 for place in range(len(names))], names, rotation=60, ha="right", fontsize=8)
     axes.set(ylabel="MiB", xlim=(0, len(phases)), ylim=(0, None))
     axes.margins(y=0.15)
     axes.set_ylim(0, max(axes.get_ylim()[1], highest * 1.18))
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=8)
 
 
 def _by_phase(rank: Json) -> tuple[list[float], list[float]]:
@@ -227,7 +235,9 @@ def _rank_bars(profile: Json) -> dict[str, list[float]]:
             "whole card": most("device_used"),
             "pinned host": most("pinned"),
         }
-    return {**bars, "resident host (RSS)": most("rss")}
+    return {
+        name: values for name, values in {**bars, "resident host (RSS)": most("rss")}.items() if any(values)
+    }
 
 
 def stages_picture(runs: Sequence[RunRecord]) -> Figure | None:

@@ -105,7 +105,7 @@ PYTHON
         echo "failed"
         tail -n 20 .venv/setup.log >&2
         setup_fail "DeepSpeed's operators could not be compiled; the whole log is in .venv/setup.log" \
-            "If it waited without end: a compilation was interrupted earlier; remove ~/.cache/torch_extensions"
+            "If it waited without end: a compilation was interrupted earlier; remove $TORCH_EXTENSIONS_DIR"
     fi
 }
 
@@ -118,6 +118,8 @@ fi
 
 export PATH="$PWD/.venv/bin:$PATH" # also for ninja, which compiles DeepSpeed's operators
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+# Operators are compiled against this environment; shared with another one they would be compiled in turns.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
 if [ -z "${DS_ACCELERATOR:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export DS_ACCELERATOR=cpu
 fi

@@ -16,6 +16,7 @@ from coconut_ds.build import Material, load_material, write_model
 from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, start_distributed
+from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import TestSet, evaluate
 from coconut_ds.memory.allocations import recorder_for
 from coconut_ds.memory.guard import MemoryGuard
@@ -41,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
+    if experiment.only_eval:
+        raise ConfigError(
+            f"{args.config}: only_eval is true, so there are no steps to profile; --set only_eval=false"
+        )
     with lost_ranks_explained():
         result = profile(experiment, ds_config, args.snapshot)
     if result is not None:

@@ -101,9 +101,11 @@ class PhaseMeter:
         place, num_bytes = self.known
         moment = self.marks[place - 1].time_ns if place else 0
         before = sum(change.size for change in changes if change.time_ns < moment)
-        timeline = Timeline.of(changes, self.marks, num_bytes - before)
+        # A GPU's history begins before the first tensor; a CPU process has some, and maps files of weights.
+        offset = 0 if self.device.type == "cuda" else num_bytes - before
+        timeline = Timeline.of(changes, self.marks, offset)
         ends = [mark.time_ns for mark in self.marks[1:]] + [end.time_ns]
-        levels = _levels(changes, ends, num_bytes - before)
+        levels = _levels(changes, ends, offset)
         phases = [
             PhaseProfile(
                 name=mark.name,

@@ -24,7 +24,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIB = 2**30
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 OFFLOAD_RAM_GIB = 32  # host_memory_gib of the shipped ds_configs
-STALE_SECONDS = 600
+STALE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,14 @@ def stale_locks() -> Iterator[Finding]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     for lock in root.glob("**/lock"):
         age = time.time() - lock.stat().st_mtime
-        if age > STALE_SECONDS:
-            said = f"{lock} is {age / 60:.0f} minutes old"
-            yield Finding("build lock", PROBLEM, said, "if nothing is being compiled, delete it")
+        if age > STALE_SECONDS and not _works_in(lock.parent):
+            said = f"{lock} is {age / 60:.0f} minutes old, and nothing is being compiled there"
+            yield Finding("build lock", PROBLEM, said, "delete it; every start waits for it")
+
+
+def _works_in(folder: Path) -> bool:
+    """Whether a process, such as ninja, runs in a folder."""
+    return any(process.info["cwd"] == str(folder) for process in psutil.process_iter(["cwd"]))
 
 
 def versions(path: Path) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 from importlib import metadata
 
@@ -130,6 +131,9 @@ def test_an_old_build_lock_is_found(tmp_path, monkeypatch):
     os.utime(lock, (time.time() - 3600,) * 2)
     (found,) = doctor.stale_locks()
     assert found.state == doctor.PROBLEM and str(lock) in found.said
+    with subprocess.Popen(["sleep", "30"], cwd=lock.parent) as compiler:
+        assert list(doctor.stale_locks()) == []
+        compiler.kill()
 
 
 def test_versions_are_compared_with_the_pins(tmp_path):

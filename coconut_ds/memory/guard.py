@@ -35,17 +35,17 @@ LAST_WORDS_SECONDS = 8.0
 # How long the others then stay, so that the launcher does not end that rank before it has spoken.
 LINGER_SECONDS = 2.0
 NUM_LISTED = 15
-# Calls on the way to the failing line that name what a rank was doing, the innermost that is found.
+# Calls on the way to the failing line that name what a rank was doing, by file; the innermost counts.
 PHASES = {
-    "start_engine": "initialise",
-    "loss": "forward",
-    "backward": "backward",
-    "step": "optimizer step",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "save_shards": "checkpoint",
-    "load_shards": "loading a checkpoint",
-    "write_model": "checkpoint",
+    ("train.py", "start_engine"): "initialise",
+    ("engine.py", "loss"): "forward",
+    ("engine.py", "backward"): "backward",
+    ("engine.py", "step"): "optimizer step",
+    ("engine.py", "save_shards"): "checkpoint",
+    ("engine.py", "load_shards"): "loading a checkpoint",
+    ("evaluate.py", "evaluate"): "evaluation",
+    ("coconut.py", "generate"): "generation",
+    ("train.py", "write_model"): "checkpoint",
 }
 
 
@@ -180,8 +180,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def phase_of(trace: TracebackType | None) -> str:
     """What the failing call was part of."""
-    names = [frame.name for frame in traceback.extract_tb(trace)]
-    return next((PHASES[name] for name in reversed(names) if name in PHASES), "between phases")
+    calls = [(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(trace)]
+    return next((PHASES[call] for call in reversed(calls) if call in PHASES), "between phases")
 
 
 def measured(device: torch.device) -> dict[str, float]:
@@ -200,7 +200,7 @@ def largest_tensors(most: int = NUM_LISTED) -> list[dict[str, Any]]:
     seen = set()
     for thing in gc.get_objects():
         with suppress(Exception):  # objects in the making, proxies, tensors without storage
-            if not isinstance(thing, torch.Tensor) or thing.untyped_storage().data_ptr() in seen:
+            if not issubclass(type(thing), torch.Tensor) or thing.untyped_storage().data_ptr() in seen:
                 continue
             seen.add(thing.untyped_storage().data_ptr())
             what = f"{tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')} on {thing.device}"

@@ -6,25 +6,24 @@ deepspeed --num_gpus 2 --module tests.memory.out_of_memory EXPERIMENT.yaml DS_CO
 import os
 import sys
 
+import deepspeed
 import torch
 
 import coconut_ds.__main__
-from coconut_ds.engine import Engine
 
-real_backward = Engine.backward
+real_backward = deepspeed.DeepSpeedEngine.backward
 calls = 0
 
 
-def failing_backward(self, loss):
+def failing_backward(self, *args, **keywords):
     global calls
     calls += 1
     if calls == 2 and os.environ["RANK"] == FAILING_RANK:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (simulated)")
-    return real_backward(self, loss)
+    return real_backward(self, *args, **keywords)
 
 
-failing_backward.__name__ = "backward"
-Engine.backward = failing_backward
+deepspeed.DeepSpeedEngine.backward = failing_backward
 
 if __name__ == "__main__":
     config, ds_config, FAILING_RANK = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]

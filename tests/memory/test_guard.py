@@ -63,30 +63,37 @@ def test_the_cpu_allocator_itself_is_recognised():
     assert is_out_of_memory(caught.value)
 
 
-def test_the_phase_is_read_from_the_calls():
-    def backward():
-        raise MemoryError
+def calls_in(file, inner, outer="step"):
+    """A function `inner` of `file` that runs out of memory, called by one of train.py."""
+    space = {}
+    failing = f"def {inner}():\n    raise MemoryError('Tried to allocate 2 GiB')"
+    exec(compile(failing, f"coconut_ds/{file}", "exec"), space)
+    exec(compile(f"def {outer}():\n    {inner}()", "coconut_ds/train.py", "exec"), space)
+    return space[outer]
 
-    def step():
-        backward()
 
+@pytest.mark.parametrize(
+    "file, name, phase",
+    [
+        ("engine.py", "backward", "backward"),
+        ("engine.py", "loss", "forward"),
+        ("evaluate.py", "evaluate", "evaluation"),
+        ("runs.py", "log", "between phases"),
+    ],
+)
+def test_the_phase_is_read_from_the_calls(file, name, phase):
     with pytest.raises(MemoryError) as caught:
-        step()
-    assert phase_of(caught.tb) == "backward"
+        calls_in(file, name)()
+    assert phase_of(caught.tb) == phase
 
 
 def test_the_report_names_phase_plan_tensors_and_changes(tmp_path):
     plan = plan_of(500).to_json()
-    plan["changes"] = [
-        {"change": "fewer rows", "setting": "--set batch_size_training=1", "gpu_mib": 9, "fits": True}
-    ]
+    change = {"change": "fewer rows", "setting": "--set batch_size_training=1", "gpu_mib": 9, "fits": True}
+    plan["changes"] = [change]
     kept = torch.zeros(3, 5, 7, 11)
-
-    def loss():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
     with pytest.raises(OutOfMemory) as caught, MemoryGuard(tmp_path, 0, 1, CPU, plan):
-        loss()
+        calls_in("engine.py", "loss")()
     text = str(caught.value)
     assert "phase 'forward'" in text and "Tried to allocate 2 GiB" in text
     assert "planned: 500 MiB" in text and "--set batch_size_training=1" in text

@@ -194,8 +194,10 @@ def cuda_compiler(cuda_version: str | None) -> Finding:
 
 def stale_locks() -> Iterator[Finding]:
     """A build that was killed leaves a lock behind, and the next start waits for it for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    for lock in root.glob("**/lock"):
+    roots = {Path.home() / ".cache" / "torch_extensions", Path(sys.prefix) / "torch_extensions"}
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        roots = {Path(os.environ["TORCH_EXTENSIONS_DIR"])}
+    for lock in sorted(lock for root in roots for lock in root.glob("**/lock")):
         age = time.time() - lock.stat().st_mtime
         if age > STALE_SECONDS and not _works_in(lock.parent):
             said = f"{lock} is {age / 60:.0f} minutes old, and nothing is being compiled there"

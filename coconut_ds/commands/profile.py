@@ -108,7 +108,9 @@ def _governing(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _batch(experiment: Experiment, material: Material, plan: dict[str, Any]) -> Batch:
     at = next(at for at in stages_of(experiment) if at.epoch == _governing(plan)["first_epoch"])
-    return worst_batch(material.train, at, experiment, material.vocabulary, experiment.batch_size_training)
+    return worst_batch(
+        list(material.train), at, experiment, material.vocabulary, experiment.batch_size_training
+    )
 
 
 def _evaluate(engine: Engine, experiment: Experiment, material: Material) -> None:

@@ -5,8 +5,8 @@
 `at`: "module:Class.function" or "module:function"; `call`: at which of its calls, counted from 1; `when`:
 before it (default) or after.  `do`: kill, sleep, stop (SIGSTOP), nan (the result times NaN), fill FILE (until
 the disk is full), touch FILE, run COMMAND, or SIGNAL@TARGET: TERM, USR1, INT, KILL to self, parent,
-grandparent, or to the process id in a file.  After a signal every step takes longer, so that it arrives before
-the run is over.
+grandparent, or to the process id in a file.  After a signal every step takes longer, so that it arrives
+before the run is over.
 """
 
 import importlib

@@ -67,7 +67,7 @@ def under_launcher(arguments: Sequence[str], cwd: Path, faults: Faults = ()) -> 
     return run([*command, *arguments], cwd, environment(faults))
 
 
-def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: float = 240) -> Ended:
+def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: float = 400) -> Ended:
     """Run a program to its end, and wait a little for what it started."""
     started = time.monotonic()
     log = Path(tempfile.gettempdir(), f"{variables[TOKEN]}.log")
@@ -163,7 +163,7 @@ class WarmRun:
     def output(self) -> str:
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait(self, timeout: float = 150) -> Ended:
+    def wait(self, timeout: float = 300) -> Ended:
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))

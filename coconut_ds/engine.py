@@ -16,10 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    # DeepSpeed compiles its operators with other flags when it finds the CPU by itself, and again in turns.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -160,8 +166,22 @@ class Engine(Collectives):
 
     def step(self) -> bool:
         """Reduce, clip, update; false when fp16 overflowed and the update was skipped."""
+        self._forget_powers_of_beta()
         self._engine.step()
         return bool(self._engine.was_step_applied())
+
+    def _forget_powers_of_beta(self) -> None:
+        """Have the CPU Adam compute its powers of beta from the step number.
+
+        Left alone it multiplies them up from step to step, and calls pow() in the first step after a load: a
+        resumed run would differ in the last digits (IncrementStep in DeepSpeed's cpu_adam.h).
+        """
+        adam = self._base_optimizer
+        if isinstance(adam, DeepSpeedCPUAdam):
+            group = adam.param_groups[0]
+            settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], adam.adam_w_mode)
+            adam.ds_opt_adam.destroy_adam(adam.opt_id)
+            adam.ds_opt_adam.create_adam(adam.opt_id, *settings, False)
 
     def reset_optimizer(self) -> None:
         """Forget Adam's moments; the master weights and the learning rate stay.

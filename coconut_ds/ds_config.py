@@ -10,7 +10,7 @@ Does not know: torch, DeepSpeed's code, how much memory a model needs.
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,13 @@ class DeepSpeedConfig:
         if problems:
             raise ConfigError("\n".join(f"{self.path}: {problem}" for problem in problems))
         return resolved
+
+    def resolved_file(self, experiment: Experiment, world_size: int) -> dict[str, Any]:
+        """The resolved settings with our two blocks: a file of this format, as the run really used it."""
+        blocks: dict[str, Any] = {"latent_memory": asdict(self.latent_memory)}
+        if self.memory_budget is not None:
+            blocks["memory_budget"] = asdict(self.memory_budget)
+        return {**self.resolve(experiment, world_size), **blocks}
 
 
 def load_ds_config(path: str | Path) -> DeepSpeedConfig:

@@ -66,25 +66,6 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     return result
 
 
-def evaluate_only(experiment: Experiment, ds_config: DeepSpeedConfig) -> Evaluation:
-    """Measure `load_model_path` on `val_path` at the stage of epoch `resume`. Called on every rank.
-
-    Raises UserError for everything the user can mend.
-    """
-    with Signals() as signals, lost_ranks_explained():
-        ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
-        material = load_material(experiment)
-        ranks = start_distributed(ds_config.precision)
-        with hold_to_budget(experiment, ds_config, material, ranks, skip_plan=True):
-            engine = start_engine(experiment, ds_config, material, ranks)
-            with open_run(experiment, ds_config, engine) as run:
-                trainer = Trainer(experiment, material, engine, run, signals, Options())
-                with trainer.watchdog:
-                    result = trainer.validate(experiment.resume)
-        engine.close()
-    return result
-
-
 def send_report(run: Run) -> None:
     """The report of a finished run as a wandb artifact, where wandb is on."""
     if run.has_wandb:
@@ -99,7 +80,7 @@ def send_report(run: Run) -> None:
 def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, engine: Engine) -> Run:
     """The run folder; the main rank's ConfigError is raised on all ranks. Collective."""
     devices = engine.gather(describe(engine.ranks))
-    settings = ds_config.resolve(experiment, engine.world_size)
+    settings = ds_config.resolved_file(experiment, engine.world_size)
     run, problem = None, None
     try:
         run = Run(experiment, settings, is_main=engine.is_main, devices=devices)
@@ -363,8 +344,6 @@ class Trainer:
 
     def stop(self) -> NoReturn:
         """Save, and end on all ranks alike."""
-        if self.experiment.only_eval:
-            raise StopRequested(f"{self.requests.reason()}; the evaluation has no result")
         self.write_checkpoint()
         what = (
             "nothing is saved with debug" if self.experiment.debug else "the same command goes on from here"

@@ -282,7 +282,7 @@ BAD_VALUES = [
         {"thought": "fixed_window", "latent_window_size": 4},
         "3 weights [0.6, 0.3, 0.1] for latent_window_size 4",
     ),
-    ({"latent_variant": "fixed_window", "latent_window_weights": [0, 0, 0]}, "sum to 0"),
+    ({"latent_variant": "fixed_window", "latent_window_weights": [0, 0, 0]}, "start with 0"),
     (
         {"latent_window_weights": [0.6, -0.3]},
         "latent_window_weights.1: must be a number of at least 0, got -0.3",

@@ -8,8 +8,10 @@ With `only_eval: true` in CONFIG it evaluates `load_model_path` on `val_path`, a
 
 import argparse
 
+from coconut_ds.measure import Wanted, measure
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
-from coconut_ds.train import Options, evaluate_only, train
+from coconut_ds.train import Options, train
+from coconut_ds.trained import find_trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
     if experiment.only_eval:
-        evaluate_only(experiment, ds_config)
+        measure(find_trained(args.config, overrides=args.overrides), ds_config, Wanted())
     else:
         options = Options(
             args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds, args.skip_plan

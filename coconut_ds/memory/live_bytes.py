@@ -2,7 +2,7 @@
 
 Every storage that an operator creates is counted from its creation to its release, with the place it came
 from: forward or backward, which call of which module, which operator.  Works on real tensors of any device
-and under FakeTensorMode, where nothing is computed.  What an operator takes and gives back inside is not seen.
+and under FakeTensorMode, where nothing is computed.  What an operator uses up inside itself is not seen.
 
 Knows: torch's dispatcher and module hooks.  Does not know: what is trained.
 """

@@ -12,6 +12,7 @@ Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,9 @@ class Coconut(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model, adapters inside it."""
-        return self.base.get_base_model() if isinstance(self.base, PeftModel) else self.base
+        return cast(
+            PreTrainedModel, self.base.get_base_model() if isinstance(self.base, PeftModel) else self.base
+        )
 
     @property
     def embedding(self) -> nn.Module:

@@ -25,13 +25,14 @@ from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.plan import MIB, Plan
 from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.worst import longest_tokenized
 
 
 def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Plan:
     """Plan a run that is about to start, with the changes that would help."""
     valid = list(material.valid.tokenized)
     planner = Planner.from_material(
-        experiment, list(material.train) or valid, valid, material.vocabulary, ranks.device.type
+        experiment, longest_tokenized(material.train) or valid, valid, material.vocabulary, ranks.device.type
     )
     plan = planner.plan(experiment, ds_config, ranks.world_size)
     return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))

@@ -5,7 +5,8 @@ Rows are drawn at random, so some step of a long run may meet them together; the
 Knows: token counts, stages, batches.  Does not know: models, bytes.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,20 +85,32 @@ SHAPE_HINT = (
 )
 
 
-def longest(problems: list[Problem], most: int = MOST_TOKENISED) -> list[Problem]:
+def longest(problems: Sequence[Problem], most: int = MOST_TOKENISED) -> list[Problem]:
     """The problems that can matter: those with the most characters in the question, the steps or all."""
-    if len(problems) <= most:
-        return problems
-    keys = (
-        lambda i: len(problems[i].question),
-        lambda i: sum(map(len, problems[i].steps)),
-        lambda i: len(problems[i].question) + sum(map(len, problems[i].steps)) + len(problems[i].answer),
-        lambda i: len(problems[i].steps),
+    sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
+    return [problems[i] for i in _longest(sizes, most)]
+
+
+def longest_tokenized(
+    problems: Sequence[TokenizedProblem], most: int = MOST_TOKENISED
+) -> list[TokenizedProblem]:
+    """The same of tokenized problems; of a large cached file only these are held."""
+    sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
+    return [problems[i] for i in _longest(sizes, most)]
+
+
+def _longest(sizes: Sequence[tuple[int, int, int, int]], most: int) -> list[int]:
+    """Places of the largest (question, reasoning, answer, number of steps) by several measures, sorted."""
+    if len(sizes) <= most:
+        return list(range(len(sizes)))
+    measures: tuple[Callable[[int], int], ...] = (
+        lambda i: sizes[i][0],
+        lambda i: sizes[i][1],
+        lambda i: sum(sizes[i][:3]),
+        lambda i: sizes[i][3],
     )
-    kept = {
-        i for key in keys for i in sorted(range(len(problems)), key=key, reverse=True)[: most // len(keys)]
-    }
-    return [problems[i] for i in sorted(kept)]
+    share = most // len(measures)
+    return sorted({i for measure in measures for i in heapq.nlargest(share, range(len(sizes)), key=measure)})
 
 
 def worst_batch(
@@ -108,10 +121,10 @@ def worst_batch(
     rows: int,
 ) -> Batch:
     """A micro-batch of `rows` rows that no micro-batch of this stage exceeds in columns."""
-    stages = {id(problem): _worst_stage(problem, at.stage, experiment) for problem in problems}
+    stages = {problem: _worst_stage(problem, at.stage, experiment) for problem in problems}
 
     def after(problem: TokenizedProblem) -> int:
-        stage = stages[id(problem)]
+        stage = stages[problem]
         reasoning = sum(map(len, problem.steps[stage.hidden_steps :]))
         return max(0, reasoning - stage.hidden_tokens) + len(problem.answer)
 
@@ -122,8 +135,8 @@ def worst_batch(
         chosen = [max(problems, key=lambda problem: len(problem.question)), *by_labels[: rows - 1]]
     while len(chosen) < rows:
         chosen += chosen[: rows - len(chosen)]
-    samples = [render(p, stages[id(p)], experiment, vocabulary, i) for i, p in enumerate(chosen)]
-    most = max((stages[id(p)].num_latents for p in problems), default=0)
+    samples = [render(p, stages[p], experiment, vocabulary, i) for i, p in enumerate(chosen)]
+    most = max((stages[p].num_latents for p in problems), default=0)
     padded = at.stage.num_latents if experiment.pad_latent_to_max else max(s.num_latents for s in samples)
     return collate(samples, vocabulary.pad_id, max(most, padded) if _mixes(experiment) else None, 1)
 

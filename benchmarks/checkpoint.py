@@ -2,9 +2,10 @@
 
     python -m benchmarks.checkpoint         GPT-2 124M under ZeRO-2 with offload, one process
 
-A checkpoint of ours holds weights for other programs, the shards of weights and optimizer, and a manifest with
-the sha256 of every file; every file has reached the disk before the folder gets its name.  `torch_save` writes
-weights and optimizer state into one file and waits for the disk too.  `load` verifies every hash first.
+A checkpoint of ours holds weights for other programs, the shards of weights and optimizer, and a manifest
+with the sha256 of every file; every file has reached the disk before the folder gets its name.  `torch_save`
+writes weights and optimizer state into one file and waits for the disk too.  `load`
+verifies every hash first.
 
 Knows: the engine, the checkpoint protocol.  Does not know: the training loop.
 """

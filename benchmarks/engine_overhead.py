@@ -49,7 +49,13 @@ def measure(case: str, ds_config: str, steps: int) -> dict[str, Any]:
     """Median milliseconds of both."""
     layers, width, heads, vocabulary, shape = CASES[case]
     config = AutoConfig.for_model(
-        "gpt2", n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, resid_pdrop=0.0
+        "gpt2",
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        vocab_size=vocabulary,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     base = AutoModelForCausalLM.from_config(config)
     experiment = experiment_like("gsm", batch_size_training=shape.rows)

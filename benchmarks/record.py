@@ -105,7 +105,9 @@ def write(name: str, command: str, records: Sequence[dict[str, Any]], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     draft = path.with_suffix(".tmp")
-    text = json.dumps({"name": name, "command": command, **surroundings(), "records": list(records)}, indent=1)
+    text = json.dumps(
+        {"name": name, "command": command, **surroundings(), "records": list(records)}, indent=1
+    )
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(path)
     return path

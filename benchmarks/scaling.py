@@ -1,6 +1,6 @@
 """How a training step grows: with rows, latents, length of the question, and size of the model.
 
-    python -m benchmarks.scaling            GPT-2 124M around 4 rows x 64 question tokens, 6 latents, 16 labels
+    python -m benchmarks.scaling      GPT-2 124M around 4 rows x 64 question tokens, 6 latents, 16 labels
 
 One JSON line per point and variant: seconds and peak bytes, as benchmarks/train_step.py measures them.
 

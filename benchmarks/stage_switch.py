@@ -1,6 +1,6 @@
 """How long the trainer pauses between the last step of one stage and the first of the next.
 
-    python -m benchmarks.stage_switch       500 problems (GSM8K's validation set) and 385,620 (its training set)
+    python -m benchmarks.stage_switch     500 problems (GSM8K's validation set), 385,620 (its training set)
 
 A switch is: forget the optimizer's moments, draw the new epoch's order, lay out its first step.  Samples are
 laid out step by step, so nothing is tokenised, rebuilt or sent to other ranks.  `whole_epoch` lays out every

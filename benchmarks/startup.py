@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup            JSON: seconds and CPU seconds of each phase, medians
 
-The run is the real one: `deepspeed --num_gpus 2 --module coconut_ds train configs/quickstart/coconut.yaml`, with
-clocks around the trainer's calls, and ended after its first step.  DeepSpeed's operators are compiled already.
+The run is the real one, `deepspeed --num_gpus 2 --module coconut_ds train configs/quickstart/coconut.yaml`,
+with clocks around the trainer's calls, and ended after its first step.  DeepSpeed's operators are compiled.
   launcher      from the command until the rank's interpreter starts
   imports       until the trainer is imported
   data, distributed, plan, model, engine, first_step     the calls of that name;  other: what is between them
@@ -109,7 +109,12 @@ def start_once(data: Path, out: Path, ranks: int) -> dict[str, dict[str, float]]
     }  # fmt: skip
     started = time.time()
     done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     if not out.is_file():
         raise SystemExit(f"the run did not reach its first step:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

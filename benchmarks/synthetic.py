@@ -4,7 +4,7 @@ Lengths are in GPT-2 tokens.  ProsQA: a fact of the graph is about 12 tokens, th
 is that of the released validation set.  GSM8K: 1.3 tokens a word of the question, 9 a step, 4 the answer.
 
 Knows: tokenised problems, experiments, engines.  Does not know: what a benchmark measures.
-Shapes of the real sets: counted in the released files; see preprocessing/prosqa_like.py and preprocessing/gsm8k.py.
+Lengths of the real sets were counted in the released files (docs/datasets.md).
 """
 
 import random
@@ -93,7 +93,9 @@ def layout_alone(experiment: Experiment) -> Layout:
     return Layout(experiment.batch_size_training, experiment.gradient_accumulation_steps, 1, 0)
 
 
-def coconut_around(base: Any, experiment: Experiment, latent_memory: Any, marker_ids: Sequence[int]) -> Coconut:
+def coconut_around(
+    base: Any, experiment: Experiment, latent_memory: Any, marker_ids: Sequence[int]
+) -> Coconut:
     """The trainable module around `base`, with adapters where the experiment says so."""
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
     if experiment.tuning == "lora":

@@ -1,0 +1,57 @@
+"""Part a: the techniques give the textbook loop's losses and gradients on this device.
+
+fp32: loss and every gradient against the textbook loop, TF32 off, recomputation off and on.  bf16 and fp16:
+the loss against fp32's.
+
+Knows: variants of a step.  Does not know: time, memory.
+"""
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_parts import Setting
+from benchmarks.gpu_parts.models import DTYPES, longest_batch, model_of, step
+from benchmarks.train_step import allocate_gradients, variant
+
+MODELS = ("gpt2", "llama-3.2-1b")
+ROWS = 2
+
+
+def cases(setting: Setting) -> list[str]:
+    exact = [f"{model} {name}" for model in MODELS for name in ("coconut_ds", "coconut_ds+recompute")]
+    return [*exact, *(f"gpt2 {precision}" for precision in ("bf16", "fp16"))]
+
+
+def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
+    model, _, name = case.partition(" ")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return near_fp32(model, name, setting) if name in DTYPES else equal_to_textbook(model, name, setting)
+
+
+def gradients(loss_of: Any, base: torch.nn.Module, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a variant; in fp64 nothing is hidden by the sums."""
+    allocate_gradients(base)
+    loss = float(step(loss_of, batch))
+    return loss, {name: p.grad.double().cpu() for name, p in base.named_parameters() if p.grad is not None}
+
+
+def equal_to_textbook(model: str, name: str, setting: Setting) -> dict[str, Any]:
+    base = model_of(model, setting)
+    batch = longest_batch("gsm", 3, ROWS, base.config.vocab_size, setting)
+    loss, expected = gradients(variant("textbook", base), base, batch)
+    ours, found = gradients(variant(name, base), base, batch)
+    worst = max(
+        float((found[key] - expected[key]).norm() / expected[key].norm().clamp(min=1e-30)) for key in expected
+    )
+    return {"textbook_loss": loss, "loss_difference": abs(ours - loss), "largest_gradient_error": worst}
+
+
+def near_fp32(model: str, precision: str, setting: Setting) -> dict[str, Any]:
+    losses = []
+    for dtype in ("fp32", precision):
+        base = model_of(model, setting, "fp32").to(DTYPES[dtype])
+        batch = longest_batch("gsm", 3, ROWS, base.config.vocab_size, setting)
+        losses.append(float(step(variant("coconut_ds", base), batch)))
+    return {"fp32_loss": losses[0], "loss": losses[1], "relative_difference": abs(losses[1] / losses[0] - 1)}

@@ -112,6 +112,7 @@ class Ranks(Protocol):
     @property
     def is_main(self) -> bool: ...
     def max_over_ranks(self, values: Sequence[float], /) -> list[float]: ...
+    def gather(self, value: str, /) -> list[str]: ...
 
 
 class Requests:
@@ -151,10 +152,10 @@ class Requests:
             self._files[Request.SAVE].unlink(missing_ok=True)
 
     def reason(self) -> str:
-        """Why the run is to stop, as one of the ranks knows it."""
+        """Why the run is to stop, as the ranks that were asked know it. Collective."""
         if self._ranks.is_main:
             self._files[Request.STOP].unlink(missing_ok=True)
-        return self._reason or "another rank was asked to stop"
+        return ", ".join(sorted({reason for reason in self._ranks.gather(self._reason) if reason}))
 
     def _of_this_rank(self, step: int | None) -> Request:
         if self._signals.received is not None:

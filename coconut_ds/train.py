@@ -344,11 +344,12 @@ class Trainer:
 
     def stop(self) -> NoReturn:
         """Save, and end on all ranks alike."""
+        reason = self.requests.reason()
+        if self.experiment.only_eval:
+            raise StopRequested(f"{reason}; the evaluation has no result")
         self.write_checkpoint()
-        what = (
-            "nothing is saved with debug" if self.experiment.debug else "the same command goes on from here"
-        )
-        raise StopRequested(f"{self.requests.reason()}; after step {self.state.global_step}; {what}")
+        what = "nothing is saved with debug" if self.experiment.debug else "the same command goes on"
+        raise StopRequested(f"{reason}; after step {self.state.global_step}; {what}")
 
     def write_model(self, folder: Path) -> None:
         with self.engine.full_weights() as module:

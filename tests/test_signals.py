@@ -17,8 +17,11 @@ from coconut_ds.signals import PID_FOLDER, Request, Requests, Signals
 class OneRank:
     """This rank, and what the others say."""
 
-    def __init__(self, is_main: bool = True, others: float = 0.0) -> None:
-        self.is_main, self.others = is_main, others
+    def __init__(self, is_main: bool = True, others: float = 0.0, others_reason: str = "") -> None:
+        self.is_main, self.others, self.others_reason = is_main, others, others_reason
+
+    def gather(self, value: str) -> list[str]:
+        return [value, self.others_reason]
 
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:
         return [max(value, self.others) for value in values]
@@ -52,8 +55,9 @@ def test_a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_a_request_of_any_rank_is_everyones(tmp_path: Path) -> None:
-    requests = Requests(Signals(), OneRank(is_main=False, others=float(Request.STOP)), tmp_path)
-    assert requests.poll() is Request.STOP and "another rank" in requests.reason()
+    other = OneRank(is_main=False, others=float(Request.STOP), others_reason="received SIGUSR1")
+    requests = Requests(Signals(), other, tmp_path)
+    assert requests.poll() is Request.STOP and requests.reason() == "received SIGUSR1"
 
 
 def test_files(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ SLOW_SECONDS = 0.05
 
 
 def install(faults: Sequence[dict[str, Any]]) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     for fault in faults:
         if fault.get("rank", rank) == rank:
             _wrap(fault["at"], _with_fault(fault))

@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.quickstart import stages_of, test_of
+from coconut_ds.comparing.run_records import read_run
 from coconut_ds.methods import Method, thought_names
-from coconut_ds.run_records import read_run
 from coconut_ds.sweep import Point, launch_command, points, run_all
 
 CONFIG = "configs/quickstart/coconut.yaml"

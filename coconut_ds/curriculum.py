@@ -19,6 +19,7 @@ from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 ALL_STEPS = sys.maxsize
 
+
 @dataclass(frozen=True)
 class Stage:
     """How much of the reasoning is hidden, and how many latent slots stand in for it."""

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.comparing.run_records import read_run
 from coconut_ds.config import Experiment, load_experiment, parse_overrides
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.methods import METHOD_BOOLEANS
-from coconut_ds.run_records import read_run
 from coconut_ds.runs import run_folder
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
 

@@ -17,6 +17,7 @@ from coconut_ds.ablation import Comparison
 from coconut_ds.batching import Batch, Layout, training_steps
 from coconut_ds.build import Material, build_module, load_material, write_model
 from coconut_ds.checkpoint import Checkpoints, TrainState, settings_to_compare
+from coconut_ds.comparing.window_picture import draw_window_weights
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import final_stage, is_stage_switch, stage_at, stage_number
 from coconut_ds.divergence import LossGuard
@@ -30,7 +31,6 @@ from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.runs import Run
 from coconut_ds.signals import Request, Requests, Signals
 from coconut_ds.watchdog import Watchdog, lost_ranks_explained
-from coconut_ds.window_picture import draw_window_weights
 
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
 

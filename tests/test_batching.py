@@ -24,7 +24,9 @@ def problems(count, seed=0):
     draw = random.Random(seed)
     words = lambda low, high: tuple(draw.randrange(50) for _ in range(draw.randint(low, high)))  # noqa: E731
     return [
-        TokenizedProblem(words(2, 7), tuple(words(1, 4) for _ in range(draw.randint(1, 4))), (*words(1, 2), 104))
+        TokenizedProblem(
+            words(2, 7), tuple(words(1, 4) for _ in range(draw.randint(1, 4))), (*words(1, 2), 104)
+        )
         for _ in range(count)
     ]
 
@@ -45,7 +47,9 @@ def test_first_latents_share_a_column():
 
 
 def test_targets_are_the_shifted_labels():
-    batch = collate([render(p, Stage(1, 2), experiment(), VOCABULARY, i) for i, p in enumerate(problems(5))], 0)
+    batch = collate(
+        [render(p, Stage(1, 2), experiment(), VOCABULARY, i) for i, p in enumerate(problems(5))], 0
+    )
     rows, columns = batch.target_positions_N // batch.shape[1], batch.target_positions_N % batch.shape[1]
     assert torch.equal(batch.labels_BT[rows, columns + 1], batch.target_ids_N)
     assert len(batch.target_ids_N) == int((batch.labels_BT != NO_LABEL).sum())
@@ -63,7 +67,9 @@ def test_rows_may_use_fewer_latents_than_there_are_columns():
 
 
 def test_from_padded_finds_what_collate_knew():
-    made = collate([render(p, Stage(1, 2), experiment(), VOCABULARY, i) for i, p in enumerate(problems(4))], 0)
+    made = collate(
+        [render(p, Stage(1, 2), experiment(), VOCABULARY, i) for i, p in enumerate(problems(4))], 0
+    )
     found = Batch.from_padded(
         made.input_ids_BT, made.attention_mask_BT, made.position_ids_BT, made.labels_BT, LATENT
     )
@@ -76,14 +82,21 @@ def run_epoch(count, rows, accumulation, world_size, first_step=0, **changes):
     return [
         list(
             training_steps(
-                problems(count), 3, settings, VOCABULARY, Layout(rows, accumulation, world_size, rank), first_step
+                problems(count),
+                3,
+                settings,
+                VOCABULARY,
+                Layout(rows, accumulation, world_size, rank),
+                first_step,
             )
         )
         for rank in range(world_size)
     ]
 
 
-@pytest.mark.parametrize("count, rows, accumulation, world_size", [(23, 2, 3, 2), (8, 4, 1, 2), (9, 4, 2, 1), (5, 1, 2, 4)])
+@pytest.mark.parametrize(
+    "count, rows, accumulation, world_size", [(23, 2, 3, 2), (8, 4, 1, 2), (9, 4, 2, 1), (5, 1, 2, 4)]
+)
 def test_every_problem_once_and_every_rank_in_step(count, rows, accumulation, world_size):
     ranks = run_epoch(count, rows, accumulation, world_size, uniform_prob=0.5)
     assert len({tuple(len(step) for step in steps) for steps in ranks}) == 1
@@ -122,7 +135,12 @@ def test_evaluation_counts_every_problem_once(world_size):
     ranks = [
         list(
             evaluation_batches(
-                problems(10), Stage(1, 2), experiment(), VOCABULARY, Layout(4, 1, world_size, rank), prompts=True
+                problems(10),
+                Stage(1, 2),
+                experiment(),
+                VOCABULARY,
+                Layout(4, 1, world_size, rank),
+                prompts=True,
             )
         )
         for rank in range(world_size)

@@ -61,7 +61,9 @@ def test_paper_gives_the_first_stage_more_epochs(epoch, number):
 
 
 def test_prosqa_evaluation_epoch_has_six_latents():
-    assert stage_at(40, experiment(c_thought=1, epochs_per_stage=5, max_latent_stage=6)) == Stage(ALL_STEPS, 6)
+    assert stage_at(40, experiment(c_thought=1, epochs_per_stage=5, max_latent_stage=6)) == Stage(
+        ALL_STEPS, 6
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,18 @@ def test_switches_are_where_the_stage_changes():
 
 
 def test_render_replaces_leading_steps():
-    assert render(PROBLEM, Stage(0, 0), experiment(), VOCABULARY).tokens == (1, 2, START, END, 3, 4, 5, 6, 7, 104)
+    assert render(PROBLEM, Stage(0, 0), experiment(), VOCABULARY).tokens == (
+        1,
+        2,
+        START,
+        END,
+        3,
+        4,
+        5,
+        6,
+        7,
+        104,
+    )
     sample = render(PROBLEM, Stage(2, 4), experiment(), VOCABULARY, index=9)
     assert sample.tokens == (1, 2, START, LATENT, LATENT, LATENT, LATENT, END, 6, 7, 104)
     assert (sample.index, sample.num_prompt, sample.num_latents, sample.first_latent) == (9, 8, 4, 3)
@@ -101,8 +114,22 @@ def test_render_replaces_leading_steps():
 
 
 def test_methods_without_latents_have_no_markers():
-    assert render(PROBLEM, Stage(0, 0), experiment(method="cot"), VOCABULARY).tokens == (1, 2, 3, 4, 5, 6, 7, 104)
-    assert render(PROBLEM, Stage(ALL_STEPS, 0), experiment(method="no_cot"), VOCABULARY).tokens == (1, 2, 7, 104)
+    assert render(PROBLEM, Stage(0, 0), experiment(method="cot"), VOCABULARY).tokens == (
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        104,
+    )
+    assert render(PROBLEM, Stage(ALL_STEPS, 0), experiment(method="no_cot"), VOCABULARY).tokens == (
+        1,
+        2,
+        7,
+        104,
+    )
 
 
 def test_pad_latent_to_max_false_gives_no_more_latents_than_steps():

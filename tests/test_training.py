@@ -89,7 +89,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_experiment, tmp_pa
         path.write_text(
             yaml.safe_dump(tiny_experiment | {"name": name, "save_path": str(tmp_path), "num_epochs": epochs})
         )
-        process = start("coconut_ds", "train", path, "--deepspeed_config", "ds_configs/zero2_offload.json", ranks=1)
+        process = start(
+            "coconut_ds", "train", path, "--deepspeed_config", "ds_configs/zero2_offload.json", ranks=1
+        )
         assert process.returncode == 0, process.stderr[-4000:]
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["kind"] in ("train", "valid")]

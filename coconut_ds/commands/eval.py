@@ -25,9 +25,9 @@ from pathlib import Path
 
 from coconut_ds.ablation import parse_ablations
 from coconut_ds.ds_config import load_ds_config
-from coconut_ds.measure import Wanted, measure
 from coconut_ds.settings import add_ds_config_argument
 from coconut_ds.trained import ds_config_of, find_trained
+from coconut_ds.trained.measure import Wanted, measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ Nothing leaves this machine unless --push names a repository of the Hugging Face
 import argparse
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.export import DTYPES, export_hf, upload, zero_to_fp32_explained
+from coconut_ds.trained.export import DTYPES, export_hf, upload, zero_to_fp32_explained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

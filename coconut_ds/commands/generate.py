@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from coconut_ds.errors import ConfigError, DataError
-from coconut_ds.pretrained import CoconutForCausalLM
 from coconut_ds.problems import read_problems
 from coconut_ds.trained import find_one
+from coconut_ds.trained.pretrained import CoconutForCausalLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,12 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.inspection import first_tokens, inspect
-from coconut_ds.inspection_page import page, terminal, terminal_match
-from coconut_ds.pretrained import CoconutForCausalLM
+from coconut_ds.latents.inspection import first_tokens, inspect
+from coconut_ds.latents.page import page, terminal, terminal_match
+from coconut_ds.latents.step_match import match_steps
 from coconut_ds.problems import Problem, read_problems
-from coconut_ds.step_match import match_steps
 from coconut_ds.trained import find_one
+from coconut_ds.trained.pretrained import CoconutForCausalLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from coconut_ds.comparison import (
+from coconut_ds.comparing.comparison import (
     Group,
     group_numbers,
     group_runs,
@@ -23,9 +23,9 @@ from coconut_ds.comparison import (
     stage_table,
     summary_table,
 )
+from coconut_ds.comparing.run_records import RunRecord, read_run
+from coconut_ds.comparing.tables import Table
 from coconut_ds.errors import ConfigError
-from coconut_ds.run_records import RunRecord, read_run
-from coconut_ds.tables import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

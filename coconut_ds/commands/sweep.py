@@ -13,9 +13,9 @@ Exit code 0: all are finished; 1: one failed; 75: it was stopped.
 
 import argparse
 
-from coconut_ds.comparison import group_runs, paired_tests, stage_table, summary_table
+from coconut_ds.comparing.comparison import group_runs, paired_tests, stage_table, summary_table
+from coconut_ds.comparing.run_records import read_run
 from coconut_ds.errors import ConfigError, StopRequested
-from coconut_ds.run_records import read_run
 from coconut_ds.schemas.parsing import read_yaml
 from coconut_ds.sweep import (
     FAILED,

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from coconut_ds.comparing.pictures import MARKS, colour, new_figure, shade_stages
+from coconut_ds.comparing.run_records import RunRecord
 from coconut_ds.memory.profile_table import Row, against_plan, heaviest, is_on_gpu
-from coconut_ds.pictures import MARKS, colour, new_figure, shade_stages
-from coconut_ds.run_records import RunRecord
 
 Json = Mapping[str, Any]
 BUDGET_COLOUR = "#B00020"

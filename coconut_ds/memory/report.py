@@ -10,14 +10,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from coconut_ds import pictures as learning
-from coconut_ds.comparison import Group, group_runs, paired_tests, stage_table, summary_table
+from coconut_ds.comparing import pictures as learning
+from coconut_ds.comparing.comparison import Group, group_runs, paired_tests, stage_table, summary_table
+from coconut_ds.comparing.run_records import RunRecord, read_run
+from coconut_ds.comparing.tables import Table
 from coconut_ds.config import experiment_to_yaml
 from coconut_ds.memory import pictures as memory
 from coconut_ds.memory.profile_table import profile_text
-from coconut_ds.run_records import RunRecord, read_run
 from coconut_ds.runs import replace_text
-from coconut_ds.tables import Table
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px;

@@ -7,7 +7,7 @@ import pytest
 
 from coconut_ds.__main__ import main
 from coconut_ds.errors import ConfigError
-from coconut_ds.pretrained import CoconutForCausalLM
+from coconut_ds.trained.pretrained import CoconutForCausalLM
 from tests.run_folders import make_run
 
 QUESTIONS = ["3+4+2+7=?", "1+1+1+1=?", "9=?"]

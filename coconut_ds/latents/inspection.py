@@ -19,11 +19,11 @@ from coconut_ds.ablation import record_latents
 from coconut_ds.batching import Batch, collate
 from coconut_ds.curriculum import Sample, Stage, prompt_only, render
 from coconut_ds.errors import ConfigError
-from coconut_ds.frontier import Frontier, frontiers, read_graph
+from coconut_ds.latents.frontier import Frontier, frontiers, read_graph
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.pretrained import CoconutForCausalLM
 from coconut_ds.problems import Problem
 from coconut_ds.tokens import tokenize
+from coconut_ds.trained.pretrained import CoconutForCausalLM
 
 MOST_SINGLE_TOKENS = 40  # a longer question is shown sentence by sentence
 MOST_ANSWER_TOKENS = 8  # columns of the answer that are shown as readers

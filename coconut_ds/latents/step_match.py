@@ -6,7 +6,7 @@ Knows: inspections of problems with steps.  Does not know: models, files, pages.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coconut_ds.inspection import Inspection
+from coconut_ds.latents.inspection import Inspection
 from coconut_ds.problems import split_completion
 
 Tokens = Callable[[str], set[int]]

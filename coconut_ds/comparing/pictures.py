@@ -17,8 +17,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coconut_ds.comparison import Accuracy, Group
-from coconut_ds.run_records import Line, RunRecord, describe_stage
+from coconut_ds.comparing.comparison import Accuracy, Group
+from coconut_ds.comparing.run_records import Line, RunRecord, describe_stage
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKS = "osD^vP*X"

@@ -15,9 +15,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coconut_ds.frontier import Frontier
-from coconut_ds.inspection import Guess, Inspection
-from coconut_ds.step_match import StepMatch
+from coconut_ds.latents.frontier import Frontier
+from coconut_ds.latents.inspection import Guess, Inspection
+from coconut_ds.latents.step_match import StepMatch
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from coconut_ds.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
+from coconut_ds.comparing.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
+from coconut_ds.comparing.tables import Table
 from coconut_ds.statistics import mcnemar_exact, wilson_interval
-from coconut_ds.tables import Table
 
 # Settings that do not make another experiment: names, places, how it runs.
 NOT_COMPARED = {

@@ -24,12 +24,12 @@ from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluate import max_new_tokens
 from coconut_ds.lora import merge, save_thought
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model_card import model_card
 from coconut_ds.problems import card_for
 from coconut_ds.runs import code_version, library_versions
 from coconut_ds.thoughts import ThoughtSettings
 from coconut_ds.tokens import Vocabulary, load_vocabulary
 from coconut_ds.trained import EXPORT_FILE, Trained, find_one
+from coconut_ds.trained.model_card import model_card
 
 FORMAT = 1
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -4,7 +4,7 @@ import json
 
 from matplotlib.figure import Figure
 
-from coconut_ds.window_picture import draw_window_weights
+from coconut_ds.comparing.window_picture import draw_window_weights
 
 
 def write(folder, lines):

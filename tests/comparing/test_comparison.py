@@ -7,10 +7,17 @@ import pytest
 import scipy.stats
 
 from coconut_ds.__main__ import main
-from coconut_ds.comparison import Accuracy, group_runs, paired_tests, stage_table, student_t, summary_table
+from coconut_ds.comparing.comparison import (
+    Accuracy,
+    group_runs,
+    paired_tests,
+    stage_table,
+    student_t,
+    summary_table,
+)
+from coconut_ds.comparing.run_records import read_run
+from coconut_ds.comparing.tables import Table
 from coconut_ds.config import experiment_to_yaml, validate_experiment
-from coconut_ds.run_records import read_run
-from coconut_ds.tables import Table
 
 BASE = {"model_id": "gpt2", "train_path": "t_train.json", "val_path": "t_valid.json", "num_epochs": 3}
 STAGED = {"c_thought": 2, "epochs_per_stage": 1, "max_latent_stage": 2}

@@ -11,10 +11,10 @@ import coconut_ds
 from coconut_ds.__main__ import main
 from coconut_ds.errors import CheckpointError
 from coconut_ds.evaluate import Prediction, summarise
-from coconut_ds.export import read_back_difference
-from coconut_ds.measure import Measurement, write_down
 from coconut_ds.tokens import load_vocabulary
 from coconut_ds.trained import find_one
+from coconut_ds.trained.export import read_back_difference
+from coconut_ds.trained.measure import Measurement, write_down
 from tests.run_folders import make_run
 
 QUESTIONS = ["3+4+2+7=?", "1+1+1+1=?"]

@@ -12,13 +12,13 @@ from coconut_ds.__main__ import main
 from coconut_ds.ablation import record_latents
 from coconut_ds.batching import collate
 from coconut_ds.errors import ConfigError
-from coconut_ds.frontier import Graph, frontiers, read_graph
-from coconut_ds.inspection import first_tokens, inspect, prompts_by_latents
-from coconut_ds.inspection_page import page, terminal, terminal_match
-from coconut_ds.pretrained import CoconutForCausalLM
+from coconut_ds.latents.frontier import Graph, frontiers, read_graph
+from coconut_ds.latents.inspection import first_tokens, inspect, prompts_by_latents
+from coconut_ds.latents.page import page, terminal, terminal_match
+from coconut_ds.latents.step_match import match_steps, result_of
 from coconut_ds.problems import Problem, read_problems
-from coconut_ds.step_match import match_steps, result_of
 from coconut_ds.trained import find_one
+from coconut_ds.trained.pretrained import CoconutForCausalLM
 from tests.run_folders import make_run
 
 QUESTION = (

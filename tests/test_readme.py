@@ -1,0 +1,64 @@
+"""The README is true: its tree, its links, its commands and the files they name."""
+
+import re
+import shlex
+
+import pytest
+
+from coconut_ds.__main__ import COMMANDS
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = TEXT.split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
+COMMAND_LINES = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+def names_in_tree(indented):
+    lines = [line for line in TREE.splitlines() if line.startswith("  ") is indented and line.strip("`\n ")]
+    words = {word for line in lines for word in re.findall(r"[\w]+(?:\.py|/)", line.strip())}
+    return {word.rstrip("/") for word in words}
+
+
+def test_tree_has_every_module_of_the_package_and_no_other():
+    there = {
+        path.name for path in (ROOT / "coconut_ds").iterdir() if path.suffix == ".py" or path.is_dir()
+    } - {"__init__.py", "__pycache__"}
+    listed = names_in_tree(indented=True)
+    assert there <= listed, f"not in the tree: {sorted(there - listed)}"
+    assert {name for name in listed if name.endswith(".py")} <= there
+
+
+def test_tree_has_every_folder_at_the_top():
+    known = (
+        "configs",
+        "ds_configs",
+        "coconut_ds",
+        "launch",
+        "preprocessing",
+        "data",
+        "benchmarks",
+        "tests",
+        "docs",
+    )
+    assert set(known) <= names_in_tree(indented=False)
+    assert all((ROOT / name).is_dir() for name in known)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", TEXT))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_name_what_exists(line):
+    words = shlex.split(line)
+    for word in words:
+        if word.startswith(("configs/", "ds_configs/", "launch/", "preprocessing/")):
+            assert (ROOT / word).exists(), word
+    if "coconut_ds" in words:
+        assert words[words.index("coconut_ds") + 1] in {path.stem for path in COMMANDS.glob("*.py")}

@@ -38,4 +38,4 @@ echo "== 3/4  no CoT: the same model, with neither steps nor latents"
 train configs/quickstart/no_cot.yaml "$(basename "$no_cot")" "$@"
 
 echo "== 4/4  result"
-python launch/quickstart_table.py "$coconut" "$no_cot"
+python -m coconut_ds report "$coconut" "$no_cot"

@@ -1,6 +1,5 @@
 """The quickstart's files fit each other: shell that parses, a fair comparison, a true table."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ import yaml
 
 from coconut_ds.config import load_experiment
 from coconut_ds.curriculum import final_stage, stage_at
-from launch.quickstart_table import table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "quickstart"
@@ -90,38 +88,3 @@ def test_the_script_ends_in_a_table_and_goes_on_where_it_was(tmp_path: Path):
     assert tables[0] == tables[1]
     assert len(re.findall(r"validation, stage \d: .* \d+\.\d %", tables[0])) == 4
     assert re.search(r"test: .* \d+\.\d % +\d+\.\d %", tables[0])
-
-
-def write_metrics(folder: Path, records: list[dict[str, object]]) -> Path:
-    folder.mkdir()
-    lines = [json.dumps({"time": 0.0, **record}) for record in records]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
-def test_the_table_shows_the_last_epoch_of_every_stage_and_the_test(tmp_path: Path):
-    ours = write_metrics(
-        tmp_path / "ours",
-        [
-            {"kind": "valid", "epoch": 0, "stage": 0, "accuracy": 0.5},
-            {"kind": "train", "epoch": 1, "stage": 0, "loss": 1.0},
-            {"kind": "valid", "epoch": 1, "stage": 0, "accuracy": 0.75},
-            {"kind": "valid", "epoch": 2, "stage": 1, "accuracy": 0.625},
-            {"kind": "test", "epoch": 2, "stage": 1, "accuracy": 0.995},
-        ],
-    )
-    theirs = write_metrics(
-        tmp_path / "theirs",
-        [
-            {"kind": "valid", "epoch": 2, "stage": 0, "accuracy": 0.2},
-            {"kind": "test", "epoch": 2, "stage": 0, "accuracy": 0.104},
-        ],
-    )
-    cells = [re.split(r"\s{2,}", line) for line in table(ours, theirs).splitlines()]
-    assert cells[:4] == [
-        ["accuracy", "Coconut", "no CoT"],
-        ["validation, stage 0: all steps as text", "75.0 %"],
-        ["validation, stage 1: 1 step in a latent", "62.5 %"],
-        ["test: 1 step in a latent", "99.5 %", "10.4 %"],
-    ]
-    assert str(ours) in cells[4][0] and str(theirs) in cells[4][0]

@@ -14,7 +14,7 @@ PLACES = {
     "between forward and backward": (f"{ENGINE}.backward", 20, "before", "checkpoint_1_step_0000002"),
     "before the optimizer step": ("torch.optim:AdamW.step", 9, "before", "checkpoint_1_step_0000002"),
     "after the optimizer step": ("torch.optim:AdamW.step", 9, "after", "checkpoint_1_step_0000002"),
-    "evaluation": ("coconut_ds.model.coconut:Coconut.generate", 3, "before", "checkpoint_1_step_0000002"),
+    "evaluation": ("coconut_ds.model.coconut:Coconut.generate", 1, "before", "checkpoint_0_step_0000004"),
     "saving: random state": (f"{PROTOCOL}:save_random_state", 2, "after", "checkpoint_0_step_0000004"),
     "saving: shards": (f"{ENGINE}.save_shards", 2, "after", "checkpoint_0_step_0000004"),
     "saving: hashing": (f"{PROTOCOL}:settle_files", 2, "before", "checkpoint_0_step_0000004"),

@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Start ranks under the deepspeed launcher so that a signal to this script reaches them; for train.sh, eval.sh and
 # multinode.sh, which source it and call
 #

@@ -23,7 +23,7 @@ def test_every_script_parses_and_stops_at_the_first_error(script: Path):
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
     text = script.read_text(encoding="utf-8")
     assert text.startswith("#!/usr/bin/env bash\n")
-    assert any(word in text for word in ("set -euo pipefail", "setup.sh", "exec "))
+    assert any(word in text for word in ("set -euo pipefail", "setup.sh", "ranks.sh", "exec "))
 
 
 def test_ci_runs_the_test_command():

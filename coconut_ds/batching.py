@@ -156,6 +156,12 @@ class Layout:
     def rows_per_step(self) -> int:
         return self.rows * self.accumulation * self.world_size
 
+    @classmethod
+    def of(cls, experiment: Experiment, world_size: int, rank: int) -> "Layout":
+        """The layout that an experiment trains with."""
+        accumulation = experiment.gradient_accumulation_steps
+        return cls(experiment.batch_size_training, accumulation, world_size, rank)
+
     def num_steps(self, num_problems: int) -> int:
         """Optimizer steps an epoch takes; the last may be smaller."""
         return -(-num_problems // self.rows_per_step)

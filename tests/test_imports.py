@@ -20,7 +20,7 @@ ROWS = (
     ("engine",),
     ("checkpoint",),
     ("evaluate", "build", "memory"),
-    ("train",),
+    ("trainer", "train"),
     ("commands", "__main__"),
 )
 Arrows = Mapping[str, Mapping[str, str]]  # room -> the rooms it imports, and where

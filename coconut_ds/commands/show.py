@@ -67,9 +67,7 @@ def _batch_lines(
     world_size = gpus or (budget.gpus if budget else 2)
     if ds_config is not None:
         ds_config.resolve(experiment, world_size)  # a disagreement between the two files shows here
-    layout = Layout(
-        experiment.batch_size_training, experiment.gradient_accumulation_steps, world_size, rank=0
-    )
+    layout = Layout.of(experiment, world_size, rank=0)
     yield (
         f"{layout.rows} rows per GPU x {layout.accumulation} accumulated x {world_size} GPUs "
         f"= {layout.rows_per_step} rows per optimizer step"

@@ -9,9 +9,10 @@ With `only_eval: true` in CONFIG it evaluates `load_model_path` on `val_path`, a
 import argparse
 
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
-from coconut_ds.train import Options, train
+from coconut_ds.train import train
 from coconut_ds.trained import find_trained
 from coconut_ds.trained.measure import Wanted, measure
+from coconut_ds.trainer import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

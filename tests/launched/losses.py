@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from coconut_ds.batching import training_steps
+from coconut_ds.batching import Layout, training_steps
 from coconut_ds.build import load_material
 from coconut_ds.config import validate_experiment
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.engine import finish_distributed, start_distributed
-from coconut_ds.train import layout_of, start_engine
+from coconut_ds.train import start_engine
 
 
 def losses_of(case, ranks):
@@ -29,7 +29,7 @@ def losses_of(case, ranks):
     engine.train()
     losses = []
     epoch = case.get("epoch", 0)
-    layout = layout_of(experiment, ranks)
+    layout = Layout.of(experiment, ranks.world_size, ranks.rank)
     while len(losses) < case["steps"]:
         for micro_batches in training_steps(material.train, epoch, experiment, material.vocabulary, layout):
             shares = [engine.backward(engine.loss(batch.to(engine.device))) for batch in micro_batches]

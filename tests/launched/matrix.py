@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from coconut_ds.batching import training_steps
+from coconut_ds.batching import Layout, training_steps
 from coconut_ds.build import load_material
 from coconut_ds.config import validate_experiment
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.engine import finish_distributed, start_distributed
 from coconut_ds.lora import trainable_parameters
-from coconut_ds.train import layout_of, start_engine
+from coconut_ds.train import start_engine
 
 STEPS, MORE_STEPS = 5, 2
 
@@ -41,7 +41,11 @@ def run_case(case, ranks, folder):
     ds_config = load_ds_config(case["ds_config"])
     material = load_material(experiment)
     steps = training_steps(
-        material.train, case["epoch"], experiment, material.vocabulary, layout_of(experiment, ranks)
+        material.train,
+        case["epoch"],
+        experiment,
+        material.vocabulary,
+        Layout.of(experiment, ranks.world_size, ranks.rank),
     )
     micro_batches = next(steps)
     engine = start_engine(experiment, ds_config, material, ranks)

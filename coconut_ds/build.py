@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from transformers import PreTrainedModel
 
 from coconut_ds.checkpoint import find_adapter, load_foreign_weights, load_thought_weights
 from coconut_ds.config import Experiment
@@ -106,9 +106,9 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
 def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
     """Write the model for other programs: a Hugging Face or PEFT folder, with tokenizer and thought."""
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(module.base, PeftModel):
-        save_adapter(module, folder)
-    else:
+    if isinstance(module.base, PreTrainedModel):
         module.base.save_pretrained(folder)
         save_thought(module.thought.state_dict(), folder)
+    else:
+        save_adapter(module, folder)
     vocabulary.tokenizer.save_pretrained(folder)

@@ -7,11 +7,13 @@ multiplies by the number of ranks (DeepSpeed averages over them) and divides by 
 """
 
 import gc
+import importlib
+import math
 import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
-from transformers import get_scheduler
 
 from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
@@ -94,9 +95,39 @@ class Schedule:
     warmup_steps: int
     total_steps: int
 
-    def build(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        name = "constant_with_warmup" if self.name == "constant" else self.name
-        return get_scheduler(name, optimizer, self.warmup_steps, self.total_steps)
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at an optimizer step."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        match self.name:
+            case "constant":
+                return 1.0
+            case "linear":
+                return max(0.0, 1 - progress)
+            case "cosine":
+                return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+        raise ValueError(self.name)
+
+    def build(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """Transformers has the same three, and takes PEFT and accelerate along."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step))
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch.compile, whose decorators would load all of Inductor: a second.
+
+    `initialize` imports it to ask whether our AdamW is one.  No ds_config can name Muon: nothing gets slower.
+    Source: deepspeed/runtime/zero/utils.py, `is_zero_supported_optimizer`.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    original = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = original
 
 
 class Engine(Collectives):
@@ -117,6 +148,7 @@ class Engine(Collectives):
         self.ranks = ranks
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**ds_config, "managed_gradient_accumulation": False}
+        _import_muon_uncompiled()
         self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
             model=module,
             model_parameters=[dict(group) for group in parameter_groups],

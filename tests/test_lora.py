@@ -25,6 +25,7 @@ from coconut_ds.batching import Batch
 from coconut_ds.config import validate_experiment
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.lora.marker_rows import MarkerRows
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
@@ -154,7 +155,7 @@ def test_marker_rows_equal_the_slow_way_of_peft(family):
     train(fast, steps=2)
     slow = copy.deepcopy(fast)
     for module in slow.modules():
-        if type(module) is lora.MarkerRows:
+        if type(module) is MarkerRows:
             module.__class__ = TrainableTokensLayer
     losses = [model(batch()) for model in (fast, slow)]
     for loss in losses:

@@ -6,8 +6,6 @@ Knows: the lines of metrics.jsonl.  Does not know: thoughts, models, the loop.
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from coconut_ds.runs import METRICS
 
 PICTURE = "window_weights.png"
@@ -18,6 +16,8 @@ def draw_window_weights(folder: str | Path) -> Path | None:
 
     A later line of the same epoch replaces an earlier one (a resumed run).  Stage switches are dotted.
     """
+    from matplotlib.figure import Figure  # half a second that most runs need not wait for
+
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines() if line]
     found = {line["epoch"]: line for line in lines if line["kind"] == "valid" and "window_weights" in line}

@@ -21,11 +21,9 @@ from coconut_ds.lora.files import (
     save_adapter,
     save_thought,
 )
-from coconut_ds.lora.marker_rows import MarkerRows
 
 __all__ = [
     "THOUGHT_FILE",
-    "MarkerRows",
     "Origin",
     "add_adapters",
     "assert_tied",

@@ -9,19 +9,19 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coconut_ds.config import Experiment
 from coconut_ds.errors import ConfigError
-from coconut_ds.lora.marker_rows import MarkerRows
 from coconut_ds.model.coconut import Coconut
+
+if TYPE_CHECKING:  # a run without adapters does not wait for PEFT
+    from peft import PeftModel
 
 # The layers that the published LoRA runs adapt on GPT-2, and the same places in the Llama and Qwen families.
 GPT2_TARGETS = ("c_attn", "c_proj")
@@ -56,12 +56,17 @@ def fingerprint(base: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_adapters(base: PreTrainedModel, experiment: Experiment, marker_ids: Sequence[int]) -> PeftModel:
+def add_adapters(base: PreTrainedModel, experiment: Experiment, marker_ids: Sequence[int]) -> "PeftModel":
     """Freeze `base`, add adapters and make the marker rows trainable; `base` has its final weights already.
 
     The embedding must have the marker rows.  Raises ConfigError where no layer has a name of
     `lora_target_modules`.
     """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    from coconut_ds.lora.marker_rows import MarkerRows
+
     origin = Origin.of(base, experiment)
     targets = experiment.lora_target_modules or default_target_modules(base)
     config = LoraConfig(
@@ -98,7 +103,8 @@ def default_target_modules(base: PreTrainedModel) -> tuple[str, ...]:
 
 def assert_tied(model: nn.Module) -> None:
     """Input embedding and head are one tensor where the model's configuration says so."""
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    outer: Any = model
+    causal_lm = outer if isinstance(outer, PreTrainedModel) else outer.get_base_model()
     if not getattr(causal_lm.config, "tie_word_embeddings", False):
         return
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
@@ -145,7 +151,7 @@ def merge(model: Coconut) -> PreTrainedModel:
 
     The given model stays as it is; a fully tuned one is given back itself.  The thought is not part of it.
     """
-    if not isinstance(model.base, PeftModel):
+    if isinstance(model.base, PreTrainedModel):
         return model.base
     merged = copy.deepcopy(model.base).merge_and_unload(safe_merge=True)
     assert_tied(merged)

@@ -13,16 +13,20 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from coconut_ds.errors import CheckpointError
 from coconut_ds.lora.adapters import Origin, assert_tied
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts.learnable_window import LearnableWindow
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 THOUGHT_FILE = "thought.safetensors"
 ORIGIN_FILE = "base.json"
@@ -131,10 +135,15 @@ def origin_of(base: nn.Module) -> Origin:
 
 
 def _install_adapter(
-    base: nn.Module, folder: Path, origin: Origin | None = None, has_marker_rows: bool = True
+    base: "PreTrainedModel | PeftModel",
+    folder: Path,
+    origin: Origin | None = None,
+    has_marker_rows: bool = True,
 ) -> None:
-    if not isinstance(base, PeftModel):
+    if isinstance(base, PreTrainedModel):
         raise CheckpointError(f"{folder} holds a LoRA adapter, and this model has none: set 'tuning: lora'")
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
     _need(folder / "adapter_config.json")
     _compare_settings(base, folder / "adapter_config.json")
     if origin is not None:
@@ -158,7 +167,7 @@ def _need(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist: is {path.parent} the folder of a LoRA adapter?")
 
 
-def _compare_settings(base: PeftModel, path: Path) -> None:
+def _compare_settings(base: "PeftModel", path: Path) -> None:
     """The settings that change what the same adapter tensors compute; their shapes cannot tell."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     own = base.peft_config["default"]

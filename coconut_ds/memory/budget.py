@@ -27,14 +27,19 @@ from coconut_ds.memory.plan import MIB, Plan
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.worst import longest_tokenized
 
+# A plan below this share of the card is given no changes that would make it smaller.
+AMPLE = 0.5
+
 
 def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Plan:
-    """Plan a run that is about to start, with the changes that would help."""
+    """Plan a run that is about to start, with the changes that would help if memory may become short."""
     valid = list(material.valid.tokenized)
     planner = Planner.from_material(
         experiment, longest_tokenized(material.train) or valid, valid, material.vocabulary, ranks.device.type
     )
     plan = planner.plan(experiment, ds_config, ranks.world_size)
+    if plan.budget is not None and plan.fits and plan.gpu_bytes < AMPLE * plan.budget.gpu_memory_mib * MIB:
+        return plan  # each change would be planned, and the start would wait for it
     return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
 
 

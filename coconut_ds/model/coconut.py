@@ -12,11 +12,10 @@ Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -26,6 +25,9 @@ from coconut_ds.ds_config import LatentMemory
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.techniques import Techniques
 from coconut_ds.thoughts import History, Thought
+
+if TYPE_CHECKING:  # a run without adapters does not wait for PEFT
+    from peft import PeftModel
 
 # Rows are copied out of the cache when no more than this share of them is still answering.
 WORTH_DROPPING = 0.75
@@ -38,7 +40,7 @@ class Coconut(nn.Module):
     """
 
     def __init__(
-        self, base: PreTrainedModel | PeftModel, thought: Thought, latent_memory: LatentMemory
+        self, base: "PreTrainedModel | PeftModel", thought: Thought, latent_memory: LatentMemory
     ) -> None:
         super().__init__()
         self.base = base
@@ -48,9 +50,9 @@ class Coconut(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model, adapters inside it."""
-        return cast(
-            PreTrainedModel, self.base.get_base_model() if isinstance(self.base, PeftModel) else self.base
-        )
+        if isinstance(self.base, PreTrainedModel):
+            return self.base
+        return cast(PreTrainedModel, self.base.get_base_model())
 
     @property
     def embedding(self) -> nn.Module:

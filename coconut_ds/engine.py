@@ -32,9 +32,11 @@ from torch import Tensor
 
 from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
-from coconut_ds.errors import ConfigError
+from coconut_ds.errors import ConfigError, Diverged
 from coconut_ds.model.coconut import Coconut
 
+# What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
+SCALER_AT_MINIMUM = "loss scale already at minimum"
 # Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -199,7 +201,15 @@ class Engine(Collectives):
     def step(self) -> bool:
         """Reduce, clip, update; false when fp16 overflowed and the update was skipped."""
         self._forget_powers_of_beta()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if SCALER_AT_MINIMUM not in str(error):
+                raise
+            raise Diverged(
+                "the fp16 loss scale is at its minimum and gradients still overflow: there are values that fp16 "
+                "cannot hold; train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
+            ) from error
         return bool(self._engine.was_step_applied())
 
     def _forget_powers_of_beta(self) -> None:

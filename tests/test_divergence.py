@@ -36,3 +36,17 @@ def test_an_overflow_is_not_the_end_but_many_in_a_row_are(tmp_path: Path, batch:
         guard.check(1, 1.0, applied, [batch], [1.0])
     with pytest.raises(Diverged, match="3 steps in a row"):
         guard.check(9, 1.0, False, [batch], [1.0])
+
+
+def test_a_loss_scale_at_its_minimum_is_a_divergence(monkeypatch):
+    from coconut_ds.engine import SCALER_AT_MINIMUM, Engine
+
+    class Overflowing:
+        def step(self):
+            raise Exception(f"Current {SCALER_AT_MINIMUM} - cannot decrease scale anymore. Exiting run.")
+
+    engine = Engine.__new__(Engine)
+    engine._engine = Overflowing()
+    monkeypatch.setattr(Engine, "_forget_powers_of_beta", lambda self: None)
+    with pytest.raises(Diverged, match="train in fp32"):
+        engine.step()

@@ -207,8 +207,8 @@ class Engine(Collectives):
             if SCALER_AT_MINIMUM not in str(error):
                 raise
             raise Diverged(
-                "the fp16 loss scale is at its minimum and gradients still overflow: there are values that fp16 "
-                "cannot hold; train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
+                "the fp16 loss scale is at its minimum and gradients still overflow: fp16 cannot hold some "
+                "values; train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
             ) from error
         return bool(self._engine.was_step_applied())
 

@@ -1,6 +1,6 @@
 """How far the planned activation peak is from the measured one: every case in one process, on the CPU.
 
-    python -m benchmarks.plan_accuracy [--llama] [--tuning lora]
+    python -m benchmarks.plan_accuracy [--llama] [--tuning lora]      one JSON line a case, then a table
 
 Measured are the CPU allocator's own events (torch.profiler), so memory that an operator takes and gives
 back inside counts too; planned is the trace of the same model without storage.  Gradients are dropped on
@@ -12,9 +12,10 @@ Knows: phantoms and real models of random weights.  Does not know: ZeRO.
 import argparse
 import copy
 import itertools
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,20 +193,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--llama", action="store_true", help="the 4-layer Llama instead of GPT-2 124M")
     parser.add_argument("--tuning", choices=("full", "lora"), help="these cases alone")
+    parser.add_argument("--rows", type=int, nargs="+", help="these batch sizes instead of 2 and 6")
     args = parser.parse_args()
     rows = []
     for name, config, counts in model_configs(args.llama):
-        for case in cases(name, counts):
+        for case in cases(name, tuple(args.rows or counts)):
             if args.tuning not in (None, case.tuning):
                 continue
             started = time.perf_counter()
             row = compare(case, config)
             rows.append(row)
-            print(
-                f"{row.case}: planned {row.planned / MB:.1f} MB, measured {row.measured / MB:.1f} MB, "
-                f"{100 * row.error:+.1f} %, {time.perf_counter() - started:.1f} s",
-                flush=True,
-            )
+            numbers = {"planned_bytes": row.planned, "measured_bytes": row.measured, "error": row.error}
+            took = round(time.perf_counter() - started, 1)
+            print(json.dumps({**asdict(case), **numbers, "took_seconds": took}), flush=True)
     print(table(rows))
 
 

@@ -34,6 +34,7 @@ from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
 from coconut_ds.errors import ConfigError, Diverged
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.processor import answer_cpuinfo
 
 # What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
 SCALER_AT_MINIMUM = "loss scale already at minimum"
@@ -69,6 +70,7 @@ def start_distributed(precision: str = "fp32") -> Ranks:
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))
     elif precision == "fp16":
         raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config in fp32, or zero2_offload_bf16.json")
+    answer_cpuinfo()
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

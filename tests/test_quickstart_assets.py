@@ -82,7 +82,7 @@ def test_the_script_ends_in_a_table_and_goes_on_where_it_was(tmp_path: Path):
     command += [word for override in overrides for word in ("--set", override)]
     tables = []
     for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         tables.append(done.stdout[done.stdout.index("== 4/4") :])
     assert tables[0] == tables[1]

@@ -38,6 +38,11 @@ def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
         base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_cannot_load("a causal language model", model_id, error)) from error
+    if "gguf_file" in extra:
+        # The weights are plain fp32 now; what still calls them quantized would refuse to save them.
+        base.hf_quantizer = None
+        base.is_quantized = False
+        vars(base.config).pop("quantization_config", None)
     add_markers(base, vocabulary)
     return base
 

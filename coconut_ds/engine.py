@@ -7,13 +7,12 @@ multiplies by the number of ranks (DeepSpeed averages over them) and divides by 
 """
 
 import gc
-import importlib
 import math
 import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
 from coconut_ds.errors import ConfigError, Diverged
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.processor import answer_cpuinfo
 
 # What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
 SCALER_AT_MINIMUM = "loss scale already at minimum"
@@ -70,7 +68,6 @@ def start_distributed(precision: str = "fp32") -> Ranks:
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))
     elif precision == "fp16":
         raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config in fp32, or zero2_offload_bf16.json")
-    answer_cpuinfo()
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -118,22 +115,6 @@ class Schedule:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step))
 
 
-def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon without torch.compile, whose decorators would load all of Inductor: a second.
-
-    `initialize` imports it to ask whether our AdamW is one.  No ds_config can name Muon: nothing gets slower.
-    Source: deepspeed/runtime/zero/utils.py, `is_zero_supported_optimizer`.
-    """
-    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
-    original = compiler.compile
-    compiler.compile = lambda *_, **__: lambda function: function
-    try:
-        with suppress(ImportError):
-            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = original
-
-
 class Engine(Collectives):
     """A Coconut model under DeepSpeed."""
 
@@ -152,7 +133,6 @@ class Engine(Collectives):
         self.ranks = ranks
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**ds_config, "managed_gradient_accumulation": False}
-        _import_muon_uncompiled()
         self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
             model=module,
             model_parameters=[dict(group) for group in parameter_groups],

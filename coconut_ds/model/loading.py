@@ -35,7 +35,7 @@ def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
     """The causal LM in fp32 on the CPU, its vocabulary grown by the markers.  Raises ConfigError."""
     where, extra = locate_model(model_id)
     try:
-        base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
+        base: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_cannot_load("a causal language model", model_id, error)) from error
     if "gguf_file" in extra:

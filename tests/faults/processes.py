@@ -163,7 +163,7 @@ class WarmRun:
     def output(self) -> str:
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait(self, timeout: float = 300) -> Ended:
+    def wait(self, timeout: float = 150) -> Ended:
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))

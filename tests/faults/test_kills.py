@@ -20,7 +20,7 @@ PLACES = {
     "saving: hashing": (f"{PROTOCOL}:settle_files", 2, "before", "checkpoint_0_step_0000004"),
 }
 ON_THE_MAIN_RANK = {
-    "saving: model": ("coconut_ds.train:write_model", 2, "before", "checkpoint_0_step_0000004"),
+    "saving: model": ("coconut_ds.trainer:write_model", 2, "before", "checkpoint_0_step_0000004"),
     "saving: manifest": (f"{PROTOCOL}:Manifest.write", 2, "before", "checkpoint_0_step_0000004"),
     "saving: before the rename": (
         f"{FOLDERS}:CheckpointFolders.publish",

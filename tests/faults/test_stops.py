@@ -34,7 +34,7 @@ def check_stopped_and_resumed(bench: Bench, reference: Numbers, ended: Ended, re
         (signal_at("self", "USR1", rank=1), "received SIGUSR1"),
         (signal_at("self", "TERM", rank=0, at=GENERATE, call=1), "received SIGTERM"),
         (signal_at("self", "USR1", rank=1, at=GENERATE, call=4), "received SIGUSR1"),
-        (signal_at("self", "TERM", rank=0, at="coconut_ds.train:write_model", call=1), "received SIGTERM"),
+        (signal_at("self", "TERM", rank=0, at="coconut_ds.trainer:write_model", call=1), "received SIGTERM"),
         (signal_at("self", "TERM", rank=0, call=STEPS_PER_EPOCH), "received SIGTERM"),
     ],
     ids=[

@@ -87,7 +87,7 @@ def rank_main() -> None:
     sys.exit(program.main())
 
 
-def start_once(data: Path, out: Path, ranks: int) -> dict[str, dict[str, float]]:
+def start_once(data: Path, out: Path, ranks: int, port: int | None = None) -> dict[str, dict[str, float]]:
     """Seconds and CPU seconds of every phase of one start."""
     overrides = {
         "model_id": data / "gpt2",
@@ -97,7 +97,7 @@ def start_once(data: Path, out: Path, ranks: int) -> dict[str, dict[str, float]]
     }
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [
-        launcher, "--num_gpus", ranks, "--master_port", random.randint(20000, 40000), "--log_level", "error",
+        launcher, "--num_gpus", ranks, "--master_port", port or random.randint(20000, 40000), "--log_level", "error",
         "--module", "benchmarks.startup", "train", "configs/quickstart/coconut.yaml",
         "--deepspeed_config", "ds_configs/zero2_offload.json",
         *(word for key, value in overrides.items() for word in ("--set", f"{key}={value}")),

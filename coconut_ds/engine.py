@@ -36,6 +36,7 @@ from coconut_ds.model.coconut import Coconut
 
 # What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
 SCALER_AT_MINIMUM = "loss scale already at minimum"
+SHARED_MEMORY = Path("/dev/shm")
 # Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -70,7 +71,20 @@ def start_distributed(precision: str = "fp32") -> Ranks:
         raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config in fp32, or zero2_offload_bf16.json")
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
+    if device.type == "cpu":
+        _unname_shared_memory(dist.get_rank())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _unname_shared_memory(rank: int) -> None:
+    """Let the 69 MB of DeepSpeed's all-reduce on the CPU end with the processes that use them.  Collective.
+
+    DeepSpeed never removes the name, so every start would take so much of the memory until the next reboot.
+    Source: deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`; its ranks have opened it when it returns.
+    """
+    dist.barrier()
+    owner = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    SHARED_MEMORY.joinpath(f"deepspeed_allreduce_buffer_{os.getuid()}_{owner}_{rank}").unlink(missing_ok=True)
 
 
 def _check_precision(precision: str, capability: tuple[int, int]) -> None:

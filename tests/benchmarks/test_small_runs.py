@@ -1,6 +1,8 @@
 """The other benchmarks run small and print what the documents are made of; collectors read run folders."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +121,10 @@ def test_variants_run_and_are_not_run_twice(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_start_is_split_into_its_phases(arithmetic, tmp_path):
-    found = startup.start_once(arithmetic, tmp_path / "start.json", ranks=2)
+    port = random.randint(20000, 40000)
+    found = startup.start_once(arithmetic, tmp_path / "start.json", ranks=2, port=port)
     assert set(found["seconds"]) == set(startup.ORDER)
     assert all(seconds >= 0 for seconds in found["seconds"].values())
     assert found["cpu_seconds"]["imports"] > 0.5
+    left = [path.name for path in Path("/dev/shm").glob(f"*_{port}_*")]
+    assert not left, "shared memory that stays after its processes"

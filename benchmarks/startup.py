@@ -97,7 +97,8 @@ def start_once(data: Path, out: Path, ranks: int, port: int | None = None) -> di
     }
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [
-        launcher, "--num_gpus", ranks, "--master_port", port or random.randint(20000, 40000), "--log_level", "error",
+        launcher, "--num_gpus", ranks, "--master_port", port or random.randint(20000, 40000),
+        "--log_level", "error",
         "--module", "benchmarks.startup", "train", "configs/quickstart/coconut.yaml",
         "--deepspeed_config", "ds_configs/zero2_offload.json",
         *(word for key, value in overrides.items() for word in ("--set", f"{key}={value}")),

@@ -27,6 +27,7 @@ def entries(journal, part):
     return {entry["case"]: entry for entry in gpu.read_journal(journal) if entry["part"] == part}
 
 
+@pytest.mark.slow
 def test_parts_a_to_c_dry(monkeypatch, tmp_path):
     in_this_process(monkeypatch)
     threads = torch.get_num_threads()

@@ -28,6 +28,7 @@ def test_scaling_prints_a_line_a_point_and_variant(capsys, monkeypatch):
     assert all(record["peak_bytes"] > 0 for record in records)
 
 
+@pytest.mark.slow
 def test_stage_switch_measures_every_size(capsys):
     stage_switch.main(["--items", "24", "40"])
     records = list(objects_in(capsys.readouterr().out))

@@ -1,12 +1,21 @@
 """What several tests need: a tiny task with its tokenizer and model, made once a session."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a test writes into the environment, a process group's address for instance, ends with the test."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

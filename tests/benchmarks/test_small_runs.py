@@ -2,14 +2,18 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import quickstart, scaling, stage_switch, startup, synthetic, variants
+from benchmarks import quickstart, scaling, startup, synthetic, variants
 from benchmarks.record import objects_in
 from coconut_ds.methods import Method
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +33,10 @@ def test_scaling_prints_a_line_a_point_and_variant(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_stage_switch_measures_every_size(capsys):
-    stage_switch.main(["--items", "24", "40"])
-    records = list(objects_in(capsys.readouterr().out))
+def test_stage_switch_measures_every_size():
+    command = [sys.executable, "-m", "benchmarks.stage_switch", "--items", "24", "40"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
+    records = list(objects_in(ended.stdout))
     assert [(record["items"], record["steps"]) for record in records] == [(24, 3), (40, 5)]
     assert all(record["switch_seconds"] > 0 for record in records)
 

@@ -4,7 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
-import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -58,7 +58,9 @@ def environment(faults: Faults = (), **extra: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    return str(random.randint(20000, 32000))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def under_launcher(arguments: Sequence[str], cwd: Path, faults: Faults = ()) -> Ended:

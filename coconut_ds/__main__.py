@@ -36,7 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawTextHelpFormatter,
         )
         if name == chosen:
-            module = importlib.import_module(f"coconut_ds.commands.{name}")
+            try:
+                module = importlib.import_module(f"coconut_ds.commands.{name}")
+            except ModuleNotFoundError as error:
+                if str(error.name).startswith(__package__):
+                    raise
+                print(
+                    f"error: {error.name} is not installed for {sys.executable}; "
+                    "`source launch/setup.sh` installs it and activates the environment",
+                    file=sys.stderr,
+                )
+                return UserError.exit_code
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)

@@ -50,6 +50,13 @@ def test_help_and_validate_do_not_wait_for_deepspeed():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
 
 
+def test_a_python_without_the_packages_is_told_where_they_are():
+    command = [sys.executable, "-S", "-m", "coconut_ds", "doctor"]  # -S: no site-packages
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "is not installed" in ended.stderr and "source launch/setup.sh" in ended.stderr
+
+
 def test_show_prints_settings_batches_stages_and_samples(experiment_file, capsys):
     assert (
         main(

@@ -17,6 +17,7 @@ VARIANTS = [
     for tuning in TUNINGS
     for ds_config in DS_CONFIGS
 ]
+BF16 = [f"{thought}-lora-zero2_offload_bf16" for thought in available_thoughts()]
 METHODS = [str(method) for method in Method]
 LAST_STAGE = 3
 
@@ -46,7 +47,7 @@ def method_case(name, experiment):
 def results(tiny_experiment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
     experiment = tiny_experiment | {"lr": 0.01, "uniform_prob": 0.0}
-    cases = [variant_case(name, experiment) for name in VARIANTS]
+    cases = [variant_case(name, experiment) for name in (*VARIANTS, *BF16)]
     cases += [method_case(name, experiment) for name in METHODS]
     (folder / "cases.json").write_text(json.dumps(cases))
     process = start("tests.launched.matrix", folder / "cases.json", folder / "out.json", ranks=2, timeout=540)
@@ -54,7 +55,7 @@ def results(tiny_experiment, tmp_path_factory):
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *METHODS])
+@pytest.mark.parametrize("name", [*VARIANTS, *BF16, *METHODS])
 def test_learns_one_batch_and_goes_on_from_a_checkpoint(results, name):
     losses = results[name]["losses"]
     assert all(math.isfinite(loss) for loss in losses)
@@ -65,7 +66,7 @@ def test_learns_one_batch_and_goes_on_from_a_checkpoint(results, name):
     assert resumed[1:] == pytest.approx(straight[1:], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "-lora-" in name])
+@pytest.mark.parametrize("name", [name for name in (*VARIANTS, *BF16) if "-lora-" in name])
 def test_lora_trains_and_saves_no_weight_of_the_base(results, name):
     trainable = results[name]["trainable"]
     assert trainable

@@ -156,7 +156,7 @@ def record_latents(model: Coconut, batch: Batch) -> Tensor:
     recorder = Recorder(model.thought)
     with _thought_of(model, recorder):
         model.hidden_states(batch)
-    return torch.stack(recorder.seen, dim=1)
+    return torch.stack(recorder.seen, dim=1) if recorder.seen else model.embedding(batch.input_ids_BT[:, :0])
 
 
 @contextmanager

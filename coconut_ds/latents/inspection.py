@@ -18,7 +18,6 @@ from torch import Tensor
 from coconut_ds.ablation import record_latents
 from coconut_ds.batching import Batch, collate
 from coconut_ds.curriculum import Sample, Stage, prompt_only, render
-from coconut_ds.errors import ConfigError
 from coconut_ds.latents.frontier import Frontier, frontiers, read_graph
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.problems import Problem
@@ -53,9 +52,9 @@ class Inspection:
     problem: Problem
     completion: str
     latents: tuple[LatentView, ...]
-    output: tuple[Guess, ...]  # the head on the hidden state of the last slot
+    output: tuple[Guess, ...]  # the head on the hidden state of the last slot, or of the prompt's last token
     embedding_norms: tuple[float, float, float]  # of all tokens: 5 %, median, 95 %
-    readers: tuple[str, ...]  # rows of `attention`: the latents, <end>, the answer's tokens
+    readers: tuple[str, ...]  # rows of `attention`: the latents (or the prompt's end), <end>, the answer
     spans: tuple[str, ...]  # its columns: parts of the question, the markers, the latents
     attention: tuple[tuple[float, ...], ...]  # mean over layers and heads; a row sums to at most 1
     attention_by_layer: tuple[tuple[tuple[float, ...], ...], ...]
@@ -70,13 +69,11 @@ class Inspection:
 
 @torch.no_grad()
 def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspection:
-    """Inspect one problem; its steps and answer may be empty.  Raises ConfigError without latents."""
+    """Inspect one problem; its steps and answer may be empty.
+
+    A model without latents has one state to look into: the one behind the question.
+    """
     model, vocabulary, trained = asked.model, asked.vocabulary, asked.trained
-    if trained.stage.num_latents == 0:
-        raise ConfigError(
-            f"{trained.name} has no latents at its stage ({trained.stage}): there is nothing to look into; "
-            "choose another --checkpoint, or give --latents N"
-        )
     prompts = prompts_by_latents(asked, problem)
     device = next(model.parameters()).device
     most = asked.max_new_tokens
@@ -89,7 +86,7 @@ def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspec
     hidden_TD, attention_LTT = _read_at_once(model, batch, latents_KD)
     first, count = batch.first_latent, full.num_latents
     names, columns = _spans(asked, full)
-    readers = [*range(first, first + count), *range(first + count, batch.shape[1])]
+    readers = range(first if count else first - 1, batch.shape[1])
     by_layer_LRS = torch.stack(
         [attention_LTT[:, readers][:, :, a:b].sum(-1) for a, b in columns], dim=-1
     ).float()
@@ -101,9 +98,11 @@ def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspec
         latents=_views(asked, hidden_TD[first - 1 : first - 1 + count], latents_KD, top),
         output=_guesses(asked, hidden_TD[first + count - 1], top),
         embedding_norms=_embedding_norms(model),
-        readers=(
-            *(f"latent {k + 1}" for k in range(count)),
-            *(vocabulary.spell([token]) for token in batch.input_ids_BT[0, first + count :].tolist()),
+        readers=tuple(
+            f"latent {column - first + 1}"
+            if first <= column < first + count
+            else vocabulary.spell([int(batch.input_ids_BT[0, column])])
+            for column in readers
         ),
         spans=tuple(names),
         attention=_nested(by_layer_LRS.mean(0)),
@@ -204,7 +203,8 @@ def _embedding_norms(model: Coconut) -> tuple[float, float, float]:
 def _spans(asked: CoconutForCausalLM, prompt: Sample) -> tuple[list[str], list[tuple[int, int]]]:
     """Names and [start, stop) columns of the question's parts, of <start>, and of every latent."""
     texts = [asked.vocabulary.spell([token]) for token in prompt.tokens]
-    question = prompt.first_latent - 1
+    has_markers = prompt.num_prompt > prompt.first_latent
+    question = prompt.first_latent - has_markers
     names: list[str] = []
     columns: list[tuple[int, int]] = []
     start = 0

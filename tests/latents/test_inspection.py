@@ -11,7 +11,6 @@ import torch
 from coconut_ds.__main__ import main
 from coconut_ds.ablation import record_latents
 from coconut_ds.batching import collate
-from coconut_ds.errors import ConfigError
 from coconut_ds.latents.frontier import Graph, frontiers, read_graph
 from coconut_ds.latents.inspection import first_tokens, inspect, prompts_by_latents
 from coconut_ds.latents.page import page, terminal, terminal_match
@@ -98,9 +97,18 @@ def test_attention_is_left_as_it_was(asked, problems):
     assert asked.model.causal_lm.config._attn_implementation == before != "eager"
 
 
-def test_without_latents_there_is_nothing_to_see(run, problems):
-    with pytest.raises(ConfigError, match="nothing to look into"):
-        inspect(CoconutForCausalLM.of(find_one(str(run), "checkpoint_1")), problems[0])
+def test_without_latents_the_state_behind_the_question_is_seen(run, problems):
+    shown = inspect(CoconutForCausalLM.of(find_one(str(run), "checkpoint_1")), problems[0])
+    assert shown.latents == () and len(shown.states()) == len(shown.in_words) == 1
+    assert shown.readers[0] == "<|start-latent|>" == shown.spans[-1]
+    assert "output" in terminal(shown) and "In words" in page("cot", [shown], None)
+
+
+def test_without_markers_the_last_token_of_the_question_is_the_state(tiny_experiment, problems, tmp_path):
+    asked = CoconutForCausalLM.from_pretrained(make_run(tiny_experiment, tmp_path, method="no_cot"))
+    shown = inspect(asked, problems[0])
+    assert shown.readers[0] == "\n" and shown.spans[-1] == "\u21b5"
+    assert sum(shown.attention[0]) == pytest.approx(1)
 
 
 def test_a_long_question_is_shown_by_sentence(asked):
@@ -193,7 +201,7 @@ def test_the_command(run, tiny_experiment, tmp_path, capsys):
     assert output.count("in words after so many latents") == 1 and "of 3 problems" in output
     assert page_file.read_text().startswith("<!doctype html>")
     assert len(json.loads(numbers.read_text())["problems"]) == 3
-    assert main(["inspect", str(run), "--question", "1+2+3+4=?", "--latents", "0"]) == 2
-    assert "nothing to look into" in capsys.readouterr().err
+    assert main(["inspect", str(run), "--question", "1+2+3+4=?", "--latents", "0"]) == 0
+    assert "output" in capsys.readouterr().out
     assert main(["inspect", str(run), "--question", "1", "--html", "/proc/none/x.html"]) == 2
     assert "cannot be written" in capsys.readouterr().err

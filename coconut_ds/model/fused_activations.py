@@ -1,4 +1,4 @@
-"""Activations and norms that keep their input for the backward and nothing else.
+"""Activations, norms and dropout that keep their input, or a mask, for the backward and nothing else.
 
 GPT-2's `gelu_new` is written in Python and keeps about six tensors of the MLP's width, a third of all
 activation bytes; torch's tanh GELU is the same function in one operation.  Llama's gate and RMS norm are such
@@ -82,6 +82,25 @@ class FusedLayerNorm(nn.LayerNorm):
         return _with_recipe(function(input, *parts), function, input, *parts)
 
 
+class FusedDropout(nn.Dropout):
+    """nn.Dropout that draws the same numbers and keeps a mask of bytes (torch's on the CPU: of floats).
+
+    Its recipe goes through its input's: an adapter behind an activation and a dropout keeps neither's output.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.inplace or not 0 < self.p < 1:
+            return super().forward(input)
+        output, mask = torch.native_dropout(input, self.p, True)
+        scale = 1 / (1 - self.p)
+        source = recipe_of(input) or Recipe(_itself, (input,))
+
+        def function(mask: Tensor, *inputs: Tensor) -> Tensor:
+            return (source.function(*inputs) * mask).mul_(scale)
+
+        return _with_recipe(output, function, mask, *source.inputs)
+
+
 class FusedRmsNorm(LlamaRMSNorm):
     """weight * x / sqrt(mean(x^2) + eps), normalised in fp32."""
 
@@ -101,9 +120,14 @@ class FusedGatedMlp(LlamaMLP):
 
 FUSED: dict[type, type] = {
     nn.LayerNorm: FusedLayerNorm,
+    nn.Dropout: FusedDropout,
     **{norm: FusedRmsNorm for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)},
     **{mlp: FusedGatedMlp for mlp in (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)},
 }
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _scale_of(x: Tensor, eps: float) -> Tensor:

@@ -51,7 +51,7 @@ def _loss_through_module(
     """For heads that are more than a matrix (adapters, trainable rows, ZeRO-3): call the module."""
 
     def loss_of(hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden_ND).float(), target_ids_N, reduction="sum")
+        return _LogitsLoss.apply(head(hidden_ND).float(), target_ids_N)
 
     chunks = list(zip(hidden_ND.split(chunk_tokens), target_ids_N.split(chunk_tokens), strict=True))
     if len(chunks) == 1:
@@ -61,6 +61,22 @@ def _loss_through_module(
         for hidden, ids in chunks
     ]
     return torch.stack(losses).sum()
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """sum over n of -log softmax(logits)[target]; the logits become the softmax and that the gradient."""
+
+    @staticmethod
+    def forward(ctx, logits_NV, target_ids_N):  # type: ignore[override]
+        target_logits = logits_NV.gather(1, target_ids_N[:, None])[:, 0]
+        norm_N = _softmax_(logits_NV)
+        ctx.save_for_backward(logits_NV, target_ids_N)
+        return (norm_N - target_logits).sum()
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[override]
+        softmax_NV, target_ids_N = ctx.saved_tensors
+        return _logit_gradient_(softmax_NV, target_ids_N, dloss), None
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -108,3 +108,12 @@ def test_logits_of_one_chunk_exist_at_a_time():
     with LiveBytes() as live:
         supervised_loss(hidden_ND, ids_N, head, 8, None).backward()
     assert live.peak < 3 * 8 * 5000 * 4
+
+
+def test_a_head_that_is_more_than_a_matrix_has_one_buffer_of_logits():
+    torch.manual_seed(0)
+    head, (_, hidden_ND, ids_N) = Scaled(16, 5000), make(vocabulary=5000, positions=64)
+    head.weight.requires_grad_(False)
+    with LiveBytes() as live:
+        supervised_loss(hidden_ND, ids_N, head, 64, None).backward()
+    assert live.peak < 2.2 * 64 * 5000 * 4  # Scaled makes a second one

@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import socket
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,9 @@ from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
 from coconut_ds.errors import ConfigError, Diverged
 from coconut_ds.model.coconut import Coconut
+
+# torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 # What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
 SCALER_AT_MINIMUM = "loss scale already at minimum"

@@ -14,13 +14,18 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="experiment YAML, for example configs/full/gsm_coconut.yaml"
     )
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser, of: str = "of the YAML") -> None:
+    """--set, into `overrides`."""
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override one key of the YAML; may be given several times",
+        help=f"override one setting {of}; may be given several times",
     )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from coconut_ds.ablation import parse_ablations
 from coconut_ds.ds_config import load_ds_config
-from coconut_ds.settings import add_ds_config_argument
+from coconut_ds.settings import add_ds_config_argument, add_overrides
 from coconut_ds.trained import ds_config_of, find_trained
 from coconut_ds.trained.measure import Wanted, measure
 
@@ -47,14 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablate", metavar="NAME,...", help="also with other latents; see above; or 'all'")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
     add_ds_config_argument(parser, required=False)
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one setting; may be given several times",
-    )
+    add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:

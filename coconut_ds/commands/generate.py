@@ -19,6 +19,7 @@ from typing import IO
 
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.problems import read_problems
+from coconut_ds.settings import add_overrides
 from coconut_ds.trained import find_one
 from coconut_ds.trained.pretrained import CoconutForCausalLM
 
@@ -37,14 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="questions at once (32)")
     parser.add_argument("--output", metavar="FILE", help="write JSON lines with question and answer to FILE")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one setting; may be given several times",
-    )
+    add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:

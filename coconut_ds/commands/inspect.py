@@ -21,6 +21,7 @@ from coconut_ds.latents.inspection import first_tokens, inspect
 from coconut_ds.latents.page import page, terminal, terminal_match
 from coconut_ds.latents.step_match import match_steps
 from coconut_ds.problems import Problem, read_problems
+from coconut_ds.settings import add_overrides
 from coconut_ds.trained import find_one
 from coconut_ds.trained.pretrained import CoconutForCausalLM
 
@@ -43,14 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html", metavar="FILE", help="write one page with pictures, nothing outside it needed"
     )
     parser.add_argument("--json", metavar="FILE", help="write all numbers of all problems")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one setting; may be given several times",
-    )
+    add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from coconut_ds.comparing.comparison import group_runs, paired_tests, stage_tabl
 from coconut_ds.comparing.run_records import read_run
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.schemas.parsing import read_yaml
+from coconut_ds.settings import add_overrides
 from coconut_ds.sweep import (
     FAILED,
     FINISHED,
@@ -42,14 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=V,V",
         help="values of one setting; may be given again",
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one setting of every run; may be given several times",
-    )
+    add_overrides(parser, "of every run")
     parser.add_argument(
         "--name", metavar="NAME", help="what the runs' names begin with (default: CONFIG's name)"
     )

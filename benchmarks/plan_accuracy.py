@@ -182,18 +182,18 @@ def table(rows: list[Comparison]) -> str:
 def model_configs(llama: bool) -> list[tuple[str, PretrainedConfig, tuple[int, ...]]]:
     """GPT-2 124M, and a Llama of four layers."""
     if not llama:
-        return [("gpt2", load_config(str(SHAPES / "gpt2")), (2, 6))]
+        return [("gpt2", load_config(str(SHAPES / "gpt2")), (2, 4))]
     config = with_layers(load_config(str(SHAPES / "llama-3.2-1b")), 4)
     # A small vocabulary: the 4 layers are the subject, and 128 k rows of random numbers take their time.
     config.vocab_size = 8000
-    return [("4-layer Llama", config, (2, 6))]
+    return [("4-layer Llama", config, (2, 4))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--llama", action="store_true", help="the 4-layer Llama instead of GPT-2 124M")
     parser.add_argument("--tuning", choices=("full", "lora"), help="these cases alone")
-    parser.add_argument("--rows", type=int, nargs="+", help="these batch sizes instead of 2 and 6")
+    parser.add_argument("--rows", type=int, nargs="+", help="these batch sizes instead of 2 and 4")
     args = parser.parse_args()
     rows = []
     for name, config, counts in model_configs(args.llama):

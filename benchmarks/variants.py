@@ -42,8 +42,10 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """CoT first: LoRA starts from it."""
-    methods = sorted(Method, key=lambda method: method is not Method.COT)
-    yield from (Variant(f"method {m.value}", (f"method={m.value}",)) for m in methods)
+    for method in sorted(Method, key=lambda method: method is not Method.COT):
+        # Token by token, as in its own paper; by whole steps it would be no_thoughts over again.
+        extra = ("icot_tokens_per_epoch=1",) if method is Method.ICOT else ()
+        yield Variant(f"method {method.value}", (f"method={method.value}", *extra))
     for thought in thought_names():
         if thought not in (NO_TEXT, "last_hidden"):
             yield Variant(f"thought {thought}, full", ("method=coconut", f"thought={thought}"))

@@ -48,7 +48,10 @@ class Recorder(Protocol):
 
 
 class CpuRecorder:
-    """The CPU allocator, through torch.profiler."""
+    """The CPU allocator, through torch.profiler.
+
+    It misses what a thread of gloo is the last to let go of: a gradient that was sent may seem to stay.
+    """
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)

@@ -12,9 +12,11 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -121,11 +123,11 @@ class Warm:
     """Ranks without a launcher, forked from a server that has imported DeepSpeed: a start takes no time."""
 
     def __init__(self) -> None:
-        os.environ.update(
-            {name: value for name, value in environment().items() if name not in ("FAULTS", TOKEN)}
-        )
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
+        variables = {name: value for name, value in environment().items() if name not in ("FAULTS", TOKEN)}
+        with patch.dict(os.environ, variables):
+            forkserver.ensure_running()
 
     def start(
         self,

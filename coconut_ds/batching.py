@@ -179,9 +179,9 @@ def training_steps(
     experiment: Experiment,
     vocabulary: Vocabulary,
     layout: Layout,
-    first_step: int = 0,
+    first_sample: int = 0,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's micro-batches of every optimizer step of an epoch, from `first_step` on.
+    """Yield this rank's micro-batches of every optimizer step of an epoch, from `first_sample` on.
 
     Every rank gets the same number of micro-batches. Each problem is used exactly once: where the last step
     has too few, rows without labels fill it up. Latent columns are the maximum over all ranks' rows and the
@@ -194,7 +194,7 @@ def training_steps(
         stage = mixed_stage(len(problem.steps), epoch, index, experiment)
         return render(problem, stage, experiment, vocabulary, index)
 
-    for start in range(first_step * layout.rows_per_step, len(order), layout.rows_per_step):
+    for start in range(first_sample, len(order), layout.rows_per_step):
         samples = [draw(index) for index in order[start : start + layout.rows_per_step]]
         denominator = sum(len(sample.tokens) - sample.num_prompt for sample in samples)
         yield [

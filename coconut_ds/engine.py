@@ -6,6 +6,7 @@ divided by the supervised tokens of the whole optimizer step, over all ranks and
 multiplies by the number of ranks (DeepSpeed averages over them) and divides by nothing else.
 """
 
+import argparse
 import gc
 import math
 import os
@@ -13,7 +14,7 @@ import socket
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
-from coconut_ds.errors import ConfigError, Diverged
+from coconut_ds.errors import CheckpointError, ConfigError, Diverged
 from coconut_ds.model.coconut import Coconut
 
 # torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
@@ -163,6 +165,20 @@ class Engine(Collectives):
             for group in self._base_optimizer.param_groups
         ]
         self._own_clipping = getattr(self._optimizer, "clip_grad", None)
+        if getattr(self._optimizer, "round_robin_gradients", False):
+            self._link_in_round_robin_order()
+
+    def _link_in_round_robin_order(self) -> None:
+        """Have DeepSpeed note where each weight lies in the flat partitions: `convert_shards` needs it.
+
+        It counts in the model's order, though `round_robin_gradients` laid the weights out in another.
+        Source: deepspeed/runtime/zero/stage_1_and_2.py, `_link_all_hp_params`.
+        """
+        optimizer = self._optimizer
+        model_order, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
+        optimizer._link_all_hp_params()
+        optimizer._param_slice_mappings = optimizer._create_param_mapping()
+        optimizer.bit16_groups = model_order
 
     @property
     def module(self) -> Coconut:
@@ -272,6 +288,74 @@ class Engine(Collectives):
             raise ConfigError(f"{folder}: DeepSpeed found no checkpoint here")
         self._keep_own_settings()
         return client_state
+
+    def convert_shards(self, folder: Path, target: Path) -> None:
+        """Write what `save_shards` wrote into `target` in a form that any number of ranks can load.
+
+        For one rank alone.  Source: deepspeed/checkpoint/ds_to_universal.py.
+        """
+        arguments = argparse.Namespace(
+            input_folder=str(folder),
+            output_folder=str(target),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            ds_to_universal.main(arguments)
+
+    def load_converted_shards(self, folder: Path) -> dict[str, Any]:
+        """Read what `convert_shards` wrote; gives the client_state of `save_shards` back. Collective.
+
+        Raises CheckpointError, on every rank, when a weight or buffer is not what was saved, and when a
+        parameter group is so small that a rank has no part of it, which DeepSpeed cannot load.
+        """
+        groups = [] if self.zero_stage == 3 else self._optimizer.bit16_groups
+        if self.any_over_ranks(any(all(p._hp_mapping is None for p in group) for group in groups)):
+            raise CheckpointError(
+                f"a parameter group has no part for one of {self.world_size} ranks, which DeepSpeed cannot "
+                "load; go on with fewer ranks"
+            )
+        (first_file, *_) = sorted(folder.glob("*mp_rank_00_model_states.pt"))
+        saved = torch.load(first_file, map_location="cpu", weights_only=False)
+        # DeepSpeed's universal load brings master weights and moments, but no buffer.
+        self._engine.load_module_state_dict(saved, strict=not self.excludes_frozen)
+        config = self._engine._config
+        config.load_universal_checkpoint = True
+        try:
+            client_state = self.load_shards(folder)
+        finally:
+            config.load_universal_checkpoint = False
+        different = self.gather(self._different_from(saved["module"], folder))
+        if any(different):
+            names = ", ".join(sorted({name for rank in different for name in rank})[:5])
+            raise CheckpointError(
+                f"{folder} does not give back what was saved: {names}; go on with as many ranks as before, "
+                "or give the run a new 'name' and this checkpoint as 'load_model_path'"
+            )
+        return client_state
+
+    def _different_from(self, saved: Mapping[str, Tensor], folder: Path) -> list[str]:
+        """Names of weights and buffers that this rank's module has otherwise than `saved`.
+
+        Frozen weights and what never is saved are not in it.  ZeRO-3 saves no whole weight: there the
+        converted one is compared.
+        """
+        different = []
+        with self.full_weights() as module:
+            for name, value in (*module.named_parameters(), *module.named_buffers()):
+                if name not in saved:
+                    if value.requires_grad:
+                        different.append(name)
+                    continue
+                expected = saved[name]
+                if expected.numel() != value.numel():
+                    expected = torch.load(folder / "zero" / name / "fp32.pt", weights_only=False)
+                if not torch.equal(value.cpu().flatten(), expected.flatten().to(value.dtype)):
+                    different.append(name)
+        return different
 
     def _keep_own_settings(self) -> None:
         """Undo what a load takes from the checkpoint though the settings own it: rate, decay, clipping.

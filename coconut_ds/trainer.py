@@ -102,6 +102,7 @@ class Trainer:
     def resume(self) -> None:
         if self.experiment.debug:
             return
+        self.watchdog.beat("loading a checkpoint", patience=10)
         state = self.checkpoints.load(self.options.checkpoint, allow=self.options.allow)
         if state is not None:
             self.state = state
@@ -121,11 +122,11 @@ class Trainer:
     def train_epoch(self, epoch: int) -> None:
         """The steps of one epoch, from where the state stands."""
         stage = stage_at(epoch, self.experiment)
-        first = self.state.step_in_epoch
+        first, done = self.state.step_in_epoch, self.state.samples_in_epoch
         steps = training_steps(
-            self.material.train, epoch, self.experiment, self.material.vocabulary, self.layout, first
+            self.material.train, epoch, self.experiment, self.material.vocabulary, self.layout, done
         )
-        total = self.layout.num_steps(len(self.material.train))
+        total = first + self.layout.num_steps(len(self.material.train) - done)
         self.engine.train()  # transformers load a model in evaluation mode
         self.peak.start()
         with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:

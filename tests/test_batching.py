@@ -77,7 +77,7 @@ def test_from_padded_finds_what_collate_knew():
     assert torch.equal(found.target_positions_N, made.target_positions_N)
 
 
-def run_epoch(count, rows, accumulation, world_size, first_step=0, **changes):
+def run_epoch(count, rows, accumulation, world_size, first_sample=0, **changes):
     settings = experiment(**changes)
     return [
         list(
@@ -87,7 +87,7 @@ def run_epoch(count, rows, accumulation, world_size, first_step=0, **changes):
                 settings,
                 VOCABULARY,
                 Layout(rows, accumulation, world_size, rank),
-                first_step,
+                first_sample,
             )
         )
         for rank in range(world_size)
@@ -121,8 +121,14 @@ def test_steps_hold_the_same_problems_for_any_layout():
 
 
 def test_an_epoch_resumes_at_any_step():
-    (whole,), (rest,) = run_epoch(23, 2, 2, 1), run_epoch(23, 2, 2, 1, first_step=3)
+    (whole,), (rest,) = run_epoch(23, 2, 2, 1), run_epoch(23, 2, 2, 1, first_sample=12)
     assert [b.indices for step in whole[3:] for b in step] == [b.indices for step in rest for b in step]
+
+
+def test_an_epoch_resumes_with_other_ranks_and_rows():
+    begun, rest = run_epoch(23, 2, 2, 1)[0][:3], run_epoch(23, 1, 1, 3, first_sample=12)
+    used = [i for steps in (begun, *rest) for step in steps for batch in step for i in batch.indices]
+    assert sorted(i for i in used if i >= 0) == list(range(23))
 
 
 def test_order_depends_on_seed_and_epoch():

@@ -7,8 +7,9 @@ Knows: which setting means what for a resume.  Does not know: checkpoint folders
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ IMPOSSIBLE_EXPERIMENT = {
     "lora_target_modules": SHAPES,
     "lora_use_dora": SHAPES,
 }
+# With the number of ranks they make the rows of an optimizer step; when that number changes, so may they.
+ROWS_EXPERIMENT = ("batch_size_training", "gradient_accumulation_steps")
 # In the DeepSpeed JSON too, but compared as settings of the YAML.
 OWNED_BY_YAML = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -133,9 +136,7 @@ def refuse_changes(
     """One line a difference that is let through; raises CheckpointError that lists all when one is not."""
     changes = classify_changes(manifest.settings, current)
     if manifest.world_size != world_size:
-        changes.insert(
-            0, Change("world_size", manifest.world_size, world_size, Severity.IMPOSSIBLE, "one shard a rank")
-        )
+        changes = _with_other_ranks(changes, manifest, current, world_size)
     refused = [
         change
         for change in changes
@@ -155,6 +156,27 @@ def refuse_changes(
         lines = "".join(f"\n  {change}" for change in changes)
         raise CheckpointError(f"the checkpoint was made with other settings:{lines}\n{advice}")
     return [f"differs from the checkpoint: {change}" for change in changes]
+
+
+def _with_other_ranks(
+    changes: list[Change], manifest: Manifest, current: Mapping[str, Any], world_size: int
+) -> list[Change]:
+    """Changes for another number of ranks, where rows and micro-batches count only by their product."""
+    why = "the shards are divided anew, last digits differ"
+    found = [Change("world_size", manifest.world_size, world_size, Severity.NEEDS_ALLOW, why)]
+    old = _rows_per_step(manifest.settings, manifest.world_size)
+    new = _rows_per_step(current, world_size)
+    if old != new:
+        why = f"changes what is learned; {' x '.join(ROWS_EXPERIMENT)} x ranks would keep it"
+        found.append(Change("rows_per_step", old, new, Severity.NEEDS_ALLOW, why))
+    return found + [
+        replace(change, severity=Severity.HARMLESS, why="") if change.key in ROWS_EXPERIMENT else change
+        for change in changes
+    ]
+
+
+def _rows_per_step(settings: Mapping[str, Any], world_size: int) -> int:
+    return math.prod((settings["experiment"].get(key, 1) for key in ROWS_EXPERIMENT), start=world_size)
 
 
 def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:

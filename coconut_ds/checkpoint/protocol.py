@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Shards(Protocol):
-    """What a checkpoint needs of the engine; every method is called on every rank."""
+    """What a checkpoint needs of the engine; every method but one is called on every rank."""
 
     @property
     def rank(self) -> int: ...
@@ -42,6 +42,8 @@ class Shards(Protocol):
     def broadcast_object(self, value: Any, /) -> Any: ...
     def save_shards(self, folder: Path, client_state: dict[str, Any], /) -> None: ...
     def load_shards(self, folder: Path, /) -> dict[str, Any]: ...
+    def load_converted_shards(self, folder: Path, /) -> dict[str, Any]: ...
+    def convert_shards(self, folder: Path, target: Path, /) -> None: ...  # on the main rank alone
 
 
 class Checkpoints:
@@ -117,7 +119,10 @@ class Checkpoints:
             return None
         name, manifest = chosen
         folder = self.run_folder / name
-        client_state = self.engine.load_shards(folder / "engine")
+        if manifest.world_size == self.engine.world_size:
+            client_state = self.engine.load_shards(folder / "engine")
+        else:
+            client_state = self._load_for_other_ranks(folder / "engine")
         if client_state.get("step_of_run") != manifest.state.global_step:
             raise CheckpointError(f"{folder}: its shards are of another step than its manifest")
         random_file = self._random_file(folder)
@@ -129,6 +134,34 @@ class Checkpoints:
                 f"resumed from {folder}: {manifest.state.epoch} epochs, step {manifest.state.global_step}"
             )
         return manifest.state
+
+    def _load_for_other_ranks(self, shards: Path) -> dict[str, Any]:
+        """Load the shards of another number of ranks, by way of a form that fits any; it is removed again."""
+        draft = self.run_folder / f"{DRAFT}universal-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
+        converted = draft / "universal"
+        self._on_main(lambda: self._convert(shards, converted))
+        client_state = self.engine.load_converted_shards(converted)
+        self.engine.barrier()
+        if self.engine.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+        return client_state
+
+    def _convert(self, shards: Path, converted: Path) -> None:
+        # DeepSpeed writes every tensor once in pieces and once whole.
+        needed = 2 * sum(path.stat().st_size for path in shards.iterdir())
+        free = shutil.disk_usage(self.run_folder).free
+        if free < needed + SPARE_BYTES:
+            raise CheckpointError(
+                f"{self.run_folder}: dividing {shards} anew needs {needed / 2**20:.0f} MiB for a while, "
+                f"{free / 2**20:.0f} MiB are free; make room"
+            )
+        self._say(f"dividing {shards} anew, for world size {self.engine.world_size}")
+        converted.mkdir(parents=True)
+        try:
+            self.engine.convert_shards(shards, converted)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(converted.parent, ignore_errors=True)
+            raise CheckpointError(self._cannot_write(error)) from error
 
     def _choose(self, wanted: str | None, allow: Collection[str]) -> tuple[str, Manifest] | None:
         name = wanted or self.folders.latest()

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="a setting that may differ from the checkpoint's; may be given several times",
+        help="a setting that may differ from the checkpoint's (world_size: the number of ranks); "
+        "may be given several times",
     )
     parser.add_argument("--max-minutes", type=float, metavar="N", help="save and stop after N minutes")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """A rank without DeepSpeed: its shard is one tensor file, its collectives are torch.distributed's or none."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ class FakeShards:
     def __init__(self, weights: torch.Tensor, rank: int = 0, world_size: int = 1) -> None:
         self.weights, self.rank, self.world_size = weights, rank, world_size
         self.fails_in_save: Exception | None = None
+        self.converted = False  # whether the shards came through a conversion
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +47,16 @@ class FakeShards:
         content = torch.load(self._file(folder), weights_only=True)
         self.weights = content["weights"]
         return content["client_state"]
+
+    def convert_shards(self, folder: Path, target: Path) -> None:
+        if self.fails_in_save is not None:
+            raise self.fails_in_save
+        for file in folder.iterdir():
+            shutil.copy(file, target)
+
+    def load_converted_shards(self, folder: Path) -> dict[str, Any]:
+        self.converted = True
+        return self.load_shards(folder)
 
 
 def write_model(folder: Path) -> None:

@@ -115,3 +115,22 @@ def test_leave_does_not_help_what_is_impossible() -> None:
         refuse_changes(manifest, with_("experiment.method", "cot"), 2, ["method"])
     with pytest.raises(CheckpointError, match="world_size: 2 when saved, 1 now"):
         refuse_changes(manifest, SAVED, 1, [])
+
+
+def with_accumulation(number: int) -> dict[str, Any]:
+    return {**SAVED, "experiment": {**SAVED["experiment"], "gradient_accumulation_steps": number}}
+
+
+def test_other_ranks_with_the_same_rows_a_step_need_one_leave() -> None:
+    manifest = Manifest(TrainState(), with_accumulation(2), 2, False, {})
+    with pytest.raises(CheckpointError, match="new value: --allow world_size$"):
+        refuse_changes(manifest, with_accumulation(4), 1, [])
+    lines = refuse_changes(manifest, with_accumulation(4), 1, ["world_size"])
+    assert len(lines) == 2 and "gradient_accumulation_steps: 2 when saved, 4 now" in lines[1]
+
+
+def test_other_ranks_with_other_rows_a_step_change_what_is_learned() -> None:
+    manifest = Manifest(TrainState(), with_accumulation(2), 2, False, {})
+    with pytest.raises(CheckpointError, match="rows_per_step: 16 when saved, 8 now .*--allow rows_per_step"):
+        refuse_changes(manifest, with_accumulation(2), 1, ["world_size"])
+    assert len(refuse_changes(manifest, with_accumulation(2), 1, ["world_size", "rows_per_step"])) == 2

@@ -1,5 +1,6 @@
 """Saving and loading: what is whole counts; what is not is skipped or refused, with the reason."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -275,6 +276,36 @@ def test_settings_that_need_leave(bench: Bench) -> None:
         bench.fresh(settings=changed).load()
     assert bench.fresh(settings=changed).load(allow=["lr"]) is not None
     assert any("lr: 0.0001 when saved, 0.0003 now" in line for line in bench.said)
+
+
+def as_of_two_ranks(folder: Path) -> None:
+    dataclasses.replace(Manifest.read(folder), world_size=2).write(folder)
+
+
+def test_another_number_of_ranks_loads_through_a_conversion(bench: Bench) -> None:
+    bench.save(bench.fresh(), 1)
+    assert bench.fresh().load() is not None and not bench.engine.converted
+    as_of_two_ranks(bench.folder / "checkpoint_1")
+    with pytest.raises(CheckpointError, match="--allow world_size"):
+        bench.fresh().load()
+    state = bench.fresh().load(allow=["world_size", "rows_per_step"])
+    assert state is not None and state.epoch == 1
+    assert bench.engine.converted and bench.engine.weights.tolist() == [10.0] * 4
+    assert bench.names() == ["checkpoint_1"]
+
+
+def test_conversion_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.save(bench.fresh(), 1)
+    as_of_two_ranks(bench.folder / "checkpoint_1")
+    checkpoints = bench.fresh()
+    bench.engine.fails_in_save = RuntimeError("PytorchStreamWriter failed")
+    with pytest.raises(CheckpointError, match="PytorchStreamWriter failed"):
+        checkpoints.load(allow=["world_size", "rows_per_step"])
+    usage = shutil.disk_usage(bench.folder)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(CheckpointError, match="dividing .* anew needs .* make room"):
+        bench.fresh().load(allow=["world_size", "rows_per_step"])
+    assert bench.names() == ["checkpoint_1"]
 
 
 def test_manifest_with_a_path_that_leads_out(bench: Bench) -> None:

@@ -171,7 +171,7 @@ def test_another_zero_stage(broken: Bench) -> None:
 
 
 def test_another_number_of_ranks(broken: Bench) -> None:
-    assert_refused(broken.train(ranks=2), "world_size: 1 when saved, 2 now")
+    assert_refused(broken.train(ranks=2), "world_size: 1 when saved, 2 now", "--allow world_size")
 
 
 def test_two_runs_in_one_folder(bench: Bench) -> None:

@@ -66,7 +66,17 @@ class Coconut(nn.Module):
         """Sum of the token losses of `batch` over `batch.loss_denominator`: a scalar, fp32."""
         with self.techniques.training_forward() as cache:
             hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
-            return self.techniques.loss(hidden_BTD, batch, self.head) / batch.loss_denominator
+            loss = self.techniques.loss(hidden_BTD, batch, self.head) / batch.loss_denominator
+        return loss if batch.num_latents else loss + self._zero_of_thought(hidden_BTD, batch)
+
+    def _zero_of_thought(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        """0, with a gradient of zeros for a thought that no column asks for.
+
+        Without one DeepSpeed's optimizer offload steps with what an earlier micro-batch left on the host.
+        """
+        history = History()
+        history.append(hidden_BTD[:, :1].detach(), torch.ones_like(batch.attention_mask_BT[:, :1]))
+        return self.thought(history)[:0].sum()
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm of every column, hidden_BTD."""

@@ -21,7 +21,7 @@ MLP = {"thought": "mlp_projection", "thought_lr": 0.02}  # a second parameter gr
 CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "full, zero1": ("zero1", MLP),
     "lora, zero2": ("zero2", LORA | MLP),
-    "full, zero2_offload": ("zero2_offload", {}),
+    "full, zero2_offload": ("zero2_offload", MLP),
     "full, zero3_offload": ("zero3_offload", {}),
     "lora, zero3_offload": ("zero3_offload", LORA),
 }

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from coconut_ds.batching import Batch
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.thoughts import History, Thought, ThoughtSettings, build_thought
+from coconut_ds.thoughts import History, Thought, ThoughtSettings, available_thoughts, build_thought
 
 LATENT, LATENTS = 19, 6
 QUESTIONS = (5, 2)  # columns before the first latent, of the two rows
@@ -80,3 +80,22 @@ def test_one_wide_gives_plain_coconuts_loss_and_gradients_bit_for_bit(name):
         gradients.append([p.grad for p in model.base.parameters()])
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", available_thoughts())
+def test_without_latents_a_thought_has_a_gradient_of_zeros(name):
+    """And the loss is the same: a micro-batch of a stage without latents must not leave an old gradient."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=32, n_embd=D, n_layer=2, n_head=2)).eval()
+    model = Coconut(
+        base, build_thought(name, D, ThoughtSettings(2, "uniform", "sequence", (0.6, 0.4))), LatentMemory()
+    )
+    ids = torch.tensor([[0, 3, 4, 5], [1, 2, 6, 7]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    labels = ids.masked_fill(ids < 5, -100)
+    loss = model(Batch.from_padded(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels, LATENT))
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.thought.parameters())
+    logits = base(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

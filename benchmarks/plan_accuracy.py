@@ -184,8 +184,9 @@ def model_configs(llama: bool) -> list[tuple[str, PretrainedConfig, tuple[int, .
     if not llama:
         return [("gpt2", load_config(str(SHAPES / "gpt2")), (2, 4))]
     config = with_layers(load_config(str(SHAPES / "llama-3.2-1b")), 4)
-    # A small vocabulary: the 4 layers are the subject, and 128 k rows of random numbers take their time.
-    config.vocab_size = 8000
+    # A quarter of the width and a small vocabulary: the layers are the subject, not their time.
+    config.vocab_size, config.hidden_size, config.intermediate_size = 8000, 512, 2048
+    config.num_attention_heads, config.num_key_value_heads = 8, 2
     return [("4-layer Llama", config, (2, 4))]
 
 

@@ -138,7 +138,8 @@ def test_wandb_is_offline_without_an_account_and_goes_on_under_its_id(experiment
             ids.append(run.start_wandb(ids[0] if ids else None))
             run.log("train", step=1, loss=0.5)
     assert ids[0] is not None and ids[0] == ids[1]
-    assert len(list((run.folder / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
+    # One folder where both began in the same second.
+    assert len(list((run.folder / "wandb").glob(f"offline-run-*-{ids[0]}"))) in (1, 2)
 
 
 def test_wandb_that_does_not_start_is_a_warning(experiment: Experiment, monkeypatch) -> None:

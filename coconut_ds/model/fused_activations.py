@@ -94,9 +94,10 @@ class FusedDropout(nn.Dropout):
         output, mask = torch.native_dropout(input, self.p, True)
         scale = 1 / (1 - self.p)
         source = recipe_of(input) or Recipe(_itself, (input,))
+        make = source.function  # not `source`: its tensors would outlive a checkpointed layer
 
         def function(mask: Tensor, *inputs: Tensor) -> Tensor:
-            return (source.function(*inputs) * mask).mul_(scale)
+            return (make(*inputs) * mask).mul_(scale)
 
         return _with_recipe(output, function, mask, *source.inputs)
 

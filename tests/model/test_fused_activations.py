@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 
 from coconut_ds.memory.live_bytes import LiveBytes
 from coconut_ds.model.deferred_grads import install_deferral
-from coconut_ds.model.fused_activations import fuse_activations, recipe_of
+from coconut_ds.model.fused_activations import Recipe, fuse_activations, recipe_of
 from tests.model.cases import ARCHITECTURES, gpt2, make_model
 
 MODULES = {
@@ -61,6 +61,14 @@ def test_the_recipe_gives_the_output_bit_by_bit(name):
     recipe = recipe_of(output)
     assert torch.equal(recipe.function(*recipe.inputs), output)
     assert not any(x.requires_grad for x in recipe.inputs)
+
+
+def test_a_recipe_leaves_its_tensors_to_whoever_saves_them():
+    """A tensor inside the function would stay through a checkpointed layer's forward."""
+    fused = torch.nn.Sequential(NewGELUActivation(), torch.nn.Dropout(0.3))
+    fuse_activations(fused)
+    cells = recipe_of(fused(torch.randn(4, 4))).function.__closure__
+    assert not any(isinstance(cell.cell_contents, (torch.Tensor, Recipe)) for cell in cells)
 
 
 @pytest.mark.parametrize("p, training", [(0.3, False), (0.0, True), (1.0, True)])

@@ -28,7 +28,6 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
@@ -294,6 +293,8 @@ class Engine(Collectives):
 
         For one rank alone.  Source: deepspeed/checkpoint/ds_to_universal.py.
         """
+        from deepspeed.checkpoint import ds_to_universal  # a start does not need it
+
         arguments = argparse.Namespace(
             input_folder=str(folder),
             output_folder=str(target),

@@ -92,7 +92,7 @@ class Checkpoints:
         Raises CheckpointError when it could not be written; what was there before is untouched.
         """
         name = checkpoint_name(state.epoch, state.step_in_epoch)
-        draft = self.run_folder / f"{DRAFT}{name}-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
+        draft = self._new_draft(name)
         self._on_main(lambda: self._begin(draft))
         self._on_every_rank(draft, lambda: save_random_state(self._random_file(draft)))
         try:
@@ -135,9 +135,13 @@ class Checkpoints:
             )
         return manifest.state
 
+    def _new_draft(self, name: str) -> Path:
+        """A folder of the same name on every rank, which the next start sweeps away if it is left."""
+        return self.run_folder / f"{DRAFT}{name}-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
+
     def _load_for_other_ranks(self, shards: Path) -> dict[str, Any]:
         """Load the shards of another number of ranks, by way of a form that fits any; it is removed again."""
-        draft = self.run_folder / f"{DRAFT}universal-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
+        draft = self._new_draft("universal")
         converted = draft / "universal"
         self._on_main(lambda: self._convert(shards, converted))
         client_state = self.engine.load_converted_shards(converted)

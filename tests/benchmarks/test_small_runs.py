@@ -12,8 +12,7 @@ import torch
 from benchmarks import quickstart, scaling, startup, synthetic, variants
 from benchmarks.record import objects_in
 from coconut_ds.methods import Method
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import argparse
 import gc
 import math
 import os
-import socket
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
@@ -59,11 +59,8 @@ def start_distributed(precision: str = "fp32") -> Ranks:
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(get_free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():

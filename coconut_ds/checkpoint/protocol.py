@@ -153,12 +153,7 @@ class Checkpoints:
     def _convert(self, shards: Path, converted: Path) -> None:
         # DeepSpeed writes every tensor once in pieces and once whole.
         needed = 2 * sum(path.stat().st_size for path in shards.iterdir())
-        free = shutil.disk_usage(self.run_folder).free
-        if free < needed + SPARE_BYTES:
-            raise CheckpointError(
-                f"{self.run_folder}: dividing {shards} anew needs {needed / 2**20:.0f} MiB for a while, "
-                f"{free / 2**20:.0f} MiB are free; make room"
-            )
+        self._check_free_space(needed, f"dividing {shards} anew", "make room")
         self._say(f"dividing {shards} anew, for world size {self.engine.world_size}")
         converted.mkdir(parents=True)
         try:
@@ -184,14 +179,18 @@ class Checkpoints:
     def _begin(self, draft: Path) -> None:
         newest = self.folders.names()[-1:]
         needed = max(self.expected_bytes, *(self.folders.size_of(name) for name in newest), 0)
+        advice = f"make room, or lower 'keep_checkpoints'. {self._what_is_left()}"
+        self._check_free_space(needed, "a checkpoint", advice)
+        for part in ("engine", "model", "random", "records"):
+            (draft / part).mkdir(parents=True)
+
+    def _check_free_space(self, needed: int, what: str, advice: str) -> None:
         free = shutil.disk_usage(self.run_folder).free
         if free < needed + SPARE_BYTES:
             raise CheckpointError(
-                f"{self.run_folder}: a checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are "
-                f"free; make room, or lower 'keep_checkpoints'. {self._what_is_left()}"
+                f"{self.run_folder}: {what} needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
+                f"{advice}"
             )
-        for part in ("engine", "model", "random", "records"):
-            (draft / part).mkdir(parents=True)
 
     def _settle(self, draft: Path) -> None:
         """Share the files out over the ranks; each brings its part to the disk and hashes it."""

@@ -1,13 +1,13 @@
 """The other benchmarks run small and print what the documents are made of; collectors read run folders."""
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import quickstart, scaling, startup, synthetic, variants
 from benchmarks.record import objects_in
@@ -126,7 +126,7 @@ def test_variants_run_and_are_not_run_twice(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_start_is_split_into_its_phases(arithmetic, tmp_path):
-    port = random.randint(20000, 40000)
+    port = get_free_port()
     found = startup.start_once(arithmetic, tmp_path / "start.json", ranks=2, port=port)
     assert set(found["seconds"]) == set(startup.ORDER)
     assert all(seconds >= 0 for seconds in found["seconds"].values())

@@ -4,7 +4,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import psutil
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -59,15 +59,10 @@ def environment(faults: Faults = (), **extra: str) -> dict[str, str]:
     }
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def under_launcher(arguments: Sequence[str], cwd: Path, faults: Faults = ()) -> Ended:
     """`deepspeed --num_gpus 2 --module coconut_ds ARGUMENTS`."""
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "coconut_ds"]
+    port = str(get_free_port())
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "coconut_ds"]
     return run([*command, *arguments], cwd, environment(faults))
 
 
@@ -153,7 +148,8 @@ class WarmRun:
         self.started = time.monotonic()
         variables = environment(faults, **extra)
         if ranks > 1:
-            group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            port = str(get_free_port())
+            group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             variables = group | variables
         self.logs = [cwd / f"{variables[TOKEN]}_{rank}.log" for rank in range(ranks)]
         self.processes = []

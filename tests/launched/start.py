@@ -1,10 +1,11 @@
 """Start a module under the `deepspeed` launcher on the CPU, or alone, with a time limit."""
 
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
+
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -27,7 +28,7 @@ def start(module, *arguments, ranks=2, timeout=240, cwd=ROOT, **extra):
     if ranks == 1:
         command = [sys.executable, "-m", module]
     else:
-        port = str(random.randint(20000, 40000))
+        port = str(get_free_port())
         command = [str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--module", module]
     return subprocess.run(
         [*command, *map(str, arguments)],

@@ -8,12 +8,13 @@ multiplies by the number of ranks (DeepSpeed averages over them) and divides by 
 
 import argparse
 import gc
+import importlib
 import math
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ if not torch.cuda.is_available():
     # DeepSpeed compiles its operators with other flags when it finds the CPU by itself, and again in turns.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import cpuinfo
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import accelerator_name, installed_ops
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -104,6 +107,32 @@ def _check_precision(precision: str, capability: tuple[int, int]) -> None:
         )
 
 
+@contextmanager
+def _without_detours() -> Iterator[None]:
+    """Spare `deepspeed.initialize` two seconds whose results nobody uses.
+
+    It imports its Muon optimizer to know the type, whose decorators load all of torch's Inductor.  And its
+    CPU Adam has py-cpuinfo measure the processor, in a process of its own, to warn of fp16 weights on that
+    of one vendor; it goes on without an answer, which matters only where CPU Adam is still to be compiled.
+    """
+    switch = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    with suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    if before is None:
+        del os.environ[switch]
+    else:
+        os.environ[switch] = before
+    ask = cpuinfo.get_cpu_info
+    if installed_ops.get("cpu_adam") and accelerator_name == get_accelerator().device_name():
+        cpuinfo.get_cpu_info = dict
+    try:
+        yield
+    finally:
+        cpuinfo.get_cpu_info = ask
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate over the run: `name` is constant, linear or cosine, after a linear warm-up."""
@@ -149,12 +178,13 @@ class Engine(Collectives):
         self.ranks = ranks
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**ds_config, "managed_gradient_accumulation": False}
-        self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
-            model=module,
-            model_parameters=[dict(group) for group in parameter_groups],
-            config=config,
-            lr_scheduler=schedule.build if schedule is not None else None,
-        )
+        with _without_detours():
+            self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
+                model=module,
+                model_parameters=[dict(group) for group in parameter_groups],
+                config=config,
+                lr_scheduler=schedule.build if schedule is not None else None,
+            )
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._own_groups = [
             {key: value for key, value in group.items() if key != "params"}

@@ -104,6 +104,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_experiment, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_start_does_not_load_torchs_compiler(tiny_experiment, tmp_path):
+    settings = tiny_experiment | {"save_path": str(tmp_path), "num_epochs": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    train = ("train", tmp_path / "tiny.yaml", "--deepspeed_config", "ds_configs/zero2_offload.json")
+    process = start("coconut_ds", *train, ranks=1, PYTHONPROFILEIMPORTTIME="1")
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "deepspeed.runtime.zero.muon" in process.stderr
+    assert "torch._inductor.compile_fx" not in process.stderr
+
+
+@pytest.mark.slow
 def test_a_bad_file_ends_every_rank_with_one_message(tiny_experiment, tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(tiny_experiment | {"epoch_per_stage": 3}))
     process = start(

@@ -18,7 +18,7 @@ from coconut_ds.build import Material, write_model
 from coconut_ds.checkpoint import Checkpoints, TrainState, settings_to_compare
 from coconut_ds.comparing.window_picture import draw_window_weights
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import final_stage, is_stage_switch, stage_at, stage_number
+from coconut_ds.curriculum import Stage, final_stage, is_stage_switch, stage_at, stage_number
 from coconut_ds.divergence import LossGuard
 from coconut_ds.engine import Engine
 from coconut_ds.errors import StopRequested
@@ -204,7 +204,7 @@ class Trainer:
             self.run.log("ablation", step=self.state.global_step, epoch=epoch, ablation=name, **numbers)
             self.say(f"  {comparison}")
 
-    def evaluate(self, test_set: TestSet, stage, name: str, epoch: int) -> Evaluation:
+    def evaluate(self, test_set: TestSet, stage: Stage, name: str, epoch: int) -> Evaluation:
         """Measure, log, and say it in a line."""
         result = evaluate(
             self.engine,

@@ -64,7 +64,7 @@ class Coconut(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the token losses of `batch` over `batch.loss_denominator`: a scalar, fp32."""
-        with self.techniques.training_forward() as cache:
+        with self.techniques.training_forward(batch) as cache:
             hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
             loss = self.techniques.loss(hidden_BTD, batch, self.head) / batch.loss_denominator
         return loss if batch.num_latents else loss + self._zero_of_thought(hidden_BTD, batch)
@@ -80,11 +80,14 @@ class Coconut(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm of every column, hidden_BTD."""
-        with self.techniques.training_forward() as cache:
+        with self.techniques.training_forward(batch) as cache:
             return torch.cat(list(self._passes(batch, cache)), dim=1)
 
-    def _passes(self, batch: Batch, cache: Cache) -> Iterator[Tensor]:
-        """Yield the hidden states of each pass; `cache` holds the keys and values of all of them."""
+    def _passes(self, batch: Batch, cache: Cache | None) -> Iterator[Tensor]:
+        """Yield the hidden states of each pass; `cache` holds the keys and values of all of them.
+
+        Without latents there is one pass, which needs no cache.
+        """
         token_embeds_BTD = self.embedding(batch.input_ids_BT)
         columns = batch.shape[1]
         if batch.num_latents == 0:
@@ -104,14 +107,14 @@ class Coconut(nn.Module):
             start = column
         yield self._advance(embeds_BTD, batch, start, cache)
 
-    def _advance(self, embeds_BTD: Tensor, batch: Batch, start: int, cache: Cache) -> Tensor:
+    def _advance(self, embeds_BTD: Tensor, batch: Batch, start: int, cache: Cache | None) -> Tensor:
         """One pass of the backbone over the columns from `start` on."""
         stop = start + embeds_BTD.shape[1]
         return self._read(
             embeds_BTD, batch.attention_mask_BT[:, :stop], batch.position_ids_BT[:, start:stop], cache
         )
 
-    def _read(self, embeds_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
+    def _read(self, embeds_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
         return self.causal_lm.get_decoder()(
             inputs_embeds=embeds_BTD,
             attention_mask=mask_BT,

@@ -244,9 +244,10 @@ def _fold(x_BHSE: Tensor, kv_heads: int) -> Tensor:
 
 def _mask_rows(mask_B1ST: Tensor | None, query_BHSE: Tensor, kv_heads: int) -> Tensor | None:
     """The mask's rows as many times as there are query heads in a group, [B, 1, G*S, T]."""
-    if mask_B1ST is None:
-        return None
-    return mask_B1ST.repeat(1, 1, query_BHSE.shape[1] // kv_heads, 1)
+    groups = query_BHSE.shape[1] // kv_heads
+    if mask_B1ST is None or groups == 1:
+        return mask_B1ST
+    return mask_B1ST.repeat(1, 1, groups, 1)
 
 
 def _keep_rows(keep_BHST: Tensor | None, kv_heads: int) -> Tensor | None:

@@ -171,8 +171,9 @@ def segmented_attention(
         # No cache, or an empty one: the same as a first pass.
         key = Segments((), key, value, (), Records())
     elif query.untyped_storage().nbytes() > query.numel() * query.element_size():
-        # A view of the fused projection would keep all three of its parts.
-        query = query.contiguous()
+        # A view of the fused projection would keep all three of its parts.  The output gets the query's
+        # layout: with a column's heads side by side the layer behind need not copy it.
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ConfigError(
             f"latent_memory.segmented_cache: {type(module).__name__} changes its scores (soft capping or "

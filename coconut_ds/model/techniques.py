@@ -38,15 +38,18 @@ class Techniques:
             raise ConfigError(f'latent_memory.recompute: "none" or "layers", not {settings.recompute!r}')
 
     @contextmanager
-    def training_forward(self) -> Iterator[SegmentedCache | ConcatenatingCache]:
-        """All passes of one loss happen inside; gives the cache they share."""
+    def training_forward(self, batch: Batch) -> Iterator[SegmentedCache | ConcatenatingCache | None]:
+        """All passes of one loss happen inside; gives the cache they share, None to a single pass."""
         refuse_native_checkpointing(self.causal_lm)
-        cache = SegmentedCache() if self.settings.segmented_cache else ConcatenatingCache()
+        cache: SegmentedCache | ConcatenatingCache | None = None
+        if batch.num_latents:
+            cache = SegmentedCache() if self.settings.segmented_cache else ConcatenatingCache()
         try:
             with nullcontext() if self.deferral is None else self.deferral.forward():
                 yield cache
         finally:
-            cache.forget_graph()
+            if cache is not None:
+                cache.forget_graph()
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: nn.Module) -> Tensor:
         """Sum of the batch's token losses, fp32."""

@@ -12,6 +12,7 @@ Knows: settings, run folders, the launcher's command line.  Does not know: train
 import itertools
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -160,11 +161,9 @@ def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list
     arguments = ["train", point.config, "--deepspeed_config", point.ds_config, *settings]
     if num_gpus == 1:
         return [sys.executable, "-m", "coconut_ds", *arguments]
-    from torch.distributed.elastic.utils.distributed import get_free_port  # torch takes a second
-
     beside = Path(sys.executable).with_name("deepspeed")
     launcher = str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed"
-    port = port or get_free_port()
+    port = port or random.randint(20000, 32000)  # below what sockets get that ask for none
     ranks = ["--num_gpus", str(num_gpus), "--master_port", str(port)]
     return [launcher, *ranks, "--module", "coconut_ds", *arguments]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import quickstart, scaling, startup, synthetic, variants
 from benchmarks.record import objects_in
 from coconut_ds.methods import Method
 from tests.conftest import ROOT
+from tests.launched.start import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_variants_run_and_are_not_run_twice(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_start_is_split_into_its_phases(arithmetic, tmp_path):
-    port = get_free_port()
+    port = int(free_port())
     found = startup.start_once(arithmetic, tmp_path / "start.json", ranks=2, port=port)
     assert set(found["seconds"]) == set(startup.ORDER)
     assert all(seconds >= 0 for seconds in found["seconds"].values())

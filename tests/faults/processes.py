@@ -18,7 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import psutil
-from torch.distributed.elastic.utils.distributed import get_free_port
+
+from tests.launched.start import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -61,7 +62,7 @@ def environment(faults: Faults = (), **extra: str) -> dict[str, str]:
 
 def under_launcher(arguments: Sequence[str], cwd: Path, faults: Faults = ()) -> Ended:
     """`deepspeed --num_gpus 2 --module coconut_ds ARGUMENTS`."""
-    port = str(get_free_port())
+    port = free_port()
     command = ["deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "coconut_ds"]
     return run([*command, *arguments], cwd, environment(faults))
 
@@ -148,7 +149,7 @@ class WarmRun:
         self.started = time.monotonic()
         variables = environment(faults, **extra)
         if ranks > 1:
-            port = str(get_free_port())
+            port = free_port()
             group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             variables = group | variables
         self.logs = [cwd / f"{variables[TOKEN]}_{rank}.log" for rank in range(ranks)]

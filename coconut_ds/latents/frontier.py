@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from coconut_ds.batching import collate
+from coconut_ds.batching import collate, refuse_long_prompts
 from coconut_ds.curriculum import Sample
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.tokens import Vocabulary
@@ -133,6 +133,7 @@ def _probabilities(
         name = encode(f"{BEGINNING} {node}")[len(beginning) :]
         given = prompt.tokens + beginning
         samples.append(replace(prompt, index=row, tokens=given + name, num_prompt=len(given)))
+    refuse_long_prompts([len(sample.tokens) for sample in samples], model.num_positions, "candidate")
     batch = collate(samples, vocabulary.pad_id).to(next(model.parameters()).device)
     hidden_ND = model.hidden_states(batch).flatten(0, 1)[batch.target_positions_N]
     scores_NV = model.head(hidden_ND).float().log_softmax(-1)

@@ -80,7 +80,8 @@ def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspec
     together = collate(prompts, vocabulary.pad_id).to(device)
     answers = model.generate(together, most, vocabulary.eos_id)
     full = prompts[-1]
-    shown = tuple(answers[-1][:MOST_ANSWER_TOKENS])
+    free = None if model.num_positions is None else model.num_positions - len(full.tokens)
+    shown = tuple(answers[-1][:free][:MOST_ANSWER_TOKENS])
     batch = collate([replace(full, tokens=full.tokens + shown)], vocabulary.pad_id).to(device)
     latents_KD = record_latents(model, batch)[0]
     hidden_TD, attention_LTT = _read_at_once(model, batch, latents_KD)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from coconut_ds.batching import Batch
+from coconut_ds.batching import Batch, refuse_long_prompts
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.techniques import Techniques
@@ -53,6 +53,11 @@ class Coconut(nn.Module):
         if isinstance(self.base, PreTrainedModel):
             return self.base
         return cast(PreTrainedModel, self.base.get_base_model())
+
+    @property
+    def num_positions(self) -> int | None:
+        """Tokens and latents that one row can have; None where the model states no limit."""
+        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def embedding(self) -> nn.Module:
@@ -153,34 +158,42 @@ class Coconut(nn.Module):
     ) -> Iterator[dict[int, int]]:
         """Yield {row: token} for every token that the unfinished answers get; arguments as in `generate`.
 
-        An answer also ends where the model has no position left.
+        An answer also ends where its own row has no position left: other rows of the batch do not matter.
+        Raises DataError, before the first pass, for a prompt with more tokens than the model has positions.
         """
-        config, columns = self.causal_lm.config, batch.shape[1]
-        cache = AnswerCache(config.num_hidden_layers, columns + max_new_tokens)
+        limits, columns = self._limits(batch, max_new_tokens), batch.shape[1]
+        cache = AnswerCache(self.causal_lm.config.num_hidden_layers, columns + max_new_tokens)
         mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)
         last_B = (batch.attention_mask_BT * torch.arange(columns, device=mask_BT.device)).argmax(dim=1)
         all_B = torch.arange(len(last_B), device=mask_BT.device)
         hidden_BD = torch.cat(list(self._passes(batch, cache)), dim=1)[all_B, last_B]
         position_B = batch.position_ids_BT[all_B, last_B]
-        last_position = config.max_position_embeddings - 1
-        room = min(max_new_tokens, last_position - int(position_B.max()) + 1)
+        last_position_B = position_B + torch.tensor(limits, device=mask_BT.device) - 1
         rows, open_rows = all_B.tolist(), set(all_B.tolist())  # in the cache; not finished
         for step in range(1, max_new_tokens + 1):
             token_B = self.head(hidden_BD).argmax(dim=-1)
             tokens = dict(zip(rows, token_B.tolist(), strict=True))
             open_rows -= {row for row, token in tokens.items() if token == eos_id}
             yield {row: tokens[row] for row in rows if row in open_rows}
-            if step >= room:
-                open_rows.clear()
+            open_rows -= {row for row in open_rows if step == limits[row]}
             if step == max_new_tokens or agree(not open_rows):
                 return
             if 0 < len(open_rows) <= WORTH_DROPPING * len(rows):
                 kept = [place for place, row in enumerate(rows) if row in open_rows]
                 kept_B = torch.tensor(kept, device=mask_BT.device)
                 cache.keep(kept_B)
-                mask_BT, position_B, token_B = mask_BT[kept_B], position_B[kept_B], token_B[kept_B]
+                mask_BT, token_B = mask_BT[kept_B], token_B[kept_B]
+                position_B, last_position_B = position_B[kept_B], last_position_B[kept_B]
                 rows = [rows[place] for place in kept]
-            position_B = (position_B + 1).clamp(max=last_position)
+            position_B = torch.minimum(position_B + 1, last_position_B)  # a finished row may still be read
             columns += 1
             embeds_B1D = self.embedding(token_B[:, None])
             hidden_BD = self._read(embeds_B1D, mask_BT[:, :columns], position_B[:, None], cache)[:, -1]
+
+    def _limits(self, batch: Batch, max_new_tokens: int) -> list[int]:
+        """Tokens that each row may be answered with; the last one takes no position, as nothing reads it."""
+        lengths = batch.attention_mask_BT.sum(1).tolist()
+        refuse_long_prompts(lengths, self.num_positions, "row")
+        if self.num_positions is None:
+            return [max_new_tokens] * len(lengths)
+        return [min(max_new_tokens, self.num_positions - length + 1) for length in lengths]

@@ -14,8 +14,8 @@ from typing import Self
 
 import torch
 
-from coconut_ds.batching import Batch, collate
-from coconut_ds.curriculum import prompt_only, render
+from coconut_ds.batching import Batch, collate, refuse_long_prompts
+from coconut_ds.curriculum import Sample, prompt_only, render
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import max_new_tokens
 from coconut_ds.model.coconut import Coconut
@@ -71,8 +71,9 @@ class CoconutForCausalLM:
     ) -> list[str]:
         texts: list[str] = []
         most = self._limit(most)
-        for start in range(0, len(questions), batch_size):
-            batch = self.prompts(questions[start : start + batch_size], num_latents)
+        samples = self.samples(questions, num_latents)
+        for start in range(0, len(samples), batch_size):
+            batch = self._collated(samples[start : start + batch_size])
             texts += map(self.vocabulary.decode, self.model.generate(batch, most, self.vocabulary.eos_id))
         return texts
 
@@ -94,7 +95,11 @@ class CoconutForCausalLM:
             yield text[len(shown) :]
 
     def prompts(self, questions: Sequence[str], num_latents: int | None = None) -> Batch:
-        """The batch that asks these questions.  Raises ConfigError for a question that leaves no room."""
+        """The batch of these questions.  Raises DataError for a question that is longer than the model."""
+        return self._collated(self.samples(questions, num_latents))
+
+    def samples(self, questions: Sequence[str], num_latents: int | None = None) -> list[Sample]:
+        """The prompt of each question.  Raises DataError for a question that is longer than the model."""
         trained = self.trained.with_latents(num_latents)
         # Nobody knows how many steps a new question takes: it gets all the slots.
         experiment = replace(trained.experiment, pad_latent_to_max=True)
@@ -103,13 +108,11 @@ class CoconutForCausalLM:
             prompt_only(render(problem, trained.stage, experiment, self.vocabulary, index))
             for index, problem in enumerate(problems)
         ]
-        room = self.model.causal_lm.config.max_position_embeddings
-        longest = max(samples, key=lambda sample: len(sample.tokens))
-        if len(longest.tokens) >= room:
-            raise ConfigError(
-                f"question {longest.index + 1} takes {len(longest.tokens)} tokens with its latents, and the "
-                f"model has {room} positions: shorten it"
-            )
+        lengths = [len(sample.tokens) for sample in samples]
+        refuse_long_prompts(lengths, self.model.num_positions, "question")
+        return samples
+
+    def _collated(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples, self.vocabulary.pad_id).to(next(self.model.parameters()).device)
 
     def _limit(self, most: int | None) -> int:

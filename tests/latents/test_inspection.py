@@ -91,6 +91,15 @@ def test_in_words_is_what_the_model_says_with_fewer_latents(asked, problems):
     assert shown.completion == shown.in_words[-1]
 
 
+def test_a_question_that_fills_the_model_is_inspected(asked):
+    """Its answer has one token, and nothing reads that token: it would have no position."""
+    overhead = len(asked.samples(["1"])[0].tokens) - 1
+    question = "1" + "+" * (asked.model.num_positions - overhead - 1)
+    assert len(asked.samples([question])[0].tokens) == asked.model.num_positions
+    shown = inspect(asked, Problem(question, (), ""))
+    assert list(shown.in_words) == [asked.generate(question, k) for k in range(4)]
+
+
 def test_attention_is_left_as_it_was(asked, problems):
     before = asked.model.causal_lm.config._attn_implementation
     inspect(asked, problems[0])

@@ -1,9 +1,14 @@
 """Batched answers equal those of one prompt at a time, every token from the whole prefix and no cache."""
 
+import functools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coconut_ds.ds_config import LatentMemory
+from coconut_ds.errors import DataError
 from coconut_ds.model.answer_cache import AnswerCache
 from tests.model.cases import ARCHITECTURES, LATENT_ID, PLAIN, make_batch, make_coconut
 
@@ -95,8 +100,54 @@ def test_goes_on_while_other_ranks_do():
     assert len(asked) == 11
 
 
-def test_ends_where_positions_end():
-    model = make_coconut("gpt2", PLAIN).eval()
-    batch = make_batch(((50, 3, 1), (9, 3, 1)))
-    lengths = [len(answer) for answer in model.generate(batch, 40, eos_id=-1)]
-    assert lengths == [11, 11]  # 54 tokens of the longer prompt and 10 answered ones fill 64 positions
+POSITIONS = 16
+
+
+@functools.cache
+def short_model(architecture):
+    """A model with few positions, learned ones where it learns them."""
+    model = make_coconut(architecture, PLAIN).eval()
+    model.causal_lm.config.max_position_embeddings = POSITIONS
+    if architecture == "gpt2":
+        decoder = model.causal_lm.transformer
+        decoder.wpe = torch.nn.Embedding.from_pretrained(decoder.wpe.weight[:POSITIONS])
+    return model
+
+
+@st.composite
+def prompts_up_to_the_last_position(draw):
+    """(question, latents, <end>) of one to four prompts, many of them close to the model's length."""
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(2, POSITIONS) | st.integers(POSITIONS - 2, POSITIONS))
+        latents = draw(st.integers(0, min(3, length - 2)))
+        rows.append((length - latents - 1, latents, 1))
+    return tuple(rows)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@given(prompts_up_to_the_last_position(), st.integers(1, 12), st.none() | st.integers(0, 9), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_every_row_has_its_own_limit(architecture, prompts, max_new_tokens, ends_at, others_go_on):
+    """`ends_at`: the first answer's token that is the eos token; None: no answer ends early."""
+    model = short_model(architecture)
+    batch = make_batch(prompts)
+    limits = [min(max_new_tokens, POSITIONS - sum(row) + 1) for row in prompts]
+    expected = [
+        textbook(model, prompt_of(batch, row), prompts[row][1], limit, eos_id=-1)
+        for row, limit in enumerate(limits)
+    ]
+    assert [len(answer) for answer in expected] == limits
+    eos_id = -1 if ends_at is None else expected[0][ends_at % limits[0]]
+    expected = [answer[: answer.index(eos_id)] if eos_id in answer else answer for answer in expected]
+    agree = {"agree": lambda done: False} if others_go_on else {}
+    assert model.generate(batch, max_new_tokens, eos_id, **agree) == expected
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_prompt_longer_than_the_model_is_named_before_the_first_pass(architecture, monkeypatch):
+    model = short_model(architecture)
+    batch = make_batch(((5, 2, 1), (POSITIONS - 2, 2, 1)))
+    monkeypatch.setattr(model, "_passes", None)
+    with pytest.raises(DataError, match="row 2 takes 17 tokens with its latents, .* 16 positions"):
+        model.generate(batch, 4, eos_id=-1)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from coconut_ds.__main__ import main
-from coconut_ds.errors import ConfigError
+from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.trained.pretrained import CoconutForCausalLM
 from tests.run_folders import make_run
 
@@ -44,8 +44,8 @@ def test_the_number_of_latents_is_free(asked):
 
 def test_limits(asked):
     assert asked.max_new_tokens == 9
-    with pytest.raises(ConfigError, match="positions: shorten it"):
-        asked.generate("1+" * 80 + "1=?")
+    with pytest.raises(DataError, match="question 3 takes .* positions: shorten it"):
+        asked.generate(["1=?", "2=?", "1+" * 80 + "1=?"], batch_size=1)
     with pytest.raises(ConfigError, match="give 1 or more"):
         asked.generate("1=?", max_new_tokens=0)
 

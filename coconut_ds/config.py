@@ -10,7 +10,7 @@ Does not know: torch, DeepSpeed, or whether a data or model path exists.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 
 from coconut_ds.contradictions import contradictions
 from coconut_ds.errors import ConfigError
+from coconut_ds.files import run_folder_of
 from coconut_ds.methods import LATENT_VARIANTS, METHOD_BOOLEANS, Method, method_of
 from coconut_ds.schemas import defaults, did_you_mean, kinds, load_schema, violations
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
@@ -101,6 +102,18 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         values = _without_replaced(values, changes) | changes
         where += " with --set " + " ".join(overrides)
     return validate_experiment(values, where)
+
+
+def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """The settings of a received file: `allow_pickle` only where the reader's own command line says so."""
+    return replace(experiment, allow_pickle=bool(parse_overrides(overrides).get("allow_pickle", False)))
+
+
+def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment named on a command line; the YAML in a run folder is received, not the reader's word."""
+    experiment = load_experiment(path, overrides)
+    is_received = Path(path).name == "experiment.yaml" or run_folder_of(path) is not None
+    return without_permissions(experiment, overrides) if is_received else experiment
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from coconut_ds.batching import Batch
 from coconut_ds.errors import Diverged
+from coconut_ds.files import make_folder, replace_text
 
 FOLDER = "diverged"
 # fp16 starts at a loss scale of 2^16 and halves it after two overflows: 2 x 16 skips reach scale 1.
@@ -53,7 +54,7 @@ class LossGuard:
 
 def write_batches(file: Path, batches: Sequence[Batch], losses: Sequence[float]) -> None:
     """One JSON file: loss, problem numbers and token ids of every micro-batch."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     records = [
         {
             "loss": loss,
@@ -64,4 +65,4 @@ def write_batches(file: Path, batches: Sequence[Batch], losses: Sequence[float])
         }
         for batch, loss in zip(batches, losses, strict=True)
     ]
-    file.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    replace_text(file, json.dumps(records, indent=1))

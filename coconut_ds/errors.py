@@ -6,6 +6,11 @@ Knows: nothing of the rest.  The commands print such an error's text without a t
 from typing import ClassVar
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line of at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class UserError(ValueError):
     """Something the user can mend; the text says what, where, and what to do."""
 

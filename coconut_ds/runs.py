@@ -28,6 +28,7 @@ from typing import IO, Any, Self
 
 from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.errors import ConfigError
+from coconut_ds.files import make_folder, open_append, replace_text
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MOST_SAMPLES = 100  # rows of the table that wandb shows
@@ -43,7 +44,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError, naming the other process, when a run already writes to `folder`."""
-        self._file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  held until release()
+        self._file = open_append(folder / ".lock", "a+")  # held until release()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -66,7 +67,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115  held until close()
+        self._file: IO[bytes] = open_append(path)  # held until close()
         self._end_broken_line()
 
     def _end_broken_line(self) -> None:
@@ -206,6 +207,7 @@ class Run:
         try:
             import wandb
 
+            make_folder(self.folder / "wandb")
             self._wandb = wandb.init(
                 project=self.experiment.project,
                 name=self.experiment.name,
@@ -249,26 +251,6 @@ def run_folder(experiment: Experiment) -> Path:
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name + experiment.save_path:
         raise ConfigError(f"name: {name!r} must be the name of one folder, without '/' or '..'")
     return Path(experiment.save_path) / name
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one whole, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as writer:
-        writer.write(text)
-        writer.flush()
-        os.fsync(writer.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def library_versions() -> dict[str, str]:

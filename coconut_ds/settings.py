@@ -5,7 +5,7 @@ Knows: argparse, both files.  Does not know: what a command does with them.
 
 import argparse
 
-from coconut_ds.config import Experiment, load_experiment
+from coconut_ds.config import Experiment, load_named_experiment
 from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 
 
@@ -41,7 +41,7 @@ def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = Tru
 
 def read_experiment(args: argparse.Namespace) -> Experiment:
     """The experiment of a command line.  Raises ConfigError."""
-    return load_experiment(args.config, args.overrides)
+    return load_named_experiment(args.config, args.overrides)
 
 
 def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:

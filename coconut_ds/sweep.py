@@ -30,6 +30,7 @@ from coconut_ds.comparing.run_records import read_run
 from coconut_ds.config import Experiment, load_experiment, parse_overrides
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, StopRequested
+from coconut_ds.files import open_append
 from coconut_ds.methods import METHOD_BOOLEANS
 from coconut_ds.runs import run_folder
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
@@ -194,7 +195,7 @@ def _run(point: Point, num_gpus: int) -> Outcome:
     point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / LOG
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as ids, open(log, "a", encoding="utf-8") as writer:
+    with tempfile.TemporaryDirectory() as ids, open_append(log, "a") as writer:
         process = subprocess.Popen(
             launch_command(point, num_gpus),
             stdout=writer,

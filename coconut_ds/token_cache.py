@@ -28,6 +28,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from coconut_ds.errors import DataError
+from coconut_ds.files import open_append, read_json
 from coconut_ds.problems import Problem, each_problem
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, tokenize
 
@@ -76,12 +77,13 @@ def cached_tokens(
     """
     path, folder = Path(path), Path(folder)
     entry = folder / _key(path, vocabulary, limit)
-    if not _is_whole(entry):
+    size = _num_ids(vocabulary)
+    if not _is_complete(entry, size):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / ".lock").open("w") as lock:
+            with open_append(folder / ".lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_whole(entry):
+                if not _is_complete(entry, size):
                     _make(entry, path, vocabulary, limit)
         except OSError as error:
             raise DataError(
@@ -94,8 +96,10 @@ def cached_tokens(
 def cache_folder(path: str | Path) -> Path:
     """Where the tokens of a data file go: beside it, or in the user's cache where that cannot be written."""
     beside = Path(path).parent
-    if os.access(beside, os.W_OK):
-        return beside / "cache" / "tokens"
+    folder = beside / "cache" / "tokens"
+    # A link there may be somebody else's, and lead anywhere.
+    if os.access(beside, os.W_OK) and not folder.is_symlink() and not folder.parent.is_symlink():
+        return folder
     return Path.home() / ".cache" / "coconut_ds" / "tokens"
 
 
@@ -103,7 +107,7 @@ def _make(entry: Path, path: Path, vocabulary: Vocabulary, limit: int | None) ->
     working = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     try:
         _write(working, each_problem(path, limit), vocabulary)
-        _put_in_place(working, entry)
+        _put_in_place(working, entry, _num_ids(vocabulary))
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
@@ -127,7 +131,7 @@ def _key(path: Path, vocabulary: Vocabulary, limit: int | None) -> str:
 
 
 def _write(folder: Path, problems: Iterator[Problem], vocabulary: Vocabulary) -> None:
-    id_type = np.uint16 if len(vocabulary.tokenizer) <= 1 << 16 else np.uint32
+    id_type = _id_type(_num_ids(vocabulary))
     piece_ends, first_pieces = array("q"), array("q", [0])
     end = 0
     raw = folder / "tokens.raw"
@@ -151,27 +155,55 @@ def _write(folder: Path, problems: Iterator[Problem], vocabulary: Vocabulary) ->
     (folder / "cache.json").write_text(json.dumps({"problems": len(first_pieces) - 1, "sha256": digests}))
 
 
-def _put_in_place(working: Path, entry: Path) -> None:
+def _put_in_place(working: Path, entry: Path, num_ids: int) -> None:
     for file in working.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    if entry.exists() and not _is_whole(entry):
-        shutil.rmtree(entry, ignore_errors=True)
+    if os.path.lexists(entry) and not _is_complete(entry, num_ids):
+        if entry.is_symlink() or not entry.is_dir():
+            entry.unlink()
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
     try:
         os.rename(working, entry)
     except OSError:
-        if not _is_whole(entry):  # otherwise another process was first, with the same content
+        if not _is_complete(entry, num_ids):  # otherwise another process was first, with the same content
             raise
 
 
-def _is_whole(entry: Path) -> bool:
+def _is_complete(entry: Path, num_ids: int) -> bool:
+    """Whether the digests fit and the arrays describe problems; both, as a digest can be forged."""
     try:
-        expected = json.loads((entry / "cache.json").read_text())["sha256"]
-        return all(_digest(entry / f"{name}.npy") == expected[name] for name in _ARRAYS)
-    except (OSError, ValueError, KeyError, TypeError):
+        expected = read_json(entry / "cache.json", 1 << 16)["sha256"]
+        if any(_digest(entry / f"{name}.npy") != expected[name] for name in _ARRAYS):
+            return False
+        tokens, piece_ends, first_pieces = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return False
+    return (
+        tokens.ndim == piece_ends.ndim == first_pieces.ndim == 1
+        and tokens.dtype == _id_type(num_ids)
+        and piece_ends.dtype == first_pieces.dtype == np.int64
+        and len(piece_ends) > 0 < len(first_pieces)
+        and first_pieces[0] == 0
+        and first_pieces[-1] == len(piece_ends)
+        and bool((np.diff(first_pieces) >= 2).all())  # a question and an answer at least
+        and bool((np.diff(piece_ends, prepend=0) >= 0).all())
+        and piece_ends[-1] == len(tokens)
+        and (len(tokens) == 0 or int(tokens.max()) < num_ids)
+    )
+
+
+def _num_ids(vocabulary: Vocabulary) -> int:
+    """One more than the largest id; some tokenizers leave ids out."""
+    return max(vocabulary.tokenizer.get_vocab().values(), default=0) + 1
+
+
+def _id_type(num_ids: int) -> type[np.unsignedinteger]:
+    return np.uint16 if num_ids <= 1 << 16 else np.uint32
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

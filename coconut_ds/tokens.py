@@ -12,11 +12,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from coconut_ds.errors import ConfigError
+from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.problems import Problem
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 MARKER_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
+
+# For every `from_pretrained`: code beside a model is never run, and nobody is asked whether it may.
+DATA_ONLY: Any = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,15 @@ def load_vocabulary(model_id: str) -> Vocabulary:
     """
     where, extra = locate_model(model_id)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, **extra)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **DATA_ONLY, **extra)
+        tokenizer.add_tokens([START, END, LATENT], special_tokens=True)
+    except Exception as error:  # transformers and tokenizers raise anything on a damaged file
         raise ConfigError(
-            f"model_id: cannot load a tokenizer from {model_id!r}: {str(error).splitlines()[0]}\n"
+            f"model_id: cannot load a tokenizer from {model_id!r}: {first_line(error)}\n"
             "  Give a Hugging Face id (needs network or a filled cache) or a folder with tokenizer files."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model_id: the tokenizer of {model_id!r} has no eos token, so no answer could end")
-    tokenizer.add_tokens([START, END, LATENT], special_tokens=True)
     pad_id = tokenizer.pad_token_id
     return Vocabulary(
         tokenizer=tokenizer,

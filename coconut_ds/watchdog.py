@@ -22,7 +22,8 @@ from typing import Self
 
 import torch.distributed as dist
 
-from coconut_ds.errors import RankLost
+from coconut_ds.errors import ConfigError, RankLost
+from coconut_ds.files import make_folder, open_append, replace_text
 
 HEARTBEATS, STACKS = ".heartbeats", "stuck"
 # Ranks that find it at the same time all write their stacks before the first one ends them all.
@@ -83,7 +84,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.limit > 0:
-            (self.folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder / HEARTBEATS)
             self._publish(self._beat)  # not the one of an earlier run
             self._thread.start()
         return self
@@ -121,9 +122,7 @@ class Watchdog:
 
     def _publish(self, beat: Beat) -> None:
         with suppress(OSError):  # a full disk must not end the watch
-            draft = self._heartbeat(self.rank).with_suffix(".tmp")
-            draft.write_text(json.dumps(asdict(beat)))
-            draft.replace(self._heartbeat(self.rank))
+            replace_text(self._heartbeat(self.rank), json.dumps(asdict(beat)), durable=False)
 
     def _beats(self) -> dict[int, Beat]:
         beats = {}
@@ -155,9 +154,10 @@ class Watchdog:
         )
         print(message, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        with suppress(OSError):
-            (self.folder / STACKS).mkdir(exist_ok=True)
-            with open(self.folder / STACKS / f"rank_{self.rank}.txt", "w") as writer:
+        with suppress(OSError, ConfigError):
+            file = make_folder(self.folder / STACKS) / f"rank_{self.rank}.txt"
+            file.unlink(missing_ok=True)
+            with open_append(file, "a") as writer:
                 writer.write(message + "\n")
                 writer.flush()
                 faulthandler.dump_traceback(file=writer, all_threads=True)

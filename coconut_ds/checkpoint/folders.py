@@ -12,7 +12,7 @@ from pathlib import Path
 
 from coconut_ds.checkpoint.manifest import Manifest
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs import replace_text, sync_folder
+from coconut_ds.files import read_bytes, replace_text, sync_folder
 
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
 DRAFT = ".tmp-"
@@ -85,7 +85,7 @@ class CheckpointFolders:
 
     def pointed_at(self, pointer: str) -> str | None:
         with suppress(OSError, UnicodeDecodeError):
-            name = (self.run_folder / pointer).read_text(encoding="utf-8").strip()
+            name = read_bytes(self.run_folder / pointer, 256).decode("utf-8").strip()
             return name if position_of(name) else None
         return None
 

@@ -8,16 +8,16 @@
 Knows: file formats and the names in them.  Does not know: models; model/loading.py checks names and shapes.
 """
 
-import json
 import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from coconut_ds.checkpoint.folders import position_of
 from coconut_ds.errors import CheckpointError
+from coconut_ds.files import read_bytes, read_json
+from coconut_ds.weight_files import read_safetensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
@@ -38,7 +38,7 @@ def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[s
         raise CheckpointError(f"{path}: there is no such file or folder; check 'load_model_path'")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
-        part = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file, allow_pickle)
+        part = read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file, allow_pickle)
         weights.update(part)
     return _plain_names(weights, path)
 
@@ -46,7 +46,7 @@ def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[s
 def load_thought_weights(path: str | Path) -> dict[str, Tensor]:
     """What one of our checkpoints learned for its latent slots; empty for weights from elsewhere."""
     file = _model_folder(Path(path)) / THOUGHT_FILE
-    return _read_safetensors(file) if file.is_file() else {}
+    return read_safetensors(file) if file.is_file() else {}
 
 
 def find_adapter(path: str | Path) -> Path | None:
@@ -59,7 +59,10 @@ def find_adapter(path: str | Path) -> Path | None:
 def _followed(path: Path) -> Path:
     """The checkpoint that a run's file `best` or `latest` names; any other path as it is."""
     if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < 256:
-        return path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
+        name = read_bytes(path).decode("utf-8", errors="replace").strip()
+        if position_of(name) is None:
+            raise CheckpointError(f"{path} names {name!r}, which is not a checkpoint beside it")
+        return path.parent / name
     return path
 
 
@@ -90,8 +93,8 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of weight files ({error})") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -99,13 +102,6 @@ def _indexed_files(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name} is missing; {index.name} names it")
     return [index.parent / name for name in names]
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors ({error})") from error
 
 
 def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -116,7 +112,7 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} cannot be opened as tensors alone: it is damaged, or it holds more, and opening it "
-            "could run code of whoever made it. Only if you trust its source: set 'allow_pickle: true'"
+            "could run code of whoever made it. Only if you trust its source: --set allow_pickle=true"
         ) from error
     except (
         OSError,

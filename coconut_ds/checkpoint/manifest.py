@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import jsonschema
 
-from coconut_ds.errors import CheckpointError
-from coconut_ds.runs import replace_text
+from coconut_ds.errors import CheckpointError, first_line
+from coconut_ds.files import read_json, replace_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -108,13 +108,13 @@ class Manifest:
         """Raises CheckpointError when the manifest is absent, damaged, edited or of a newer format."""
         path = folder / MANIFEST
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
+            body = read_json(path)
             written = body.pop("sha256")
             found = _digest(body)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is absent: not a complete checkpoint") from None
-        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({_first_line(error)})") from error
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
         if written != found:
             raise CheckpointError(f"{path} was changed after it was written (its sha256 does not fit)")
         problem = jsonschema.exceptions.best_match(SHAPE.iter_errors(body))
@@ -130,6 +130,12 @@ class Manifest:
 
     def verify(self, folder: Path) -> None:
         """Read every file again; raises CheckpointError that names the first one that is not as it was."""
+        try:
+            self._verify(folder)
+        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+            raise CheckpointError(f"{folder} cannot be verified ({first_line(error)})") from error
+
+    def _verify(self, folder: Path) -> None:
         for name, record in self.files.items():
             path = folder / name
             if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
@@ -173,7 +179,3 @@ def hash_file(path: Path) -> str:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

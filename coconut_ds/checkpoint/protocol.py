@@ -20,7 +20,7 @@ from coconut_ds.checkpoint.folders import DRAFT, CheckpointFolders, Say, checkpo
 from coconut_ds.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
 from coconut_ds.checkpoint.random_state import restore_random_state, save_random_state
 from coconut_ds.errors import CheckpointError, OneRankFailed
-from coconut_ds.runs import replace_text, sync_folder
+from coconut_ds.files import replace_text, sync_folder
 
 SPARE_BYTES = 16 * 2**20
 # torch.save says RuntimeError when the disk is full, and not why.

@@ -21,10 +21,10 @@ zero:2, mean:2, noise:2, swap:2 change the second slot alone.
 
 import argparse
 import json
-from pathlib import Path
 
 from coconut_ds.ablation import parse_ablations
 from coconut_ds.ds_config import load_ds_config
+from coconut_ds.files import open_output
 from coconut_ds.settings import add_ds_config_argument, add_overrides
 from coconut_ds.trained import ds_config_of, find_trained
 from coconut_ds.trained.measure import Wanted, measure
@@ -59,5 +59,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         results = measure(models, ds_config_of(own) if (own / "ds_config.json").is_file() else None, wanted)
     if args.json and not args.local_rank:
-        Path(args.json).write_text(json.dumps([result.numbers() for result in results], indent=1) + "\n")
+        with open_output(args.json, "--json") as writer:
+            writer.write(json.dumps([result.numbers() for result in results], indent=1) + "\n")
     return 0

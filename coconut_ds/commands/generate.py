@@ -15,9 +15,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from coconut_ds.errors import ConfigError, DataError
+from coconut_ds.files import open_output
 from coconut_ds.problems import read_problems
 from coconut_ds.settings import add_overrides
 from coconut_ds.trained import find_one
@@ -84,20 +84,13 @@ def _lines_of(name: str) -> list[str]:
 def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace) -> None:
     model.samples(questions)  # a question that is too long is named before the first answer
     if args.output:
-        with open_output(args.output) as writer:
+        with open_output(args.output, "--output") as writer:
             for question, answer in _answers(model, questions, args):
                 record = {"question": question, "answer": answer}
                 writer.write(json.dumps(record, ensure_ascii=False) + "\n")
         return
     for question, answer in _answers(model, questions, args):
         print(f"{question}\n{answer}\n", flush=True)
-
-
-def open_output(name: str) -> IO[str]:
-    try:
-        return open(name, "w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output {name}: cannot be written ({error.strerror})") from error
 
 
 def _answers(

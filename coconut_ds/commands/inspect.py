@@ -14,9 +14,9 @@ RUN is a run folder, a checkpoint folder, a folder that `export` wrote, or an ex
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from coconut_ds.errors import ConfigError
+from coconut_ds.files import open_output
 from coconut_ds.latents.inspection import first_tokens, inspect
 from coconut_ds.latents.page import page, terminal, terminal_match
 from coconut_ds.latents.step_match import match_steps
@@ -66,15 +66,13 @@ def run(args: argparse.Namespace) -> int:
             "step_match": match and asdict(match),
             "problems": [asdict(inspection) for inspection in inspections],
         }
-        _write(args.json, json.dumps(numbers, indent=1) + "\n")
+        _write("--json", args.json, json.dumps(numbers, indent=1) + "\n")
     if args.html:
         title = f"{trained.experiment.name}, {trained.name}"
-        _write(args.html, page(title, inspections[: args.show], match))
+        _write("--html", args.html, page(title, inspections[: args.show], match))
     return 0
 
 
-def _write(name: str, text: str) -> None:
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be written ({error.strerror})") from error
+def _write(option: str, name: str, text: str) -> None:
+    with open_output(name, option) as writer:
+        writer.write(text)

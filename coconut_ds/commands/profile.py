@@ -18,13 +18,14 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import TestSet, evaluate
+from coconut_ds.files import make_folder, replace_text
 from coconut_ds.memory.allocations import recorder_for
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profile import BETWEEN, INITIALISE, PhaseMeter, profile_steps
 from coconut_ds.memory.profile_table import profile_text
 from coconut_ds.memory.worst import shape_of, stages_of, worst_batch
-from coconut_ds.runs import replace_text, run_folder
+from coconut_ds.runs import run_folder
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
 from coconut_ds.train import start_engine
 from coconut_ds.watchdog import lost_ranks_explained
@@ -131,7 +132,7 @@ def _write(
     plan: dict[str, Any],
     result: dict[str, Any],
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     replace_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
     replace_text(folder / "profile.json", json.dumps(result) + "\n")
     if not (folder.parent / "experiment.yaml").exists():  # a folder that was never trained in

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from coconut_ds.comparing.comparison import Accuracy, Group
 from coconut_ds.comparing.run_records import Line, RunRecord, describe_stage
+from coconut_ds.files import replace_bytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKS = "osD^vP*X"
@@ -54,7 +55,9 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, str]:
     """Write NAME.png for papers; gives its path and the same picture as an SVG data address for a page."""
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=200)
+    raster = io.BytesIO()
+    figure.savefig(raster, format="png", dpi=200)
+    replace_bytes(path, raster.getvalue())
     vector = io.BytesIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
     return path, "data:image/svg+xml;base64," + base64.b64encode(vector.getvalue()).decode()

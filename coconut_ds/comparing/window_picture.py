@@ -3,9 +3,11 @@
 Knows: the lines of metrics.jsonl.  Does not know: thoughts, models, the loop.
 """
 
+import io
 import json
 from pathlib import Path
 
+from coconut_ds.files import replace_bytes
 from coconut_ds.runs import METRICS
 
 PICTURE = "window_weights.png"
@@ -36,5 +38,7 @@ def draw_window_weights(folder: str | Path) -> Path | None:
             axes.axvline((before + epoch) / 2, color="gray", linestyle=":", linewidth=1)
     axes.set(xlabel="epoch", ylabel="weight", ylim=(-0.02, 1.02), title="Latent window")
     axes.legend()
-    figure.savefig(folder / PICTURE, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    replace_bytes(folder / PICTURE, picture.getvalue())
     return folder / PICTURE

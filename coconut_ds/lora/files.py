@@ -9,26 +9,28 @@ Does not know: checkpoint folders, DeepSpeed.
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coconut_ds.errors import CheckpointError
+from coconut_ds.errors import CheckpointError, first_line
+from coconut_ds.files import read_json
 from coconut_ds.lora.adapters import Origin, assert_tied
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts.learnable_window import LearnableWindow
+from coconut_ds.weight_files import described, is_weight, read_safetensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 THOUGHT_FILE = "thought.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "base.json"
 PUBLISHED_ADAPTER, PUBLISHED_WINDOW = "peft", "latent.pt"
 
@@ -78,7 +80,7 @@ def load_adapter(model: Coconut, folder: str | Path) -> None:
     origin = read_origin(folder)
     _install_adapter(model.base, folder, origin=origin)
     _need(folder / THOUGHT_FILE)
-    if learned := load_file(folder / THOUGHT_FILE):
+    if learned := read_safetensors(folder / THOUGHT_FILE):
         install_thought(model, learned, folder / THOUGHT_FILE)
     model.base.origin = origin  # type: ignore[assignment]
 
@@ -96,10 +98,15 @@ def load_published_lora(model: Coconut, folder: str | Path) -> None:
         return
     try:
         state = torch.load(latent, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # torch raises anything on a damaged file
         raise CheckpointError(
-            f"{latent} is not a plain dictionary of tensors and was not unpickled"
+            f"{latent} is not a plain dictionary of tensors and was not unpickled ({first_line(error)})"
         ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.dim() == 1
+        for name, value in state.items()
+    ):
+        raise CheckpointError(f"{latent} is not a dictionary of the window's weights")
     if set(state) != {"latent_weights"} or not isinstance(model.thought, LearnableWindow):
         raise CheckpointError(
             f"{latent} holds {sorted(state)}; 'latent_weights' fits the thought 'learnable_window', "
@@ -123,9 +130,12 @@ def read_origin(folder: str | Path) -> Origin | None:
         return None
     _need(path)
     try:
-        return Origin(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} does not describe an adapter's base ({error})") from error
+        origin = Origin(**read_json(path))
+        if not all(isinstance(v, str) for v in (origin.model_id, origin.weights or "", origin.fingerprint)):
+            raise TypeError("its values are not text")
+        return origin
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not describe an adapter's base ({first_line(error)})") from error
 
 
 def origin_of(base: nn.Module) -> Origin:
@@ -142,13 +152,13 @@ def _install_adapter(
 ) -> None:
     if isinstance(base, PreTrainedModel):
         raise CheckpointError(f"{folder} holds a LoRA adapter, and this model has none: set 'tuning: lora'")
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     _need(folder / "adapter_config.json")
     _compare_settings(base, folder / "adapter_config.json")
     if origin is not None:
         _compare_origin(origin_of(base), origin, folder)
-    weights = load_peft_weights(str(folder), device="cpu")
+    weights = read_safetensors(folder / ADAPTER_FILE)  # PEFT would also take a pickled .bin, or ask the hub
     own = get_peft_model_state_dict(base, save_embedding_layers=False)
     kept = {} if has_marker_rows else {n: v for n, v in own.items() if "trainable_tokens_delta" in n}
     _compare_tensors(weights, {n: v for n, v in own.items() if n not in kept}, folder)
@@ -169,7 +179,12 @@ def _need(path: Path) -> None:
 
 def _compare_settings(base: "PeftModel", path: Path) -> None:
     """The settings that change what the same adapter tensors compute; their shapes cannot tell."""
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} is not the configuration of an adapter")
     own = base.peft_config["default"]
     differing = [
         f"{key} is {saved[key]} there and {getattr(own, key)} here"
@@ -192,9 +207,9 @@ def _compare_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     faults = [f"missing {name}" for name in sorted(set(expected) - set(given))]
     faults += [f"unexpected {name}" for name in sorted(set(given) - set(expected))]
     faults += [
-        f"{name} is {tuple(given[name].shape)} there and {tuple(value.shape)} here"
+        f"{name} is {described(given[name])} there and {tuple(value.shape)} here"
         for name, value in expected.items()
-        if name in given and given[name].shape != value.shape
+        if name in given and not (is_weight(given[name]) and given[name].shape == value.shape)
     ]
     if faults:
         more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""

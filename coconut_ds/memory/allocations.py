@@ -19,6 +19,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from coconut_ds.files import make_folder
+
 MOST_GPU_EVENTS = 4_000_000
 POINTS_A_PHASE = 48
 BEFORE, BETWEEN_PHASES = "before", "between phases"
@@ -86,7 +88,8 @@ class GpuRecorder:
 
     def stop(self) -> list[Change]:
         if self._snapshot is not None:
-            self._snapshot.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._snapshot.parent)
+            self._snapshot.unlink(missing_ok=True)
             torch.cuda.memory._dump_snapshot(str(self._snapshot))
         traces = torch.cuda.memory._snapshot(self._device)["device_traces"]
         torch.cuda.memory._record_memory_history(None)

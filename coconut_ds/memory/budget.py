@@ -20,7 +20,8 @@ from coconut_ds.build import Material
 from coconut_ds.collectives import Ranks
 from coconut_ds.config import Experiment
 from coconut_ds.ds_config import DeepSpeedConfig, MemoryBudget
-from coconut_ds.errors import BudgetError, UserError
+from coconut_ds.errors import BudgetError, ConfigError, UserError
+from coconut_ds.files import make_folder, replace_text
 from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.plan import MIB, Plan
@@ -108,8 +109,10 @@ def hold_to_budget(
             reason = (str(error).splitlines() or [""])[0]
             warnings.warn(f"this model cannot be planned ({type(error).__name__}: {reason})", stacklevel=2)
         if folder is not None and plan is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "plan.json").write_text(json.dumps(plan, indent=2), encoding="utf-8")
+            try:
+                replace_text(make_folder(folder) / "plan.json", json.dumps(plan, indent=2))
+            except (ConfigError, OSError) as error:
+                warnings.warn(f"the plan was not saved: {error}", stacklevel=2)
     told: list[Any] = [plan, problem]
     if ranks.world_size > 1:
         dist.broadcast_object_list(told, src=0, device=ranks.device)

@@ -27,6 +27,7 @@ from typing import Any, Self
 import torch
 
 from coconut_ds.errors import OutOfMemory
+from coconut_ds.files import make_folder, replace_text
 from coconut_ds.memory.plan import MIB
 
 POLL_SECONDS = 0.5
@@ -152,19 +153,17 @@ class MemoryGuard:
                 f"  {change['change']}: about {change['gpu_mib']:,.0f} MiB, {said}\n      {change['setting']}"
             )
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self._path(self.rank).with_suffix(".tmp")
-            draft.write_text(json.dumps(report, indent=2), encoding="utf-8")
-            draft.replace(self._path(self.rank))
+            make_folder(self.folder)
+            replace_text(self._path(self.rank), json.dumps(report, indent=2))
             lines.append(f"  report: {self._path(self.rank)}")
         return "\n".join(lines)
 
     def _snapshot(self) -> str | None:
         if self.folder is None or self.device.type != "cuda":
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"out_of_memory_rank_{self.rank}.pickle"
+        path = make_folder(self.folder) / f"out_of_memory_rank_{self.rank}.pickle"
         with suppress(RuntimeError, OSError):
+            path.unlink(missing_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))
             return str(path)
         return None

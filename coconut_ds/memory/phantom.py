@@ -96,7 +96,9 @@ def build_phantom(
     """The experiment's model in training mode.  Raises ConfigError where it cannot have a technique."""
     dtype = DTYPES[precision]
     with torch.device("meta"):
-        base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        base: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
         if base.get_input_embeddings().weight.shape[0] < vocabulary_size:
             base.resize_token_embeddings(vocabulary_size, mean_resizing=False)
         thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))

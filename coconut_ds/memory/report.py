@@ -15,9 +15,9 @@ from coconut_ds.comparing.comparison import Group, group_runs, paired_tests, sta
 from coconut_ds.comparing.run_records import RunRecord, read_run
 from coconut_ds.comparing.tables import Table
 from coconut_ds.config import experiment_to_yaml
+from coconut_ds.files import make_folder, replace_text, run_folder_of
 from coconut_ds.memory import pictures as memory
 from coconut_ds.memory.profile_table import profile_text
-from coconut_ds.runs import replace_text
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px;
@@ -39,7 +39,8 @@ def write_page(
     page: Path, runs: Sequence[RunRecord], groups: Sequence[Group], tables: Sequence[Table]
 ) -> list[Path]:
     """Write the page and its pictures; gives their paths, the page first."""
-    page.parent.mkdir(parents=True, exist_ok=True)
+    if run_folder_of(page) or not page.parent.exists():
+        make_folder(page.parent)
     prefix = "" if page.stem == "report" else f"{page.stem}_"
     written: list[Path] = []
 

@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.hub_kernels import is_kernel
 from transformers.utils.logging import disable_progress_bar
 
-from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.tokens import Vocabulary, locate_model
+from coconut_ds.errors import CheckpointError, ConfigError, first_line
+from coconut_ds.tokens import DATA_ONLY, Vocabulary, locate_model
+from coconut_ds.weight_files import described, is_weight
 
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+# No model is larger; a damaged or hostile configuration could ask for a million layers.
+MOST = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 1_000_000,
+    "vocab_size": 10_000_000,
+    "num_attention_heads": 100_000,
+    "max_position_embeddings": 1_000_000_000,
+}
 # The bars of loading and saving weights would cut a command's own output in two.
 disable_progress_bar()
 
@@ -26,18 +36,30 @@ def load_config(model_id: str) -> PretrainedConfig:
     """The model's configuration alone; enough to plan memory.  Raises ConfigError."""
     where, extra = locate_model(model_id)
     try:
-        return AutoConfig.from_pretrained(where, **extra)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(where, **DATA_ONLY, **extra)
+        sizes = config.get_text_config()
+        odd = [
+            f"{name} {value!r}"
+            for name, most in MOST.items()
+            if (value := getattr(sizes, name, 1)) is not None
+            and not (type(value) is int and 1 <= value <= most)
+        ]
+    except Exception as error:  # transformers raises anything on a damaged file
         raise ConfigError(_cannot_load("a configuration", model_id, error)) from error
+    if odd:
+        raise ConfigError(f"model_id: the configuration of {model_id!r} cannot be meant: {', '.join(odd)}")
+    if is_kernel(config._attn_implementation):
+        raise ConfigError(
+            f"model_id: {model_id!r} names a kernel to download ({config._attn_implementation!r}), which is "
+            "code; remove 'attn_implementation' from its config.json"
+        )
+    return config
 
 
 def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
     """The causal LM in fp32 on the CPU, its vocabulary grown by the markers.  Raises ConfigError."""
     where, extra = locate_model(model_id)
-    try:
-        base: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_cannot_load("a causal language model", model_id, error)) from error
+    base: Any = read_causal_lm(where, extra)
     if "gguf_file" in extra:
         # The weights are plain fp32 now; what still calls them quantized would refuse to save them.
         base.hf_quantizer = None
@@ -47,9 +69,28 @@ def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
     return base
 
 
+def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
+    """What AutoModelForCausalLM reads, in fp32: no code beside it, no adapter, no pickled objects.
+
+    Raises ConfigError.
+    """
+    if (Path(where) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model_id: {where} holds a LoRA adapter; name its base as 'model_id' and {where} as "
+            "'load_model_path'"
+        )
+    load_config(str(Path(where) / extra["gguf_file"]) if extra else where)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, weights_only=True, **DATA_ONLY, **extra
+        )
+    except Exception as error:  # transformers raises anything on a damaged file
+        raise ConfigError(_cannot_load("a causal language model", where, error)) from error
+
+
 def new_base(config: PretrainedConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     """A causal LM with random weights, its vocabulary grown by the markers."""
-    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **DATA_ONLY)
     add_markers(base, vocabulary)
     return base
 
@@ -85,7 +126,7 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
         if any(value.data_ptr() == weight_VD.data_ptr() for weight_VD in _vocabulary_weights(base))
     }
     misshapen = [
-        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        f"{name} {described(value)} instead of {tuple(own[name].shape)}"
         for name, value in given.items()
         if name in own and not _fits(value, own[name], name in vocabulary_names)
     ]
@@ -107,6 +148,8 @@ def _vocabulary_weights(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _fits(value: Tensor, own: Tensor, is_vocabulary: bool) -> bool:
+    if not is_weight(value):
+        return False
     if value.shape == own.shape:
         return True
     return is_vocabulary and value.shape[1:] == own.shape[1:] and len(value) < len(own)
@@ -118,8 +161,7 @@ def _shorten(names: list[str], most: int = 8) -> str:
 
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"model_id: cannot load {what} from {model_id!r}: {reason}\n"
+        f"model_id: cannot load {what} from {model_id!r}: {first_line(error)}\n"
         "  Give a Hugging Face id (needs network or a filled cache), a folder, or a .gguf file."
     )

@@ -8,23 +8,32 @@
 Knows: where settings and weights lie, and which stage they were trained at.  Does not know: ranks, data.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+
 from coconut_ds.build import build_module
 from coconut_ds.checkpoint import CheckpointFolders, Manifest
-from coconut_ds.config import Experiment, load_experiment, parse_overrides, validate_experiment
-from coconut_ds.curriculum import Stage, stage_at
+from coconut_ds.config import (
+    Experiment,
+    load_experiment,
+    load_named_experiment,
+    parse_overrides,
+    validate_experiment,
+    without_permissions,
+)
+from coconut_ds.curriculum import ALL_STEPS, Stage, stage_at
 from coconut_ds.ds_config import DeepSpeedConfig, LatentMemory, validate_ds_config
 from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.files import EXPORT_FILE, run_folder_of
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs import run_folder
+from coconut_ds.schemas.parsing import read_json
 from coconut_ds.tokens import Vocabulary
 
-EXPORT_FILE = "coconut.json"  # settings beside exported weights
 # The techniques that save memory in training; a model that only reads needs none but this one.
 READING = LatentMemory(
     supervised_logits_only=True,
@@ -38,6 +47,26 @@ FROM_EXPERIMENT = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
 )  # fmt: skip
 
+# Blocks of a ds_config.json that name files which DeepSpeed writes; a received folder does not choose them.
+WRITES_FILES = ("flops_profiler", "tensorboard", "csv_monitor")
+MOST_LATENTS = 1_000  # of a received folder; more must be asked for
+COUNT = {"type": "integer", "minimum": 0, "maximum": ALL_STEPS}
+EXPORT_SHAPE = jsonschema.Draft202012Validator(
+    {
+        "required": ["experiment", "stage"],
+        "properties": {
+            "experiment": {"type": "object"},
+            "base_model": {"type": "string", "minLength": 1},
+            "stage": {
+                "type": "object",
+                "properties": {"hidden_steps": COUNT, "num_latents": COUNT, "hidden_tokens": COUNT},
+                "required": ["hidden_steps", "num_latents"],
+                "additionalProperties": False,
+            },
+        },
+    }
+)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -50,7 +79,14 @@ class Trained:
 
     def build(self, vocabulary: Vocabulary, latent_memory: LatentMemory = READING) -> Coconut:
         """The model in fp32 on the CPU, in evaluation mode.  Raises ConfigError and CheckpointError."""
-        return build_module(self.experiment, vocabulary, latent_memory).eval()
+        module = build_module(self.experiment, vocabulary, latent_memory).eval()
+        room = module.causal_lm.config.max_position_embeddings
+        if self.stage.num_latents + 2 >= room:
+            raise ConfigError(
+                f"{self.name}: {self.stage.num_latents} latents do not fit the model's {room} positions; "
+                "give fewer with --latents"
+            )
+        return module
 
     def with_latents(self, num_latents: int | None) -> "Trained":
         """The same with another number of latent slots.  Raises ConfigError where there can be none."""
@@ -89,7 +125,14 @@ def find_trained(
         raise ConfigError(f"--checkpoint {checkpoints[0]}: {target} is not a run folder")
     else:
         found = [_exported(path, overrides) if path.is_dir() else _from_yaml(path, overrides)]
-    return [trained.with_latents(num_latents) for trained in found]
+    found = [trained.with_latents(num_latents) for trained in found]
+    for trained in found:
+        if num_latents is None and trained.stage.num_latents > MOST_LATENTS:
+            raise ConfigError(
+                f"{trained.name}: its stage has {trained.stage.num_latents} latents, more than "
+                f"{MOST_LATENTS}; if that is meant, say --latents {trained.stage.num_latents}"
+            )
+    return found
 
 
 def find_one(
@@ -106,10 +149,15 @@ def ds_config_of(folder: Path) -> DeepSpeedConfig:
     path = folder / "ds_config.json"
     if not path.is_file():
         raise ConfigError(f"{path} is absent; name a file with --deepspeed_config")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = {key: value for key, value in read_json(path).items() if key not in WRITES_FILES}
+    zero = values.get("zero_optimization")
+    for block in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and isinstance(zero.get(block), dict) and "nvme_path" in zero[block]:
+            del zero[block]
     values |= dict.fromkeys(FROM_EXPERIMENT, "auto")
-    params = values.setdefault("optimizer", {}).setdefault("params", {})
-    params |= {"lr": "auto", "weight_decay": "auto"}
+    optimizer = values.setdefault("optimizer", {})
+    if isinstance(optimizer, dict) and isinstance(optimizer.setdefault("params", {}), dict):
+        optimizer["params"] |= {"lr": "auto", "weight_decay": "auto"}
     return validate_ds_config(values, str(path))
 
 
@@ -125,7 +173,8 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
         raise ConfigError(
             f"{folder} is not a run folder (it has no experiment.yaml), nor one that `export` wrote"
         )
-    experiment = replace(load_experiment(settings, overrides), only_eval=True)
+    experiment = without_permissions(load_experiment(settings, overrides), overrides)
+    experiment = replace(experiment, only_eval=True)
     folders = CheckpointFolders(folder)
     found = []
     for name in _names(folders, checkpoints):
@@ -156,9 +205,11 @@ def _names(folders: CheckpointFolders, wanted: Sequence[str]) -> list[str]:
 
 
 def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
-    experiment = replace(load_experiment(path, overrides), only_eval=True)
+    experiment = replace(load_named_experiment(path, overrides), only_eval=True)
     name = experiment.load_model_path or experiment.model_id
-    return Trained(experiment, stage_at(experiment.resume, experiment), name, run_folder(experiment))
+    # The YAML of a received folder may name any place as its `save_path`.
+    folder = run_folder_of(path) or run_folder(experiment)
+    return Trained(experiment, stage_at(experiment.resume, experiment), name, folder)
 
 
 def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
@@ -167,17 +218,18 @@ def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
     if not (folder / "adapter_config.json").is_file():
         settings |= {"model_id": str(folder), "tuning": "full"}
     experiment = validate_experiment(settings | parse_overrides(overrides), str(folder / EXPORT_FILE))
+    experiment = without_permissions(experiment, overrides)
     return Trained(experiment, Stage(**values["stage"]), str(folder), folder)
 
 
 def read_export(folder: Path) -> dict[str, Any]:
     """The settings beside exported weights.  Raises ConfigError."""
     path = folder / EXPORT_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(values["experiment"], dict) and isinstance(values["stage"], dict)
-    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+    values = read_json(path)
+    problem = jsonschema.exceptions.best_match(EXPORT_SHAPE.iter_errors(values))
+    if problem is not None:
         raise ConfigError(
-            f"{path} cannot be read ({error}): is this a folder that `export` wrote?"
-        ) from error
+            f"{path}: {problem.json_path.removeprefix('$.')}: {problem.message[:200]}; "
+            "is this a folder that `export` wrote?"
+        )
     return values

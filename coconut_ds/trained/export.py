@@ -8,7 +8,9 @@ Knows: models, folders, the hub's upload.  Does not know: DeepSpeed, ranks.
 """
 
 import json
+import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,20 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from coconut_ds.build import write_model
-from coconut_ds.config import experiment_to_yaml
+from coconut_ds.config import experiment_to_yaml, load_experiment
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluate import max_new_tokens
+from coconut_ds.files import EXPORT_FILE
 from coconut_ds.lora import merge, save_thought
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import read_causal_lm
 from coconut_ds.problems import card_for
 from coconut_ds.runs import code_version, library_versions
 from coconut_ds.thoughts import ThoughtSettings
 from coconut_ds.tokens import Vocabulary, load_vocabulary
-from coconut_ds.trained import EXPORT_FILE, Trained, find_one
+from coconut_ds.trained import Trained, find_one, read_export
 from coconut_ds.trained.model_card import model_card
 
 FORMAT = 1
@@ -42,12 +45,19 @@ class Exported:
     largest_difference: float  # of a logit, between the model and what was read back from the folder
 
 
-def export_hf(target: str, output: str, checkpoint: str | None, merged: bool, dtype: str) -> Exported:
+def export_hf(
+    target: str,
+    output: str,
+    checkpoint: str | None,
+    merged: bool,
+    dtype: str,
+    overrides: Sequence[str] = (),
+) -> Exported:
     """Export one model; `output` is complete or not there.  Raises ConfigError and CheckpointError."""
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {output}: there is something already; name a new folder")
-    trained = find_one(target, checkpoint)
+    trained = find_one(target, checkpoint, overrides)
     original = original_model_id(target, trained)
     if merged and trained.experiment.tuning != "lora":
         raise ConfigError(f"--merge: {target} was fully tuned, it has no adapters")
@@ -56,8 +66,7 @@ def export_hf(target: str, output: str, checkpoint: str | None, merged: bool, dt
     is_adapter = isinstance(module.base, PeftModel) and not merged
     if is_adapter and dtype != "fp32":
         raise ConfigError(f"--dtype {dtype}: an adapter stays in fp32; with --merge it can be cast")
-    draft = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
     try:
         draft.mkdir(parents=True)
         _write(module, vocabulary, draft, merged, dtype)
@@ -113,10 +122,10 @@ def original_model_id(target: str, trained: Trained) -> str:
     """The model that training started from, by the name in its settings."""
     settings = trained.folder / "experiment.yaml"
     if settings.is_file():
-        return str(yaml.safe_load(settings.read_text(encoding="utf-8"))["model_id"])
+        return load_experiment(settings).model_id
     exported = trained.folder / EXPORT_FILE
     if exported.is_file():
-        return str(json.loads(exported.read_text(encoding="utf-8"))["base_model"])
+        return str(read_export(trained.folder).get("base_model", trained.experiment.model_id))
     return trained.experiment.model_id
 
 
@@ -131,7 +140,7 @@ def read_back_difference(module: Coconut, vocabulary: Vocabulary, folder: Path, 
     if (folder / "adapter_config.json").is_file():
         read = find_one(str(folder)).build(vocabulary).causal_lm
     else:
-        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        read = read_causal_lm(str(folder), {}).eval()
     difference = float((read(input_ids=ids).logits - expected).abs().max())
     scale = float(expected.abs().max())
     if difference > {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}[dtype] * max(scale, 1.0):

@@ -10,7 +10,7 @@ Knows: engines, evaluation, where results go.  Does not know: the command line, 
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, finish_distributed, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
+from coconut_ds.files import open_append, parse_json, read_bytes, replace_text
 from coconut_ds.lora import parameter_groups
-from coconut_ds.runs import replace_text
 from coconut_ds.statistics import percent_with_interval, wilson_interval
 from coconut_ds.tokens import Vocabulary, load_vocabulary
 from coconut_ds.trained import Trained
@@ -198,12 +198,24 @@ def _measurements(
 def write_down(result: Measurement, folder: Path) -> None:
     """Add a measurement to the two files of a folder, in the place of an earlier one of the same."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / EVALUATIONS, "a", encoding="utf-8") as writer:
+    with open_append(folder / EVALUATIONS, "a") as writer:
         writer.write(json.dumps({"time": round(time.time(), 3), **result.numbers()}) + "\n")
     path, key = folder / PREDICTIONS, result.key()
-    kept = []
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if not key.items() <= json.loads(line).items()]
+    kept = [line for line in _lines_of(path) if not _is_of(line, key)]
     new = [json.dumps({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
     replace_text(path, "\n".join([*kept, *new]) + "\n")
+
+
+def _lines_of(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return read_bytes(path).decode("utf-8", errors="replace").splitlines()
+
+
+def _is_of(line: str, key: Mapping[str, Any]) -> bool:
+    """Whether a line belongs to a measurement; one that is no JSON object belongs to none and stays."""
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and all(value.get(name) == wanted for name, wanted in key.items())

@@ -33,12 +33,17 @@ class CoconutForCausalLM:
     trained: Trained
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None, allow_pickle: bool = False
+    ) -> Self:
         """Load what `export` wrote; a run folder or one of its checkpoints will do as well.
 
-        `device`: the first GPU where there is one, else the CPU.  Raises ConfigError and CheckpointError.
+        `device`: the first GPU where there is one, else the CPU.  `allow_pickle`: also open weights that hold
+        more than tensors, which can run code of whoever made them; what the folder says about it is ignored.
+        Raises ConfigError and CheckpointError.
         """
-        return cls.of(find_one(str(folder)), device)
+        overrides = ["allow_pickle=true"] if allow_pickle else []
+        return cls.of(find_one(str(folder), overrides=overrides), device)
 
     @classmethod
     def of(cls, trained: Trained, device: str | torch.device | None = None) -> Self:

@@ -1,0 +1,155 @@
+"""Read and write files in folders that another person may have made.
+
+    read_bytes, read_json      regular files up to a size: no device, no pipe that would wait
+    replace_text, ..._bytes    the old file or the new one; a link under that name is replaced, not followed
+    open_append, make_folder   refuse a link
+    run_folder_of              the run, checkpoint or exported folder that a path lies in
+
+The folder that the user names may be a link itself: only what lies in it is not followed.
+"""
+
+import errno
+import json
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+from coconut_ds.errors import ConfigError
+
+MIB = 1 << 20
+MAX_JSON_BYTES = 64 * MIB
+MAX_DIGITS = 19  # of an integer, as in 2**63
+EXPORT_FILE = "coconut.json"  # settings beside exported weights
+RUN_SIGNS = ("ds_config.json", "environment.json", "metrics.jsonl", "latest")
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The content of a regular file.  Raises OSError, also when it has more than `most` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as reader:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = reader.read() if most is None else reader.read(most + 1)
+    if most is not None and len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / MIB:g} MiB", str(path))
+    return content
+
+
+def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file; OSError, ValueError: also for duplicate keys, NaN, huge integers."""
+    return parse_json(read_bytes(path, most), allow_nan=False)
+
+
+def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
+    """One JSON value; every fault is a ValueError, deep nesting too."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key occurs twice in one object")
+        return values
+
+    def integer(digits: str) -> int:
+        if len(digits.lstrip("-")) > MAX_DIGITS:
+            raise ValueError(f"{digits[:20]}... is too large a number")
+        return int(digits)
+
+    def constant(name: str) -> float:
+        if not allow_nan:
+            raise ValueError(f"{name} is not a JSON number")
+        return float(name)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def replace_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old or the new one; `durable`: after a power cut too."""
+    replace_bytes(path, text.encode("utf-8"), durable)
+
+
+def replace_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """The same for bytes.  The temporary name cannot be guessed, so no link can wait under it."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as writer:
+            writer.write(content)
+            writer.flush()
+            if durable:
+                os.fsync(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_append(path: Path, mode: str = "ab") -> IO[Any]:
+    """Open a run folder's file to append ("ab", "a+", "a").  Raises OSError; ConfigError for a link."""
+    access = os.O_RDWR if "+" in mode else os.O_WRONLY
+    flags = access | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_a_link(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder inside a run folder, if it is not there.  Raises OSError; ConfigError for a link."""
+    if path.is_symlink():
+        raise _is_a_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def open_output(path: str | Path, option: str) -> IO[str]:
+    """Open the file that the user named to write results to.
+
+    Raises ConfigError, also for a link inside a run folder: whoever made the folder chose where it leads.
+    """
+    path = Path(path)
+    if path.is_symlink() and run_folder_of(path) is not None:
+        raise _is_a_link(path)
+    try:
+        return open(path, "w", encoding="utf-8", errors="backslashreplace")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option} {path}: cannot be written ({reason})") from None
+
+
+def run_folder_of(path: str | Path) -> Path | None:
+    """The nearest run, checkpoint or exported folder that a file lies in, by the files in it."""
+    for folder in Path(os.path.abspath(path)).parents:
+        if any((folder / name).is_file() for name in (EXPORT_FILE, "manifest.json")):
+            return folder
+        has_settings = (folder / "experiment.yaml").is_file()
+        if has_settings and (
+            any(os.path.lexists(folder / name) for name in RUN_SIGNS) or any(folder.glob("checkpoint_*"))
+        ):
+            return folder
+    return None
+
+
+def _is_a_link(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is a link, and nothing is written through links in a run folder; delete it")

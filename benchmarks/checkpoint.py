@@ -77,7 +77,9 @@ def measure(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--ds_config", default="zero2_offload")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")

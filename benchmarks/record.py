@@ -114,7 +114,9 @@ def write(name: str, command: str, records: Sequence[dict[str, Any]], folder: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     parser.add_argument("name")
     parser.add_argument("module")

@@ -25,7 +25,9 @@ VARIANTS = ["single_pass", "textbook", "coconut_ds", "coconut_ds+recompute"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="model of the first three axes")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["gpt2-tiny", "gpt2", "gpt2-medium"])
     parser.add_argument("--axes", nargs="*", choices=POINTS, default=list(POINTS))

@@ -59,7 +59,9 @@ def measure(engine: Engine, problems: Sequence[TokenizedProblem], rows: int) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--items", type=int, nargs="+", default=[GSM_VALID, GSM_TRAIN])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--size", default="gpt2-tiny")

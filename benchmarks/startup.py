@@ -143,7 +143,9 @@ def medians(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--repeats", type=int, default=3, help="starts after one that warms the disk cache")
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()

@@ -255,7 +255,9 @@ def draw(records: list[dict[str, Any]], axis: str, path: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--size", choices=SIZES, default="gpt2")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--question", type=int, default=64)

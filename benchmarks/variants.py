@@ -92,7 +92,9 @@ def collect(grid: list[tuple[Variant, int, Point]]) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/variants"))
     parser.add_argument("--set", dest="extra", action="append", default=[], metavar="KEY=VALUE")

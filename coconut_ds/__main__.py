@@ -15,6 +15,7 @@ from pathlib import Path
 from coconut_ds.errors import UserError
 
 COMMANDS = Path(__file__).parent / "commands"
+LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
     chosen = next((word for word in arguments if word in names), None)
     parser = argparse.ArgumentParser(
-        prog="coconut_ds", description="Train models that reason in latent space."
+        prog="coconut_ds", description="Train models that reason in latent space.", allow_abbrev=False
     )
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument(*LOCAL_RANK, type=int, default=0, help="set by the launcher")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in names:
         summary, _, details = _docstring(name).partition("\n")
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             help=summary,
             description=f"{summary}\n{details}",
             formatter_class=argparse.RawTextHelpFormatter,
+            allow_abbrev=False,
         )
+        command.add_argument(*LOCAL_RANK, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if name == chosen:
             try:
                 module = importlib.import_module(f"coconut_ds.commands.{name}")
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return UserError.exit_code
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(without_bare_deepspeed(arguments))
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if not (is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -59,6 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main or not error.on_every_rank:
             print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:
+    """The command line without `--deepspeed` where no JSON follows it: DeepSpeed's guide writes both.
+
+    deepspeed.add_config_arguments defines it as a flag, the Hugging Face Trainer as the config's path.
+    """
+    following = [*arguments[1:], ""]
+    pairs = zip(arguments, following, strict=True)
+    return [word for word, after in pairs if word != "--deepspeed" or after.endswith(".json")]
 
 
 def _docstring(name: str) -> str:

@@ -29,10 +29,14 @@ def add_overrides(parser: argparse.ArgumentParser, of: str = "of the YAML") -> N
     )
 
 
+# The spellings of DeepSpeed's guide and of the Hugging Face Trainer.
+DS_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
+
+
 def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--deepspeed_config."""
     parser.add_argument(
-        "--deepspeed_config",
+        *DS_CONFIG_FLAGS,
         required=required,
         metavar="JSON",
         help="how memory is split, for example ds_configs/zero2_offload.json",

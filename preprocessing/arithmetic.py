@@ -135,6 +135,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Make chains of additions modulo a number, for the quickstart.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
 
     def number(flag: str, default: int, least: int, text: str) -> None:

@@ -26,7 +26,10 @@ FAILED = 2  # exit code of anything that kept the files from being written, an i
 def script_arguments(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
     parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--output-dir", type=Path, default=Path("data"), help="where to write (default: data/)"

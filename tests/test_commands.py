@@ -1,5 +1,7 @@
 """The command line: help texts, show and validate, and a bad file of every kind with its one message."""
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -55,6 +57,57 @@ def test_a_python_without_the_packages_is_told_where_they_are():
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "is not installed" in ended.stderr and "source launch/setup.sh" in ended.stderr
+
+
+FLAGS = [
+    ["--deepspeed", "--deepspeed_config", DS_CONFIG],
+    ["--deepspeed_config", DS_CONFIG, "--deepspeed"],
+    ["--deepspeed", DS_CONFIG],
+    [f"--deepspeed={DS_CONFIG}"],
+    ["--deepspeed-config", DS_CONFIG],
+    ["--deepspeed_config", DS_CONFIG, "--local_rank", "0"],
+    ["--deepspeed_config", DS_CONFIG, "--local-rank=0"],
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=[" ".join(flags).replace(DS_CONFIG, "X") for flags in FLAGS])
+@pytest.mark.parametrize("command", ["train", "eval", "plan", "show"])
+def test_launchers_and_guides_spellings_are_accepted(command, flags, monkeypatch):
+    seen = []
+    module = importlib.import_module(f"coconut_ds.commands.{command}")
+    monkeypatch.setattr(module, "run", seen.append)
+    assert main(["--local-rank=0", command, "x.yaml", *flags]) == 0
+    assert seen[0].deepspeed_config in (DS_CONFIG, [DS_CONFIG]) and seen[0].local_rank == 0
+
+
+def test_a_bare_deepspeed_flag_may_stand_before_the_yaml(monkeypatch):
+    seen = []
+    monkeypatch.setattr(importlib.import_module("coconut_ds.commands.train"), "run", seen.append)
+    assert main(["train", "--deepspeed", "x.yaml", "--deepspeed_config", DS_CONFIG]) == 0
+    assert (seen[0].config, seen[0].deepspeed_config) == ("x.yaml", DS_CONFIG)
+
+
+def test_no_parser_accepts_abbreviations():
+    """An abbreviation changes its meaning with the next option of the same beginning."""
+    files = [
+        path
+        for folder in ("coconut_ds", "preprocessing", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    calls = [
+        (path, node)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    parsers = [
+        (path, node)
+        for path, node in calls
+        if getattr(node.func, "attr", "") in ("ArgumentParser", "add_parser")
+    ]
+    assert len(parsers) > 10
+    for path, node in parsers:
+        assert any(word.arg == "allow_abbrev" for word in node.keywords), f"{path}:{node.lineno}"
 
 
 def test_show_prints_settings_batches_stages_and_samples(experiment_file, capsys):

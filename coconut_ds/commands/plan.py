@@ -16,13 +16,13 @@ from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.table import full_text, markdown, side_by_side
-from coconut_ds.settings import add_experiment_arguments, read_experiment
+from coconut_ds.settings import DS_CONFIG_FLAGS, add_experiment_arguments, read_experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
     parser.add_argument(
-        "--deepspeed_config",
+        *DS_CONFIG_FLAGS,
         nargs="+",
         required=True,
         metavar="JSON",

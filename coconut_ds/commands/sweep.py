@@ -17,7 +17,7 @@ from coconut_ds.comparing.comparison import group_runs, paired_tests, stage_tabl
 from coconut_ds.comparing.run_records import read_run
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.schemas.parsing import read_yaml
-from coconut_ds.settings import add_overrides
+from coconut_ds.settings import DS_CONFIG_FLAGS, add_overrides
 from coconut_ds.sweep import (
     FAILED,
     FINISHED,
@@ -35,7 +35,7 @@ from coconut_ds.sweep import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG|GRID.yaml", help="experiment YAML, or a grid file")
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="how memory is split")
+    parser.add_argument(*DS_CONFIG_FLAGS, metavar="JSON", help="how memory is split")
     parser.add_argument(
         "--grid",
         action="append",

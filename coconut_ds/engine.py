@@ -26,10 +26,8 @@ if not torch.cuda.is_available():
     # DeepSpeed compiles its operators with other flags when it finds the CPU by itself, and again in turns.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import cpuinfo
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.git_version_info import accelerator_name, installed_ops
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -107,14 +105,8 @@ def _check_precision(precision: str, capability: tuple[int, int]) -> None:
         )
 
 
-@contextmanager
-def _without_detours() -> Iterator[None]:
-    """Spare `deepspeed.initialize` two seconds whose results nobody uses.
-
-    It imports its Muon optimizer to know the type, whose decorators load all of torch's Inductor.  And its
-    CPU Adam has py-cpuinfo measure the processor, in a process of its own, to warn of fp16 weights on that
-    of one vendor; it goes on without an answer, which matters only where CPU Adam is still to be compiled.
-    """
+def _import_muon_uncompiled() -> None:
+    """Spare `deepspeed.initialize` a second: it imports Muon, whose decorators load torch's Inductor."""
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
@@ -124,13 +116,18 @@ def _without_detours() -> Iterator[None]:
         del os.environ[switch]
     else:
         os.environ[switch] = before
-    ask = cpuinfo.get_cpu_info
-    if installed_ops.get("cpu_adam") and accelerator_name == get_accelerator().device_name():
-        cpuinfo.get_cpu_info = dict
-    try:
-        yield
-    finally:
-        cpuinfo.get_cpu_info = ask
+
+
+def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """`ds_config` with torch's own AdamW on CPU ranks without offload.
+
+    DeepSpeed would take its fused Adam there, a C++ operator that has to be compiled first.
+    """
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {})
+    if device.type != "cpu" or offload.get("device", "none") != "none":
+        return dict(ds_config)
+    optimizer = ds_config["optimizer"]
+    return {**ds_config, "optimizer": {**optimizer, "params": {**optimizer["params"], "torch_adam": True}}}
 
 
 @dataclass(frozen=True)
@@ -177,14 +174,14 @@ class Engine(Collectives):
         """
         self.ranks = ranks
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
-        config = {**ds_config, "managed_gradient_accumulation": False}
-        with _without_detours():
-            self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
-                model=module,
-                model_parameters=[dict(group) for group in parameter_groups],
-                config=config,
-                lr_scheduler=schedule.build if schedule is not None else None,
-            )
+        config = {**_for_device(ds_config, ranks.device), "managed_gradient_accumulation": False}
+        _import_muon_uncompiled()
+        self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
+            model=module,
+            model_parameters=[dict(group) for group in parameter_groups],
+            config=config,
+            lr_scheduler=schedule.build if schedule is not None else None,
+        )
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._own_groups = [
             {key: value for key, value in group.items() if key != "params"}

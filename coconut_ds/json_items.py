@@ -1,4 +1,9 @@
-"""Decode a JSON list one element at a time, with everything that is wrong with the file in one message.
+"""Decode the elements of a data file one at a time, with everything that is wrong with it in one message.
+
+    [{...}, {...}]                              a list
+    {"data": [{...}, {...}]}                    the list under one key
+    {"question": [...], "answer": [...]}        a list for every key
+    {...}\n{...}                                JSON lines
 
 Knows: files, UTF-8, JSON.  Does not know: what the elements are.
 """
@@ -12,7 +17,10 @@ from typing import Any
 from coconut_ds.errors import DataError
 
 MAX_REPORTED = 20
+LIST_FORM = 'write [{"question": "...", "steps": ["..."], "answer": "..."}, ...]'
+BOM = b"\xef\xbb\xbf"
 _BLANK = re.compile(r"[ \t\n\r]*")
+_DATA_KEY = re.compile(rb'\{\s*"(data|problems|examples|items|rows|train|valid|test|steps|answer)"\s*:\s*\[')
 
 
 class Complaints:
@@ -48,6 +56,8 @@ def read_text(path: Path, advice: str) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not content.strip():
         raise DataError(f"{path}: the file is empty; {advice}")
+    if download := unfinished_download(content):
+        raise DataError(f"{path}: {download}; {advice}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,66 +68,134 @@ def read_text(path: Path, advice: str) -> str:
         ) from None
 
 
-def items_of(path: Path, complaints: Complaints, advice: str) -> Iterator[Any]:
-    """The elements of the file's outer list, decoded one at a time; a syntax error ends the iteration."""
-    text = read_text(path, advice)
-    position = _after_blanks(text, 0)
-    if text[position : position + 1] != "[":
-        lines = text[position : position + 1] == "{" and _looks_like_json_lines(text)
-        advice = "it looks like JSON lines: wrap the lines in [ ] with commas between" if lines else ""
-        advice = advice or 'write [{"question": "...", "steps": ["..."], "answer": "..."}, ...]'
-        raise DataError(f"{path}: the file must hold a list of problems; {advice}")
-    index = 0
+def unfinished_download(content: bytes) -> str:
+    """What a file is that only stands for the real one, and how to get that; empty for other files."""
+    start = content[:200].removeprefix(BOM).lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, not the file itself; download the raw file"
+    return ""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+
+def looks_like_data(content: bytes) -> bool:
+    """Whether a JSON file holds problems, and not settings; its first megabyte is enough."""
+    start = content.removeprefix(BOM).lstrip()
+    if start.startswith(b"[") or unfinished_download(content):
+        return True
+    return start.startswith(b"{") and (b'"question"' in start or _DATA_KEY.match(start) is not None)
+
+
+def items_of(path: Path, complaints: Complaints, advice: str) -> Iterator[Any]:
+    """The elements of a data file, decoded one at a time; a syntax error ends the iteration."""
+    text = read_text(path, advice)
+    decoder = _Decoder(text, complaints)
+    first = text[decoder.position : decoder.position + 1]
+    if first == "[":
+        return decoder.list_items()
+    if first == "{":
+        return decoder.object_items()
+    raise DataError(f"{path}: the file must hold a list of problems; {LIST_FORM}")
+
+
+class _Decoder:
+    """One file's text, and how far it is read."""
+
+    def __init__(self, text: str, complaints: Complaints):
+        self.text, self.complaints = text, complaints
+        self.index = 0
+        self.position = _after_blanks(text, 0)
+        self._decode = json.JSONDecoder(
+            object_pairs_hook=self._unique, parse_constant=self._not_json
+        ).raw_decode
+
+    def list_items(self) -> Iterator[Any]:
+        text = self.text
+        self.position = _after_blanks(text, self.position + 1)
+        if text[self.position : self.position + 1] == "]":
+            self.position += 1
+        else:
+            while True:
+                item, is_valid = self._next()
+                if not is_valid:
+                    return
+                yield item
+                separator = text[self.position : self.position + 1]
+                self.position = _after_blanks(text, self.position + 1)
+                self.index += 1
+                if separator == "]":
+                    break
+                if separator != ",":
+                    what = f"{separator!r}" if separator else "the end of the file (was it cut off?)"
+                    where = f"after item {self.index - 1}, line {self._line()}"
+                    self.complaints.add(f"{where}: expected ',' or ']' but found {what}")
+                    return
+        if _after_blanks(text, self.position) != len(text):
+            self.complaints.add(f"line {self._line()}: more text follows the end of the list")
+
+    def object_items(self) -> Iterator[Any]:
+        """JSON lines, or what a single object holds."""
+        item, is_valid = self._next()
+        if is_valid and self.position == len(self.text):
+            yield from _held_by(item, self.complaints)
+            return
+        while is_valid:
+            yield item
+            self.index += 1
+            if self.position == len(self.text):
+                return
+            item, is_valid = self._next()
+
+    def _next(self) -> tuple[Any, bool]:
+        """The value at the current position, and whether there is one."""
+        try:
+            item, position = self._decode(self.text, self.position)
+        except RecursionError:
+            self.complaints.add(f"item {self.index}: nested too deeply; a problem is one flat object")
+            return None, False
+        except ValueError as error:
+            self.complaints.add(f"item {self.index}: {_syntax(error)}")
+            return None, False
+        self.position = _after_blanks(self.text, position)
+        return item, True
+
+    def _line(self) -> int:
+        return self.text.count("\n", 0, self.position) + 1
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         item = dict(pairs)
         if len(item) != len(pairs):
             keys = [key for key, _ in pairs]
             for key in sorted({key for key in keys if keys.count(key) > 1}):
-                complaints.add(f"item {index}, '{key}': the key occurs more than once; keep one")
+                self.complaints.add(f"item {self.index}, '{key}': the key occurs more than once; keep one")
         return item
 
-    def not_json(constant: str) -> None:
-        complaints.add(f"item {index}: {constant} is not JSON; write text in quotes")
+    def _not_json(self, constant: str) -> None:
+        self.complaints.add(f"item {self.index}: {constant} is not JSON; write text in quotes")
 
-    decode = json.JSONDecoder(object_pairs_hook=unique, parse_constant=not_json).raw_decode
-    position = _after_blanks(text, position + 1)
-    if text[position : position + 1] == "]":
-        position += 1
+
+def _held_by(value: dict[str, Any], complaints: Complaints) -> Iterator[Any]:
+    """The elements of {"data": [...]} and of {"question": [...], ...}; else the object is the only one."""
+    lists = {key: items for key, items in value.items() if isinstance(items, list)}
+    if isinstance(value.get("question"), str):
+        yield value
+    elif "question" in lists:
+        lengths = {key: len(items) for key, items in lists.items()}
+        if len(set(lengths.values())) > 1:
+            described = ", ".join(f"'{key}' has {length}" for key, length in lengths.items())
+            complaints.add(f"the columns differ in length: {described}")
+            return
+        for row in zip(*lists.values(), strict=True):
+            yield dict(zip(lists, row, strict=True))
+    elif len(lists) == 1:
+        yield from next(iter(lists.values()))
     else:
-        while True:
-            try:
-                item, position = decode(text, position)
-            except RecursionError:
-                complaints.add(f"item {index}: nested too deeply; a problem is one flat object")
-                return
-            except ValueError as error:
-                complaints.add(f"item {index}: {_syntax(error)}")
-                return
-            yield item
-            position = _after_blanks(text, position)
-            separator = text[position : position + 1]
-            position = _after_blanks(text, position + 1)
-            index += 1
-            if separator == "]":
-                break
-            if separator != ",":
-                what = f"{separator!r}" if separator else "the end of the file (was it cut off?)"
-                line = text.count("\n", 0, position) + 1
-                complaints.add(f"after item {index - 1}, line {line}: expected ',' or ']' but found {what}")
-                return
-    if _after_blanks(text, position) != len(text):
-        complaints.add(f"line {text.count(chr(10), 0, position) + 1}: more text follows the end of the list")
+        complaints.add(f"the file must hold a list of problems; {LIST_FORM}")
 
 
 def _after_blanks(text: str, position: int) -> int:
     match = _BLANK.match(text, position)
     return match.end() if match else position
-
-
-def _looks_like_json_lines(text: str) -> bool:
-    lines = text.strip().splitlines()
-    return len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines[:2])
 
 
 def _syntax(error: ValueError) -> str:

@@ -169,6 +169,9 @@ BAD_DATA = {
     "step of number": (json.dumps(problem(steps=[1])), "steps"),
     "blank question": (json.dumps(problem(question=" ")), "question"),
     "answer of number": (json.dumps(problem(answer=2)), "answer"),
+    "pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+    "page": ("<html></html>", "HTML page"),
+    "uneven columns": ('{"question": ["a"], "steps": [], "answer": ["1"]}', "columns differ in length"),
 }
 
 
@@ -190,6 +193,9 @@ def test_bad_data_ends_before_any_model(name, experiment_file, tmp_path, capsys)
     (tmp_path / "data.json").write_text(text)
     path = experiment_file(train_path=str(tmp_path / "data.json"))
     fails_cleanly(["train", path, "--deepspeed_config", DS_CONFIG], words, capsys)
+    if name not in ("no list", "not json", "empty file"):  # those may be settings as well
+        assert main(["validate", str(tmp_path / "data.json")]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coconut_ds.__main__ import main
 from coconut_ds.errors import DataError
 from coconut_ds.problems import (
     Card,
@@ -51,6 +52,29 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path):
 
 
 item = json.dumps(GOOD)
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 123456789\n"
+FORMS = {
+    "list": f"[{item}, {item}]",
+    "wrapped": f'{{"data": [{item}, {item}]}}',
+    "described": f'{{"name": "gsm", "train": [{item}, {item}]}}',
+    "columns": json.dumps({key: [value, value] for key, value in GOOD.items()}),
+    "lines": f"{item}\n{item}\n",
+    "spread lines": f"{json.dumps(GOOD, indent=1)}\n\n{item}",
+}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_holds_the_same_problems_for_train_and_validate(tmp_path, form, mark, capsys):
+    path = write(tmp_path / "a_train.json", mark + FORMS[form].encode())
+    assert read_problems(path) == [Problem("2 + 2 ?", ("<<2+2=4>>",), "4")] * 2
+    assert main(["validate", str(path)]) == 0
+    said = capsys.readouterr()
+    assert f"{path}         2" in said.out and "error" not in said.out + said.err
+
+
+def test_one_line_is_one_problem(tmp_path):
+    assert len(read_problems(write(tmp_path / "a.jsonl", item))) == 1
 
 
 @pytest.mark.parametrize(
@@ -60,8 +84,18 @@ item = json.dumps(GOOD)
         (b" \n ", "the file is empty"),
         (b"\xef\xbb\xbf", "must hold a list"),
         (b'[{"question": "caf\xe9"}]', "byte 18 is not UTF-8"),
-        (item, "must hold a list"),
-        (f"{item}\n{item}\n", "JSON lines"),
+        ('"text"', "must hold a list"),
+        ("{}", "must hold a list"),
+        ('{"data": [], "more": []}', "must hold a list"),
+        (
+            '{"question": ["a"], "steps": [], "answer": ["4"]}',
+            "'question' has 1, 'steps' has 0, 'answer' has 1",
+        ),
+        ('{"data": [{"question": "?"}]}', "item 0, 'answer': missing"),
+        (f"{item}\n{item[:20]}", "item 1: not JSON at line 2"),
+        (f"{item},\n{item}", "item 1: not JSON"),
+        (LFS_POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        ("\n<!DOCTYPE html><html></html>", "is an HTML page, not the file itself; download the raw file"),
         ("[]", "the list is empty"),
         ("[[]]", "item 0: a problem is an object, got a list"),
         ("[null]", "item 0: a problem is an object, got null"),

@@ -14,7 +14,9 @@ from pathlib import Path
 from coconut_ds.config import load_experiment
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, UserError
+from coconut_ds.json_items import looks_like_data
 from coconut_ds.problems import card_for
+from coconut_ds.schemas.parsing import MAX_BYTES
 
 CARD_SUFFIX = ".card.json"
 
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     data_files = []
     for path in map(Path, args.files):
         try:
-            if path.suffix == ".json" and not path.name.endswith(CARD_SUFFIX) and _holds_a_list(path):
+            if _is_data(path):
                 data_files.append(path)
             else:
                 print(f"{path}: ok, {_check_settings(path)}")
@@ -72,10 +74,11 @@ def _check_data(paths: list[Path], model: str | None, picture: str | None) -> in
     return len(report.errors) + len(report.leaks)
 
 
-def _holds_a_list(path: Path) -> bool:
-    """Data files are lists; a list starts with '['."""
+def _is_data(path: Path) -> bool:
+    if path.suffix not in (".json", ".jsonl") or path.name.endswith(CARD_SUFFIX):
+        return False
     try:
         with open(path, "rb") as file:
-            return file.read(4096).lstrip().startswith(b"[")
+            return path.suffix == ".jsonl" or looks_like_data(file.read(MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

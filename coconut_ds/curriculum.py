@@ -47,10 +47,18 @@ class Sample:
 
 
 def stage_number(epoch: int, experiment: Experiment) -> int:
-    """Number of the curriculum stage that `epoch` (from 0) belongs to; it grows without bound."""
+    """Number of the curriculum stage that `epoch` (from 0) belongs to, at most max_latent_stage + 1.
+
+    Token-wise iCoT, which hides more at every epoch, has two: 0 with nothing hidden, then 1.
+    """
     if not experiment.method.has_stages:
         return 0
-    lengths = experiment.epochs_per_stage
+    if experiment.method is Method.ICOT and experiment.icot_tokens_per_epoch is not None:
+        return min(epoch, 1)
+    return min(_uncapped_number(epoch, experiment.epochs_per_stage), experiment.max_latent_stage + 1)
+
+
+def _uncapped_number(epoch: int, lengths: int | tuple[int, ...]) -> int:
     if isinstance(lengths, int):
         return epoch // lengths
     for number, length in enumerate(lengths):
@@ -68,7 +76,7 @@ def stage_at(epoch: int, experiment: Experiment) -> Stage:
         case Method.NO_COT:
             return Stage(ALL_STEPS, 0)
         case Method.PAUSE | Method.WITHOUT_CURRICULUM:
-            return final_stage(experiment)
+            return numbered_stage(experiment.max_latent_stage + 1, experiment)
         case Method.ICOT if experiment.icot_tokens_per_epoch is not None:
             return Stage(0, 0, hidden_tokens=experiment.icot_tokens_per_epoch * epoch)
     return numbered_stage(stage_number(epoch, experiment), experiment)
@@ -81,9 +89,31 @@ def numbered_stage(number: int, experiment: Experiment) -> Stage:
     return Stage(number if number <= experiment.max_latent_stage else ALL_STEPS, num_latents)
 
 
+def last_epoch(experiment: Experiment) -> int:
+    """The epoch (from 0) at whose stage the model is tested: the last one, or `resume` with only_eval."""
+    return experiment.resume if experiment.only_eval else max(experiment.num_epochs - 1, 0)
+
+
 def final_stage(experiment: Experiment) -> Stage:
-    """The stage that hides every step."""
-    return numbered_stage(experiment.max_latent_stage + 1, experiment)
+    """The stage at which a method's model is tested: that of its last epoch, so that it was trained.
+
+    CoT: nothing hidden. no_cot, pause, without_curriculum: all steps. Methods with stages: all steps, or as
+    many as `num_epochs` reaches. Token-wise iCoT: as many tokens as the last epoch hides.
+    """
+    return stage_at(last_epoch(experiment), experiment)
+
+
+def stops_early(experiment: Experiment) -> str | None:
+    """In words, that the epochs end before stage max_latent_stage; None where they do not."""
+    number, last = stage_number(last_epoch(experiment), experiment), experiment.max_latent_stage
+    token_wise = experiment.icot_tokens_per_epoch is not None
+    if not experiment.method.has_stages or token_wise or number >= last:
+        return None
+    key = "resume" if experiment.only_eval else "num_epochs"
+    return (
+        f"{key}: {getattr(experiment, key)} ends in stage {number} of {last}: "
+        f"the test is at that stage ({final_stage(experiment)})"
+    )
 
 
 def is_stage_switch(epoch: int, experiment: Experiment) -> bool:

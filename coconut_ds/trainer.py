@@ -18,7 +18,7 @@ from coconut_ds.build import Material, write_model
 from coconut_ds.checkpoint import Checkpoints, TrainState, settings_to_compare
 from coconut_ds.comparing.window_picture import draw_window_weights
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import Stage, final_stage, is_stage_switch, stage_at, stage_number
+from coconut_ds.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
 from coconut_ds.divergence import LossGuard
 from coconut_ds.engine import Engine
 from coconut_ds.errors import StopRequested
@@ -95,8 +95,11 @@ class Trainer:
             self.ablate(epoch, result)
             self.save(result)
         if self.material.test is not None:
-            stage = final_stage(self.experiment)
-            result = self.evaluate(self.material.test, stage, "test", self.experiment.num_epochs - 1)
+            # The weights' own epoch: a finished run may be started again with fewer num_epochs.
+            epoch = max(self.state.epoch - 1, 0)
+            if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
+                self.say(early)
+            result = self.evaluate(self.material.test, stage_at(epoch, self.experiment), "test", epoch)
         return result
 
     def resume(self) -> None:
@@ -219,7 +222,13 @@ class Trainer:
         extra = {} if weights is None else {"window_weights": weights}
         number = stage_number(epoch, self.experiment)
         self.run.log(
-            name, step=self.state.global_step, epoch=epoch, stage=number, **result.numbers(), **extra
+            name,
+            step=self.state.global_step,
+            epoch=epoch,
+            stage=number,
+            at=str(stage),
+            **result.numbers(),
+            **extra,
         )
         if weights is not None and self.run.writes:
             draw_window_weights(self.run.folder)

@@ -8,6 +8,7 @@ from coconut_ds.config import Method, validate_experiment
 from coconut_ds.curriculum import (
     ALL_STEPS,
     Stage,
+    final_stage,
     is_stage_switch,
     mixed_stage,
     prompt_only,
@@ -58,6 +59,34 @@ def test_gsm8k_schedule(epoch, expected):
 @pytest.mark.parametrize("epoch, number", [(0, 0), (5, 0), (6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (15, 4)])
 def test_paper_gives_the_first_stage_more_epochs(epoch, number):
     assert stage_number(epoch, experiment(epochs_per_stage=[6, 3])) == number
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"method": "cot"}, Stage(0, 0)),
+        ({"method": "no_cot"}, Stage(ALL_STEPS, 0)),
+        ({"method": "coconut"}, Stage(ALL_STEPS, 6)),
+        ({"method": "coconut", "num_epochs": 8}, Stage(2, 4)),
+        ({"method": "coconut", "only_eval": True, "resume": 9, "load_model_path": "c"}, Stage(3, 6)),
+        ({"method": "no_thoughts"}, Stage(ALL_STEPS, 0)),
+        ({"method": "icot"}, Stage(ALL_STEPS, 0)),
+        ({"method": "icot", "icot_tokens_per_epoch": 8}, Stage(0, 0, hidden_tokens=8 * 49)),
+        ({"method": "pause"}, Stage(ALL_STEPS, 6)),
+        ({"method": "pause_as_thought"}, Stage(ALL_STEPS, 6)),
+        ({"method": "without_curriculum"}, Stage(ALL_STEPS, 6)),
+    ],
+    ids=str,
+)
+def test_final_stage_is_the_one_of_the_last_epoch(changes, expected):
+    assert final_stage(experiment(**changes)) == expected
+
+
+def test_stages_beyond_the_last_have_its_number():
+    late = experiment(epochs_per_stage=5, max_latent_stage=6)
+    assert [stage_number(epoch, late) for epoch in (30, 35, 49)] == [6, 7, 7]
+    token_wise = experiment(method="icot", icot_tokens_per_epoch=8)
+    assert [stage_number(epoch, token_wise) for epoch in (0, 1, 49)] == [0, 1, 1]
 
 
 def test_prosqa_evaluation_epoch_has_six_latents():

@@ -14,6 +14,7 @@ from typing import Any
 from coconut_ds.batching import Batch
 from coconut_ds.build import Material, load_material, write_model
 from coconut_ds.config import Experiment, experiment_to_yaml
+from coconut_ds.curriculum import final_stage
 from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
@@ -115,14 +116,13 @@ def _batch(experiment: Experiment, material: Material, plan: dict[str, Any]) -> 
 
 
 def _evaluate(engine: Engine, experiment: Experiment, material: Material) -> None:
-    """One evaluation batch a rank, of the longest problems, at the last stage."""
+    """One evaluation batch a rank, of the longest problems, at the final stage."""
     valid = material.valid
     lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
     most = experiment.batch_size_eval * engine.world_size
     chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:most]
     hardest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
-    stage = stages_of(experiment)[-1].stage
-    evaluate(engine, hardest, stage, experiment, material.vocabulary)
+    evaluate(engine, hardest, final_stage(experiment), experiment, material.vocabulary)
 
 
 def _write(

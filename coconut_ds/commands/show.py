@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from coconut_ds.batching import Layout
 from coconut_ds.config import Experiment, experiment_to_yaml
-from coconut_ds.curriculum import render, stage_at, stage_number
+from coconut_ds.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
 from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 from coconut_ds.errors import UserError
 from coconut_ds.problems import Problem, read_problems
@@ -83,13 +83,16 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
     for first, last in _stage_spans(experiment):
         span = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
         yield f"{span:>9}  {stage_number(first, experiment)}: {stage_at(first, experiment)}"
+    yield f"tested at: {final_stage(experiment)}"
+    if early := stops_early(experiment):
+        yield early
     if experiment.uniform_prob and experiment.method.has_stages:
         yield f"each sample is drawn from a random stage with probability {experiment.uniform_prob}"
 
 
 def _stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
     """First and last epoch (from 0) of every different stage that the run goes through."""
-    last = experiment.resume if experiment.only_eval else experiment.num_epochs - 1
+    last = last_epoch(experiment)
     first = experiment.resume
     for epoch in range(experiment.resume, last + 1):
         if epoch == last or stage_at(epoch + 1, experiment) != stage_at(epoch, experiment):

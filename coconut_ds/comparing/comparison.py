@@ -77,8 +77,8 @@ class Group:
     def results(self) -> tuple[str | None, list[Any]]:
         """(split, one line a run): the test set where every run has it."""
         for split in SPLITS:
-            if all(run.of(split) for run in self.runs):
-                return split, [run.of(split)[-1] for run in self.runs]
+            if all(run.measured(split) for run in self.runs):
+                return split, [run.measured(split)[-1] for run in self.runs]
         return None, []
 
     def average(self, values: Sequence[float | None]) -> float | None:
@@ -198,11 +198,19 @@ def stage_table(groups: Sequence[Group]) -> Table:
     if without:
         last = [[run.stages[-1].line for run in group.runs if run.stages] for group in groups]
         rows.append(["validation, at the end", *map(_percent, last)])
-    tests = [[run.of("test")[-1] for run in group.runs if run.of("test")] for group in groups]
+    tests = [[run.measured("test")[-1] for run in group.runs if run.measured("test")] for group in groups]
     if any(tests):
-        stage = next((g.first.result_stage for g in groups if g.first.result_stage.num_latents), None)
-        rows.append([f"test: {describe_stage(stage)}" if stage else "test", *map(_percent, tests)])
+        rows.append([f"test: {_tested_at(groups)}", *map(_percent, tests)])
     return Table(["accuracy", *map(_column_title, groups)], rows)
+
+
+def _tested_at(groups: Sequence[Group]) -> str:
+    """The stage that one row of tests is about: that of the latents, where all groups hide the same steps."""
+    stages = [group.first.result_stage for group in groups if group.first.measured("test")]
+    with_latents = {stage for stage in stages if stage.num_latents} or set(stages)
+    if len(with_latents) == 1 and len({stage.hidden_steps for stage in stages}) == 1:
+        return describe_stage(with_latents.pop())
+    return "each run at its final stage"
 
 
 def _column_title(group: Group) -> str:

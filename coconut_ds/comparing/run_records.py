@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from coconut_ds.config import Experiment, load_experiment
-from coconut_ds.curriculum import ALL_STEPS, Stage, final_stage, stage_at, stage_number
+from coconut_ds.curriculum import ALL_STEPS, Stage, final_stage, numbered_stage, stage_at, stage_number
 from coconut_ds.errors import ConfigError
 from coconut_ds.problems import card_for
 from coconut_ds.runs import METRICS
@@ -78,22 +78,41 @@ class RunRecord:
         halves = [name for name in ("fp16", "bf16") if self.ds_config.get(name, {}).get("enabled")]
         return ", ".join([*words, *halves])
 
+    def stage_of(self, line: Line) -> Stage:
+        """The stage that a line of the validation or test set was measured at."""
+        if line["kind"] == "test" and "at" not in line:  # older versions hid every step, whatever the method
+            return numbered_stage(self.experiment.max_latent_stage + 1, self.experiment)
+        return stage_at(int(line["epoch"]), self.experiment)
+
+    def measured(self, split: str) -> list[Line]:
+        """The lines of a set, without tests of older versions at a stage that the run was not trained at."""
+        return [line for line in self.of(split) if not self._at_untrained_stage(line)]
+
+    @property
+    def untrained_tests(self) -> list[Line]:
+        """The lines that `measured` leaves out."""
+        return [line for line in self.of("test") if self._at_untrained_stage(line)]
+
+    def _at_untrained_stage(self, line: Line) -> bool:
+        trained, tested = stage_at(int(line["epoch"]), self.experiment), self.stage_of(line)
+        # Stage max_latent_stage hides all steps of problems that have no more.
+        same = trained.hidden_tokens or trained.hidden_steps >= self.experiment.max_latent_stage
+        return trained.num_latents != tested.num_latents or not (trained == tested or same)
+
     @property
     def split(self) -> str | None:
         """Which set `result` is about."""
-        return next((split for split in SPLITS if self.of(split)), None)
+        return next((split for split in SPLITS if self.measured(split)), None)
 
     @property
     def result(self) -> Line | None:
         """The test line, else the last validation; None before the first."""
-        return self.of(self.split)[-1] if self.split else None
+        return self.measured(self.split)[-1] if self.split else None
 
     @property
     def result_stage(self) -> Stage:
         """The stage that `result` was measured at."""
-        if self.split == "test" or self.result is None:
-            return final_stage_of(self.experiment)
-        return stage_at(int(self.result["epoch"]), self.experiment)
+        return final_stage(self.experiment) if self.result is None else self.stage_of(self.result)
 
     @cached_property
     def stages(self) -> list[StageResult]:
@@ -180,13 +199,6 @@ def read_run(folder: str | Path) -> RunRecord:
         plan=_json_file(folder / "memory" / "plan.json"),
         profile=_json_file(folder / "memory" / "profile.json"),
     )
-
-
-def final_stage_of(experiment: Experiment) -> Stage:
-    """The stage of a run's test: what its method gives the model to read, with every step hidden or none."""
-    if experiment.method.has_stages:
-        return final_stage(experiment)
-    return stage_at(experiment.num_epochs - 1, experiment)
 
 
 def describe_stage(stage: Stage) -> str:

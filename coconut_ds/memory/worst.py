@@ -13,7 +13,7 @@ from pathlib import Path
 from coconut_ds.batching import Batch, collate
 from coconut_ds.build import DEBUG_TRAIN_ITEMS
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import Stage, final_stage, numbered_stage, render, stage_at
+from coconut_ds.curriculum import Stage, final_stage, last_epoch, numbered_stage, render, stage_at
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.plan import BatchShape
 from coconut_ds.problems import Problem, read_problems
@@ -144,10 +144,8 @@ def worst_batch(
 def worst_evaluation_batch(
     problems: Sequence[TokenizedProblem], experiment: Experiment, vocabulary: Vocabulary
 ) -> Batch:
-    """The longest rows of the last stage, as evaluation sorts them together."""
-    at = StageOfRun(experiment.num_epochs, final_stage(experiment))
-    trained = stages_of(experiment)
-    at = trained[-1] if trained else at
+    """The longest rows of the final stage, as evaluation sorts them together."""
+    at = StageOfRun(last_epoch(experiment), final_stage(experiment))
     return worst_batch(problems, at, experiment, vocabulary, experiment.batch_size_eval)
 
 

@@ -25,7 +25,7 @@ from coconut_ds.config import (
     validate_experiment,
     without_permissions,
 )
-from coconut_ds.curriculum import ALL_STEPS, Stage, stage_at
+from coconut_ds.curriculum import ALL_STEPS, Stage, final_stage, stage_at
 from coconut_ds.ds_config import DeepSpeedConfig, LatentMemory, validate_ds_config
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.files import EXPORT_FILE, run_folder_of
@@ -209,7 +209,7 @@ def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     name = experiment.load_model_path or experiment.model_id
     # The YAML of a received folder may name any place as its `save_path`.
     folder = run_folder_of(path) or run_folder(experiment)
-    return Trained(experiment, stage_at(experiment.resume, experiment), name, folder)
+    return Trained(experiment, final_stage(experiment), name, folder)
 
 
 def _exported(folder: Path, overrides: Sequence[str]) -> Trained:

@@ -42,7 +42,7 @@ def validation(epoch, correct, **more):
 def make_run(tmp_path):
     """A run folder with `correct[epoch]` of 100 items right, and `test` of its test items."""
 
-    def make(name, correct, test=None, answers=None, **settings):
+    def make(name, correct, test=None, answers=None, old=False, **settings):
         folder = tmp_path / name
         (folder / "memory").mkdir(parents=True)
         experiment = validate_experiment(
@@ -60,7 +60,8 @@ def make_run(tmp_path):
             lines.append({"kind": "memory", "epoch": epoch, "gpu_allocated_peak_mib": 100.0 * (epoch + 1)})
             lines.append(validation(epoch, number))
         if test is not None:
-            lines.append({**validation(len(correct) - 1, test), "kind": "test"})
+            at = {} if old else {"at": "as logged"}
+            lines.append({**validation(len(correct) - 1, test, **at), "kind": "test"})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "ti')
         if answers is not None:
@@ -118,8 +119,21 @@ def test_the_stage_table_names_what_is_hidden(make_run):
         ["validation, stage 1: 1 step in 2 latents", "50.0 %", ""],
         ["validation, stage 2: 2 steps in 4 latents", "60.0 %", ""],
         ["validation, at the end", "60.0 %", "7.0 %"],
-        ["test: all steps in 4 latents", "70.0 %", "8.0 %"],
+        ["test: each run at its final stage", "70.0 %", "8.0 %"],
     ]
+    longer = make_run("l", [10, 50, 60, 65], 71, method="coconut", **(STAGED | {"num_epochs": 4}))
+    assert stage_table(group_runs([longer, theirs])).rows[-1][0] == "test: all steps in 4 latents"
+
+
+def test_tests_of_older_versions_at_a_stage_the_run_was_not_trained_at_do_not_count(make_run):
+    """They hid every step, from a CoT run too."""
+    run = make_run("cot", [80, 90, 95], 8, old=True, method="cot")
+    assert (run.split, run.result["accuracy"]) == ("valid", 0.95)
+    assert [line["accuracy"] for line in run.untrained_tests] == [0.08]
+    new = make_run("new", [80, 90, 95], 94, method="cot")
+    assert (new.split, new.result["accuracy"], new.untrained_tests) == ("test", 0.94, [])
+    same = make_run("c", [10, 50, 60], 70, old=True, method="coconut", **STAGED)
+    assert same.split == "test"
 
 
 def test_labels_say_what_differs(make_run):
@@ -156,7 +170,7 @@ def test_report_prints_text_latex_markdown_and_json(make_run, capsys):
     assert latex.count(r"\begin{tabular}") == 2 and r"no\_cot & 3.0 \%" not in latex
     assert r"70.0 \% & 8.0 \%" in latex
     main(["report", *folders, "--markdown"])
-    assert "| test: all steps in 4 latents | 70.0 % | 8.0 % |" in capsys.readouterr().out
+    assert "| test: each run at its final stage | 70.0 % | 8.0 % |" in capsys.readouterr().out
     main(["report", *folders, "--json"])
     groups = json.loads(capsys.readouterr().out)["groups"]
     assert [group["accuracy"]["value"] for group in groups] == [0.7, 0.08]

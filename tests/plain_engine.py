@@ -1,0 +1,76 @@
+"""A trainer in this process: one rank, SGD, no DeepSpeed, no process group."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from coconut_ds.build import build_module, load_material
+from coconut_ds.collectives import Ranks, ReadingEngine
+from coconut_ds.config import validate_experiment
+from coconut_ds.ds_config import LatentMemory
+from coconut_ds.runs import Run
+from coconut_ds.signals import Signals
+from coconut_ds.trainer import Options, Trainer
+from tests.checkpoint.fake_shards import FakeShards
+
+
+class PlainEngine(ReadingEngine):
+    """The calls of engine.Engine that a trainer makes."""
+
+    learning_rate, gradient_norm, loss_scale = 0.05, None, None
+
+    def __init__(self, module, rate=0.05):
+        super().__init__(module, Ranks(0, 1, torch.device("cpu")))
+        self.parameters = [p for p in module.requires_grad_(True).parameters()]
+        self.optimizer = torch.optim.SGD(self.parameters, rate)
+        self.shards = FakeShards(torch.zeros(1))
+
+    def backward(self, loss):
+        loss.backward()
+        return loss.detach()
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+    def reset_optimizer(self):
+        pass
+
+    def barrier(self):
+        pass
+
+    def sum_over_ranks(self, values):
+        return list(values)
+
+    max_over_ranks = sum_over_ranks
+
+    def gather(self, value):
+        return [value]
+
+    def broadcast_object(self, value):
+        return value
+
+    def save_shards(self, folder: Path, client_state):
+        self.shards.weights = torch.nn.utils.parameters_to_vector(self.parameters).detach()
+        self.shards.save_shards(folder, client_state)
+
+    def load_shards(self, folder: Path):
+        state = self.shards.load_shards(folder)
+        torch.nn.utils.vector_to_parameters(self.shards.weights, self.parameters)
+        return state
+
+    @contextlib.contextmanager
+    def full_weights(self):
+        yield self.module
+
+
+@contextlib.contextmanager
+def plain_trainer(values, **changes):
+    """A Trainer of the experiment `values | changes`, ready for `run_all`."""
+    experiment = validate_experiment({**values, **changes}, "test")
+    material = load_material(experiment)
+    engine = PlainEngine(build_module(experiment, material.vocabulary, LatentMemory()))
+    with Signals() as signals, Run(experiment, {}) as run:
+        yield Trainer(experiment, material, engine, run, signals, Options(stuck_seconds=0))

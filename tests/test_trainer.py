@@ -1,0 +1,56 @@
+"""The loop around the epochs, in this process: which stage is tested, what is said at the end."""
+
+import json
+
+import pytest
+
+from tests.plain_engine import plain_trainer
+
+CHEAP = {
+    "num_epochs": 3,
+    "max_latent_stage": 2,
+    "eval_max_items": 6,
+    "max_new_tokens": 4,
+    "batch_size_training": 48,
+    "uniform_prob": 0.0,
+}
+METHODS = [
+    {"method": "coconut"},
+    {"method": "coconut", "num_epochs": 5},  # every step hidden
+    {"method": "coconut", "num_epochs": 2},  # ends before the last stage
+    {"method": "cot"},
+    {"method": "no_cot"},
+    {"method": "no_thoughts"},
+    {"method": "icot"},
+    {"method": "icot", "icot_tokens_per_epoch": 2},
+    {"method": "pause"},
+    {"method": "pause_as_thought"},
+    {"method": "without_curriculum"},
+]
+
+
+def lines_of(run, kind):
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
+def test_one_file_as_validation_and_test_set_gives_the_same_numbers(tiny_experiment, tmp_path, settings):
+    """Whatever the method: the test is at the stage that the last epoch trained."""
+    values = tiny_experiment | CHEAP | {"test_path": tiny_experiment["val_path"], "save_path": str(tmp_path)}
+    with plain_trainer(values, **settings) as trainer:
+        result = trainer.run_all()
+        valid, (test,) = lines_of(trainer.run, "valid")[-1], lines_of(trainer.run, "test")
+    assert result.loss == test["loss"] > 0
+    keys = ("loss", "accuracy", "cot_match", "num_items", "mean_tokens", "at", "stage", "epoch")
+    assert {key: test[key] for key in keys} == {key: valid[key] for key in keys}
+
+
+def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_experiment, tmp_path, capsys):
+    values = tiny_experiment | CHEAP | {"test_path": tiny_experiment["val_path"], "save_path": str(tmp_path)}
+    with plain_trainer(values, num_epochs=2) as trainer:
+        trainer.run_all()
+    printed = capsys.readouterr().out
+    assert (
+        "num_epochs: 2 ends in stage 1 of 2: the test is at that stage (1 steps hidden, 1 latents)" in printed
+    )

@@ -10,7 +10,6 @@ Knows: engines, the worst batch, allocators.  Does not know: how an engine is st
 """
 
 import gc
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -278,7 +277,12 @@ def _phases_of_a_step(engine: Engine, meter: PhaseMeter) -> Iterator[_Names]:
 
 
 def _write_checkpoint(engine: Engine, write_model: Callable[[Path], None], folder: Path) -> None:
-    temporary = folder / f".profile_checkpoint_{engine.broadcast_object(secrets.token_hex(8))}"
+    temporary = folder / ".profile_checkpoint"
+    if engine.is_main and temporary.is_symlink():
+        temporary.unlink()
+    elif engine.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    engine.barrier()
     try:
         engine.save_shards(temporary / "engine", {})
         with engine.full_weights():

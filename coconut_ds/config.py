@@ -63,6 +63,7 @@ class Experiment:
     val_path: str
     test_path: str | None
     max_new_tokens: int | None
+    grading: str | None  # "exact" | "latex"
 
     batch_size_training: int  # rows per GPU and micro-batch
     gradient_accumulation_steps: int

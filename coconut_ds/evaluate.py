@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,12 +61,13 @@ class Evaluation:
     num_correct: int
     mean_tokens: float  # generated, without latents
     predictions: tuple[Prediction, ...]  # every item, in the order of the file
+    grading: str  # the rule that `accuracy` was counted by
     seconds_per_item: float = 0.0  # of answering, all ranks together working on it
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, Any]:
         """What belongs into a log line."""
         names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
-        return {name: getattr(self, name) for name in (*names, "seconds_per_item")}
+        return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading")}
 
 
 def evaluate(
@@ -109,13 +110,13 @@ def evaluate(
                 losses += float(engine.loss(batch))
             num_tokens += len(batch.target_ids_N)
     mine: list[Prediction] = []
-    most = max_new_tokens(experiment, test_set.card)
+    most, grading = max_new_tokens(experiment, test_set.card), grading_of(experiment, test_set.card)
     started = time.perf_counter()
     for batch in batches(True, "answers"):
         with ablator.on(engine.module, batch) if ablator else nullcontext():
             answers = engine.module.generate(batch, most, vocabulary.eos_id, engine.all_over_ranks)
         mine += [
-            grade(index, vocabulary.decode(ids), len(ids), test_set)
+            grade(index, vocabulary.decode(ids), len(ids), test_set, grading)
             for index, ids in zip(batch.indices, answers, strict=True)
             if index != PADDING_ROW
         ]
@@ -123,7 +124,7 @@ def evaluate(
     engine.train()
     loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
     together = [prediction for share in engine.gather(mine) for prediction in share]
-    result = summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1))
+    result = summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
     return replace(result, seconds_per_item=seconds / max(result.num_items, 1))
 
 
@@ -132,22 +133,27 @@ def max_new_tokens(experiment: Experiment, card: Card) -> int:
     return card.max_new_tokens if experiment.max_new_tokens is None else experiment.max_new_tokens
 
 
-def grade(index: int, completion: str, num_tokens: int, test_set: TestSet) -> Prediction:
-    """Judge one completion by the rule of the data set's card."""
+def grading_of(experiment: Experiment, card: Card) -> str:
+    """The experiment's own rule, else the data set's."""
+    return card.grading if experiment.grading is None else experiment.grading
+
+
+def grade(index: int, completion: str, num_tokens: int, test_set: TestSet, grading: str) -> Prediction:
+    """Judge one completion by the rule `grading`."""
     problem = test_set.problems[index]
-    reasoning, predicted = split_completion(completion, test_set.card.grading)
+    reasoning, predicted = split_completion(completion, grading)
     return Prediction(
         index=index,
         completion=completion,
         predicted=predicted,
         expected=problem.answer,
-        correct=is_correct(test_set.card.grading, predicted, problem.answer),
+        correct=is_correct(grading, predicted, problem.answer),
         cot_match=cot_matches(reasoning, problem.steps),
         num_tokens=num_tokens,
     )
 
 
-def summarise(predictions: Sequence[Prediction], loss: float) -> Evaluation:
+def summarise(predictions: Sequence[Prediction], loss: float, grading: str) -> Evaluation:
     """Totals of graded predictions."""
     count = max(len(predictions), 1)
     correct = sum(p.correct for p in predictions)
@@ -159,6 +165,7 @@ def summarise(predictions: Sequence[Prediction], loss: float) -> Evaluation:
         num_correct=correct,
         mean_tokens=sum(p.num_tokens for p in predictions) / count,
         predictions=tuple(predictions),
+        grading=grading,
     )
 
 

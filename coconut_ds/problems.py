@@ -134,24 +134,33 @@ def read_card(path: str | Path) -> Card:
 
 
 def is_correct(grading: str, predicted: str, expected: str) -> bool:
-    """Whether an answer counts.  "exact": equal text, commas and outer blanks aside, the published rule.
+    """Whether an answer counts; an empty one never does.
 
-    "latex": that, or equality as mathematics according to the math-verify library.
+    "exact", the published rule: equal text, commas and outer blanks aside.  "latex": one line with the same
+    text, or with equal mathematics according to the math-verify library.
     """
     if grading not in GRADINGS:
         raise ValueError(f"grading must be one of {', '.join(GRADINGS)}, got {grading!r}")
-    if predicted.replace(",", "").strip() == expected.replace(",", "").strip():
+    predicted, expected = predicted.strip(), expected.strip()
+    if not predicted:
+        return False
+    if grading == "exact":
+        return predicted.replace(",", "") == expected.replace(",", "")
+    if predicted == expected:
         return True
-    return grading == "latex" and _latex_equal(predicted.strip(), expected.strip())
+    return "\n" not in predicted and _latex_equal(predicted, expected)
 
 
 def split_completion(text: str, grading: str = "exact") -> tuple[str, str]:
     """Generated text after the prompt -> (reasoning, answer), by the published rule.
 
     The answer is what follows the last "#", without commas; "latex" keeps them, for (1,2) is not (12).
+    Text without "#" has no answer: "".  (The published code compares it together with its question, which
+    never equals an answer.)
     """
-    answer = text.split("#")[-1].strip()
-    return text.split("#")[0].strip(), answer if grading == "latex" else answer.replace(",", "").strip()
+    reasoning, marker, rest = text.partition("#")
+    answer = rest.rpartition("#")[2].strip() if marker else ""
+    return reasoning.strip(), answer if grading == "latex" else answer.replace(",", "").strip()
 
 
 def cot_matches(reasoning: str, steps: Sequence[str]) -> bool:
@@ -199,7 +208,7 @@ def _problem(item: Any, index: int, complaints: Complaints) -> Problem | None:
 
 @lru_cache(maxsize=65536)
 def _latex_equal(predicted: str, expected: str) -> bool:
-    if not predicted or max(len(predicted), len(expected)) > _MAX_LATEX_CHARS:
+    if max(len(predicted), len(expected)) > _MAX_LATEX_CHARS:
         return False
     from math_verify import parse, verify  # takes a second to import, and only MATH needs it
 

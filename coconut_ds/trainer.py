@@ -237,7 +237,8 @@ class Trainer:
         self.run.show_samples()
         self.say(
             f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
-            f"accuracy {100 * result.accuracy:.1f} %  CoT match {100 * result.cot_match:.1f} %  "
+            f"accuracy {100 * result.accuracy:.1f} % ({result.grading} grading)  "
+            f"CoT match {100 * result.cot_match:.1f} %  "
             f"{self.peak.summary()}"
         )
         return result

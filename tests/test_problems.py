@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from coconut_ds.__main__ import main
 from coconut_ds.errors import DataError
 from coconut_ds.problems import (
+    GRADINGS,
     Card,
     Problem,
     card_for,
@@ -241,13 +242,75 @@ def test_latex_grading_works_outside_the_main_thread():
     [
         ("<<2+2=4>>\n<<4*2=8>>\n### 8", "<<2+2=4>>\n<<4*2=8>>", "8"),
         ("### 1,234,567", "", "1234567"),
-        ("no answer given", "no answer given", "no answer given"),
+        ("no answer given", "no answer given", ""),
+        ("8", "8", ""),
         ("a\n### b ### c", "a", "c"),
         ("", "", ""),
     ],
 )
 def test_a_completion_is_split_by_the_published_rule(text, reasoning, answer):
     assert split_completion(text) == (reasoning, answer)
+
+
+REASONING = "We add: $2+3=5$.\nSo the answer is $\\boxed{5}$."
+COMPLETIONS = {  # completion -> the gradings that count it as right; the reference answer is 5
+    "### 5": {"exact", "latex"},
+    f"{REASONING}\n### 5": {"exact", "latex"},
+    "###5": {"exact", "latex"},
+    "# 5": {"exact", "latex"},
+    "### 4\n### 5": {"exact", "latex"},
+    "### 5,": {"exact", "latex"},
+    "### 10/2": {"latex"},
+    "### $5$": {"latex"},
+    "### 5.0": {"latex"},
+    "### 4 ### 5": {"exact", "latex"},
+    "### 5\n### 4": set(),
+    "### 5 ###": set(),
+    "### 5\nThat is the answer.": set(),
+    "### 5\n5": set(),
+    "### 7\nThe answer is 5": set(),
+    "### 5 6": set(),
+    "###": set(),
+    "### ": set(),
+    "###\n": set(),
+    "": set(),
+    " \n": set(),
+    "5": set(),
+    "$5$": set(),
+    "\\boxed{5}": set(),
+    "The answer is 5": set(),
+    "#5 of the list\n### ": set(),
+    ",": set(),
+    "### ,": set(),
+}
+
+
+@pytest.mark.parametrize("grading", GRADINGS)
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_what_counts_as_an_answer(grading, completion):
+    _, predicted = split_completion(completion, grading)
+    assert is_correct(grading, predicted, "5") is (grading in COMPLETIONS[completion])
+
+
+@pytest.mark.parametrize("grading", GRADINGS)
+def test_a_completion_that_is_cut_off_before_its_answer_is_wrong(grading):
+    text = f"{REASONING}\n### 5"
+    for length in range(len(text)):
+        assert not is_correct(grading, split_completion(text[:length], grading)[1], "5"), text[:length]
+
+
+@pytest.mark.parametrize("grading", GRADINGS)
+def test_no_reference_solution_without_its_answer_counts(grading):
+    path = SHARED_DATA / "math_test.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    for problem in read_problems(path, 200):
+        _, predicted = split_completion("\n".join(problem.steps), grading)
+        assert not is_correct(grading, predicted, problem.answer)
+
+
+def test_commas_tell_latex_answers_apart():
+    assert not is_correct("latex", "(12)", "(1,2)") and not is_correct("latex", "12", "1,2")
 
 
 def test_commas_of_a_latex_answer_are_kept():

@@ -51,7 +51,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 # Settings of the YAML that do not change what a resumed run learns.  All others need leave.
 HARMLESS_EXPERIMENT = {
     "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval", "eval_max_items",
-    "ablate_after_stage",
+    "ablate_after_stage", "grading",
     "max_new_tokens", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps", "allow_pickle",
     "train_path", "val_path", "test_path", "load_model_path",
 }  # fmt: skip

@@ -81,7 +81,8 @@ class Measurement:
         result = self.evaluation
         return (
             f"{self.checkpoint}  {self.split}, {self.stage}\n"
-            f"  accuracy {percent_with_interval(result.num_correct, result.num_items)}, "
+            f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
+            f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
             f"CoT match {100 * result.cot_match:.1f} %\n"
             f"  an answer takes {result.mean_tokens:.1f} tokens besides {self.stage.num_latents} latents, "

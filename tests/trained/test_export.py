@@ -97,7 +97,8 @@ def test_half_precision(full, tmp_path):
 def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
     predictions = [Prediction(i, "### 1", "1", "1", i < 3, False, 2) for i in range(4)]
     trained = find_one(str(full))
-    write_down(Measurement(trained.name, "test", trained.stage, None, summarise(predictions, 0.5)), full)
+    evaluation = summarise(predictions, 0.5, "exact")
+    write_down(Measurement(trained.name, "test", trained.stage, None, evaluation), full)
     memory = {"kind": "memory", "gpu_peak_mib": 812.4, "epoch": 0}
     (full / "metrics.jsonl").write_text(
         "".join(json.dumps(memory | {"gpu_peak_mib": m}) + "\n" for m in (5, 812.4))

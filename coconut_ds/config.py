@@ -19,8 +19,16 @@ import yaml
 from coconut_ds.contradictions import contradictions
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import run_folder_of
-from coconut_ds.methods import LATENT_VARIANTS, METHOD_BOOLEANS, Method, method_of
-from coconut_ds.schemas import defaults, did_you_mean, kinds, load_schema, violations
+from coconut_ds.methods import (
+    LATENT_VARIANTS,
+    METHOD_BOOLEANS,
+    Method,
+    has_published_keys,
+    method_of,
+    thought_and_tuning,
+)
+from coconut_ds.no_effect import without_effect
+from coconut_ds.schemas import defaults, kinds, load_schema, shown, unknown_keys, violations
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
 
 
@@ -96,13 +104,20 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     ConfigError with every problem of the file in one message.
     """
+    return load_with_notes(path, overrides)[0]
+
+
+def load_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
+    """The experiment, and a line for each setting that its file makes do something unexpected or nothing."""
     values = read_yaml(path)
+    published = has_published_keys(values)  # of the file: --set method=cot does not change whose file it is
     where = str(path)
     if overrides:
         changes = parse_overrides(overrides)
         values = _without_replaced(values, changes) | changes
         where += " with --set " + " ".join(overrides)
-    return validate_experiment(values, where)
+    experiment, notes = _check(values, where, published)
+    return experiment, [f"{path}: {note}" for note in notes]
 
 
 def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
@@ -112,23 +127,31 @@ def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Exp
 
 def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """An experiment named on a command line; the YAML in a run folder is received, not the reader's word."""
-    experiment = load_experiment(path, overrides)
+    return load_named_with_notes(path, overrides)[0]
+
+
+def load_named_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
+    """load_named_experiment with the notes of load_with_notes."""
+    experiment, notes = load_with_notes(path, overrides)
     is_received = Path(path).name == "experiment.yaml" or run_folder_of(path) is not None
-    return without_permissions(experiment, overrides) if is_received else experiment
+    return without_permissions(experiment, overrides) if is_received else experiment, notes
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """{'lr': 3e-5} from ['lr=3e-5'].  ConfigError: no '=', or a key that is not a setting."""
-    known = load_schema("experiment")["properties"]
+    schema = load_schema("experiment")
+    known = schema["properties"]
     changes: dict[str, Any] = {}
     problems = []
+    keys = [override.partition("=")[0].strip() for override in overrides if "=" in override]
+    hints = unknown_keys([key for key in keys if key not in known], schema)
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals:
             problems.append(f"--set {override}: must be KEY=VALUE")
         elif key not in known:
-            problems.append(f"--set {override}: '{key}' is not a setting{did_you_mean(key, known)}")
+            problems.append(f"--set {override}: '{key}' is not a setting{hints[key]}")
         else:
             value = parse_yaml_value(text, f"--set {override}")
             is_text = "string" in kinds(known[key]) and not isinstance(value, str | None)
@@ -140,16 +163,36 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def validate_experiment(values: Mapping[str, Any], where: str) -> Experiment:
     """The record that `values` describe; `where` names their source in messages."""
+    return _check(values, where, has_published_keys(values))[0]
+
+
+def _check(values: Mapping[str, Any], where: str, published: bool) -> tuple[Experiment, list[str]]:
     schema = load_schema("experiment")
     given = {key: _as_meant(value, schema["properties"].get(key, {})) for key, value in values.items()}
     problems = violations(given, schema, "a setting")
     broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
     sound = {key: value for key, value in given.items() if key not in broken and key in schema["properties"]}
-    settings = defaults(schema) | sound
+    standard = defaults(schema, published)
+    settings = standard | sound
     problems += [text for keys, text in contradictions(sound, settings) if not broken.intersection(keys)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
-    return _record(sound, settings)
+    method = method_of(sound)
+    assert method is not None
+    notes = without_effect(method, sound, standard, settings)
+    return _record(method, settings), _notes_on_defaults(sound, standard, schema) + notes
+
+
+def _notes_on_defaults(
+    sound: Mapping[str, Any], standard: Mapping[str, Any], schema: Mapping[str, Any]
+) -> list[str]:
+    """A line for each default that is another one because the file is the published code's."""
+    return [
+        f"{key} is {shown(value)}, the published code's value, because the file has no 'method:' "
+        f"(with it: {shown(ours)}); write '{key}: {shown(value)}' or '{key}: {shown(ours)}'"
+        for key, value in standard.items()
+        if key not in sound and value != (ours := schema["properties"][key]["default"])
+    ]
 
 
 def experiment_to_yaml(experiment: Experiment) -> str:
@@ -195,16 +238,12 @@ def _without_replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> 
     return kept
 
 
-def _record(sound: Mapping[str, Any], settings: dict[str, Any]) -> Experiment:
-    method = method_of(sound)
-    assert method is not None
-    thought, tuning = LATENT_VARIANTS.get(settings["latent_variant"], ("last_hidden", "full"))
-    if method.is_pause:
-        thought = "pause"
+def _record(method: Method, settings: dict[str, Any]) -> Experiment:
+    thought, tuning = thought_and_tuning(method, settings)
     settings |= {
         "method": method,
-        "thought": settings["thought"] or thought,
-        "tuning": settings["tuning"] or tuning,
+        "thought": thought,
+        "tuning": tuning,
         "train_path": settings["train_path"] or "",
         "reset_optimizer": RESETS.get(settings["reset_optimizer"], settings["reset_optimizer"]),
     }

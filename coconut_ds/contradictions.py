@@ -20,7 +20,8 @@ def contradictions(sound: Mapping[str, Any], settings: Mapping[str, Any]) -> Ite
     if method is not None:
         yield from _latent_contradictions(method, sound, settings)
     yield from _thought_contradictions(sound)
-    yield from _window_contradictions(sound, settings)
+    if method is None or method.has_latents:
+        yield from _window_contradictions(sound, settings)
     yield from _running_contradictions(settings)
     yield from _name_problems(settings)
 
@@ -51,24 +52,18 @@ def _latent_contradictions(
                     keys | {key},
                     f"{key}: is 0, which leaves method {method} without latents; give at least 1",
                 )
-    elif sound.get("thought") is not None:
-        yield (
-            keys | {"thought"},
-            f"thought: {sound['thought']} is given, but method {method} has no latents; remove it",
-        )
     variant = sound.get("latent_variant")
-    if variant not in (None, "basic", "coconut") and (method.is_pause or not method.has_latents):
-        why = "always uses thought pause" if method.is_pause else "has no latents"
-        text = f"latent_variant: is {variant}, but method {method} {why}; remove it (LoRA is 'tuning: lora')"
+    if variant not in (None, "basic", "coconut") and method.is_pause:
+        text = (
+            f"latent_variant: is {variant}, but method {method} always uses thought pause; remove it "
+            "(LoRA is 'tuning: lora')"
+        )
         yield keys | {"latent_variant"}, text
     if method.is_pause and sound.get("thought") not in (None, "pause"):
         yield (
             keys | {"thought"},
             f"thought: is {sound['thought']}, but method {method} always uses pause; remove it",
         )
-    if settings["icot_tokens_per_epoch"] is not None and method is not Method.ICOT:
-        text = f"icot_tokens_per_epoch: is given, but the method is {method}; it belongs to 'method: icot'"
-        yield keys | {"icot_tokens_per_epoch"}, text
 
 
 def _thought_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:

@@ -57,6 +57,20 @@ def method_of(sound: Mapping[str, Any]) -> Method | None:
     return Method(chosen[0]) if len(chosen) == 1 else None
 
 
+def has_published_keys(values: Mapping[str, Any]) -> bool:
+    """Whether a file names its method as the published code does: by the four booleans alone."""
+    return values.get("method") is None and any(key in values for key in METHOD_BOOLEANS)
+
+
+def thought_and_tuning(method: Method, settings: Mapping[str, Any]) -> tuple[str, str]:
+    """What the two keys, `latent_variant` and the method say together."""
+    thought, tuning = LATENT_VARIANTS.get(settings["latent_variant"], ("last_hidden", "full"))
+    tuning = settings["tuning"] or tuning
+    if not method.has_latents:
+        return "last_hidden", tuning
+    return settings["thought"] or ("pause" if method.is_pause else thought), tuning
+
+
 def thought_names() -> list[str]:
     """Modules of thoughts/: the folder is the registry, so a new file needs no second edit."""
     folder = str(Path(__file__).with_name("thoughts"))

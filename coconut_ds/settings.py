@@ -4,8 +4,11 @@ Knows: argparse, both files.  Does not know: what a command does with them.
 """
 
 import argparse
+import os
+import sys
+from collections.abc import Iterable
 
-from coconut_ds.config import Experiment, load_named_experiment
+from coconut_ds.config import Experiment, load_named_with_notes
 from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 
 
@@ -44,8 +47,17 @@ def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = Tru
 
 
 def read_experiment(args: argparse.Namespace) -> Experiment:
-    """The experiment of a command line.  Raises ConfigError."""
-    return load_named_experiment(args.config, args.overrides)
+    """The experiment of a command line; the main rank prints the notes on it.  Raises ConfigError."""
+    experiment, notes = load_named_with_notes(args.config, args.overrides)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print_notes(notes)
+    return experiment
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """On stderr, so that what a command prints for other programs stays clean."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:

@@ -125,6 +125,35 @@ def test_show_prints_settings_batches_stages_and_samples(experiment_file, capsys
     assert "<|start-latent|><|latent|><|end-latent|>" in text
 
 
+PUBLISHED = {"method": None, "coconut": True, "latent_window_size": 4}  # two notes: clipping, the window
+
+
+@pytest.mark.parametrize("command", ["show", "validate"])
+def test_notes_are_printed_once_on_stderr(command, experiment_file, capsys):
+    assert main([command, experiment_file(**PUBLISHED)]) == 0
+    said = capsys.readouterr()
+    notes = [line for line in said.err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and "note: " not in said.out
+    assert "gradient_clipping is 0.0" in notes[0] and "latent_window_size: 4: no effect" in notes[1]
+
+
+@pytest.mark.parametrize("rank, count", [("0", 2), ("1", 0)])
+def test_the_main_rank_alone_prints_the_notes_of_training(rank, count, experiment_file, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("coconut_ds.commands.train.train", lambda *_: None)
+    assert main(["train", experiment_file(**PUBLISHED), "--deepspeed_config", DS_CONFIG]) == 0
+    assert capsys.readouterr().err.count("note: ") == count
+
+
+@pytest.mark.parametrize("method, compared", [({"method": "coconut"}, False), (PUBLISHED, True)])
+def test_show_compares_the_effective_batch_of_published_files(method, compared, experiment_file, capsys):
+    assert main(["show", experiment_file(**method), "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "16 rows per optimizer step, the effective batch" in text
+    assert ("on 4 GPUs: an effective batch of 32" in text) is compared
+    assert f"gradient_clipping: {0.0 if compared else 1.0}" in text
+
+
 def test_show_goes_without_data(experiment_file, capsys):
     assert main(["show", experiment_file(train_path="data/absent_train.json")]) == 0
     text = capsys.readouterr().out

@@ -13,6 +13,7 @@ from coconut_ds.config import (
     Method,
     experiment_to_yaml,
     load_experiment,
+    load_with_notes,
     parse_overrides,
     validate_experiment,
 )
@@ -142,6 +143,100 @@ def test_reset_optimizer(written, meant):
     assert smallest(reset_optimizer=written).reset_optimizer == meant
 
 
+PUBLISHED_CODE = {"coconut": True, "method": None}
+
+
+@pytest.mark.parametrize(
+    "changes, clipping",
+    [
+        ({}, 1.0),
+        ({"gradient_clipping": 0.5}, 0.5),
+        ({"coconut": True}, 1.0),
+        (PUBLISHED_CODE, 0.0),
+        (PUBLISHED_CODE | {"gradient_clipping": 1.0}, 1.0),
+        *[({boolean: True, "method": None}, 0.0) for boolean in METHOD_BOOLEANS],
+    ],
+)
+def test_only_files_of_the_published_code_are_not_clipped(changes, clipping):
+    assert smallest(**changes).gradient_clipping == clipping
+
+
+@pytest.mark.parametrize("override", ["method=cot", "cot=true", "lr=1e-3"])
+@pytest.mark.parametrize("name, clipping", [("coconut: True", 0.0), ("method: coconut", 1.0)])
+def test_an_override_does_not_change_whose_file_it_is(tmp_path, override, name, clipping):
+    path = write(tmp_path, f"{name}\nname: a\nmodel_id: gpt2\ntrain_path: t\nval_path: v\n")
+    assert load_experiment(path, [override]).gradient_clipping == clipping
+    path.write_text(experiment_to_yaml(load_experiment(path, [override])))
+    assert load_experiment(path).gradient_clipping == clipping
+
+
+def test_a_default_of_the_published_code_is_noted(tmp_path):
+    path = write(tmp_path, PUBLISHED)
+    (note,) = load_with_notes(path)[1]
+    assert note.startswith(f"{path}: gradient_clipping is 0.0, the published code's value")
+    assert load_with_notes(path, ["gradient_clipping=0"])[1] == []
+
+
+def test_other_defaults_are_what_the_published_code_does(tmp_path):
+    """With `gradient_clipping` these are all keys of the optimizer and the curriculum that it lacks."""
+    experiment = load_experiment(write(tmp_path, PUBLISHED))
+    assert (experiment.lr_schedule, experiment.warmup_ratio, experiment.thought_lr) == ("constant", 0.0, None)
+    assert (experiment.uniform_prob, experiment.gradient_clipping) == (0.0, 0.0)
+
+
+NO_EFFECT = [  # settings, what the note says; "" where there is none
+    ({"method": "cot", "latent_variant": "learnable_weights"}, "latent_variant: 'learnable_weights'"),
+    ({"method": "cot", "thought": "mlp_projection"}, "thought: 'mlp_projection': no effect, method cot has"),
+    ({"method": "no_cot", "c_thought": 3}, "c_thought: 3: no effect"),
+    ({"method": "icot", "latent_variant": "fixed_window"}, "no effect, method icot has no latents"),
+    ({"method": "no_thoughts", "ablate_after_stage": ["zero"]}, "ablate_after_stage"),
+    ({"method": "cot", "pad_latent_to_max": False, "c_thought": 1}, "c_thought: 1, pad_latent_to_max: false"),
+    ({"method": "cot", "thought": "fixed_window", "latent_window_size": 4}, "latent_window_size: 4"),
+    ({"method": "cot", "max_latent_stage": 6}, "max_latent_stage: 6: no effect, method cot has no stages"),
+    ({"method": "pause", "uniform_prob": 0.1}, "uniform_prob: 0.1: no effect, method pause has no stages"),
+    ({"method": "without_curriculum", "epochs_per_stage": 5}, "epochs_per_stage: 5"),
+    ({"icot_tokens_per_epoch": 8}, "icot_tokens_per_epoch: 8: no effect, method coconut is not icot"),
+    (
+        {"method": "icot", "icot_tokens_per_epoch": 8, "max_latent_stage": 6},
+        "max_latent_stage: 6: no effect, icot_tokens_per_epoch takes the place",
+    ),
+    ({"latent_window_size": 4}, "latent_window_size: 4: no effect, thought last_hidden has no window"),
+    ({"thought": "fixed_window", "latent_window_init": "uniform"}, "latent_window_init: 'uniform'"),
+    ({"thought": "learnable_window", "latent_window_weights": [1, 0, 0]}, "latent_window_weights: [1, 0, 0]"),
+    ({"thought_lr": 0.1}, "thought_lr: 0.1: no effect, thought last_hidden has no parameters"),
+    ({"lora_r": 4, "lora_use_dora": True}, "lora_r: 4, lora_use_dora: true: no effect, tuning is full"),
+    ({"tuning": "lora", "lora_r": 4}, ""),
+    ({"method": "pause", "thought_lr": 0.1, "max_latent_stage": 6}, ""),
+    ({"thought": "learnable_window", "latent_window_scope": "pass", "thought_lr": 0.1}, ""),
+    ({"thought": "fixed_window", "latent_window_scope": "pass", "latent_window_weights": [1, 0, 0]}, ""),
+    ({"method": "cot", "latent_variant": "basic", "c_thought": 0, "max_latent_stage": 0}, ""),
+    ({"method": "cot", "epochs_per_stage": 1, "pad_latent_to_max": True, "uniform_prob": 0.0}, ""),
+    ({"method": "icot", "epochs_per_stage": 5, "uniform_prob": 0.1, "max_latent_stage": 6}, ""),
+]
+
+
+@pytest.mark.parametrize("changes, part", NO_EFFECT, ids=[str(changes)[:60] for changes, _ in NO_EFFECT])
+def test_a_setting_without_effect_is_noted(tmp_path, changes, part):
+    path = write(tmp_path, yaml.safe_dump(SMALLEST | changes))
+    notes = load_with_notes(path)[1]
+    assert len(notes) == bool(part) and all(note.startswith(f"{path}: ") and part in note for note in notes)
+
+
+@pytest.mark.parametrize("variant", LATENT_VARIANTS)
+def test_a_cot_file_of_the_learnable_window_code(tmp_path, variant):
+    text = PUBLISHED.replace("\ncoconut: True\ncot: False", "\ncoconut: False\ncot: True")
+    text = text.replace("c_thought: 2", "c_thought: 0").replace("max_latent_stage: 3", "max_latent_stage: 0")
+    text = text.replace("latent_variant: basic", f"latent_variant: {variant}")
+    text += "gradient_clipping: 0.0\nlatent_window_weights: [0.6, 0.4]\n"
+    experiment, notes = load_with_notes(write(tmp_path, text))
+    thought, tuning = LATENT_VARIANTS[variant]
+    assert experiment.method is Method.COT and experiment.tuning == tuning
+    assert experiment.thought == "last_hidden", "weights of a window must not appear in a CoT model"
+    named = {True: [], False: [f"latent_variant: '{variant}'"]}[thought == "last_hidden"]
+    assert all(name in " ".join(notes) for name in [*named, "latent_window_weights: [0.6, 0.4]"])
+    assert (f"tuning is {tuning}" in " ".join(notes)) is (tuning == "lora")
+
+
 def test_numbers_that_yaml_reads_as_text(tmp_path):
     text = PUBLISHED.replace('!!float "1e-4"', "1e-4").replace("seed: 0", "seed: '7'")
     experiment = load_experiment(write(tmp_path, text))
@@ -250,7 +345,7 @@ def test_override_is_named_in_the_message(tmp_path):
 
 BAD_VALUES = [
     ({"epoch_per_stage": 3}, "epoch_per_stage: is not a setting; did you mean 'epochs_per_stage'?"),
-    ({"learning_rate": 1e-4}, "learning_rate: is not a setting"),
+    ({"learning_rate": 1e-4}, "learning_rate: is not a setting; write 'lr' instead"),
     ({"coconut": True, "cot": True, "method": None}, "coconut, cot: 2 methods are true"),
     ({"method": None}, "method: none is chosen"),
     ({"cot": True}, "method: says coconut, but 'cot: true' says otherwise"),
@@ -261,14 +356,6 @@ BAD_VALUES = [
     ({"c_thought": 0}, "c_thought: is 0, which leaves method coconut without latents"),
     ({"max_latent_stage": 0}, "max_latent_stage: is 0"),
     ({"c_thought": -1}, "c_thought: must be a whole number of at least 0, got -1"),
-    (
-        {"method": "cot", "thought": "last_hidden"},
-        "thought: last_hidden is given, but method cot has no latents",
-    ),
-    (
-        {"method": "icot", "latent_variant": "fixed_window"},
-        "latent_variant: is fixed_window, but method icot",
-    ),
     (
         {"method": "pause", "thought": "last_hidden"},
         "thought: is last_hidden, but method pause always uses pause",
@@ -309,7 +396,6 @@ BAD_VALUES = [
     ({"name": ""}, "name: must be text that is not empty"),
     ({"name": 5}, "name: must be text, got 5; put it in quotes"),
     ({"reset_optimizer": "sometimes"}, "reset_optimizer: must be one of true, false, never, stage_switch"),
-    ({"icot_tokens_per_epoch": 8}, "icot_tokens_per_epoch: is given, but the method is coconut"),
     ({"lr_schedule": "cosin"}, "did you mean 'cosine'?"),
     ({"warmup_ratio": 1}, "warmup_ratio: must be a number of at least 0 and less than 1, got 1"),
     ({"lora_target_modules": "c_attn"}, "lora_target_modules: must be a list"),

@@ -31,7 +31,7 @@ def experiment(**changes: object) -> Experiment:
     values = {
         "name": "run",
         "model_id": "gpt2",
-        "cot": True,
+        "method": "cot",
         "train_path": "t",
         "val_path": "v",
         "batch_size_training": 4,
@@ -141,7 +141,7 @@ BAD = [
         "zero_optimization.reduce_bucket: is not a setting of DeepSpeed",
     ),
     ({"optimizer": {"params": {"beta": [0.9, 0.99]}}}, "optimizer.params.beta: is not a setting"),
-    ({"fp16": {"enabled": True, "initial_scale": 2}}, "did you mean 'initial_scale_power'?"),
+    ({"fp16": {"enabled": True, "initial_scale": 2}}, "write 'initial_scale_power' instead"),
     ({"latent_memory": {"recomputation": "layers"}}, "latent_memory.recomputation: is not a setting"),
     ({"elasticity": {}}, "elasticity: was removed from DeepSpeed"),
     ({"amp": {"enabled": True}}, "amp: was removed from DeepSpeed; enable fp16 or bf16"),

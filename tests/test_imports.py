@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "coconut_ds"
 # Top to bottom.  Within a row a module may import those named before it.  A new room that is not named
 # here sits directly below the lowest room that it imports.
 ROWS = (
-    ("errors", "schemas", "methods", "contradictions", "config", "ds_config", "settings"),
+    ("errors", "schemas", "methods", "contradictions", "no_effect", "config", "ds_config", "settings"),
     ("problems", "runs", "signals", "watchdog"),
     ("tokens", "thoughts"),
     ("curriculum",),
@@ -31,6 +31,7 @@ NO_TORCH = (
     "schemas",
     "methods",
     "contradictions",
+    "no_effect",
     "config",
     "ds_config",
     "settings",

@@ -13,9 +13,13 @@ from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
 from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 from coconut_ds.errors import UserError
+from coconut_ds.methods import has_published_keys
 from coconut_ds.problems import Problem, read_problems
+from coconut_ds.schemas.parsing import read_yaml
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_experiment
 from coconut_ds.tokens import load_vocabulary, tokenize
+
+PUBLISHED_GPUS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         problems = []
         print(f"Data\n  {error}\n")
-    print("Batches\n" + _indented("\n".join(_batch_lines(experiment, ds_config, args.gpus, len(problems)))))
+    lines = [*_batch_lines(experiment, ds_config, args.gpus, len(problems))]
+    if has_published_keys(read_yaml(args.config)):
+        lines.append(_published_batch_line(experiment))
+    print("Batches\n" + _indented("\n".join(lines)))
     print("Stages\n" + _indented("\n".join(_stage_lines(experiment))))
     if problems:
         chosen = problems[min(args.item, len(problems) - 1)]
@@ -70,12 +77,20 @@ def _batch_lines(
     layout = Layout.of(experiment, world_size, rank=0)
     yield (
         f"{layout.rows} rows per GPU x {layout.accumulation} accumulated x {world_size} GPUs "
-        f"= {layout.rows_per_step} rows per optimizer step"
+        f"= {layout.rows_per_step} rows per optimizer step, the effective batch"
     )
     if num_problems and not experiment.only_eval:
         steps = layout.num_steps(num_problems)
         epochs = experiment.num_epochs - experiment.resume
         yield f"{num_problems} problems -> {steps} steps per epoch, {steps * epochs} steps in {epochs} epochs"
+
+
+def _published_batch_line(experiment: Experiment) -> str:
+    layout = Layout.of(experiment, PUBLISHED_GPUS, rank=0)
+    return (
+        f"the published code runs such files on {PUBLISHED_GPUS} GPUs: an effective batch of "
+        f"{layout.rows_per_step}; with fewer GPUs, raise gradient_accumulation_steps to keep it"
+    )
 
 
 def _stage_lines(experiment: Experiment) -> Iterator[str]:

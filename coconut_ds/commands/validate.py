@@ -11,12 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from coconut_ds.config import load_experiment
+from coconut_ds.config import load_with_notes
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.json_items import looks_like_data
 from coconut_ds.problems import card_for
 from coconut_ds.schemas.parsing import MAX_BYTES
+from coconut_ds.settings import print_notes
 
 CARD_SUFFIX = ".card.json"
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_settings(path: Path) -> str:
     """One line about a sound file; ConfigError or DataError with everything wrong in it."""
     if path.suffix in (".yaml", ".yml"):
-        experiment = load_experiment(path)
+        experiment, notes = load_with_notes(path)
+        print_notes(notes)
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
     if path.suffix != ".json":
         raise ConfigError(

@@ -1,13 +1,14 @@
 """The JSON Schemas of the two settings files, and plain words for what breaks them.
 
 The schema files are the one home of every key's type, default and description.  Beside the standard
-keywords they use three annotations: `group` (heading in the docs), `expects` (words for a rule that
-has no short form) and `refused` (why a key is not accepted, and what to do instead).
+keywords they use these annotations: `group` (heading in the docs), `expects` (words for a rule that
+has no short form), `refused` (why a key is not accepted, and what to do instead), `published_default`
+(the default in files of the published code), `also_called` (names that other programs have for a key)
+and, beside `properties`, `elsewhere` (what to do instead of a key that other programs have).
 
 Knows: JSON Schema.  Does not know: what any key means.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,9 +38,13 @@ def load_schema(name: str) -> dict[str, Any]:
     return json.loads(text)
 
 
-def defaults(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Default of every property that has one."""
-    return {key: rule["default"] for key, rule in schema["properties"].items() if "default" in rule}
+def defaults(schema: Mapping[str, Any], published: bool = False) -> dict[str, Any]:
+    """Default of every property that has one; `published`: in a file of the published code."""
+    rules = {key: rule for key, rule in schema["properties"].items() if "default" in rule}
+    return {
+        key: rule["published_default"] if published and "published_default" in rule else rule["default"]
+        for key, rule in rules.items()
+    }
 
 
 def kinds(rule: Mapping[str, Any]) -> list[str]:
@@ -49,10 +54,51 @@ def kinds(rule: Mapping[str, Any]) -> list[str]:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the nearest known word, or nothing."""
-    spellings = {str(one).lower(): one for one in known}
-    near = difflib.get_close_matches(str(word).lower(), spellings, n=1, cutoff=0.6)
-    return f"; did you mean '{spellings[near[0]]}'?" if near else ""
+    """'; did you mean X?' for a misspelled known word, or nothing.
+
+    One wrong letter is a misspelling, and two in words of eight letters or more; a common beginning is not.
+    """
+    written = str(word).lower()
+    limit = 2 if len(written) >= 8 else 1
+    near = {
+        one: edit_distance(written, one.lower()) for one in known if abs(len(one) - len(written)) <= limit
+    }
+    best = min(near, key=lambda one: near[one], default="")
+    return f"; did you mean '{best}'?" if best and near[best] <= limit else ""
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Letters to add, drop, replace or swap with their neighbor (optimal string alignment)."""
+    before: list[int] = []
+    previous = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        current = [i]
+        for j, b in enumerate(second, 1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (a != b)))
+            if i > 1 and j > 1 and a == second[j - 2] and first[i - 2] == b:
+                current[-1] = min(current[-1], before[j - 2] + 1)
+        before, previous = previous, current
+    return previous[-1]
+
+
+def unknown_keys(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, str]:
+    """What to say behind each key that a block does not have: the key's name here, or a misspelling's.
+
+    Without either the block's keys are listed, once, behind the last such key.
+    """
+    names = {
+        other: f"; write '{key}' instead"
+        for key, rule in schema["properties"].items()
+        for other in rule.get("also_called", ())
+    } | {other: f"; {advice}" for other, advice in schema.get("elsewhere", {}).items()}
+    accepted = [key for key, rule in schema["properties"].items() if "refused" not in rule]
+    hints = {
+        key: names.get(str(key).lower().replace("-", "_")) or did_you_mean(key, schema["properties"])
+        for key in keys
+    }
+    for key in [key for key, hint in hints.items() if not hint][-1:]:
+        hints[key] = f"; valid keys: {', '.join(accepted)}"
+    return hints
 
 
 def shown(value: object) -> str:
@@ -111,9 +157,9 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
     rule: Any = error.schema
     value: Any = error.instance
     if error.validator == "additionalProperties":
-        for key in value:
-            if key not in rule["properties"]:
-                yield f"{inside}{key}", f"{inside}{key}: is not {noun}{did_you_mean(key, rule['properties'])}"
+        unknown = [key for key in value if key not in rule["properties"]]
+        for key, hint in unknown_keys(unknown, rule).items():
+            yield f"{inside}{key}", f"{inside}{key}: is not {noun}{hint}"
     elif error.validator == "required":
         for key in rule["required"]:
             if key not in value:

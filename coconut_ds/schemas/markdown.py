@@ -56,7 +56,10 @@ def _values(rule: Mapping[str, Any]) -> str:
 
 def _default(key: str, rule: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if "default" in rule:
-        return f"`{shown(rule['default']).strip(chr(39))}`"
+        default = f"`{shown(rule['default']).strip(chr(39))}`"
+        if "published_default" in rule:
+            default += f"; published files `{shown(rule['published_default']).strip(chr(39))}`"
+        return default
     return "required" if key in schema.get("required", ()) else ""
 
 

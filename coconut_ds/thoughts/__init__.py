@@ -15,13 +15,13 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
 from coconut_ds.config import Experiment
 from coconut_ds.errors import ConfigError
+from coconut_ds.schemas import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,8 @@ def build_thought(name: str, hidden_size: int, settings: ThoughtSettings) -> Tho
     """The thought `name` for states of `hidden_size`.  Raises ConfigError for an unknown name."""
     names = available_thoughts()
     if name not in names:
-        close = get_close_matches(name, names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"available: {', '.join(names)}"
-        raise ConfigError(f"thought '{name}' does not exist; {hint}")
+        hint = did_you_mean(name, names) or f"; available: {', '.join(names)}"
+        raise ConfigError(f"thought '{name}' does not exist{hint}")
     module = importlib.import_module(f"{__name__}.{name}")
     found = [
         value

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from coconut_ds.errors import ConfigError, first_line
+from coconut_ds.errors import ConfigError, DataError, first_line
 from coconut_ds.problems import Problem
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
@@ -39,8 +39,12 @@ class Vocabulary:
 
     @property
     def marker_source_ids(self) -> list[int]:
-        """Ids whose embedding rows the markers start from."""
-        return self.tokenizer.encode(MARKER_SOURCE, add_special_tokens=False)
+        """Ids whose embedding rows the markers start from; none where the tokenizer does not know `<<`."""
+        try:
+            ids = self.tokenizer.encode(MARKER_SOURCE, add_special_tokens=False)
+        except Exception:  # what a vocabulary without an unknown token raises has no narrower type
+            return []
+        return [] if self.tokenizer.unk_token_id in ids else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without eos and markers."""
@@ -104,16 +108,20 @@ def load_vocabulary(model_id: str) -> Vocabulary:
 
 
 def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[TokenizedProblem]:
-    """Tokenise every problem piece by piece, so that a hidden step never changes its neighbours' ids."""
+    """Tokenise every problem piece by piece, so that a hidden step never changes its neighbours' ids.
+
+    Raises DataError for a text that the tokenizer cannot encode.
+    """
 
     def encode(texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
         # A marker written out in the data stays text; only `render` places markers.
-        made = vocabulary.tokenizer(
-            texts, add_special_tokens=special, split_special_tokens=True, return_attention_mask=False
-        )
-        return made["input_ids"]
+        options = dict(add_special_tokens=special, split_special_tokens=True, return_attention_mask=False)
+        try:
+            return vocabulary.tokenizer(texts, **options)["input_ids"]
+        except Exception as error:  # a word-level tokenizer without an unknown token raises nothing narrower
+            raise DataError(_cannot_encode(texts, vocabulary, error)) from error
 
     questions = encode([problem.question + "\n" for problem in problems], special=True)
     answers = encode(["### " + problem.answer for problem in problems], special=False)
@@ -126,3 +134,16 @@ def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[Tokeni
         )
         for problem, question, answer in zip(problems, questions, answers, strict=True)
     ]
+
+
+def _cannot_encode(texts: Sequence[str], vocabulary: Vocabulary, error: Exception) -> str:
+    """The message for the first of `texts` that the tokenizer cannot encode."""
+    for text in texts:
+        try:
+            vocabulary.tokenizer(text)
+        except Exception:
+            return (
+                f"the tokenizer of model_id cannot encode {text.strip()[:80]!r} ({error}); "
+                "use a tokenizer with an unknown token, or take the text out of the data"
+            )
+    return f"the tokenizer of model_id cannot encode the data ({error})"

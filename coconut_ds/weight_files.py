@@ -3,9 +3,11 @@
 Knows: safetensors, which tensors can be weights.  Does not know: models, names, shapes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -13,13 +15,46 @@ from coconut_ds.errors import CheckpointError, first_line
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file.  Raises CheckpointError for one that is missing or damaged."""
+    """The tensors of one file.  Raises CheckpointError for one that is missing, damaged or holds NaN."""
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist, or is not a file")
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except Exception as error:  # of safetensors, of torch for odd types, of the system
         raise CheckpointError(f"{file} cannot be read as safetensors ({first_line(error)})") from error
+    refuse_non_finite(tensors, file)
+    return tensors
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises CheckpointError with the names of the tensors that hold NaN or infinity.
+
+    `source`: the file, or the folder of the files.
+    """
+    if names := [name for name, value in tensors.items() if not _is_finite(value)]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{_file_of(names[0], Path(source))} holds NaN or infinite weights: "
+            f"{', '.join(names[:3])}{more}, "
+            "so every loss would be NaN; use another file, or the checkpoint before it"
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not is_weight(value) or value.numel() == 0:
+        return True
+    # Two numbers instead of a mask of the tensor's size; NaN wins both.
+    wide = value.float() if value.element_size() == 1 else value
+    return bool(torch.stack(torch.aminmax(wide)).isfinite().all())
+
+
+def _file_of(name: str, source: Path) -> Path:
+    """The safetensors file of a folder that holds the tensor `name`; else `source`."""
+    for file in sorted(source.glob("*.safetensors")) if source.is_dir() else ():
+        with safe_open(file, "pt") as reader:
+            if any(name == key or name.endswith(f".{key}") for key in reader.keys()):  # noqa: SIM118
+                return file
+    return source
 
 
 def is_weight(value: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from coconut_ds.checkpoint.folders import position_of
 from coconut_ds.errors import CheckpointError
 from coconut_ds.files import read_bytes, read_json
-from coconut_ds.weight_files import read_safetensors
+from coconut_ds.weight_files import read_safetensors, refuse_non_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
@@ -135,6 +135,7 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is not a state dict (names with tensors), but a {type(content).__name__}"
         )
+    refuse_non_finite(content, file)
     return content
 
 

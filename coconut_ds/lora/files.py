@@ -24,7 +24,7 @@ from coconut_ds.files import read_json
 from coconut_ds.lora.adapters import Origin, assert_tied
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts.learnable_window import LearnableWindow
-from coconut_ds.weight_files import described, is_weight, read_safetensors
+from coconut_ds.weight_files import described, is_weight, read_safetensors, refuse_non_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -168,6 +168,7 @@ def _install_adapter(
 
 def install_thought(model: Coconut, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Put a saved thought into the model's own.  Raises CheckpointError where names or shapes differ."""
+    refuse_non_finite(state, source)
     _compare_tensors(state, model.thought.state_dict(), source)
     model.thought.load_state_dict(dict(state))
 

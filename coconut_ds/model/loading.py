@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.hub_kernels import is_kernel
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.tokens import DATA_ONLY, Vocabulary, locate_model
-from coconut_ds.weight_files import described, is_weight
+from coconut_ds.weight_files import described, is_weight, refuse_non_finite
 
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
@@ -57,7 +58,10 @@ def load_config(model_id: str) -> PretrainedConfig:
 
 
 def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
-    """The causal LM in fp32 on the CPU, its vocabulary grown by the markers.  Raises ConfigError."""
+    """The causal LM in fp32 on the CPU, its vocabulary grown by the markers.
+
+    Raises ConfigError, and CheckpointError for weights that are not finite.
+    """
     where, extra = locate_model(model_id)
     base: Any = read_causal_lm(where, extra)
     if "gguf_file" in extra:
@@ -65,8 +69,17 @@ def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
         base.hf_quantizer = None
         base.is_quantized = False
         vars(base.config).pop("quantization_config", None)
+    refuse_non_finite(dict(base.named_parameters()), _files_of(where, extra))
     add_markers(base, vocabulary)
     return base
+
+
+def _files_of(where: str, extra: Mapping[str, str]) -> Path:
+    """The file, or the folder of the files, that a model was read from; for a hub id, its snapshot."""
+    name = extra.get("gguf_file", "config.json")
+    file = cached_file(where, name, _raise_exceptions_for_missing_entries=False)
+    path = Path(file or where)
+    return path.parent if path.name == "config.json" else path
 
 
 def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
@@ -98,14 +111,16 @@ def new_base(config: PretrainedConfig, vocabulary: Vocabulary) -> PreTrainedMode
 def add_markers(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Grow embedding and head to the tokenizer's size; marker rows start as a copy of the row of `<<`.
 
-    Source: run.py of the Coconut release (the mean is taken where `<<` is several tokens).
+    Source: run.py of the Coconut release.  The mean is taken where `<<` is several tokens, and over the
+    existing rows where the tokenizer does not know it.
     """
-    size = len(vocabulary.tokenizer)
-    if len(_vocabulary_weights(base)[0]) < size:
+    size, rows = len(vocabulary.tokenizer), len(_vocabulary_weights(base)[0])
+    if rows < size:
         base.resize_token_embeddings(size, mean_resizing=False)
+    sources = vocabulary.marker_source_ids or sorted({*range(min(rows, size))} - {*vocabulary.marker_ids})
     with torch.no_grad():
         for weight_VD in _vocabulary_weights(base):
-            source_D = weight_VD[vocabulary.marker_source_ids].mean(dim=0)
+            source_D = weight_VD[sources].mean(dim=0)
             weight_VD[list(vocabulary.marker_ids)] = source_D
 
 

@@ -1,25 +1,32 @@
 """The DeepSpeed JSON: how memory is split, and how much of it each part may use.
 
 Stock DeepSpeed ignores unknown top-level keys, drops "auto" silently inside zero_optimization and
-accepts keys without effect; this module refuses all three before anything is loaded.  Learning
-numbers are "auto" in the file and come from the experiment.
+raises on some pairs of settings only when the model is wrapped; this module refuses all three before
+anything is loaded.  Learning numbers are "auto" in the file and come from the experiment.
 
 Knows: settings of DeepSpeed 0.19.8 and our two blocks, memory_budget and latent_memory.
 Does not know: torch, DeepSpeed's code, how much memory a model needs.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from coconut_ds.config import Experiment
+from coconut_ds.ds_dialects import adapted
 from coconut_ds.errors import ConfigError
 from coconut_ds.schemas import load_schema, violations
 from coconut_ds.schemas.parsing import read_json
 
 OUR_BLOCKS = ("memory_budget", "latent_memory", "$schema")
+AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda hidden_size: hidden_size**2,
+    "stage3_prefetch_bucket_size": lambda hidden_size: int(0.9 * hidden_size**2),
+    "stage3_param_persistence_threshold": lambda hidden_size: 10 * hidden_size,
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class DeepSpeedConfig:
     stock: Mapping[str, Any]
     memory_budget: MemoryBudget | None
     latent_memory: LatentMemory
+    notes: tuple[str, ...] = ()  # what the file says and this program does not do
 
     @property
     def zero_stage(self) -> int:
@@ -72,6 +80,29 @@ class DeepSpeedConfig:
     def precision(self) -> str:
         """ "fp32", "fp16" or "bf16"."""
         return next((kind for kind in ("fp16", "bf16") if _enabled(self.stock, kind)), "fp32")
+
+    @property
+    def needs_hidden_size(self) -> bool:
+        """Whether a bucket of the file is "auto"."""
+        return any(self.stock["zero_optimization"].get(key) == "auto" for key in AUTO_SIZES)
+
+    def for_run(
+        self, experiment: Experiment, budget: MemoryBudget, hidden_size: int | None
+    ) -> "DeepSpeedConfig":
+        """The same with "auto" precision and bucket sizes filled in, and a budget where it has none.
+
+        Source of the sizes: transformers/integrations/deepspeed.py, `trainer_config_finalize`.
+        """
+        stock = copy.deepcopy(dict(self.stock))
+        for kind, enabled in (("fp16", False), ("bf16", experiment.bf16)):
+            if stock.get(kind, {}).get("enabled") == "auto":
+                stock[kind]["enabled"] = enabled
+        zero = stock["zero_optimization"]
+        for key, size in AUTO_SIZES.items():
+            if zero.get(key) == "auto":
+                assert hidden_size is not None, "needs_hidden_size"
+                zero[key] = size(hidden_size)
+        return replace(self, stock=stock, memory_budget=self.memory_budget or budget)
 
     def resolve(self, experiment: Experiment, world_size: int) -> dict[str, Any]:
         """What `deepspeed.initialize(config=...)` takes: every "auto" filled from the experiment.
@@ -121,6 +152,7 @@ def load_ds_config(path: str | Path) -> DeepSpeedConfig:
 
 def validate_ds_config(values: Mapping[str, Any], where: str) -> DeepSpeedConfig:
     """The record that `values` describe; `where` names their source in messages."""
+    values, notes = adapted(values)
     problems = violations(values, load_schema("ds_config"), "a setting of DeepSpeed 0.19.8")
     broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
     problems += _contradictions({key: value for key, value in values.items() if key not in broken})
@@ -132,6 +164,7 @@ def validate_ds_config(values: Mapping[str, Any], where: str) -> DeepSpeedConfig
         stock=copy.deepcopy({key: value for key, value in values.items() if key not in OUR_BLOCKS}),
         memory_budget=None if budget is None else MemoryBudget(**budget),
         latent_memory=LatentMemory(**values.get("latent_memory", {})),
+        notes=tuple(f"{where}: {note}" for note in notes),
     )
 
 
@@ -140,7 +173,7 @@ def _offloads(stock: Mapping[str, Any], block: str) -> bool:
 
 
 def _enabled(stock: Mapping[str, Any], precision: str) -> bool:
-    return bool(stock.get(precision, {}).get("enabled", False))
+    return stock.get(precision, {}).get("enabled", False) is True
 
 
 def _fill(block: dict[str, Any], key: str, number: float, source: str, inside: str = "") -> Iterator[str]:
@@ -149,44 +182,72 @@ def _fill(block: dict[str, Any], key: str, number: float, source: str, inside: s
     if given == "auto":
         block[key] = number
     elif given != number:
+        yaml_line = f", or '{source}: {given}' in the YAML" if " " not in source else ""
         yield (
             f"{inside}{key}: is {given}, but the experiment gives {number} ({source}); "
-            f'write "auto" here, so that the YAML owns it'
+            f'write "auto" here, so that the YAML owns it{yaml_line}'
         )
 
 
 def _contradictions(sound: Mapping[str, Any]) -> Iterator[str]:
     """Problems that join several keys; `sound` holds the blocks that the schema accepts."""
     fp16, bf16 = sound.get("fp16", {}), sound.get("bf16", {})
-    precision = "fp16" if fp16.get("enabled") else "bf16" if bf16.get("enabled") else "fp32"
-    if fp16.get("enabled") and bf16.get("enabled"):
+    precision = next((kind for kind in ("fp16", "bf16") if _enabled(sound, kind)), "fp32")
+    if fp16.get("enabled") is True and bf16.get("enabled") is True:
         yield "fp16, bf16: both are enabled; keep one (fp16 for RTX 20xx, bf16 for Ampere and newer)"
     stated = sound.get("data_types", {}).get("param_dtype", precision)
     if stated != precision:
         yield f"data_types.param_dtype: is {stated}, but the file trains in {precision}; delete it"
     if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
         yield "bf16.bf16_optimizer_states: needs bf16_master_weights_and_grads: true as well"
+    if sound.get("tensorboard", {}).get("enabled") and find_spec("tensorboard") is None:
+        yield "tensorboard.enabled: the tensorboard package is not installed; pip install it, or write false"
+    params = sound.get("optimizer", {}).get("params", {})
+    if params.get("torch_adam") and "bias_correction" in params:
+        yield "optimizer.params.bias_correction: torch's AdamW always corrects the bias; delete it"
     if "zero_optimization" in sound:
-        yield from _offload_contradictions(sound, fp16, sound.get("optimizer", {}).get("params", {}))
+        yield from _offload_contradictions(sound, params)
+        yield from _zero_contradictions(sound)
     if "memory_budget" in sound:
         yield from _budget_contradictions(sound["memory_budget"])
 
 
-def _offload_contradictions(
-    sound: Mapping[str, Any], fp16: Mapping[str, Any], params: Mapping[str, Any]
-) -> Iterator[str]:
+def _offload_contradictions(sound: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
     offloads = _offloads(sound, "offload_optimizer")
-    cpu_adam = offloads and not params.get("torch_adam", False)
-    if fp16.get("fp16_master_weights_and_grads") and not cpu_adam:
-        yield (
-            "fp16.fp16_master_weights_and_grads: needs DeepSpeed's CPU Adam; "
-            "add offload_optimizer with device cpu and leave torch_adam out"
-        )
-    if "fp32_optimizer_states" in params and not cpu_adam:
+    if offloads and not params.get("torch_adam", False):
+        return  # DeepSpeed's CPU Adam
+    for key in ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads"):
+        block, name = key.split(".")
+        if sound.get(block, {}).get(name):
+            yield (
+                f"{key}: needs DeepSpeed's CPU Adam; "
+                "add offload_optimizer with device cpu and leave torch_adam out"
+            )
+    if "fp32_optimizer_states" in params:
         yield (
             "optimizer.params.fp32_optimizer_states: has no effect without DeepSpeed's CPU Adam "
             "(offload_optimizer, no torch_adam); delete it"
         )
+
+
+def _zero_contradictions(sound: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed asserts only when it wraps the model (runtime/engine.py, runtime/zero/)."""
+    zero = sound["zero_optimization"]
+    if zero["stage"] == 1 and zero.get("overlap_comm"):
+        yield 'zero_optimization.overlap_comm: cannot be true at stage 1; write false, or "stage": 2'
+    if zero["stage"] >= 2 and zero.get("reduce_scatter", True):
+        for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if sound.get(key, plain) != plain:
+                yield (
+                    f"{key}: cannot be combined with reduce_scatter at stage {zero['stage']}; delete it, or "
+                    'write "reduce_scatter": false in zero_optimization'
+                )
+    if zero.get("compute_grad_norm") is False:
+        dtype = sound.get("data_types", {}).get("grad_accum_dtype")
+        if _offloads(sound, "offload_optimizer"):
+            yield "zero_optimization.compute_grad_norm: cannot be false with offload_optimizer; delete it"
+        elif zero["stage"] == 1 and _enabled(sound, "bf16") and dtype in (None, "fp32"):
+            yield "zero_optimization.compute_grad_norm: false needs stage 2 in bf16; delete it"
 
 
 def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:

@@ -122,12 +122,21 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     """`ds_config` with torch's own AdamW on CPU ranks without offload.
 
     DeepSpeed would take its fused Adam there, a C++ operator that has to be compiled first.
+    Raises ConfigError for what DeepSpeed has on GPUs only.
     """
-    offload = ds_config["zero_optimization"].get("offload_optimizer", {})
-    if device.type != "cpu" or offload.get("device", "none") != "none":
+    if device.type != "cpu":
+        return dict(ds_config)
+    zero = ds_config["zero_optimization"]
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            raise ConfigError(f"zero_optimization.{key}: needs a GPU; delete it to run on the CPU")
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return dict(ds_config)
     optimizer = ds_config["optimizer"]
-    return {**ds_config, "optimizer": {**optimizer, "params": {**optimizer["params"], "torch_adam": True}}}
+    params = {**optimizer["params"], "torch_adam": True}
+    if not params.pop("bias_correction", True):
+        return dict(ds_config)  # torch's always corrects
+    return {**ds_config, "optimizer": {**optimizer, "params": params}}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The two settings files as command-line arguments, the same in every command.
 
-Knows: argparse, both files.  Does not know: what a command does with them.
+Knows: argparse, the YAML.  Does not know: what a command does with them.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable
 
 from coconut_ds.config import Experiment, load_named_with_notes
-from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +48,7 @@ def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = Tru
 def read_experiment(args: argparse.Namespace) -> Experiment:
     """The experiment of a command line; the main rank prints the notes on it.  Raises ConfigError."""
     experiment, notes = load_named_with_notes(args.config, args.overrides)
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_main_process():
         print_notes(notes)
     return experiment
 
@@ -60,6 +59,6 @@ def print_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:
-    """Both files of a command line.  Raises ConfigError."""
-    return read_experiment(args), load_ds_config(args.deepspeed_config)
+def is_main_process() -> bool:
+    """Whether this is rank 0, or no rank at all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

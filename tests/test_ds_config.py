@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coconut_ds.config import Experiment, validate_experiment
-from coconut_ds.ds_config import DeepSpeedConfig, LatentMemory, load_ds_config, validate_ds_config
+from coconut_ds.ds_config import (
+    DeepSpeedConfig,
+    LatentMemory,
+    MemoryBudget,
+    load_ds_config,
+    validate_ds_config,
+)
 from coconut_ds.errors import ConfigError
 from coconut_ds.schemas import load_schema
 
@@ -148,26 +154,15 @@ BAD = [
     ({"curriculum_learning": {}}, "curriculum_learning: was removed"),
     ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size: MiCS was removed"),
     ({"zero_optimization": {"cpu_offload": True}}, 'write "offload_optimizer": {"device": "cpu"}'),
-    ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the YAML's lr_schedule"),
     ({"memory_breakdown": True}, "memory_breakdown: resets the peak-memory counters"),
     (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
         'set "latent_memory": {"recompute": "layers"}',
     ),
     (
-        {"zero_optimization": {"allgather_bucket_size": 2e8}},
-        "allgather_bucket_size: has no effect at ZeRO stage 1 and 2",
-    ),
-    ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 2}}, "has no effect at ZeRO stage 1 and 2"),
-    (
         {"zero_optimization": {"offload_param": {"device": "cpu"}}},
         "offload_param: has no effect below ZeRO stage 3",
     ),
-    (
-        {"zero_optimization": {"stage3_max_live_parameters": 1}},
-        "stage3_max_live_parameters: has no effect below",
-    ),
-    ({"zero_optimization": {"sub_group_size": 1e9}}, "sub_group_size: has no effect below ZeRO stage 3"),
     ({"zero_optimization": {"max_live_parameters": 1}}, "write stage3_max_live_parameters"),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": True}}},
@@ -189,25 +184,39 @@ BAD = [
         {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}},
         "offload_optimizer.device: is missing",
     ),
-    ({"zero_optimization": {"stage": 3, "round_robin_gradients": True}}, "has no effect at ZeRO stage 3"),
     ({"zero_optimization": {"stage": 3, "allgather_bucket_size": 3}}, "must be an even whole number"),
-    (
-        {"zero_optimization": {"stage": 1, "ignore_unused_parameters": False}},
-        "has an effect at ZeRO stage 2 only",
-    ),
-    (
-        {"zero_optimization": {"reduce_bucket_size": "auto"}},
-        "reduce_bucket_size: 'auto' is not filled in here",
-    ),
     ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm: 'auto' is not filled in here"),
     ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage: must be one of 1, 2, 3, got '2'"),
-    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: must be one of 1, 2, 3, got 0"),
-    ({"zero_optimization": {"reduce_bucket_size": 0}}, "must be a whole number of at least 1, got 0"),
-    ({"zero_optimization": {"reduce_bucket_size": True}}, "must be a whole number of at least 1, got true"),
+    ({"zero_optimization": {"reduce_bucket_size": 0}}, 'a whole number of at least 1, or "auto", got 0'),
+    ({"zero_optimization": {"reduce_bucket_size": True}}, 'of at least 1, or "auto", got true'),
     ({"zero_optimization": {"reduce_bucket_size": "200000000"}}, "must be a whole number of at least 1"),
     ({"gradient_clipping": -1}, 'gradient_clipping: must be a number of at least 0, or "auto", got -1'),
     ({"gradient_clipping": "automatic"}, 'gradient_clipping: must be a number of at least 0, or "auto"'),
     ({"optimizer": {"type": "AdamWW"}}, "did you mean 'AdamW'?"),
+    ({"optimizer": {"type": "OneBitAdam"}}, 'write "type": "AdamW", got \'OneBitAdam\''),
+    ({"pipeline": {"stages": 2}}, "pipeline parallelism cannot run the latent loop; delete it"),
+    ({"autotuning": {"enabled": True}}, "use the fit command instead"),
+    ({"compression_training": {"weight_quantization": {}}}, "compression_training: was removed"),
+    ({"expert_parallel": {"enabled": True}}, "there are no experts here; delete it"),
+    (
+        {"zero_optimization": {"cpu_offload_use_pin_memory": False}},
+        "write pin_memory with the same value inside offload_optimizer",
+    ),
+    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, 'at stage 1; write false, or "stage": 2'),
+    ({"gradient_predivide_factor": 2}, "gradient_predivide_factor: cannot be combined with reduce_scatter"),
+    ({"prescale_gradients": True}, "prescale_gradients: cannot be combined with reduce_scatter"),
+    ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "needs DeepSpeed's CPU Adam"),
+    ({"optimizer": {"params": {"torch_adam": True, "bias_correction": True}}}, "always corrects the bias"),
+    (
+        {"zero_optimization": {"compute_grad_norm": False, "offload_optimizer": {"device": "cpu"}}},
+        "compute_grad_norm: cannot be false with offload_optimizer",
+    ),
+    (
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+        "compute_grad_norm: false needs stage 2 in bf16",
+    ),
+    ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["MLP"]}}}, "for mixtures of experts"),
+    ({"checkpoint": {"load_universal": True}}, "load_universal: is decided by the trainer"),
     ({"optimizer": {"params": {"max_grad_norm": 1}}}, "max_grad_norm: is not an optimizer argument"),
     ({"optimizer": {"params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas"),
     (
@@ -259,19 +268,119 @@ def test_bad_files(changes, part):
     )
 
 
+# --- files of other programs ---------------------------------------------------------------------------
+
+NOTED = [
+    ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the learning rate follows lr_schedule"),
+    (
+        {"zero_optimization": {"allgather_bucket_size": 2e8}},
+        "allgather_bucket_size: has no effect at ZeRO stage 1 and 2",
+    ),
+    ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 2}}, "has no effect at ZeRO stage 1 and 2"),
+    (
+        {"zero_optimization": {"stage3_max_live_parameters": 1}},
+        "stage3_max_live_parameters: has no effect below ZeRO stage 3",
+    ),
+    ({"zero_optimization": {"sub_group_size": "auto"}}, "sub_group_size: has no effect below ZeRO stage 3"),
+    ({"zero_optimization": {"stage": 3, "round_robin_gradients": True}}, "has no effect at ZeRO stage 3"),
+    (
+        {"zero_optimization": {"stage": 1, "ignore_unused_parameters": False}},
+        "has an effect at ZeRO stage 2 only",
+    ),
+    ({"optimizer": {"type": "Adam"}}, 'optimizer.type: is "Adam", which DeepSpeed runs as AdamW'),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: is 0; stage 1 is used"),
+]
+REFUSED = load_schema("ds_config")["properties"]
+OFF = [
+    *[{key: {"enabled": False}} for key, rule in REFUSED.items() if "not" in rule],
+    *[{key: False} for key, rule in REFUSED.items() if "not" in rule],
+    *[
+        {"zero_optimization": {key: False}}
+        for key, rule in REFUSED["zero_optimization"]["properties"].items()
+        if "not" in rule and key != "cpu_offload_use_pin_memory"
+    ],
+]
+
+
+@pytest.mark.parametrize("changes, part", NOTED, ids=[part[:60] for _, part in NOTED])
+def test_settings_without_effect_are_noted_and_left_out(changes, part):
+    config = plain(**changes)
+    assert [part in note for note in config.notes] == [True]
+    bare = {**PLAIN, "zero_optimization": {"stage": config.zero_stage}}
+    assert config.stock == bare
+
+
+@pytest.mark.parametrize("changes", OFF, ids=str)
+def test_advice_about_a_setting_that_is_off_never_turns_it_on(changes):
+    config = plain(**changes)
+    assert config.stock == plain().stock
+    (note,) = config.notes
+    assert "it is ignored" in note and "write" not in note
+
+
+TRAINER_FILE = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "sub_group_size": 1e9,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+    "_comment": "from a tutorial",
+    "//": {"fp16": "for older cards"},
+}
+ASSUMED = MemoryBudget("card", 2, 11264, 800, 32, {})
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_file_of_the_hugging_face_trainer_is_filled_in(bf16):
+    config = validate_ds_config(TRAINER_FILE, "x")
+    assert config.notes == () and config.needs_hidden_size
+    config = config.for_run(experiment(bf16=bf16), ASSUMED, hidden_size=100)
+    resolved = config.resolve(experiment(bf16=bf16), 2)
+    assert config.precision == ("bf16" if bf16 else "fp32") and config.memory_budget == ASSUMED
+    assert resolved["fp16"]["enabled"] is False and resolved["bf16"]["enabled"] is bf16
+    assert resolved["optimizer"]["params"] == {"lr": 1e-4, "weight_decay": 0.01}
+    zero = resolved["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 10_000 and zero["stage3_prefetch_bucket_size"] == 9_000
+    assert zero["stage3_param_persistence_threshold"] == 1_000
+    assert "auto" not in json.dumps(resolved) and "comment" not in json.dumps(resolved)
+
+
+def test_a_budget_of_the_file_stays():
+    assert (
+        plain(memory_budget=BUDGET).for_run(experiment(), ASSUMED, None).memory_budget.device == "GTX 1080 Ti"
+    )
+
+
 @pytest.mark.parametrize("missing", ["optimizer", "zero_optimization"])
-def test_needed_blocks(missing):
-    with pytest.raises(ConfigError, match=f"{missing}: is missing"):
-        validate_ds_config({key: value for key, value in PLAIN.items() if key != missing}, "x")
+def test_missing_blocks_are_filled_in_and_noted(missing):
+    config = validate_ds_config({key: value for key, value in PLAIN.items() if key != missing}, "x")
+    assert config.stock["optimizer"]["type"] == "AdamW" and config.zero_stage in (1, 2)
+    assert [note.startswith(f"x: {missing}") for note in config.notes] == [True]
 
 
 def test_all_problems_of_a_file_in_one_message():
     changes = {
         "gradient_accumulation_step": 4,
-        "scheduler": {},
+        "pipeline": {},
         "fp16": {"enabled": True},
         "bf16": {"enabled": True},
-        "zero_optimization": {"sub_group_size": 1},
+        "zero_optimization": {"reduce_bucket": 1},
         "memory_budget": {**BUDGET, "gpus": 0},
     }
     with pytest.raises(ConfigError) as caught:

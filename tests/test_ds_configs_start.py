@@ -7,10 +7,46 @@ import pytest
 from tests.launched.start import start
 
 ADAMW = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.999]}}
+BUCKET = {"reduce_bucket_size": 50_000_000}
 FILES = {
-    "no torch_adam": {
-        "optimizer": ADAMW,
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
+    "no torch_adam": {"optimizer": ADAMW, "zero_optimization": {"stage": 2, **BUCKET}},
+    "trainer": {
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "zero_optimization": {
+            "stage": 2,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "allgather_partitions": True,
+            "allgather_bucket_size": 2e8,
+            "overlap_comm": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": "auto",
+            "contiguous_gradients": True,
+        },
+    },
+    "trainer, stage 3": {
+        "optimizer": {"type": "Adam", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "steps_per_print": 2000,
+        "wall_clock_breakdown": False,
+    },
+    "stage 0": {"zero_optimization": {"stage": 0}},
+    "old": {
+        "zero_optimization": {"stage": 1, "cpu_offload": False, "elastic_checkpoint": True, **BUCKET},
+        "optimizer": {"type": "AdamW", "params": {"bias_correction": True}},
+        "zero_allow_untested_optimizer": True,
+        "gradient_predivide_factor": 2.0,
+        "sparse_gradients": False,
     },
 }
 
@@ -26,6 +62,7 @@ def losses(tiny_experiment, tmp_path_factory):
     (folder / "cases.json").write_text(json.dumps(cases))
     process = start("tests.launched.losses", folder / "cases.json", folder / "losses.json", ranks=1)
     assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stderr.count("note: ") >= 5
     return json.loads((folder / "losses.json").read_text())
 
 

@@ -23,8 +23,8 @@ import argparse
 import json
 
 from coconut_ds.ablation import parse_ablations
-from coconut_ds.ds_config import load_ds_config
 from coconut_ds.files import open_output
+from coconut_ds.run_settings import read_ds_config
 from coconut_ds.settings import add_ds_config_argument, add_overrides
 from coconut_ds.trained import ds_config_of, find_trained
 from coconut_ds.trained.measure import Wanted, measure
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     models = find_trained(args.target, args.checkpoint, args.overrides, args.latents)
     own = models[0].folder
     if args.deepspeed_config:
-        results = measure(models, load_ds_config(args.deepspeed_config), wanted)
+        ds_config = read_ds_config(args.deepspeed_config, models[0].experiment)
+        results = measure(models, ds_config, wanted)
     else:
         results = measure(models, ds_config_of(own) if (own / "ds_config.json").is_file() else None, wanted)
     if args.json and not args.local_rank:

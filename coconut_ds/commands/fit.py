@@ -16,7 +16,8 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.fit import Fit, fit
 from coconut_ds.memory.planner import Planner
-from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
+from coconut_ds.run_settings import read_settings
+from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

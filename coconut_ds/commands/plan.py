@@ -10,12 +10,12 @@ import argparse
 import json
 from dataclasses import replace
 
-from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import BudgetError
 from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.table import full_text, markdown, side_by_side
+from coconut_ds.run_settings import read_ds_config
 from coconut_ds.settings import DS_CONFIG_FLAGS, add_experiment_arguments, read_experiment
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args)
-    ds_configs = [load_ds_config(path) for path in args.deepspeed_config]
+    ds_configs = [read_ds_config(path, experiment) for path in args.deepspeed_config]
     planner = Planner.of(experiment, text_shape(args), args.device)
     plans = []
     for ds_config in ds_configs:

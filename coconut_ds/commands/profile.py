@@ -26,8 +26,9 @@ from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profile import BETWEEN, INITIALISE, PhaseMeter, profile_steps
 from coconut_ds.memory.profile_table import profile_text
 from coconut_ds.memory.worst import shape_of, stages_of, worst_batch
+from coconut_ds.run_settings import read_settings
 from coconut_ds.runs import run_folder
-from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
+from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments
 from coconut_ds.train import start_engine
 from coconut_ds.watchdog import lost_ranks_explained
 

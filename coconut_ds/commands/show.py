@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from coconut_ds.batching import Layout
 from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
-from coconut_ds.ds_config import DeepSpeedConfig, load_ds_config
+from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.errors import UserError
 from coconut_ds.methods import has_published_keys
 from coconut_ds.problems import Problem, read_problems
+from coconut_ds.run_settings import read_ds_config
 from coconut_ds.schemas.parsing import read_yaml
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_experiment
 from coconut_ds.tokens import load_vocabulary, tokenize
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args)
-    ds_config = load_ds_config(args.deepspeed_config) if args.deepspeed_config else None
+    ds_config = read_ds_config(args.deepspeed_config, experiment) if args.deepspeed_config else None
     print("Settings\n" + _indented(experiment_to_yaml(experiment)))
     if ds_config is not None:
         print("Memory\n" + _indented("\n".join(_memory_lines(ds_config))))

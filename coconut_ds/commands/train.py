@@ -8,7 +8,8 @@ With `only_eval: true` in CONFIG it evaluates `load_model_path` on `val_path`, a
 
 import argparse
 
-from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments, read_settings
+from coconut_ds.run_settings import read_settings
+from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments
 from coconut_ds.train import train
 from coconut_ds.trained import find_trained
 from coconut_ds.trained.measure import Wanted, measure

@@ -59,7 +59,11 @@ def _check_settings(path: Path) -> str:
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
         return f"the card of {card.name}, graded as {card.grading}"
     ds_config = load_ds_config(path)
-    return f"DeepSpeed settings (ZeRO stage {ds_config.zero_stage}, {ds_config.precision})"
+    print_notes(ds_config.notes)
+    precision = "fp16 (GPUs only)" if ds_config.precision == "fp16" else ds_config.precision
+    if ds_config.stock.get("bf16", {}).get("enabled") == "auto":
+        precision = "bf16 where the YAML says 'bf16: true'"
+    return f"DeepSpeed settings (ZeRO stage {ds_config.zero_stage}, {precision})"
 
 
 def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:

@@ -29,7 +29,7 @@ def settings_table(name: str) -> str:
     lines: list[str] = []
     group = ""
     for key, rule in schema["properties"].items():
-        if "refused" in rule:
+        if "not" in rule:
             continue
         if not lines or rule.get("group", "") != group:
             group = rule.get("group", "")

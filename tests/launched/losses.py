@@ -14,14 +14,14 @@ import torch
 from coconut_ds.batching import Layout, training_steps
 from coconut_ds.build import load_material
 from coconut_ds.config import validate_experiment
-from coconut_ds.ds_config import load_ds_config
 from coconut_ds.engine import finish_distributed, start_distributed
+from coconut_ds.run_settings import read_ds_config
 from coconut_ds.train import start_engine
 
 
 def losses_of(case, ranks):
     experiment = validate_experiment(case["experiment"], case["name"])
-    ds_config = load_ds_config(case["ds_config"])
+    ds_config = read_ds_config(case["ds_config"], experiment)
     memory = replace(ds_config.latent_memory, **case.get("latent_memory", {}))
     ds_config = replace(ds_config, latent_memory=memory)
     material = load_material(experiment)

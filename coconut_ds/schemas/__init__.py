@@ -3,9 +3,9 @@
 The schema files are the one home of every key's type, default and description.  Beside the standard
 keywords they use these annotations: `group` (heading in the docs), `expects` (words for a rule that
 has no short form), `refused` (why a key is not accepted, and what to do instead), `inert` (why a key is
-ignored), `published_default`
-(the default in files of the published code), `also_called` (names that other programs have for a key)
-and, beside `properties`, `elsewhere` (what to do instead of a key that other programs have).
+ignored), `published_default` (the default in files of the published code), `also_called` (names that
+other programs have for a key) and, beside `properties`, `elsewhere` (what to do instead of a key that
+other programs have).
 
 Knows: JSON Schema.  Does not know: what any key means.
 """

@@ -35,6 +35,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
 from coconut_ds.errors import CheckpointError, ConfigError, Diverged
+from coconut_ds.failures import phase
 from coconut_ds.model.coconut import Coconut
 
 # torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
@@ -43,6 +44,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 # What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
 SCALER_AT_MINIMUM = "loss scale already at minimum"
 SHARED_MEMORY = Path("/dev/shm")
+FP32_BYTES = 4
 # Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -237,15 +239,18 @@ class Engine(Collectives):
     def eval(self) -> None:
         self._engine.eval()
 
+    @phase("forward")
     def loss(self, batch: Batch) -> Tensor:
         """This rank's share of the step's loss: sum of its token losses / supervised tokens of the step."""
         return self._engine(batch)
 
+    @phase("backward")
     def backward(self, loss: Tensor) -> Tensor:
         """Accumulate the gradient of one micro-batch; gives the loss back, cut from its graph."""
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
         return loss.detach()
 
+    @phase("optimizer step")
     def step(self) -> bool:
         """Reduce, clip, update; false when fp16 overflowed and the update was skipped."""
         self._forget_powers_of_beta()
@@ -300,6 +305,21 @@ class Engine(Collectives):
             gather = deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
         with gather:
             yield self.module
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes that a checkpoint of all ranks takes, without its small files.
+
+        Optimizer shards: fp32 weights and AdamW's two moments.  Weights: once in the shards, unless ZeRO-3
+        splits them, and once in the model's own form.
+        """
+        trained = weights = 0
+        for parameter in self.module.parameters():
+            size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves numel() 0
+            if parameter.requires_grad:
+                trained += size
+            if parameter.requires_grad or not self.excludes_frozen:
+                weights += size * parameter.element_size()
+        return 3 * FP32_BYTES * trained + (1 if self.zero_stage == 3 else 2) * weights
 
     def save_shards(self, folder: Path, client_state: Mapping[str, Any]) -> None:
         """Write this rank's part of weights and optimizer into `folder`. Collective."""

@@ -17,6 +17,7 @@ from coconut_ds.batching import PADDING_ROW, Batch, Layout, evaluation_batches, 
 from coconut_ds.collectives import ReadingEngine
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage, render
+from coconut_ds.failures import phase
 from coconut_ds.problems import Card, Problem, cot_matches, is_correct, split_completion
 from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
@@ -70,6 +71,7 @@ class Evaluation:
         return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading")}
 
 
+@phase("evaluation")
 def evaluate(
     engine: "Engine | ReadingEngine",
     test_set: TestSet,

@@ -14,12 +14,12 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import Evaluation
+from coconut_ds.failures import lost_ranks_explained, phase
 from coconut_ds.lora import parameter_groups
 from coconut_ds.memory.budget import hold_to_budget
 from coconut_ds.runs import Run
 from coconut_ds.signals import Signals
 from coconut_ds.trainer import Options, Trainer
-from coconut_ds.watchdog import lost_ranks_explained
 
 
 def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
@@ -68,6 +68,7 @@ def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, engine: Engine)
     return run
 
 
+@phase("initialise")
 def start_engine(
     experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
 ) -> Engine:

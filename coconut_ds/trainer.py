@@ -67,6 +67,7 @@ class Trainer:
             settings_to_compare(experiment, run.ds_config) if engine.is_main else {},
             keep=experiment.keep_checkpoints,
             only_improving=experiment.save_only_improve,
+            expected_bytes=engine.checkpoint_bytes(),
             say=self.say,
         )
         self.state = TrainState(epoch=experiment.resume)

@@ -13,14 +13,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import torch.distributed as dist
 
 from coconut_ds.errors import ConfigError, RankLost
 from coconut_ds.files import make_folder, open_append, replace_text
@@ -28,31 +26,6 @@ from coconut_ds.files import make_folder, open_append, replace_text
 HEARTBEATS, STACKS = ".heartbeats", "stuck"
 # Ranks that find it at the same time all write their stacks before the first one ends them all.
 LAST_WORDS_SECONDS = 2.0
-# What gloo and NCCL say when the other end of a connection is gone.
-LOST = (
-    "onnection closed",
-    "onnection reset",
-    "Broken pipe",
-    "Timed out",
-    "timed out",
-    "remote process exited",
-)
-
-
-@contextmanager
-def lost_ranks_explained() -> Iterator[None]:
-    """Turn the collectives' error after another rank died, or the link was cut, into RankLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not any(words in text for words in LOST):
-            raise
-        raise RankLost(
-            f"rank {os.environ.get('RANK', '0')} lost contact with another rank, which died or cannot be "
-            "reached; look for its message. Start again to go on from the newest checkpoint. "
-            f"({text.splitlines()[0]})"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,18 @@ from coconut_ds.checkpoint.folders import DRAFT, CheckpointFolders, Say, checkpo
 from coconut_ds.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
 from coconut_ds.checkpoint.random_state import restore_random_state, save_random_state
 from coconut_ds.errors import CheckpointError, OneRankFailed
+from coconut_ds.failures import first_line, is_lost_rank, is_out_of_memory, phase
 from coconut_ds.files import replace_text, sync_folder
 
 SPARE_BYTES = 16 * 2**20
 # torch.save says RuntimeError when the disk is full, and not why.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 Result = TypeVar("Result")
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether the disk is to blame; a lost rank and a full memory raise errors of the same types."""
+    return isinstance(error, WRITE_ERRORS) and not (is_lost_rank(error) or is_out_of_memory(error))
 
 
 class Shards(Protocol):
@@ -86,6 +92,7 @@ class Checkpoints:
         """The best checkpoint, the same on every rank; raises CheckpointError when it does not verify."""
         return self._on_main(self.folders.best)
 
+    @phase("checkpoint")
     def save(self, state: TrainState, model_writer: Callable[[Path], None], *, improved: bool = False) -> str:
         """Write a checkpoint on all ranks and return its name; `model_writer` is called on every rank.
 
@@ -99,6 +106,8 @@ class Checkpoints:
             self.engine.save_shards(draft / "engine", {"step_of_run": state.global_step})
             model_writer(draft / "model")
         except WRITE_ERRORS as error:
+            if not is_write_error(error):
+                raise
             # The other ranks may wait inside a collective: they cannot be asked, only left.
             shutil.rmtree(draft, ignore_errors=True)
             raise OneRankFailed(self._cannot_write(error)) from error
@@ -107,6 +116,7 @@ class Checkpoints:
         self._on_main(lambda: self._finish(draft, name, state, improved))
         return name
 
+    @phase("loading a checkpoint")
     def load(self, wanted: str | None = None, *, allow: Collection[str] = ()) -> TrainState | None:
         """Put engine and random state of all ranks back; None when there is nothing to load.
 
@@ -153,12 +163,15 @@ class Checkpoints:
     def _convert(self, shards: Path, converted: Path) -> None:
         # DeepSpeed writes every tensor once in pieces and once whole.
         needed = 2 * sum(path.stat().st_size for path in shards.iterdir())
-        self._check_free_space(needed, f"dividing {shards} anew", "make room")
+        if lack := self._lack_of_space(needed):
+            raise CheckpointError(f"{self.run_folder}: dividing {shards} anew {lack}; make room")
         self._say(f"dividing {shards} anew, for world size {self.engine.world_size}")
         converted.mkdir(parents=True)
         try:
             self.engine.convert_shards(shards, converted)
         except WRITE_ERRORS as error:
+            if not is_write_error(error):
+                raise
             shutil.rmtree(converted.parent, ignore_errors=True)
             raise CheckpointError(self._cannot_write(error)) from error
 
@@ -179,18 +192,20 @@ class Checkpoints:
     def _begin(self, draft: Path) -> None:
         newest = self.folders.names()[-1:]
         needed = max(self.expected_bytes, *(self.folders.size_of(name) for name in newest), 0)
-        advice = f"make room, or lower 'keep_checkpoints'. {self._what_is_left()}"
-        self._check_free_space(needed, "a checkpoint", advice)
+        if lack := self._lack_of_space(needed):
+            raise CheckpointError(
+                f"{self.run_folder}: a checkpoint {lack}; make room, or lower 'keep_checkpoints'. "
+                f"{self._what_is_left()}"
+            )
         for part in ("engine", "model", "random", "records"):
             (draft / part).mkdir(parents=True)
 
-    def _check_free_space(self, needed: int, what: str, advice: str) -> None:
+    def _lack_of_space(self, needed: int) -> str | None:
+        """What to say where the disk has no room for `needed` bytes, None where it has."""
         free = shutil.disk_usage(self.run_folder).free
-        if free < needed + SPARE_BYTES:
-            raise CheckpointError(
-                f"{self.run_folder}: {what} needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
-                f"{advice}"
-            )
+        if free >= needed + SPARE_BYTES:
+            return None
+        return f"needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
 
     def _settle(self, draft: Path) -> None:
         """Share the files out over the ranks; each brings its part to the disk and hashes it."""
@@ -237,6 +252,8 @@ class Checkpoints:
         try:
             action()
         except WRITE_ERRORS as error:
+            if not is_write_error(error):
+                raise
             problem = self._cannot_write(error)
         problems = [text for text in self.engine.gather(problem) if text is not None]
         if problems:
@@ -247,7 +264,7 @@ class Checkpoints:
         return folder / "random" / f"rank_{self.engine.rank:05d}.pt"
 
     def _cannot_write(self, error: Exception) -> str:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         if shutil.disk_usage(self.run_folder).free < SPARE_BYTES:
             reason = f"the disk is full: {reason}"
         what = f"rank {self.engine.rank}: {self.run_folder}: cannot write a checkpoint ({reason})."

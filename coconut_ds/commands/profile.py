@@ -19,6 +19,7 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import TestSet, evaluate
+from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import make_folder, replace_text
 from coconut_ds.memory.allocations import recorder_for
 from coconut_ds.memory.guard import MemoryGuard
@@ -30,7 +31,6 @@ from coconut_ds.run_settings import read_settings
 from coconut_ds.runs import run_folder
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments
 from coconut_ds.train import start_engine
-from coconut_ds.watchdog import lost_ranks_explained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

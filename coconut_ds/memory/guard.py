@@ -16,7 +16,6 @@ import resource
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +25,8 @@ from typing import Any, Self
 
 import torch
 
-from coconut_ds.errors import OutOfMemory
+from coconut_ds.errors import ConfigError, OutOfMemory
+from coconut_ds.failures import first_line, is_out_of_memory, phase_of
 from coconut_ds.files import make_folder, replace_text
 from coconut_ds.memory.plan import MIB
 
@@ -36,18 +36,6 @@ LAST_WORDS_SECONDS = 8.0
 # How long the others then stay, so that the launcher does not end that rank before it has spoken.
 LINGER_SECONDS = 2.0
 NUM_LISTED = 15
-# Calls on the way to the failing line that name what a rank was doing, by file; the innermost counts.
-PHASES = {
-    ("train.py", "start_engine"): "initialise",
-    ("engine.py", "loss"): "forward",
-    ("engine.py", "backward"): "backward",
-    ("engine.py", "step"): "optimizer step",
-    ("engine.py", "save_shards"): "checkpoint",
-    ("engine.py", "load_shards"): "loading a checkpoint",
-    ("evaluate.py", "evaluate"): "evaluation",
-    ("coconut.py", "generate"): "generation",
-    ("train.py", "write_model"): "checkpoint",
-}
 
 
 class MemoryGuard:
@@ -88,7 +76,7 @@ class MemoryGuard:
         if self._thread.is_alive():
             self._thread.join()
         if error is not None and is_out_of_memory(error):
-            text = self._report(phase_of(trace), str(error).splitlines()[0])
+            text = self._report(phase_of(error), first_line(error))
             self._wait_for_others()
             raise OutOfMemory(text) from error
 
@@ -153,34 +141,29 @@ class MemoryGuard:
                 f"  {change['change']}: about {change['gpu_mib']:,.0f} MiB, {said}\n      {change['setting']}"
             )
         if self.folder is not None:
-            make_folder(self.folder)
-            replace_text(self._path(self.rank), json.dumps(report, indent=2))
-            lines.append(f"  report: {self._path(self.rank)}")
+            lines.append(self._write(report))
         return "\n".join(lines)
+
+    def _write(self, report: dict[str, Any]) -> str:
+        """Write the report; returns a line that says where, or why it could not be written."""
+        path = self._path(self.rank)
+        try:
+            make_folder(path.parent)
+            replace_text(path, json.dumps(report, indent=2))
+        except (OSError, ConfigError) as error:
+            return f"  no report: {path}: {error}"
+        return f"  report: {path}"
 
     def _snapshot(self) -> str | None:
         if self.folder is None or self.device.type != "cuda":
             return None
-        path = make_folder(self.folder) / f"out_of_memory_rank_{self.rank}.pickle"
-        with suppress(RuntimeError, OSError):
+        path = self.folder / f"out_of_memory_rank_{self.rank}.pickle"
+        with suppress(RuntimeError, OSError, ConfigError):
+            make_folder(self.folder)
             path.unlink(missing_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))
             return str(path)
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of the GPU, of torch's CPU tensors or of Python gave up."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-
-
-def phase_of(trace: TracebackType | None) -> str:
-    """What the failing call was part of."""
-    calls = [(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(trace)]
-    return next((PHASES[call] for call in reversed(calls) if call in PHASES), "between phases")
 
 
 def measured(device: torch.device) -> dict[str, float]:

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from coconut_ds.batching import Batch, refuse_long_prompts
 from coconut_ds.ds_config import LatentMemory
+from coconut_ds.failures import phase
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.techniques import Techniques
 from coconut_ds.thoughts import History, Thought
@@ -130,6 +131,7 @@ class Coconut(nn.Module):
         ).last_hidden_state
 
     @torch.no_grad()
+    @phase("generation")
     def generate(
         self,
         batch: Batch,

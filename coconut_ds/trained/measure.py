@@ -28,12 +28,12 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, finish_distributed, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
+from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import open_append, parse_json, read_bytes, replace_text
 from coconut_ds.lora import parameter_groups
 from coconut_ds.statistics import percent_with_interval, wilson_interval
 from coconut_ds.tokens import Vocabulary, load_vocabulary
 from coconut_ds.trained import Trained
-from coconut_ds.watchdog import lost_ranks_explained
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -101,9 +101,9 @@ def measure(
     precision = ds_config.precision if ds_config else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "fp32"
-    ranks = start_distributed(precision)
     results = []
     with lost_ranks_explained():
+        ranks = start_distributed(precision)
         for trained, vocabulary, test_set in prepared:
             engine = _engine(trained, vocabulary, ds_config, ranks, precision)
             for result in _measurements(engine, trained, vocabulary, test_set, wanted):
@@ -113,7 +113,7 @@ def measure(
                     if not trained.experiment.debug:
                         write_down(result, trained.folder)
             del engine
-    finish_distributed()
+        finish_distributed()
     return results
 
 

@@ -269,6 +269,46 @@ def test_free_space_is_checked_before_anything_is_written(bench: Bench) -> None:
     assert bench.names() == []
 
 
+def test_room_for_what_is_expected_is_asked_for_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is listed for the message only where there is one."""
+    checkpoints = bench.fresh(expected_bytes=100)
+    monkeypatch.setattr(checkpoints, "_what_is_left", lambda: pytest.fail("nothing went wrong"))
+    bench.save(checkpoints, 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41342"),
+        torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, remote process exited"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+@pytest.mark.parametrize("place", ["shards", "model", "random state", "conversion"])
+def test_a_lost_rank_or_a_full_memory_is_not_a_disk_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+) -> None:
+    import coconut_ds.checkpoint.protocol as protocol
+
+    def failing(*_: object) -> None:
+        raise error
+
+    bench.save(bench.fresh(), 1)
+    as_of_two_ranks(bench.folder / "checkpoint_1")
+    checkpoints = bench.fresh()
+    if place in ("shards", "conversion"):
+        bench.engine.fails_in_save = error
+    if place == "random state":
+        monkeypatch.setattr(protocol, "save_random_state", failing)
+    with pytest.raises(type(error)) as caught:
+        if place == "conversion":
+            checkpoints.load(allow=["world_size", "rows_per_step"])
+        else:
+            checkpoints.save(TrainState(2), failing if place == "model" else write_model)
+    assert caught.value is error
+
+
 def test_settings_that_need_leave(bench: Bench) -> None:
     bench.save(bench.fresh(), 1)
     changed = {**SETTINGS, "experiment": {"lr": 3e-4, "method": "coconut"}}

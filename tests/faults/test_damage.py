@@ -6,10 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
+from coconut_ds.engine import Engine
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
 from tests.faults.processes import Ended, Warm
@@ -201,6 +204,17 @@ def on_disk(bench: Bench, folder: Path) -> None:
     experiment = yaml.safe_load(bench.experiment.read_text())
     bench.experiment.write_text(yaml.safe_dump({**experiment, "save_path": str(folder)}))
     bench.run_folder = folder / "run"
+
+
+def test_the_first_checkpoint_is_as_large_as_expected(broken: Bench) -> None:
+    """What the free-space check asks for, against the files of a real checkpoint."""
+    engine = Engine.__new__(Engine)
+    engine._engine = SimpleNamespace(module=AutoModelForCausalLM.from_pretrained(broken.folder / "model"))
+    engine.zero_stage, engine.excludes_frozen = 2, False
+    files = [*newest(broken).glob("engine/*.pt"), newest(broken) / "model/model.safetensors"]
+    written = sum(path.stat().st_size for path in files)
+    expected = engine.checkpoint_bytes()
+    assert expected <= written <= expected + 2**15, (expected, written)
 
 
 def test_disk_too_small_for_a_checkpoint(bench: Bench, small_disk: Path, alone: Numbers) -> None:

@@ -16,6 +16,12 @@ PLACES = {
     "after the optimizer step": ("torch.optim:AdamW.step", 9, "after", "checkpoint_1_step_0000002"),
     "evaluation": ("coconut_ds.model.coconut:Coconut.generate", 1, "before", "checkpoint_0_step_0000004"),
     "saving: random state": (f"{PROTOCOL}:save_random_state", 2, "after", "checkpoint_0_step_0000004"),
+    "saving: inside DeepSpeed": (
+        "deepspeed.runtime.engine:DeepSpeedEngine._save_zero_checkpoint",
+        2,
+        "before",
+        "checkpoint_0_step_0000004",
+    ),
     "saving: shards": (f"{ENGINE}.save_shards", 2, "after", "checkpoint_0_step_0000004"),
     "saving: hashing": (f"{PROTOCOL}:settle_files", 2, "before", "checkpoint_0_step_0000004"),
 }

@@ -25,8 +25,10 @@ from coconut_ds.lora import (
     save_thought,
 )
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.loading import install_weights, load_base
+from coconut_ds.model.loading import install_weights, load_base, load_config
+from coconut_ds.positions import LengthCheck, limit_of
 from coconut_ds.problems import card_for, read_problems
+from coconut_ds.settings import is_main_process, print_notes
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from coconut_ds.token_cache import cache_folder, cached_tokens
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
@@ -45,9 +47,9 @@ class Material:
 
 
 def load_material(experiment: Experiment) -> Material:
-    """Read and tokenise every file the experiment names.
+    """Read and tokenise every file the experiment names; the main process prints notes on their lengths.
 
-    Raises ConfigError for the tokenizer, DataError for the data.
+    Raises ConfigError for the tokenizer, DataError for the data and for examples longer than the model.
     """
     debug = experiment.debug
     vocabulary = load_vocabulary(experiment.model_id)
@@ -61,7 +63,17 @@ def load_material(experiment: Experiment) -> Material:
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
     valid = load_test_set(experiment.val_path, vocabulary, limit)
     test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
+    if check := length_check(experiment, vocabulary):
+        notes = check.refuse(train, valid.tokenized, test.tokenized if test else ())
+        if is_main_process():
+            print_notes(notes)
     return Material(vocabulary, train, valid, test)
+
+
+def length_check(experiment: Experiment, vocabulary: Vocabulary) -> LengthCheck | None:
+    """What compares examples with the model's positions; None where its configuration states no limit."""
+    limit = limit_of(load_config(experiment.model_id))
+    return LengthCheck(experiment, vocabulary, limit) if limit else None
 
 
 def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -> TestSet:

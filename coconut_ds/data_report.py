@@ -132,7 +132,11 @@ def _look_through(
         (without, "have no steps; a stage that hides steps hides nothing there"),
         (marked, "contain a marker such as <|latent|>, which would be taken for a latent slot"),
         (hashed, "have '#' in the answer, where grading splits, so that no prediction is right"),
-        (too_long, f"are longer than the model's {most} tokens, markers and latents not counted"),
+        (
+            too_long,
+            f"are longer than the model's {most} positions, special tokens and latents not counted "
+            f"(the longest has {max(lengths.total):,} tokens)",
+        ),
     ):
         if items:
             findings.append(f"{len(items)} of {len(problems)} {text}: {_named(items)}")

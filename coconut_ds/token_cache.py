@@ -49,6 +49,11 @@ class CachedProblems(Sequence[TokenizedProblem]):
     def __len__(self) -> int:
         return len(self._first_pieces) - 1
 
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of every problem, without reading them."""
+        ends = self._piece_ends[self._first_pieces[1:] - 1]
+        return np.diff(ends, prepend=0)
+
     @overload
     def __getitem__(self, index: int) -> TokenizedProblem: ...
     @overload

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from coconut_ds.config import load_with_notes
+from coconut_ds.config import Experiment, load_with_notes
 from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.json_items import looks_like_data
@@ -49,7 +49,7 @@ def _check_settings(path: Path) -> str:
     """One line about a sound file; ConfigError or DataError with everything wrong in it."""
     if path.suffix in (".yaml", ".yml"):
         experiment, notes = load_with_notes(path)
-        print_notes(notes)
+        print_notes([*notes, *_length_notes(experiment)])
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
     if path.suffix != ".json":
         raise ConfigError(
@@ -66,13 +66,32 @@ def _check_settings(path: Path) -> str:
     return f"DeepSpeed settings (ZeRO stage {ds_config.zero_stage}, {precision})"
 
 
+def _length_notes(experiment: Experiment) -> list[str]:
+    """Notes on long examples where data and model are on this machine; DataError as in training."""
+    paths = [experiment.train_path, experiment.val_path, experiment.test_path]
+    if not all(Path(path).exists() for path in [experiment.model_id, *paths] if path):
+        return []
+    from coconut_ds.build import length_check  # loads torch, which settings files need not wait for
+    from coconut_ds.problems import read_problems
+    from coconut_ds.tokens import load_vocabulary, tokenize
+
+    vocabulary = load_vocabulary(experiment.model_id)
+    check = length_check(experiment, vocabulary)
+    return (
+        check.refuse(*(tokenize(read_problems(p), vocabulary) if p else [] for p in paths)) if check else []
+    )
+
+
 def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
     """Print the report on the data files; gives the number of errors and leaks."""
     from coconut_ds.data_report import check_data_files  # loads torch, which settings files need not wait for
+    from coconut_ds.model.loading import load_config
+    from coconut_ds.positions import limit_of
     from coconut_ds.tokens import load_vocabulary
 
     vocabulary = None if model is None else load_vocabulary(model)
-    report = check_data_files(paths, vocabulary)
+    limit = None if model is None else limit_of(load_config(model))
+    report = check_data_files(paths, vocabulary, limit.positions if limit else None)
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:
         report.save_picture(picture)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from coconut_ds.ablation import Comparison
 from coconut_ds.batching import Batch
-from coconut_ds.build import load_test_set
+from coconut_ds.build import length_check, load_test_set
 from coconut_ds.collectives import Ranks, ReadingEngine
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage
@@ -135,7 +135,10 @@ def _material(trained: Trained, wanted: Wanted) -> tuple[Vocabulary, TestSet]:
     vocabulary = load_vocabulary(experiment.model_id)
     path = split_path(experiment, wanted.split)
     limit = wanted.limit if wanted.limit is not None else experiment.eval_max_items
-    return vocabulary, load_test_set(path, vocabulary, limit)
+    test_set = load_test_set(path, vocabulary, limit)
+    if check := length_check(experiment, vocabulary):
+        check.refuse_evaluation(path, test_set.tokenized, trained.stage)
+    return vocabulary, test_set
 
 
 def split_path(experiment: Experiment, split: str) -> str:

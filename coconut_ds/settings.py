@@ -35,6 +35,17 @@ def add_overrides(parser: argparse.ArgumentParser, of: str = "of the YAML") -> N
 DS_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
 
 
+def add_allow_stage(parser: argparse.ArgumentParser) -> None:
+    """--allow stage, for commands that read a trained model."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("stage",),
+        help="stage: settings may put a checkpoint at another stage than it was trained at",
+    )
+
+
 def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--deepspeed_config."""
     parser.add_argument(

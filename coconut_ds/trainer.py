@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -15,7 +15,13 @@ from tqdm import tqdm
 from coconut_ds.ablation import Comparison
 from coconut_ds.batching import Batch, Layout, training_steps
 from coconut_ds.build import Material, write_model
-from coconut_ds.checkpoint import Checkpoints, TrainState, settings_to_compare
+from coconut_ds.checkpoint import (
+    LONGEST_REASONING,
+    Checkpoints,
+    TrainState,
+    misleading_best,
+    settings_to_compare,
+)
 from coconut_ds.comparing.window_picture import draw_window_weights
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
@@ -64,7 +70,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run.folder,
             engine,
-            settings_to_compare(experiment, run.ds_config) if engine.is_main else {},
+            self.settings() if engine.is_main else {},
             keep=experiment.keep_checkpoints,
             only_improving=experiment.save_only_improve,
             expected_bytes=engine.checkpoint_bytes(),
@@ -84,9 +90,20 @@ class Trainer:
         self.watchdog = Watchdog(run.folder, engine.rank, engine.world_size, seconds)
         self.guard = LossGuard(run.folder, engine.rank)
 
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the run."""
+        settings = settings_to_compare(self.experiment, self.run.ds_config)
+        if self.experiment.icot_tokens_per_epoch is not None:
+            lengths = [sum(map(len, problem.steps)) for problem in self.material.valid.tokenized]
+            settings[LONGEST_REASONING] = max(lengths, default=0)
+        return settings
+
     def run_all(self) -> Evaluation | None:
         """Every epoch that is left, then the test set."""
         self.resume()
+        start = self.experiment.load_model_path
+        if start and (note := misleading_best(Path(start))):
+            self.say(f"load_model_path: {note}")
         result = None
         for epoch in range(self.state.epoch, self.experiment.num_epochs):
             if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
@@ -246,26 +263,23 @@ class Trainer:
 
     def save(self, result: Evaluation) -> None:
         """Close the epoch and write its checkpoint."""
-        best = self.state.best_accuracy
-        improved = best is None or result.accuracy > best
         self.state = replace(
             self.state,
             epoch=self.state.epoch + 1,
             step_in_epoch=0,
             samples_in_epoch=0,
             accuracy=result.accuracy,
-            best_accuracy=result.accuracy if improved else best,
         )
-        self.write_checkpoint(improved)
+        self.write_checkpoint()
 
-    def write_checkpoint(self, improved: bool = False) -> None:
+    def write_checkpoint(self) -> None:
         position = (self.state.epoch, self.state.step_in_epoch)
         if self.experiment.debug or position == self.saved_at:
             return
         self.watchdog.beat("saving a checkpoint", patience=10)
         state = replace(self.state, positions=self.run.positions())
         started = time.perf_counter()
-        name = self.checkpoints.save(state, self.write_model, improved=improved)
+        name = self.checkpoints.save(state, self.write_model)
         self.run.log("save", step=state.global_step, name=name, seconds=time.perf_counter() - started)
         self.saved_at = position
         self.requests.saved()

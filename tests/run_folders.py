@@ -34,8 +34,7 @@ def make_run(values, folder, epochs=(1, 4), **changes):
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter), alpha=0.3)
         checkpoints.save(
-            TrainState(epoch=epoch, global_step=epoch),
+            TrainState(epoch=epoch, global_step=epoch, accuracy=1 / epoch),  # earlier stages are easier
             lambda path, module=module: write_model(module, vocabulary, path),
-            improved=epoch == epochs[0],
         )
     return run

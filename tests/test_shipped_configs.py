@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from coconut_ds.config import Experiment, Method, load_experiment, load_with_notes
+from coconut_ds.curriculum import final_stage
 from coconut_ds.ds_config import load_ds_config
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,7 @@ def test_file_says_what_its_name_says(path):
     if evaluates:
         trained = load_experiment(path.with_name(path.name.replace("_eval", "")))
         assert experiment.load_model_path == f"{trained.save_path}/{trained.name}/best"
+        assert final_stage(experiment) == final_stage(trained)  # of which `best` is
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=short)

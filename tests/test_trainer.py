@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from coconut_ds.checkpoint import Manifest, TrainedStage
 from tests.plain_engine import plain_trainer
 
 CHEAP = {
@@ -40,8 +41,10 @@ def test_one_file_as_validation_and_test_set_gives_the_same_numbers(tiny_experim
     values = tiny_experiment | CHEAP | {"test_path": tiny_experiment["val_path"], "save_path": str(tmp_path)}
     with plain_trainer(values, **settings) as trainer:
         result = trainer.run_all()
+        best = trainer.checkpoints.folders.named("best")
         valid, (test,) = lines_of(trainer.run, "valid")[-1], lines_of(trainer.run, "test")
     assert result.loss == test["loss"] > 0
+    assert TrainedStage.of(Manifest.read(trainer.run.folder / best)).number == test["stage"]
     keys = ("loss", "accuracy", "cot_match", "num_items", "mean_tokens", "at", "stage", "epoch")
     assert {key: test[key] for key in keys} == {key: valid[key] for key in keys}
 

@@ -6,7 +6,7 @@
         model/                     for other programs: Hugging Face form, or PEFT form for adapters
         engine/                    the ZeRO shards of every rank
         random/                    the random number generators of every rank
-    latest  best                   each the name of a folder
+    latest  best                   each the name of a folder; best: of the newest stage (stages.py)
 
 A folder that has the right name is complete: it was written under another name, hashed, and renamed.
 Knows: files, manifests, what may change between two runs.
@@ -14,12 +14,14 @@ Does not know: DeepSpeed, models, the training loop.
 """
 
 from coconut_ds.checkpoint.changes import Change, Severity, classify_changes, settings_to_compare
-from coconut_ds.checkpoint.folders import CheckpointFolders, checkpoint_name
+from coconut_ds.checkpoint.folders import CheckpointFolders, checkpoint_name, followed, misleading_best
 from coconut_ds.checkpoint.foreign import find_adapter, load_foreign_weights, load_thought_weights
 from coconut_ds.checkpoint.manifest import Manifest, TrainState
 from coconut_ds.checkpoint.protocol import Checkpoints, Shards
+from coconut_ds.checkpoint.stages import LONGEST_REASONING, TrainedStage, described, stage_of
 
 __all__ = [
+    "LONGEST_REASONING",
     "Change",
     "CheckpointFolders",
     "Checkpoints",
@@ -27,10 +29,15 @@ __all__ = [
     "Severity",
     "Shards",
     "TrainState",
+    "TrainedStage",
     "checkpoint_name",
     "classify_changes",
+    "described",
     "find_adapter",
+    "followed",
     "load_foreign_weights",
     "load_thought_weights",
+    "misleading_best",
     "settings_to_compare",
+    "stage_of",
 ]

@@ -8,14 +8,17 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from coconut_ds.checkpoint.manifest import Manifest
+from coconut_ds.checkpoint.stages import BEST_OF_STAGE, TrainedStage, best_of, best_per_stage, described
 from coconut_ds.errors import CheckpointError
 from coconut_ds.files import read_bytes, replace_text, sync_folder
 
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
 DRAFT = ".tmp-"
+MOST_POINTER = 256  # bytes of the files `latest` and `best`
 Say = Callable[[str], None]
 
 
@@ -62,12 +65,49 @@ class CheckpointFolders:
             return name
         return None
 
-    def best(self) -> str | None:
-        """The checkpoint of the best accuracy; raises CheckpointError when it does not verify."""
-        name = self.pointed_at("best")
+    def named(self, word: str) -> str | None:
+        """The checkpoint that 'latest', 'best', 'best_stage_2' or its own name names; None: none yet.
+
+        Raises CheckpointError when there is no best of that stage, or a best one does not verify.
+        """
+        if word == "latest":
+            return self.latest()
+        if word == "best":
+            name = self.pointed_at("best")
+        elif match := BEST_OF_STAGE.fullmatch(word):
+            per_stage = best_per_stage(self.manifests())
+            name = per_stage.get(int(match[1]))
+            if name is None:
+                there = ", ".join(f"best_stage_{number}" for number in per_stage) or "none"
+                raise CheckpointError(f"{self.run_folder}: there is no {word}; there are: {there}")
+        else:
+            return word
         if name is not None:
             self.check(name)
         return name
+
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifests of all end-of-epoch checkpoints that can be read, oldest first."""
+        found = {}
+        for name in self.names():
+            if _age(name)[1] == 0:
+                with suppress(CheckpointError):
+                    found[name] = Manifest.read(self.run_folder / name)
+        return found
+
+    def misleading_best(self) -> str | None:
+        """In words, that `best` is not of the newest stage (runs of older versions); None where it is."""
+        manifests, name = self.manifests(), self.pointed_at("best")
+        newest = best_of(manifests)
+        if name not in manifests or newest is None:
+            return None
+        at, reached = TrainedStage.of(manifests[name]), TrainedStage.of(manifests[newest])
+        if at == reached:
+            return None
+        return (
+            f"{self.run_folder / 'best'} is {name}: {described(manifests[name])}. The newest stage is "
+            f"{reached.number}; its best checkpoint is best_stage_{reached.number} ({newest})"
+        )
 
     def check(self, name: str) -> Manifest:
         """Verify every file of one checkpoint (once a process); raises CheckpointError with what is wrong."""
@@ -85,7 +125,7 @@ class CheckpointFolders:
 
     def pointed_at(self, pointer: str) -> str | None:
         with suppress(OSError, UnicodeDecodeError):
-            name = read_bytes(self.run_folder / pointer, 256).decode("utf-8").strip()
+            name = read_bytes(self.run_folder / pointer, MOST_POINTER).decode("utf-8").strip()
             return name if position_of(name) else None
         return None
 
@@ -95,8 +135,19 @@ class CheckpointFolders:
             return Manifest.read(self.run_folder / name).size
         return 0
 
-    def publish(self, draft: Path, name: str, *, improved: bool) -> None:
-        """Give a finished draft its name, and point `latest` (and `best`) at it."""
+    def judged(self, manifest: Manifest) -> Manifest:
+        """`manifest` with its stage, that stage's best accuracy so far, and whether it improved on it."""
+        at, state = TrainedStage.of(manifest), manifest.state
+        same_stage = [other.state for other in self.manifests().values() if TrainedStage.of(other) == at]
+        others = [other.accuracy for other in same_stage if other.epoch != state.epoch]
+        known = [accuracy for accuracy in others if accuracy is not None]
+        accuracy = None if state.step_in_epoch else state.accuracy
+        best = max([*known, *([] if accuracy is None else [accuracy])], default=None)
+        improved = accuracy is not None and all(accuracy > other for other in known)
+        return replace(manifest, state=replace(state, stage=at.number, best_accuracy=best), improved=improved)
+
+    def publish(self, draft: Path, name: str) -> None:
+        """Give a finished draft its name, and point `latest` (and `best`) where they belong."""
         final = self.run_folder / name
         if final.exists():
             self._remove(name)
@@ -104,16 +155,21 @@ class CheckpointFolders:
         sync_folder(self.run_folder)
         self._verified.add(name)
         replace_text(self.run_folder / "latest", name + "\n")
-        if improved:
-            replace_text(self.run_folder / "best", name + "\n")
+        self._point_best()
+
+    def _point_best(self) -> None:
+        best = best_of(self.manifests())
+        if best is None:
+            (self.run_folder / "best").unlink(missing_ok=True)
+        elif best != self.pointed_at("best"):
+            replace_text(self.run_folder / "best", best + "\n")
 
     def retire(self, newest: str, *, keep: int | None, only_improving: bool) -> None:
-        """Remove what the settings do not keep; never the newest, never the best."""
-        epochs = [name for name in self.names() if _age(name)[1] == 0]
-        if only_improving:
-            epochs = [name for name in epochs if self._improved(name)]
+        """Remove what the settings do not keep; never the newest, never the best of a stage."""
+        manifests = self.manifests()
+        epochs = [name for name, manifest in manifests.items() if manifest.improved or not only_improving]
         kept = set(epochs if keep is None else epochs[-keep:])
-        kept |= {newest, self.pointed_at("best") or newest}
+        kept |= {newest, *best_per_stage(manifests).values()}
         for name in self.names():
             if name not in kept:
                 self._remove(name)
@@ -125,13 +181,7 @@ class CheckpointFolders:
             if _age(newer) > _age(name):
                 (self.run_folder / newer).rename(self.run_folder / f"superseded-{stamp}-{newer}")
                 self._say(f"set aside {newer}: it is newer than {name}, from which this run goes on")
-        best = self.pointed_at("best")
-        if best is not None and not (self.run_folder / best).is_dir():
-            improved = [other for other in self.names() if self._improved(other)]
-            if improved:
-                replace_text(self.run_folder / "best", improved[-1] + "\n")
-            else:
-                (self.run_folder / "best").unlink()
+        self._point_best()
         replace_text(self.run_folder / "latest", name + "\n")
 
     def sweep(self) -> None:
@@ -147,10 +197,27 @@ class CheckpointFolders:
         (self.run_folder / name).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _improved(self, name: str) -> bool:
-        with suppress(CheckpointError):
-            return Manifest.read(self.run_folder / name).improved
-        return False
+
+def misleading_best(path: Path) -> str | None:
+    """In words, that RUN/best is not of the run's newest stage; None where it is, and for any other path."""
+    return CheckpointFolders(path.parent).misleading_best() if path.name == "best" else None
+
+
+def followed(path: Path) -> Path:
+    """The checkpoint that RUN/best, RUN/latest or RUN/best_stage_2 names; any other path as it is.
+
+    Raises CheckpointError where it names none.
+    """
+    folders = CheckpointFolders(path.parent)
+    if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < MOST_POINTER:
+        name = folders.pointed_at(path.name)
+        if name is None:
+            content = read_bytes(path, MOST_POINTER).decode("utf-8", errors="replace").strip()
+            raise CheckpointError(f"{path} names {content!r}, which is not a checkpoint beside it")
+        return path.parent / name
+    if BEST_OF_STAGE.fullmatch(path.name) and folders.names():
+        return path.parent / str(folders.named(path.name))
+    return path
 
 
 def _age(name: str) -> tuple[int, int]:

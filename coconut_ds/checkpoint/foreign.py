@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coconut_ds.checkpoint.folders import position_of
+from coconut_ds.checkpoint.folders import followed
 from coconut_ds.errors import CheckpointError
-from coconut_ds.files import read_bytes, read_json
+from coconut_ds.files import read_json
 from coconut_ds.weight_files import read_safetensors, refuse_non_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -33,7 +33,7 @@ def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[s
     `allow_pickle`: also open files that hold more than tensors, which can run code of whoever made them.
     Raises CheckpointError when there is nothing, or nothing of these forms, or code where tensors belong.
     """
-    path = _followed(Path(path))
+    path = followed(Path(path))
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder; check 'load_model_path'")
     weights: dict[str, Tensor] = {}
@@ -56,18 +56,8 @@ def find_adapter(path: str | Path) -> Path | None:
     return folder if found else None
 
 
-def _followed(path: Path) -> Path:
-    """The checkpoint that a run's file `best` or `latest` names; any other path as it is."""
-    if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < 256:
-        name = read_bytes(path).decode("utf-8", errors="replace").strip()
-        if position_of(name) is None:
-            raise CheckpointError(f"{path} names {name!r}, which is not a checkpoint beside it")
-        return path.parent / name
-    return path
-
-
 def _model_folder(path: Path) -> Path:
-    path = _followed(path)
+    path = followed(path)
     return path / "model" if (path / "model").is_dir() and (path / "manifest.json").is_file() else path
 
 

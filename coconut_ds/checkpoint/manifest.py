@@ -31,9 +31,9 @@ class TrainState:
     samples_seen: int = 0
     tokens_seen: int = 0
     skipped_steps: int = 0
-    best_accuracy: float | None = None
+    best_accuracy: float | None = None  # of its stage; in older versions of the run
     accuracy: float | None = None  # of the newest validation
-    stage: int = 0
+    stage: int = 0  # older versions always wrote 0
     wandb_id: str | None = None
     positions: Mapping[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl, samples.jsonl
 

@@ -68,9 +68,10 @@ class Checkpoints:
     ) -> None:
         """`settings` as in changes.py.  `keep`: at most so many end-of-epoch checkpoints (None: all).
 
-        `only_improving`: of the end-of-epoch checkpoints keep those that improved the validation accuracy;
-        the newest checkpoint of all stays besides, to resume from.  `expected_bytes`: size of a checkpoint,
-        for the first free-space check.  `say` gets one line for all the user should know, on the main rank.
+        `only_improving`: of the end-of-epoch checkpoints keep those that improved the validation accuracy
+        of their stage; the newest checkpoint of all stays besides, to resume from.  `expected_bytes`: size of
+        a checkpoint, for the first free-space check.  `say` gets one line for all the user should know, on
+        the main rank.
         """
         self.folders = CheckpointFolders(run_folder, say)
         self.engine = engine
@@ -88,12 +89,8 @@ class Checkpoints:
         """The newest checkpoint that verifies, the same on every rank."""
         return self._on_main(self.folders.latest)
 
-    def best(self) -> str | None:
-        """The best checkpoint, the same on every rank; raises CheckpointError when it does not verify."""
-        return self._on_main(self.folders.best)
-
     @phase("checkpoint")
-    def save(self, state: TrainState, model_writer: Callable[[Path], None], *, improved: bool = False) -> str:
+    def save(self, state: TrainState, model_writer: Callable[[Path], None]) -> str:
         """Write a checkpoint on all ranks and return its name; `model_writer` is called on every rank.
 
         Raises CheckpointError when it could not be written; what was there before is untouched.
@@ -113,7 +110,7 @@ class Checkpoints:
             raise OneRankFailed(self._cannot_write(error)) from error
         self.engine.barrier()
         self._settle(draft)
-        self._on_main(lambda: self._finish(draft, name, state, improved))
+        self._on_main(lambda: self._finish(draft, name, state))
         return name
 
     @phase("loading a checkpoint")
@@ -176,8 +173,10 @@ class Checkpoints:
             raise CheckpointError(self._cannot_write(error)) from error
 
     def _choose(self, wanted: str | None, allow: Collection[str]) -> tuple[str, Manifest] | None:
-        name = wanted or self.folders.latest()
+        name = self.folders.named(wanted or "latest")
         if name is None:
+            if wanted:
+                raise CheckpointError(f"{self.run_folder}: there is no {wanted} checkpoint yet")
             if names := self.folders.names():
                 raise CheckpointError(
                     f"{self.run_folder}: every checkpoint is damaged ({', '.join(names)}); "
@@ -218,17 +217,18 @@ class Checkpoints:
 
         self._on_every_rank(draft, settle_mine)
 
-    def _finish(self, draft: Path, name: str, state: TrainState, improved: bool) -> None:
+    def _finish(self, draft: Path, name: str, state: TrainState) -> None:
         files: dict[str, FileRecord] = {}
         for rank in range(self.engine.world_size):
             for line in (draft / "records" / str(rank)).read_text(encoding="utf-8").splitlines():
                 sha256, size, path = line.split(" ", 2)
                 files[path] = FileRecord(int(size), sha256)
         shutil.rmtree(draft / "records")
-        Manifest(state, self.settings, self.engine.world_size, improved, files).write(draft)
+        manifest = Manifest(state, self.settings, self.engine.world_size, False, files)
+        self.folders.judged(manifest).write(draft)
         for folder in {(draft / path).parent for path in files}:
             sync_folder(folder)
-        self.folders.publish(draft, name, improved=improved)
+        self.folders.publish(draft, name)
         self.folders.retire(name, keep=self.keep, only_improving=self.only_improving)
 
     def _on_main(self, action: Callable[[], Result]) -> Result:

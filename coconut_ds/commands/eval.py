@@ -8,7 +8,7 @@
 
 A run folder knows its settings, and a checkpoint its stage.  RUN may also be a checkpoint folder, or one that
 `export` wrote.  CONFIG, an experiment YAML, names the weights in `load_model_path` and the stage through
-`resume`, the epoch they were trained to.
+`resume`, the epoch they were trained to.  Another stage than a checkpoint was trained at needs --allow stage.
 Results: evaluations.jsonl and predictions.jsonl in the run folder.
 
 Ablations put something else into the latent slots; each is compared with the intact model on the same items
@@ -25,7 +25,7 @@ import json
 from coconut_ds.ablation import parse_ablations
 from coconut_ds.files import open_output
 from coconut_ds.run_settings import read_ds_config
-from coconut_ds.settings import add_ds_config_argument, add_overrides
+from coconut_ds.settings import add_allow_stage, add_ds_config_argument, add_overrides
 from coconut_ds.trained import ds_config_of, find_trained
 from coconut_ds.trained.measure import Wanted, measure
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="checkpoints of the run folder: names, latest (default), best, all",
+        help="checkpoints of the run folder: names, latest (default), best, best_stage_N, all",
     )
     parser.add_argument(
         "--split", default="valid", metavar="valid|test|FILE", help="what to evaluate on (default: valid)"
@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablate", metavar="NAME,...", help="also with other latents; see above; or 'all'")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
     add_ds_config_argument(parser, required=False)
+    add_allow_stage(parser)
     add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:
     wanted = Wanted(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
-    models = find_trained(args.target, args.checkpoint, args.overrides, args.latents)
+    models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     own = models[0].folder
     if args.deepspeed_config:
         ds_config = read_ds_config(args.deepspeed_config, models[0].experiment)

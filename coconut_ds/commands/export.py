@@ -13,7 +13,7 @@ Nothing leaves this machine unless --push names a repository of the Hugging Face
 import argparse
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.settings import add_overrides
+from coconut_ds.settings import add_allow_stage, add_overrides
 from coconut_ds.trained.export import DTYPES, export_hf, upload, zero_to_fp32_explained
 
 
@@ -21,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="run folder or checkpoint folder")
     parser.add_argument("--to", choices=("hf", "zero"), default="hf", help="form of the folder (default: hf)")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default) or best")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default), best, best_stage_N")
     parser.add_argument("--merge", action="store_true", help="put LoRA adapters into the weights")
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: fp32)"
     )
+    add_allow_stage(parser)
     add_overrides(parser, "of the run")
     parser.add_argument("--push", metavar="USER/NAME", help="also upload to this repository of the hub")
     parser.add_argument("--private", action="store_true", help="with --push: a private repository")
@@ -39,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--to zero only explains; --merge and --push belong to --to hf")
         print(zero_to_fp32_explained(args.target, args.checkpoint, args.output))
         return 0
-    exported = export_hf(args.target, args.output, args.checkpoint, args.merge, args.dtype, args.overrides)
+    exported = export_hf(
+        args.target, args.output, args.checkpoint, args.merge, args.dtype, args.overrides, args.allow
+    )
     form = "LoRA adapters in PEFT form" if exported.is_adapter else "a Hugging Face model"
     print(f"{exported.folder}: {form}; read back, logits differ by {exported.largest_difference:.2g} at most")
     if args.push:

@@ -19,14 +19,14 @@ from pathlib import Path
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.files import open_output
 from coconut_ds.problems import read_problems
-from coconut_ds.settings import add_overrides
+from coconut_ds.settings import add_allow_stage, add_overrides
 from coconut_ds.trained import find_one
 from coconut_ds.trained.pretrained import CoconutForCausalLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, exported folder or experiment YAML")
-    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default) or best")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default), best, best_stage_N")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a question; may be given several times"
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="questions at once (32)")
     parser.add_argument("--output", metavar="FILE", help="write JSON lines with question and answer to FILE")
+    add_allow_stage(parser)
     add_overrides(parser, "of the run")
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size {args.batch_size}: give 1 or more")
     questions = _questions(args)
-    trained = find_one(args.target, args.checkpoint, args.overrides, args.latents)
+    trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     model = CoconutForCausalLM.of(trained)
     if questions is None:
         _converse(model, args.max_new_tokens)

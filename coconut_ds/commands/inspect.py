@@ -21,7 +21,7 @@ from coconut_ds.latents.inspection import first_tokens, inspect
 from coconut_ds.latents.page import page, terminal, terminal_match
 from coconut_ds.latents.step_match import match_steps
 from coconut_ds.problems import Problem, read_problems
-from coconut_ds.settings import add_overrides
+from coconut_ds.settings import add_allow_stage, add_overrides
 from coconut_ds.trained import find_one
 from coconut_ds.trained.pretrained import CoconutForCausalLM
 
@@ -37,13 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", type=int, default=3, metavar="N", help="problems shown one by one (default: 3)"
     )
-    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default) or best")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default), best, best_stage_N")
     parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="tokens per latent (default: 5)")
     parser.add_argument(
         "--html", metavar="FILE", help="write one page with pictures, nothing outside it needed"
     )
     parser.add_argument("--json", metavar="FILE", help="write all numbers of all problems")
+    add_allow_stage(parser)
     add_overrides(parser, "of the run")
 
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 1 or args.show < 0:
         raise ConfigError("--top must be 1 or more, --show 0 or more")
     problems = [Problem(args.question, (), "")] if args.question else read_problems(args.file, args.limit)
-    trained = find_one(args.target, args.checkpoint, args.overrides, args.latents)
+    trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     asked = CoconutForCausalLM.of(trained)
     inspections = [inspect(asked, problem, args.top) for problem in problems]
     latents_per_step = trained.experiment.c_thought

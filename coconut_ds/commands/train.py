@@ -20,14 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
     add_ds_config_argument(parser)
     parser.add_argument(
-        "--checkpoint", metavar="NAME", help="go on from this checkpoint instead of the newest"
+        "--checkpoint",
+        metavar="NAME",
+        help="resume from this checkpoint (a name, best, best_stage_N), not the newest",
     )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="KEY",
-        help="a setting that may differ from the checkpoint's (world_size: the number of ranks); "
+        help="a setting that may differ from the checkpoint's (world_size: the number of ranks; "
+        "stage, with only_eval: evaluate at another stage than trained at); "
         "may be given several times",
     )
     parser.add_argument("--max-minutes", type=float, metavar="N", help="save and stop after N minutes")
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
     if experiment.only_eval:
-        measure(find_trained(args.config, overrides=args.overrides), ds_config, Wanted())
+        measure(find_trained(args.config, overrides=args.overrides, allow=args.allow), ds_config, Wanted())
     else:
         options = Options(
             args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds, args.skip_plan

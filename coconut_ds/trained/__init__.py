@@ -8,7 +8,8 @@
 Knows: where settings and weights lie, and which stage they were trained at.  Does not know: ranks, data.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import jsonschema
 
 from coconut_ds.build import build_module
-from coconut_ds.checkpoint import CheckpointFolders, Manifest
+from coconut_ds.checkpoint import CheckpointFolders, Manifest, followed, misleading_best, stage_of
+from coconut_ds.checkpoint.manifest import MANIFEST
 from coconut_ds.config import (
     Experiment,
     load_experiment,
@@ -25,7 +27,7 @@ from coconut_ds.config import (
     validate_experiment,
     without_permissions,
 )
-from coconut_ds.curriculum import ALL_STEPS, Stage, final_stage, stage_at
+from coconut_ds.curriculum import ALL_STEPS, Stage, final_stage
 from coconut_ds.ds_config import DeepSpeedConfig, LatentMemory, validate_ds_config
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.files import EXPORT_FILE, run_folder_of
@@ -76,6 +78,16 @@ class Trained:
     stage: Stage
     name: str
     folder: Path  # where results about it belong
+    trained_at: Stage | None = None  # by its manifest; None where there is none
+    note: str | None = None  # what the reader should know of the checkpoint that a word named
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines to print beside every result."""
+        lines = [] if self.note is None else [self.note]
+        if self.trained_at not in (None, self.stage):
+            lines.append(f"at another stage ({self.stage}) than it was trained at ({self.trained_at})")
+        return lines
 
     def build(self, vocabulary: Vocabulary, latent_memory: LatentMemory = READING) -> Coconut:
         """The model in fp32 on the CPU, in evaluation mode.  Raises ConfigError and CheckpointError."""
@@ -105,12 +117,17 @@ def find_trained(
     checkpoints: Sequence[str] = (),
     overrides: Sequence[str] = (),
     num_latents: int | None = None,
+    allow: Collection[str] = (),
 ) -> list[Trained]:
     """The models that a command line names; several only by several `checkpoints` of a run folder.
 
-    `checkpoints`: names, 'latest' (the default), 'best' or 'all'.  Raises ConfigError and CheckpointError.
+    `checkpoints`: names, 'latest' (the default), 'best', 'best_stage_2' or 'all'.  `allow`: with 'stage' the
+    settings may put a checkpoint at another stage than it was trained at.
+    Raises ConfigError and CheckpointError.
     """
     path = Path(target)
+    if not checkpoints and (path.parent / "experiment.yaml").is_file() and followed(path) != path:
+        path, checkpoints = path.parent, (path.name,)
     if not path.exists():
         raise ConfigError(f"{target}: there is no such run folder or experiment YAML")
     if path.is_dir() and (path / "manifest.json").is_file():
@@ -125,6 +142,9 @@ def find_trained(
         raise ConfigError(f"--checkpoint {checkpoints[0]}: {target} is not a run folder")
     else:
         found = [_exported(path, overrides) if path.is_dir() else _from_yaml(path, overrides)]
+    if "stage" not in allow:
+        for trained in found:
+            _refuse_other_stage(trained)
     found = [trained.with_latents(num_latents) for trained in found]
     for trained in found:
         if num_latents is None and trained.stage.num_latents > MOST_LATENTS:
@@ -136,12 +156,29 @@ def find_trained(
 
 
 def find_one(
-    target: str, checkpoint: str | None = None, overrides: Sequence[str] = (), num_latents: int | None = None
+    target: str,
+    checkpoint: str | None = None,
+    overrides: Sequence[str] = (),
+    num_latents: int | None = None,
+    allow: Collection[str] = (),
 ) -> Trained:
-    """The one model that a command line names."""
+    """The one model that a command line names; its notes go to standard error."""
     if checkpoint == "all":
         raise ConfigError("--checkpoint all: this command takes one model")
-    return find_trained(target, (checkpoint,) if checkpoint else (), overrides, num_latents)[0]
+    (trained,) = find_trained(target, (checkpoint,) if checkpoint else (), overrides, num_latents, allow)
+    for line in trained.notes:
+        print(f"{trained.name}: {line}", file=sys.stderr)
+    return trained
+
+
+def _refuse_other_stage(trained: Trained) -> None:
+    if trained.trained_at in (None, trained.stage):
+        return
+    raise ConfigError(
+        f"{trained.name} was trained at another stage ({trained.trained_at}) than the settings ask for "
+        f"({trained.stage}). Evaluate its run folder, which knows the stage; correct the curriculum or "
+        "'resume'; or, if that is meant: --allow stage"
+    )
 
 
 def ds_config_of(folder: Path) -> DeepSpeedConfig:
@@ -161,12 +198,6 @@ def ds_config_of(folder: Path) -> DeepSpeedConfig:
     return validate_ds_config(values, str(path))
 
 
-def stage_of(manifest: Manifest, experiment: Experiment) -> Stage:
-    """The stage that a checkpoint's newest steps were trained at."""
-    epoch, steps = manifest.state.epoch, manifest.state.step_in_epoch
-    return stage_at(epoch if steps else max(epoch - 1, 0), experiment)
-
-
 def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence[str]) -> list[Trained]:
     settings = folder / "experiment.yaml"
     if not settings.is_file():
@@ -176,29 +207,31 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
     experiment = without_permissions(load_experiment(settings, overrides), overrides)
     experiment = replace(experiment, only_eval=True)
     folders = CheckpointFolders(folder)
+    pointed = folders.pointed_at("best") if "best" in checkpoints else None
+    misleading = folders.misleading_best() if pointed else None
     found = []
     for name in _names(folders, checkpoints):
-        stage = stage_of(folders.check(name), experiment)
+        manifest = folders.check(name)
+        stage = stage_of(manifest, experiment)
+        assert stage is not None
         # A fully tuned checkpoint has configuration and tokenizer too.
         model_id = str(folder / name / "model") if experiment.tuning == "full" else experiment.model_id
         asked = replace(experiment, model_id=model_id, load_model_path=str(folder / name))
-        found.append(Trained(asked, stage, name, folder))
+        note = misleading if name == pointed else None
+        found.append(Trained(asked, stage, name, folder, stage_of(manifest), note))
     return found
 
 
 def _names(folders: CheckpointFolders, wanted: Sequence[str]) -> list[str]:
     names: list[str] = []
     for word in wanted:
-        match word:
-            case "all":
-                names += folders.names()
-            case "latest" | "best":
-                name = folders.latest() if word == "latest" else folders.best()
-                if name is None:
-                    raise CheckpointError(f"{folders.run_folder}: there is no {word} checkpoint yet")
-                names.append(name)
-            case _:
-                names.append(word)
+        if word == "all":
+            names += folders.names()
+        else:
+            name = folders.named(word)
+            if name is None:
+                raise CheckpointError(f"{folders.run_folder}: there is no {word} checkpoint yet")
+            names.append(name)
     if not names:
         raise CheckpointError(f"{folders.run_folder}: there is no checkpoint yet")
     return list(dict.fromkeys(names))
@@ -209,7 +242,12 @@ def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     name = experiment.load_model_path or experiment.model_id
     # The YAML of a received folder may name any place as its `save_path`.
     folder = run_folder_of(path) or run_folder(experiment)
-    return Trained(experiment, final_stage(experiment), name, folder)
+    trained = Trained(experiment, final_stage(experiment), name, folder)
+    checkpoint = followed(Path(name))
+    if not (checkpoint / MANIFEST).is_file():
+        return trained
+    trained_at = stage_of(Manifest.read(checkpoint))
+    return replace(trained, trained_at=trained_at, note=misleading_best(Path(name)))
 
 
 def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
@@ -219,7 +257,8 @@ def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
         settings |= {"model_id": str(folder), "tuning": "full"}
     experiment = validate_experiment(settings | parse_overrides(overrides), str(folder / EXPORT_FILE))
     experiment = without_permissions(experiment, overrides)
-    return Trained(experiment, Stage(**values["stage"]), str(folder), folder)
+    stage = Stage(**values["stage"])
+    return Trained(experiment, stage, str(folder), folder, trained_at=stage)
 
 
 def read_export(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Knows: models, folders, the hub's upload.  Does not know: DeepSpeed, ranks.
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,13 @@ def export_hf(
     merged: bool,
     dtype: str,
     overrides: Sequence[str] = (),
+    allow: Collection[str] = (),
 ) -> Exported:
     """Export one model; `output` is complete or not there.  Raises ConfigError and CheckpointError."""
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {output}: there is something already; name a new folder")
-    trained = find_one(target, checkpoint, overrides)
+    trained = find_one(target, checkpoint, overrides, allow=allow)
     original = original_model_id(target, trained)
     if merged and trained.experiment.tuning != "lora":
         raise ConfigError(f"--merge: {target} was fully tuned, it has no adapters")

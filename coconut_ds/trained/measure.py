@@ -58,6 +58,8 @@ class Measurement:
     ablation: str | None
     evaluation: Evaluation
     against_intact: Comparison | None = None
+    trained_at: Stage | None = None  # by its manifest
+    notes: tuple[str, ...] = ()
 
     def key(self) -> dict[str, Any]:
         """What tells its lines from those of other measurements."""
@@ -70,7 +72,9 @@ class Measurement:
 
     def numbers(self) -> dict[str, Any]:
         low, high = wilson_interval(self.evaluation.num_correct, self.evaluation.num_items)
-        numbers = {**self.key(), **self.evaluation.numbers(), "accuracy_low": low, "accuracy_high": high}
+        numbers: dict[str, Any] = {**self.key(), **self.evaluation.numbers()}
+        numbers |= {"accuracy_low": low, "accuracy_high": high}
+        numbers |= {"stage": str(self.stage), "trained_at": self.trained_at and str(self.trained_at)}
         if self.against_intact is not None:
             numbers |= self.against_intact.against_intact()
         return numbers
@@ -81,7 +85,8 @@ class Measurement:
         result = self.evaluation
         return (
             f"{self.checkpoint}  {self.split}, {self.stage}\n"
-            f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
+            + "".join(f"  note: {line}\n" for line in self.notes)
+            + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
             f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
             f"CoT match {100 * result.cot_match:.1f} %\n"
@@ -189,7 +194,15 @@ def _measurements(
         result = evaluate(
             engine, test_set, trained.stage, trained.experiment, vocabulary, progress, ablation=ablation
         )
-        return Measurement(trained.name, wanted.split, trained.stage, ablation, result)
+        return Measurement(
+            trained.name,
+            wanted.split,
+            trained.stage,
+            ablation,
+            result,
+            trained_at=trained.trained_at,
+            notes=tuple(trained.notes),
+        )
 
     intact = result_of(None)
     yield intact

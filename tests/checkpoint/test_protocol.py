@@ -32,11 +32,11 @@ class Bench:
         self.engine = FakeShards(torch.zeros(4))
         return Checkpoints(self.folder, self.engine, settings or SETTINGS, say=self.said.append, **options)
 
-    def save(self, checkpoints: Checkpoints, epoch: int, step: int = 0, improved: bool = False) -> str:
+    def save(self, checkpoints: Checkpoints, epoch: int, step: int = 0, accuracy: float | None = None) -> str:
         global_step = 10 * epoch + step
         self.engine.weights = torch.full((4,), float(global_step))
         return checkpoints.save(
-            TrainState(epoch, step, global_step=global_step), write_model, improved=improved
+            TrainState(epoch, step, global_step=global_step, accuracy=accuracy), write_model
         )
 
     def names(self) -> list[str]:
@@ -136,7 +136,7 @@ def test_all_damaged_is_an_error_not_a_new_beginning(bench: Bench) -> None:
 
 def test_absent_checkpoint_lists_what_is_there(bench: Bench) -> None:
     bench.save(bench.fresh(), 1)
-    for wanted in ("checkpoint_7", "../checkpoint_1", "latest"):
+    for wanted in ("checkpoint_7", "../checkpoint_1", "newest"):
         with pytest.raises(CheckpointError, match="no such checkpoint; there are: checkpoint_1"):
             bench.fresh().load(wanted)
 
@@ -160,8 +160,8 @@ def test_latest_that_points_nowhere_is_not_needed(bench: Bench, content: str) ->
 @pytest.mark.parametrize("keep, expected", [(None, [1, 2, 3, 4]), (2, [2, 3, 4]), (1, [2, 4])])
 def test_retention_keeps_the_best_and_the_newest(bench: Bench, keep, expected: list[int]) -> None:
     checkpoints = bench.fresh(keep=keep)
-    for epoch in (1, 2, 3, 4):
-        bench.save(checkpoints, epoch, improved=epoch in (1, 2))
+    for epoch, accuracy in enumerate((0.1, 0.3, 0.2, 0.3), 1):
+        bench.save(checkpoints, epoch, accuracy=accuracy)
     assert bench.names() == [f"checkpoint_{epoch}" for epoch in expected]
     assert bench.pointer("best") == "checkpoint_2"
 
@@ -179,8 +179,8 @@ def test_mid_epoch_checkpoints_go_when_a_newer_one_exists(bench: Bench) -> None:
 
 def test_only_improving_epochs_stay_besides_the_newest(bench: Bench) -> None:
     checkpoints = bench.fresh(only_improving=True)
-    for epoch, improved in ((1, True), (2, False), (3, True), (4, False)):
-        bench.save(checkpoints, epoch, improved=improved)
+    for epoch, accuracy in enumerate((0.2, 0.2, 0.3, 0.1), 1):
+        bench.save(checkpoints, epoch, accuracy=accuracy)
     assert bench.names() == ["checkpoint_1", "checkpoint_3", "checkpoint_4"]
     state = bench.fresh(only_improving=True).load()
     assert state is not None and state.epoch == 4  # the last, not the best
@@ -189,7 +189,7 @@ def test_only_improving_epochs_stay_besides_the_newest(bench: Bench) -> None:
 def test_going_on_from_an_older_one_sets_the_newer_aside(bench: Bench) -> None:
     checkpoints = bench.fresh()
     for epoch in (1, 2, 3):
-        bench.save(checkpoints, epoch, improved=epoch != 2)
+        bench.save(checkpoints, epoch, accuracy=(0.2, 0.1, 0.3)[epoch - 1])
     state = bench.fresh().load("checkpoint_2")
     assert state is not None and state.epoch == 2
     assert [name.split("-")[-1] for name in bench.names() if name.startswith("superseded")] == [
@@ -361,7 +361,7 @@ def test_manifest_with_a_path_that_leads_out(bench: Bench) -> None:
 
 
 def test_manifest_says_what_a_person_wants_to_know(bench: Bench) -> None:
-    bench.save(bench.fresh(), 2, improved=True)
+    bench.save(bench.fresh(), 2, accuracy=0.5)
     content = json.loads((bench.folder / "checkpoint_2" / MANIFEST).read_text())
     assert content["state"]["epoch"] == 2 and content["world_size"] == 1 and content["improved"]
     assert content["settings"]["data"] == {"train": "abc"}

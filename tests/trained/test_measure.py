@@ -26,7 +26,7 @@ def lines(path):
 
 
 def test_a_checkpoint_knows_its_stage(run):
-    first, last = find_trained(str(run), ["best", "latest"])
+    first, last = find_trained(str(run), ["best_stage_0", "best"])
     assert (first.name, first.stage) == ("checkpoint_1", Stage(0, 0))
     assert (last.name, last.stage) == ("checkpoint_4", Stage(3, 3))
     assert find_trained(str(run / "checkpoint_1"))[0].stage == first.stage
@@ -36,9 +36,49 @@ def test_a_checkpoint_knows_its_stage(run):
 
 def test_a_yaml_names_weights_and_epoch(run, tiny_experiment, tmp_path):
     config = tmp_path / "eval.yaml"
-    values = tiny_experiment | {"only_eval": True, "load_model_path": str(run / "checkpoint_4"), "resume": 9}
+    values = tiny_experiment | {"only_eval": True, "load_model_path": str(run / "checkpoint_4"), "resume": 3}
     config.write_text(yaml.safe_dump(values))
-    assert find_one(str(config)).stage == Stage(ALL_STEPS, 3)
+    assert find_one(str(config)).stage == Stage(3, 3)
+
+
+def test_another_stage_than_trained_at_needs_leave_and_is_said(run, tiny_experiment, tmp_path, capsys):
+    """By epoch and path, by the curriculum's settings or --latents; whatever names the weights."""
+    config = tmp_path / "eval.yaml"
+    for word in ("best", "checkpoint_4", "best_stage_3", "latest"):
+        values = tiny_experiment | {"only_eval": True, "load_model_path": str(run / word), "resume": 9}
+        config.write_text(yaml.safe_dump(values))
+        with pytest.raises(ConfigError, match=r"another stage \(3 steps hidden.*--allow stage"):
+            find_one(str(config))
+        assert find_one(str(config), allow=["stage"]).stage == Stage(ALL_STEPS, 3)
+        assert "(all steps hidden, 3 latents) than it was trained at" in capsys.readouterr().err
+    for command in (["eval"], ["generate", "--prompt", "1+1=?"], ["export", "--output", str(tmp_path / "x")]):
+        assert main([command[0], str(config), *command[1:]]) == 2
+        assert "--allow stage" in capsys.readouterr().err
+    (more,) = find_trained(str(run), ["best"], num_latents=5)
+    assert more.notes == [
+        "at another stage (3 steps hidden, 5 latents) than it was trained at (3 steps hidden, 3 latents)"
+    ]
+    assert find_one(str(run), "best").notes == []
+
+
+def test_the_best_of_a_stage_is_a_name_like_any_other(run):
+    names = {"best": "checkpoint_4", "best_stage_3": "checkpoint_4", "best_stage_0": "checkpoint_1"}
+    for word, name in names.items():
+        assert find_one(str(run), word).name == name
+        assert find_one(str(run / word)).name == name
+
+
+def test_best_of_an_older_version_says_what_it_is(tiny_experiment, tmp_path, capsys):
+    old = make_run(tiny_experiment, tmp_path)
+    (old / "best").write_text("checkpoint_1\n")
+    find_one(str(old), "best")
+    expected = "best is checkpoint_1: epoch 1, stage 0 (0 steps hidden, 0 latents). The newest stage is 3"
+    assert expected in capsys.readouterr().err
+    config = tmp_path / "eval.yaml"
+    values = tiny_experiment | {"only_eval": True, "load_model_path": str(old / "best"), "resume": 0}
+    config.write_text(yaml.safe_dump(values))
+    find_one(str(config))
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -47,6 +87,12 @@ def test_a_yaml_names_weights_and_epoch(run, tiny_experiment, tmp_path):
         (("nowhere",), ConfigError, "no such run folder"),
         (("RUN", ["checkpoint_9"]), CheckpointError, "there are: checkpoint_1, checkpoint_4"),
         (("RUN/checkpoint_1", ["best"]), ConfigError, "a checkpoint already"),
+        (
+            ("RUN", ["best_stage_2"]),
+            CheckpointError,
+            "no best_stage_2; there are: best_stage_0, best_stage_3",
+        ),
+        (("RUN", [], ["c_thought=2"]), ConfigError, "was trained at another stage .* --allow stage"),
         (("RUN", [], ["lrr=1"]), ConfigError, "'lrr' is not a setting"),
         (("RUN", [], [], -1), ConfigError, "give 0 or more"),
         (("RUN/checkpoint_1/model",), ConfigError, "not a run folder"),

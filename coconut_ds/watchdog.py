@@ -3,7 +3,8 @@
     rank 1 stopped at beat 812 (step 40, 300 s ago); rank 0 waits at beat 813
     stack traces of all threads -> stderr and RUN/stuck/rank_0.txt; exit code 77
 
-Knows: the heartbeats of all ranks, as files in the run folder.  Does not know: what the work is.
+Knows: the heartbeats of all ranks, as files in the run folder.  Does not know: what the work is, the time of
+day: a rank counts the seconds since it saw a beat change, and not those in which it was itself asleep.
 NCCL and gloo wait ten minutes or more, and then name neither the rank nor the place.
 """
 
@@ -26,13 +27,14 @@ from coconut_ds.files import make_folder, open_append, replace_text
 HEARTBEATS, STACKS = ".heartbeats", "stuck"
 # Ranks that find it at the same time all write their stacks before the first one ends them all.
 LAST_WORDS_SECONDS = 2.0
+# A watch that comes this many periods late was suspended, stopped or starved, and the work with it.
+ASLEEP_PERIODS = 10
 
 
 @dataclass(frozen=True)
 class Beat:
     count: int = 0
     doing: str = "starting"
-    time: float = 0.0  # seconds since the epoch, comparable between hosts as far as their clocks agree
 
 
 class Watchdog:
@@ -46,12 +48,17 @@ class Watchdog:
         limit: float,
         *,
         end: Callable[[int], None] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`limit` in seconds, 0 for no watch.  `folder`: where the heartbeats and stacks of all ranks lie."""
         self.folder, self.rank, self.world_size, self.limit = folder, rank, world_size, limit
         self._end = end
-        self._beat = Beat(time=time.time())
+        self._clock = clock
+        self._beat = Beat()
         self._patience = 1.0
+        self._period = min(1.0, limit / 10)
+        self._looked = clock()
+        self._changed: dict[int, tuple[int, float]] = {}  # rank -> its count, when this rank first saw that
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -78,17 +85,36 @@ class Watchdog:
         All ranks beat at the same places, so the one with the fewest beats is the one they wait for.
         """
         self._patience = patience
-        self._beat = Beat(self._beat.count + 1, doing, time.time())
+        self._beat = Beat(self._beat.count + 1, doing)
 
     def _watch(self) -> None:
-        period = min(1.0, self.limit / 10)
-        while not self._stop.wait(period):
-            beat = self._beat
-            self._publish(beat)
-            if time.time() - beat.time > self.limit * self._patience:
-                self._report(beat)
+        self._looked = self._clock()
+        while not self._stop.wait(self._period):
+            if self._is_stuck():
+                self._report(self._beat)
                 self._end(RankLost.exit_code)
                 return
+
+    def _is_stuck(self) -> bool:
+        """Look once: whether this rank has not moved for longer than it may."""
+        now, beat = self._clock(), self._beat
+        if now - self._looked > ASLEEP_PERIODS * self._period:  # everybody gets the time to go on
+            self._changed = {rank: (count, now) for rank, (count, _) in self._changed.items()}
+        self._looked = now
+        self._publish(beat)
+        idle = self._idle(self.rank, beat, now)
+        if idle > self.limit / 4:  # until then nobody is suspected, and no file of another rank is read
+            for rank, other in self._beats().items():
+                self._idle(rank, other, now)
+        return idle > self.limit * self._patience
+
+    def _idle(self, rank: int, beat: Beat, now: float) -> float:
+        """Seconds since this rank first saw a beat of `rank`."""
+        count, since = self._changed.get(rank, (-1, now))
+        if count != beat.count:
+            self._changed[rank] = (beat.count, now)
+            return 0.0
+        return now - since
 
     def _heartbeat(self, rank: int) -> Path:
         return self.folder / HEARTBEATS / f"rank_{rank}.json"
@@ -106,12 +132,12 @@ class Watchdog:
 
     def describe(self) -> str:
         """Which ranks stand where, the ones that are waited for first."""
-        now = time.time()
+        now = self._clock()
         beats = self._beats()
         fewest = min((beat.count for beat in beats.values()), default=0)
         behind = [rank for rank, beat in beats.items() if beat.count == fewest]
         places = [
-            f"rank {rank}: {beat.doing} (beat {beat.count}), {now - beat.time:.0f} s ago"
+            f"rank {rank}: {beat.doing} (beat {beat.count}), at least {self._idle(rank, beat, now):.0f} s ago"
             for rank, beat in sorted(beats.items(), key=lambda item: item[1].count)
         ]
         if len(behind) < len(beats):
@@ -121,8 +147,9 @@ class Watchdog:
         return f"{head}. Last seen: " + "; ".join(places)
 
     def _report(self, beat: Beat) -> None:
+        idle = self._idle(self.rank, beat, self._clock())
         message = (
-            f"error: rank {self.rank}: nothing moved for {time.time() - beat.time:.0f} s: {self.describe()}. "
+            f"error: rank {self.rank}: nothing moved for {idle:.0f} s: {self.describe()}. "
             f"Stack traces: {self.folder / STACKS}. Start again to go on from the newest checkpoint."
         )
         print(message, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from coconut_ds.lora import (
     save_adapter,
     save_thought,
 )
+from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import install_weights, load_base, load_config
 from coconut_ds.positions import LengthCheck, limit_of
@@ -99,6 +100,7 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     base = load_base(experiment.model_id, vocabulary)
     if weights is not None:
         install_weights(base, weights, str(start))
+    record = BaseRecord.of(base, vocabulary, with_weights=experiment.tuning == "lora")
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
     if not experiment.method.has_latents:
         thought.requires_grad_(False)
@@ -107,7 +109,9 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
             raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
         module = Coconut(base, thought, latent_memory)
     else:
-        module = Coconut(add_adapters(base, experiment, vocabulary.marker_ids), thought, latent_memory)
+        adapted = add_adapters(base, experiment, vocabulary.marker_ids, record)
+        module = Coconut(adapted, thought, latent_memory)
+    module.base_record = record
     if adapter is not None:
         load_adapter(module, adapter)
     elif source and (learned := load_thought_weights(source)):

@@ -5,6 +5,8 @@
 Knows: the tokenizer and the three markers.  Does not know: stages, batches, models.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,18 @@ class Vocabulary:
         except Exception:  # what a vocabulary without an unknown token raises has no narrower type
             return []
         return [] if self.tokenizer.unk_token_id in ids else ids
+
+    def digest(self) -> str:
+        """A short hash of the rules that turn text into ids, and of the ids with a meaning of their own."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            rules: Any = [type(self.tokenizer).__name__, self.tokenizer.get_vocab()]
+        else:
+            rules = json.loads(backend.to_str())
+            for changing in ("truncation", "padding"):  # set by the newest call, not by the tokenizer
+                rules.pop(changing, None)
+        described = [rules, self.tokenizer.init_kwargs.get("add_bos_token"), *self.marker_ids, self.eos_id]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without eos and markers."""

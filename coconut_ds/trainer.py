@@ -92,7 +92,7 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run."""
-        settings = settings_to_compare(self.experiment, self.run.ds_config)
+        settings = settings_to_compare(self.experiment, self.run.ds_config, self.engine.module.base_record)
         if self.experiment.icot_tokens_per_epoch is not None:
             lengths = [sum(map(len, problem.steps)) for problem in self.material.valid.tokenized]
             settings[LONGEST_REASONING] = max(lengths, default=0)

@@ -17,6 +17,7 @@ from typing import Any
 from coconut_ds.checkpoint.manifest import Manifest, hash_file
 from coconut_ds.config import Experiment
 from coconut_ds.errors import CheckpointError
+from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.runs import code_version, library_versions
 
 
@@ -89,29 +90,35 @@ DS_RULES = {
 }
 
 
-def settings_to_compare(experiment: Experiment, ds_config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_to_compare(
+    experiment: Experiment, ds_config: Mapping[str, Any], base: BaseRecord | None = None
+) -> dict[str, Any]:
     """What a checkpoint remembers of a run; reads the data files once, for their sha256."""
     paths = {"train": experiment.train_path, "val": experiment.val_path}
     return {
         "experiment": asdict(experiment),
         "ds_config": dict(ds_config),
-        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path}
-        | _base_model(experiment),
+        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path},
+        "base": asdict(base) if base else {},
         "libraries": library_versions(),
         "code": code_version(),
     }
 
 
-def _base_model(experiment: Experiment) -> dict[str, str]:
-    """The sha256 of a model folder's files; of its weights only where a checkpoint leaves them out (LoRA)."""
-    folder = Path(experiment.model_id)
-    if not folder.is_dir():
-        return {}
+def _with_older_base(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`current` with what an older checkpoint has instead of "base": one sha256 of a model folder's files.
+
+    Weights are in it only where a checkpoint leaves them out (LoRA).
+    """
+    folder = Path(current["experiment"]["model_id"])
+    if saved.get("base") or "base_model" not in saved.get("data", {}) or not folder.is_dir():
+        return current
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    if experiment.tuning != "lora":
+    if current["experiment"].get("tuning") != "lora":
         files = [path for path in files if path.suffix not in WEIGHT_SUFFIXES]
     listed = "".join(f"{path.name} {hash_file(path)}\n" for path in files)
-    return {"base_model": hashlib.sha256(listed.encode()).hexdigest()}
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    return {**current, "data": {**current["data"], "base_model": digest}}
 
 
 def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
@@ -120,6 +127,7 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         *_experiment_changes(saved, current),
         *_ds_changes(saved.get("ds_config", {}), current.get("ds_config", {})),
         *_data_changes(saved.get("data", {}), current.get("data", {})),
+        *_base_changes(saved.get("base"), current.get("base")),
     ]
     for key, old, new in _differences(saved.get("libraries", {}), current.get("libraries", {})):
         grave = key == "deepspeed"
@@ -134,6 +142,7 @@ def refuse_changes(
     manifest: Manifest, current: Mapping[str, Any], world_size: int, allow: Collection[str]
 ) -> list[str]:
     """One line a difference that is let through; raises CheckpointError that lists all when one is not."""
+    current = _with_older_base(manifest.settings, current)
     changes = classify_changes(manifest.settings, current)
     if manifest.world_size != world_size:
         changes = _with_other_ranks(changes, manifest, current, world_size)
@@ -155,7 +164,13 @@ def refuse_changes(
         )
         lines = "".join(f"\n  {change}" for change in changes)
         raise CheckpointError(f"the checkpoint was made with other settings:{lines}\n{advice}")
-    return [f"differs from the checkpoint: {change}" for change in changes]
+    notes = [f"differs from the checkpoint: {change}" for change in changes]
+    if current.get("base") and not manifest.settings.get("base"):
+        notes.append(
+            "the checkpoint is of an older version and does not describe its base model: the content of "
+            "'load_model_path' and of a hub model cannot be compared"
+        )
+    return notes
 
 
 def _with_other_ranks(
@@ -180,7 +195,9 @@ def _rows_per_step(settings: Mapping[str, Any], world_size: int) -> int:
 
 
 def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
-    hashes = [settings.get("data", {}).get("base_model") for settings in (saved, current)]
+    hashes = [
+        settings.get("base") or settings.get("data", {}).get("base_model") for settings in (saved, current)
+    ]
     experiment = current.get("experiment", {})
     for key, old, new in _differences(saved.get("experiment", {}), experiment):
         if key in HARMLESS_EXPERIMENT or (
@@ -218,6 +235,22 @@ def _data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Itera
     for key, old, new in _differences(saved, current):
         severity, why = whys.get(key, (Severity.NEEDS_ALLOW, "its content changed"))
         yield Change(f"data.{key}", old, new, severity, why)
+
+
+def _base_changes(saved: Any, current: Any) -> Iterator[Change]:
+    if not saved or not current:
+        return
+    whys = {
+        "weights": "the frozen weights, of 'load_model_path' or 'model_id', are not those it was trained on",
+        "tokenizer": "text gets other token ids than in training",
+    }
+    try:
+        record = BaseRecord.read(saved)
+    except TypeError as error:
+        raise CheckpointError(f"the manifest does not describe a base model ({error})") from error
+    for part, old, new in record.differences(BaseRecord.read(current)):
+        why = whys.get(part, "the model computes something else with the same weights")
+        yield Change(f"base.{part}", old, new, Severity.IMPOSSIBLE, why)
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

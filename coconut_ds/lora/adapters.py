@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coconut_ds.config import Experiment
 from coconut_ds.errors import ConfigError
+from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.model.coconut import Coconut
 
 if TYPE_CHECKING:  # a run without adapters does not wait for PEFT
@@ -37,10 +38,11 @@ class Origin:
     model_id: str
     weights: str | None  # the checkpoint put into the model before the adapters came, if any
     fingerprint: str
+    base: BaseRecord | None = None  # older files have the fingerprint alone
 
     @classmethod
-    def of(cls, base: PreTrainedModel, experiment: Experiment) -> "Origin":
-        return cls(experiment.model_id, experiment.load_model_path, fingerprint(base))
+    def of(cls, base: PreTrainedModel, experiment: Experiment, record: BaseRecord | None) -> "Origin":
+        return cls(experiment.model_id, experiment.load_model_path, fingerprint(base), record)
 
 
 def fingerprint(base: nn.Module) -> str:
@@ -56,18 +58,23 @@ def fingerprint(base: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_adapters(base: PreTrainedModel, experiment: Experiment, marker_ids: Sequence[int]) -> "PeftModel":
+def add_adapters(
+    base: PreTrainedModel,
+    experiment: Experiment,
+    marker_ids: Sequence[int],
+    record: BaseRecord | None = None,
+) -> "PeftModel":
     """Freeze `base`, add adapters and make the marker rows trainable; `base` has its final weights already.
 
-    The embedding must have the marker rows.  Raises ConfigError where no layer has a name of
-    `lora_target_modules`.
+    `record`: of `base`, to be saved with the adapters.  The embedding must have the marker rows.
+    Raises ConfigError where no layer has a name of `lora_target_modules`.
     """
     from peft import LoraConfig, TaskType, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     from coconut_ds.lora.marker_rows import MarkerRows
 
-    origin = Origin.of(base, experiment)
+    origin = Origin.of(base, experiment, record)
     targets = experiment.lora_target_modules or default_target_modules(base)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -9,8 +9,9 @@ Does not know: checkpoint folders, DeepSpeed.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from coconut_ds.errors import CheckpointError, first_line
 from coconut_ds.files import read_json
 from coconut_ds.lora.adapters import Origin, assert_tied
+from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts.learnable_window import LearnableWindow
 from coconut_ds.weight_files import described, is_weight, read_safetensors, refuse_non_finite
@@ -82,7 +84,9 @@ def load_adapter(model: Coconut, folder: str | Path) -> None:
     _need(folder / THOUGHT_FILE)
     if learned := read_safetensors(folder / THOUGHT_FILE):
         install_thought(model, learned, folder / THOUGHT_FILE)
-    model.base.origin = origin  # type: ignore[assignment]
+    own = origin_of(model.base)
+    if origin is not None:
+        model.base.origin = replace(origin, base=own.base)  # type: ignore[assignment]
 
 
 def load_published_lora(model: Coconut, folder: str | Path) -> None:
@@ -130,11 +134,13 @@ def read_origin(folder: str | Path) -> Origin | None:
         return None
     _need(path)
     try:
-        origin = Origin(**read_json(path))
+        values = read_json(path)
+        record = values.pop("base", None)
+        origin = Origin(**values, base=None if record is None else BaseRecord.read(record))
         if not all(isinstance(v, str) for v in (origin.model_id, origin.weights or "", origin.fingerprint)):
             raise TypeError("its values are not text")
         return origin
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe an adapter's base ({first_line(error)})") from error
 
 
@@ -197,10 +203,24 @@ def _compare_settings(base: "PeftModel", path: Path) -> None:
 
 
 def _compare_origin(own: Origin, saved: Origin, folder: Path) -> None:
-    if own.fingerprint != saved.fingerprint:
+    start = saved.weights or saved.model_id
+    if saved.base is None or own.base is None:
+        different = [] if own.fingerprint == saved.fingerprint else ["weights"]
+        if own.base is not None:
+            warnings.warn(
+                f"{folder / ORIGIN_FILE} is of an older version: the configuration and the tokenizer of "
+                f"{saved.model_id} cannot be compared, and of the weights only a sample",
+                stacklevel=2,
+            )
+    else:
+        different = [
+            part if part in ("weights", "tokenizer") else f"{part} (then {old!r}, now {new!r})"
+            for part, old, new in saved.base.differences(own.base)
+        ]
+    if different:
         raise CheckpointError(
-            f"{folder}: the adapter was trained on the weights of {saved.weights or saved.model_id} "
-            f"({saved.fingerprint}), and this model has others ({own.fingerprint})"
+            f"{folder}: the adapter was trained on the weights of {start}, and what is there now has other "
+            f"content: {', '.join(different)}. Put back what it was trained on, or train again"
         )
 
 

@@ -24,6 +24,7 @@ from coconut_ds.batching import Batch, refuse_long_prompts
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.failures import phase
 from coconut_ds.model.answer_cache import AnswerCache
+from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.model.techniques import Techniques
 from coconut_ds.thoughts import History, Thought
 
@@ -47,6 +48,7 @@ class Coconut(nn.Module):
         self.base = base
         self.thought = thought
         self.techniques = Techniques(self.causal_lm, latent_memory)
+        self.base_record: BaseRecord | None = None  # of the model before training, where it was read
 
     @property
     def causal_lm(self) -> PreTrainedModel:

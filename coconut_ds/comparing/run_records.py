@@ -1,6 +1,6 @@
 """Read a run folder back: settings, the lines of metrics.jsonl by kind, plan, profile, predictions.
 
-    run = read_run("runs/gsm_coconut")
+    run = read_run("runs/gsm-coconut")
     run.result         the test line, else the last line of the validation set
     run.stages         the last validation of every stage
 

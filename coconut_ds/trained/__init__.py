@@ -1,9 +1,9 @@
 """Find a trained model: in a run folder, a checkpoint folder, an exported folder, or by an experiment YAML.
 
-    runs/gsm_coconut                 its newest checkpoint, or those named
-    runs/gsm_coconut/checkpoint_12   that one
+    runs/gsm-coconut                 its newest checkpoint, or those named
+    runs/gsm-coconut/checkpoint_12   that one
     exported/                        what `export` wrote
-    configs/full/gsm_coconut_eval.yaml      `load_model_path` at the stage of epoch `resume`
+    configs/published/gsm_coconut_eval.yaml      `load_model_path` at the stage of epoch `resume`
 
 Knows: where settings and weights lie, and which stage they were trained at.  Does not know: ranks, data.
 """

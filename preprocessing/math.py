@@ -118,13 +118,13 @@ def download(files: Iterable[tuple[str, str]], folder: Path) -> Path:
 
 def problem_of_row(row: Row, by: str) -> dict[str, Any]:
     """Raises ValueError when there is no boxed answer, or nothing is asked."""
-    question = row["problem"].strip()
+    question = row["problem"]
     if by == "line":
         answer, steps = boxed_answer(row["solution"], first=True), steps_by_line(row["solution"])
     else:
-        answer = boxed_answer(row["solution"])
+        question, answer = question.strip(), boxed_answer(row["solution"])
         steps = steps_by_sentence(row["solution"])
-    if not question or not answer:
+    if not question.strip() or not answer:
         raise ValueError("the question or the answer is empty")
     return {"question": question, "answer": answer, "steps": steps}
 
@@ -163,13 +163,14 @@ def official_split(parts: dict[str, list[Row]], valid: int, seed: int) -> dict[s
 
 
 def fork_split(parts: dict[str, list[Row]], seed: int) -> dict[str, list[Row]]:
-    """All rows shuffled as `datasets.Dataset.shuffle(seed)` does, then 80, 10 and 10 of 100."""
-    from numpy.random import default_rng
+    """All rows shuffled by Python's `random`: the first tenth validates, the second tests, the rest trains.
 
+    The rows must be in the order of the fork's source, the official training part before the test part.
+    """
     rows = [row for part in sorted(parts, reverse=True) for row in parts[part]]
-    rows = [rows[index] for index in default_rng(seed).permutation(len(rows))]
-    train, valid = len(rows) * 8 // 10, len(rows) * 9 // 10
-    return {"train": rows[:train], "valid": rows[train:valid], "test": rows[valid:]}
+    random.Random(seed).shuffle(rows)
+    tenth = len(rows) // 10
+    return {"train": rows[2 * tenth :], "valid": rows[:tenth], "test": rows[tenth : 2 * tenth]}
 
 
 def report_long(splits: dict[str, list[dict[str, Any]]], tokenizer_name: str, most: int) -> str:
@@ -245,9 +246,11 @@ def main() -> None:
     if given.split == "fork":
         rows = fork_split(parts, given.seed)
         rule = f"all problems shuffled with seed {given.seed}, 80/10/10: not the official split"
+        grading, max_new_tokens = "exact", 128  # the fork's
     else:
         rows = official_split(parts, given.valid, given.seed)
         rule = f"official train and test; {given.valid} training problems, seed {given.seed}, validate"
+        grading, max_new_tokens = "latex", 512
     if given.test == "math500":
         file = given.math500 or fetch(
             Download(MATH500), given.output_dir / "cache" / "math" / "math500.jsonl"
@@ -263,8 +266,8 @@ def main() -> None:
     if given.max_tokens:
         notes += f" {report_long(splits, given.tokenizer, given.max_tokens)}."
     card = Card(
-        name="math", grading="latex", max_new_tokens=512, source=source, licence="MIT (hendrycks/math)",
-        split_rule=rule, notes=notes,
+        name="math", grading=grading, max_new_tokens=max_new_tokens, source=source,
+        licence="MIT (hendrycks/math)", split_rule=rule, notes=notes,
     )  # fmt: skip
     write_dataset(given.output_dir, card, splits)
 

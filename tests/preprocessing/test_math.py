@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from coconut_ds.errors import DataError
-from preprocessing.math import convert, fork_split, official_split, read_source
+from coconut_ds.problems import card_for
+from preprocessing.math import convert, fork_split, main, official_split, problem_of_row, read_source
 from preprocessing.math_solutions import boxed_answer, steps_by_line, steps_by_sentence
 
 SHARED_DATA = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[3] / "shared")) / "data"
@@ -170,12 +172,60 @@ def test_the_official_split_sets_training_problems_aside_by_the_seed(tmp_path):
         official_split({"": parts["train"]}, valid=4, seed=1)
 
 
-def test_the_fork_split_deals_all_problems_out(tmp_path):
-    parts = read_source(write_tree(tmp_path / "MATH", 20, 10))
-    split = fork_split(parts, seed=42)
-    assert [len(split[part]) for part in ("train", "valid", "test")] == [24, 3, 3]
-    everything = questions(split["train"] + split["valid"] + split["test"])
-    assert sorted(everything) == sorted(questions(parts["train"] + parts["test"])) != everything
+def test_the_fork_split_is_the_fork_s():
+    """Its rule in flat form: shuffle by the global generator, first tenth valid, second test, rest train."""
+    rows = [{"problem": f"{number}?"} for number in range(12_500)]
+    shuffled = list(rows)
+    state = random.getstate()
+    random.seed(42)
+    random.shuffle(shuffled)
+    random.setstate(state)
+    for parts in ({"": rows}, {"test": rows[7_500:], "train": rows[:7_500]}):
+        split = fork_split(parts, seed=42)
+        assert split["valid"] == shuffled[:1_250] and split["test"] == shuffled[1_250:2_500]
+        assert split["train"] == shuffled[2_500:]
+
+
+SUBJECTS = {  # of the source's rows in their order: official training part, then test part
+    "algebra": (1744, 1187), "counting": (771, 474), "geometry": (870, 479), "intermediate": (1295, 903),
+    "number theory": (869, 540), "prealgebra": (1205, 871), "precalculus": (746, 546),
+}  # fmt: skip
+WORDS_OF_PRECALCULUS = (r"\begin{pmatrix}", r"\arcsin", r"\mathbf", r"\cos \theta", r"\sin \theta")
+
+
+def test_the_published_files_lie_where_the_fork_split_deals_them(published):
+    """Put back by the split's rule, they are in the order of the source: subject after subject."""
+    subjects = [name for part in (0, 1) for name, sizes in SUBJECTS.items() for _ in range(sizes[part])]
+    split = fork_split({"": [{"index": index} for index in range(12_500)]}, seed=42)
+    dealt = [subjects[row["index"]] for row in split["valid"] + split["test"]]
+
+    def found(words):
+        hits = zip(published, dealt, strict=True)
+        return [subject for item, subject in hits if any(word in item["question"] for word in words)]
+
+    assert set(found(WORDS_OF_PRECALCULUS)) == {"precalculus"} and len(found(WORDS_OF_PRECALCULUS)) > 90
+    assert found(["probability"]).count("counting") > 0.8 * len(found(["probability"]))
+
+
+def test_lines_keep_the_question_as_it_is(published):
+    """The fork's questions end with a line break where the source's do."""
+    assert sum(item["question"] != item["question"].strip() for item in published) == 107
+    row = {"problem": " What?\n", "solution": r"$\boxed{1}$"}
+    assert problem_of_row(row, "line")["question"] == " What?\n"
+    assert problem_of_row(row, "sentence")["question"] == "What?"
+
+
+@pytest.mark.parametrize(
+    "options, grading, tokens", [(["--split", "fork"], "exact", 128), (["--valid", "2"], "latex", 512)]
+)
+def test_the_card_grades_the_fork_s_split_as_the_fork_does(tmp_path, monkeypatch, options, grading, tokens):
+    folder = write_tree(tmp_path / "MATH", 20, 10)
+    monkeypatch.setattr(
+        "sys.argv", ["math.py", "--source", str(folder), "--output-dir", str(tmp_path / "out"), *options]
+    )
+    main()
+    card = card_for(tmp_path / "out" / "math_test.json")
+    assert (card.grading, card.max_new_tokens) == (grading, tokens)
 
 
 def test_a_problem_without_an_answer_is_named_not_dropped_silently(tmp_path, capsys):

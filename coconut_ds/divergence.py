@@ -5,7 +5,6 @@ A loss that is not finite is the same on every rank once it is summed over them,
 DeepSpeed skips a step whose gradients are not finite and goes on, in fp32 too; alone it would skip for ever.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from coconut_ds.batching import Batch
 from coconut_ds.errors import Diverged
-from coconut_ds.files import make_folder, replace_text
+from coconut_ds.files import json_text, make_folder, replace_text
 
 FOLDER = "diverged"
 # fp16 starts at a loss scale of 2^16 and halves it after two overflows: 2 x 16 skips reach scale 1.
@@ -65,4 +64,4 @@ def write_batches(file: Path, batches: Sequence[Batch], losses: Sequence[float])
         }
         for batch, loss in zip(batches, losses, strict=True)
     ]
-    replace_text(file, json.dumps(records, indent=1))
+    replace_text(file, json_text(records, indent=1))

@@ -1,5 +1,6 @@
 """Read and write files in folders that another person may have made.
 
+    json_text                  JSON that every reader takes: null for NaN and infinities
     read_bytes, read_json      regular files up to a size: no device, no pipe that would wait
     replace_text, ..._bytes    the old file or the new one; a link under that name is replaced, not followed
     open_append, make_folder   refuse a link
@@ -10,9 +11,11 @@ The folder that the user names may be a link itself: only what lies in it is not
 
 import errno
 import json
+import math
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,6 +68,21 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
         return json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`value` as JSON, with null for NaN and infinities, which JSON lacks; `options` of json.dumps."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def replace_text(path: Path, text: str, durable: bool = True) -> None:

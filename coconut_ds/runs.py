@@ -9,7 +9,6 @@ Knows: files, the lock, wandb.  Does not know: models, stages, checkpoints (they
 """
 
 import fcntl
-import json
 import netrc
 import os
 import platform
@@ -28,7 +27,7 @@ from typing import IO, Any, Self
 
 from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import make_folder, open_append, replace_text
+from coconut_ds.files import json_text, make_folder, open_append, replace_text
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MOST_SAMPLES = 100  # rows of the table that wandb shows
@@ -83,7 +82,7 @@ class JsonLines:
         return self.path.stat().st_size
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, default=str, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json_text(record, default=str, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
 
     def cut(self, position: int) -> None:
@@ -131,9 +130,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.folder)
             replace_text(self.folder / "experiment.yaml", experiment_to_yaml(self.experiment))
-            replace_text(self.folder / "ds_config.json", json.dumps(ds_config, indent=2, default=str) + "\n")
+            replace_text(self.folder / "ds_config.json", json_text(ds_config, indent=2, default=str) + "\n")
             environment = describe_environment(devices, command or sys.argv)
-            replace_text(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+            replace_text(self.folder / "environment.json", json_text(environment, indent=2) + "\n")
             self._lines = {name: JsonLines(self.folder / name) for name in (METRICS, SAMPLES)}
         except OSError as error:
             raise ConfigError(

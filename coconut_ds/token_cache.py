@@ -28,7 +28,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from coconut_ds.errors import DataError
-from coconut_ds.files import open_append, read_json
+from coconut_ds.files import json_text, open_append, read_json
 from coconut_ds.problems import Problem, each_problem
 from coconut_ds.tokens import TokenizedProblem, Vocabulary, tokenize
 
@@ -157,7 +157,7 @@ def _write(folder: Path, problems: Iterator[Problem], vocabulary: Vocabulary) ->
     np.save(folder / "piece_ends.npy", np.asarray(piece_ends, dtype=np.int64))
     np.save(folder / "first_pieces.npy", np.asarray(first_pieces, dtype=np.int64))
     digests = {name: _digest(folder / f"{name}.npy") for name in _ARRAYS}
-    (folder / "cache.json").write_text(json.dumps({"problems": len(first_pieces) - 1, "sha256": digests}))
+    (folder / "cache.json").write_text(json_text({"problems": len(first_pieces) - 1, "sha256": digests}))
 
 
 def _put_in_place(working: Path, entry: Path, num_ids: int) -> None:

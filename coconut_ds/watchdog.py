@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from coconut_ds.errors import ConfigError, RankLost
-from coconut_ds.files import make_folder, open_append, replace_text
+from coconut_ds.files import json_text, make_folder, open_append, replace_text
 
 HEARTBEATS, STACKS = ".heartbeats", "stuck"
 # Ranks that find it at the same time all write their stacks before the first one ends them all.
@@ -121,7 +121,7 @@ class Watchdog:
 
     def _publish(self, beat: Beat) -> None:
         with suppress(OSError):  # a full disk must not end the watch
-            replace_text(self._heartbeat(self.rank), json.dumps(asdict(beat)), durable=False)
+            replace_text(self._heartbeat(self.rank), json_text(asdict(beat)), durable=False)
 
     def _beats(self) -> dict[int, Beat]:
         beats = {}

@@ -42,9 +42,6 @@ class PlainEngine(ReadingEngine):
     def barrier(self):
         pass
 
-    def checkpoint_bytes(self):
-        return 0
-
     def sum_over_ranks(self, values):
         return list(values)
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import jsonschema
 
 from coconut_ds.errors import CheckpointError, first_line
-from coconut_ds.files import read_json, replace_text
+from coconut_ds.files import json_text, read_json, replace_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -100,8 +100,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         body = {"format": FORMAT, **asdict(self)}
         # through JSON once: what is hashed is what will be read back
-        body = json.loads(json.dumps(body, default=str))
-        replace_text(folder / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1) + "\n")
+        body = json.loads(json_text(body, default=str))
+        replace_text(folder / MANIFEST, json_text({"sha256": _digest(body), **body}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -6,11 +6,11 @@ Exit code 0: ready; 1: there is a problem.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from coconut_ds.doctor import PROBLEM, as_text, examine
+from coconut_ds.files import json_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,5 +22,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     findings = examine(Path(args.save_path))
-    print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else as_text(findings))
+    print(json_text([asdict(f) for f in findings], indent=1) if args.json else as_text(findings))
     return int(any(finding.state == PROBLEM for finding in findings))

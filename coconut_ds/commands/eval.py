@@ -20,10 +20,9 @@ zero:2, mean:2, noise:2, swap:2 change the second slot alone.
 """
 
 import argparse
-import json
 
 from coconut_ds.ablation import parse_ablations
-from coconut_ds.files import open_output
+from coconut_ds.files import json_text, open_output
 from coconut_ds.run_settings import read_ds_config
 from coconut_ds.settings import add_allow_stage, add_ds_config_argument, add_overrides
 from coconut_ds.trained import ds_config_of, find_trained
@@ -62,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
         results = measure(models, ds_config_of(own) if (own / "ds_config.json").is_file() else None, wanted)
     if args.json and not args.local_rank:
         with open_output(args.json, "--json") as writer:
-            writer.write(json.dumps([result.numbers() for result in results], indent=1) + "\n")
+            writer.write(json_text([result.numbers() for result in results], indent=1) + "\n")
     return 0

@@ -7,12 +7,12 @@ Prints what to set, or writes it. Exit code 3: nothing fits.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from coconut_ds.config import experiment_to_yaml
 from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.files import json_text
 from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.fit import Fit, fit
 from coconut_ds.memory.planner import Planner
@@ -57,7 +57,7 @@ def write(found: Fit, path: Path) -> None:
     print(f"wrote {path}")
     if found.levers:
         beside = path.with_suffix(".ds_config.json")
-        beside.write_text(json.dumps(as_json(found.ds_config), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json_text(as_json(found.ds_config), indent=2) + "\n", encoding="utf-8")
         print(f"wrote {beside}")
 
 

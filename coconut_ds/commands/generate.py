@@ -11,13 +11,12 @@ any other file holds one question a line.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coconut_ds.errors import ConfigError, DataError
-from coconut_ds.files import open_output
+from coconut_ds.files import json_text, open_output
 from coconut_ds.problems import read_problems
 from coconut_ds.settings import add_allow_stage, add_overrides
 from coconut_ds.trained import find_one
@@ -88,7 +87,7 @@ def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argpa
         with open_output(args.output, "--output") as writer:
             for question, answer in _answers(model, questions, args):
                 record = {"question": question, "answer": answer}
-                writer.write(json.dumps(record, ensure_ascii=False) + "\n")
+                writer.write(json_text(record, ensure_ascii=False) + "\n")
         return
     for question, answer in _answers(model, questions, args):
         print(f"{question}\n{answer}\n", flush=True)

@@ -12,11 +12,10 @@ RUN is a run folder, a checkpoint folder, a folder that `export` wrote, or an ex
 """
 
 import argparse
-import json
 from dataclasses import asdict
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import open_output
+from coconut_ds.files import json_text, open_output
 from coconut_ds.latents.inspection import first_tokens, inspect
 from coconut_ds.latents.page import page, terminal, terminal_match
 from coconut_ds.latents.step_match import match_steps
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             "step_match": match and asdict(match),
             "problems": [asdict(inspection) for inspection in inspections],
         }
-        _write("--json", args.json, json.dumps(numbers, indent=1) + "\n")
+        _write("--json", args.json, json_text(numbers, indent=1) + "\n")
     if args.html:
         title = f"{trained.experiment.name}, {trained.name}"
         _write("--html", args.html, page(title, inspections[: args.show], match))

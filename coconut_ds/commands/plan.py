@@ -7,10 +7,10 @@ Needs no GPU and no weights: the model's code runs on tensors without storage. E
 """
 
 import argparse
-import json
 from dataclasses import replace
 
 from coconut_ds.errors import BudgetError
+from coconut_ds.files import json_text
 from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.planner import Planner
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             plan = replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
         plans.append(plan)
     if args.json:
-        print(json.dumps([plan.to_json() for plan in plans], indent=2))
+        print(json_text([plan.to_json() for plan in plans], indent=2))
     elif args.markdown:
         print(markdown([(experiment.name, plan) for plan in plans]))
     elif len(plans) == 1:

@@ -7,7 +7,6 @@ Writes memory/plan.json and memory/profile.json in the run folder, for `report`;
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from coconut_ds.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import TestSet, evaluate
 from coconut_ds.failures import lost_ranks_explained
-from coconut_ds.files import make_folder, replace_text
+from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.allocations import recorder_for
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.planner import Planner
@@ -134,8 +133,8 @@ def _write(
     result: dict[str, Any],
 ) -> None:
     make_folder(folder)
-    replace_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
-    replace_text(folder / "profile.json", json.dumps(result) + "\n")
+    replace_text(folder / "plan.json", json_text(plan, indent=2) + "\n")
+    replace_text(folder / "profile.json", json_text(result) + "\n")
     if not (folder.parent / "experiment.yaml").exists():  # a folder that was never trained in
         replace_text(folder.parent / "experiment.yaml", experiment_to_yaml(experiment))
-        replace_text(folder.parent / "ds_config.json", json.dumps(settings, indent=2, default=str) + "\n")
+        replace_text(folder.parent / "ds_config.json", json_text(settings, indent=2, default=str) + "\n")

@@ -11,7 +11,6 @@ predictions of both.  Pages are single files without scripts or links; their pic
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from coconut_ds.comparing.comparison import (
 from coconut_ds.comparing.run_records import RunRecord, read_run
 from coconut_ds.comparing.tables import Table
 from coconut_ds.errors import ConfigError
+from coconut_ds.files import json_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     groups = group_runs(runs)
     tables = [stage_table(groups), summary_table(groups)]
     if args.json:
-        print(json.dumps(_plain(groups), indent=1))
+        print(json_text(_plain(groups), indent=1))
         return 0
     if args.latex or args.markdown:
         print("\n\n".join(table.latex() if args.latex else table.markdown() for table in tables))

@@ -8,6 +8,7 @@ Knows: groups of runs, matplotlib.  Does not know: memory, pages.
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -189,7 +190,8 @@ def smoothed_losses(run: RunRecord) -> tuple[list[float], list[float]]:
     points = []
     for epoch, lines in by_epoch.items():
         whole = max(map(len, by_epoch.values()))
-        points += [(epoch + (place + 1) / whole + 0.5, line["loss"]) for place, line in enumerate(lines)]
+        numbered = [(place, line["loss"]) for place, line in enumerate(lines) if math.isfinite(line["loss"])]
+        points += [(epoch + (place + 1) / whole + 0.5, loss) for place, loss in numbered]
     width = -(-len(points) // MOST_POINTS) or 1
     chunks = [points[start : start + width] for start in range(0, len(points), width)]
     return [mean(x for x, _ in chunk) for chunk in chunks], [mean(y for _, y in chunk) for chunk in chunks]

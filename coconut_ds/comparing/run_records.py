@@ -8,6 +8,7 @@ Knows: the files of a run folder.  Does not know: tables, pictures, models.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,7 +194,7 @@ def read_run(folder: str | Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         experiment=load_experiment(folder / "experiment.yaml"),
-        lines=[line for line in _json_lines(folder / METRICS) if "kind" in line],
+        lines=[_with_nan(line) for line in _json_lines(folder / METRICS) if "kind" in line],
         ds_config=_json_file(folder / "ds_config.json") or {},
         environment=_json_file(folder / "environment.json") or {},
         plan=_json_file(folder / "memory" / "plan.json"),
@@ -213,6 +214,14 @@ def describe_stage(stage: Stage) -> str:
 
 def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _with_nan(line: Line) -> Line:
+    """A line whose numbers that are not finite, null or Infinity in the file, are all NaN."""
+    return {
+        key: math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+        for key, value in line.items()
+    }
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

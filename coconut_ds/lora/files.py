@@ -8,7 +8,6 @@ Knows: both layouts, and what must agree before anything is changed.
 Does not know: checkpoint folders, DeepSpeed.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coconut_ds.errors import CheckpointError, first_line
-from coconut_ds.files import read_json
+from coconut_ds.files import json_text, read_json
 from coconut_ds.lora.adapters import Origin, assert_tied
 from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.model.coconut import Coconut
@@ -57,7 +56,7 @@ def save_adapter(model: Coconut, folder: str | Path, weights: Mapping[str, Tenso
         {name.removeprefix("thought."): v for name, v in state.items() if name.startswith("thought.")}, folder
     )
     (folder / ORIGIN_FILE).write_text(
-        json.dumps(asdict(origin_of(model.base)), indent=1) + "\n", encoding="utf-8"
+        json_text(asdict(origin_of(model.base)), indent=1) + "\n", encoding="utf-8"
     )
 
 

@@ -7,7 +7,6 @@ Writes RUN/memory/plan.json.
 Knows: plans, ranks, the GPU's limit.  Does not know: the loop, what happens when memory runs out (guard.py).
 """
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from coconut_ds.collectives import Ranks
 from coconut_ds.config import Experiment
 from coconut_ds.ds_config import DeepSpeedConfig, MemoryBudget
 from coconut_ds.errors import BudgetError, ConfigError, UserError
-from coconut_ds.files import make_folder, replace_text
+from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.plan import MIB, Plan
@@ -110,7 +109,7 @@ def hold_to_budget(
             warnings.warn(f"this model cannot be planned ({type(error).__name__}: {reason})", stacklevel=2)
         if folder is not None and plan is not None:
             try:
-                replace_text(make_folder(folder) / "plan.json", json.dumps(plan, indent=2))
+                replace_text(make_folder(folder) / "plan.json", json_text(plan, indent=2))
             except (ConfigError, OSError) as error:
                 warnings.warn(f"the plan was not saved: {error}", stacklevel=2)
     told: list[Any] = [plan, problem]

@@ -10,7 +10,6 @@ Knows: this process's memory, the other ranks' reports.  Does not know: how a pl
 """
 
 import gc
-import json
 import os
 import resource
 import sys
@@ -27,7 +26,7 @@ import torch
 
 from coconut_ds.errors import ConfigError, OutOfMemory
 from coconut_ds.failures import first_line, is_out_of_memory, phase_of
-from coconut_ds.files import make_folder, replace_text
+from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.plan import MIB
 
 POLL_SECONDS = 0.5
@@ -149,7 +148,7 @@ class MemoryGuard:
         path = self._path(self.rank)
         try:
             make_folder(path.parent)
-            replace_text(path, json.dumps(report, indent=2))
+            replace_text(path, json_text(report, indent=2))
         except (OSError, ConfigError) as error:
             return f"  no report: {path}: {error}"
         return f"  report: {path}"

@@ -7,7 +7,6 @@
 Knows: models, folders, the hub's upload.  Does not know: DeepSpeed, ranks.
 """
 
-import json
 import secrets
 import shutil
 from collections.abc import Collection, Sequence
@@ -23,7 +22,7 @@ from coconut_ds.build import write_model
 from coconut_ds.config import experiment_to_yaml, load_experiment
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluate import max_new_tokens
-from coconut_ds.files import EXPORT_FILE
+from coconut_ds.files import EXPORT_FILE, json_text
 from coconut_ds.lora import merge, save_thought
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import read_causal_lm
@@ -72,7 +71,7 @@ def export_hf(
         draft.mkdir(parents=True)
         _write(module, vocabulary, draft, merged, dtype)
         record = describe(trained, original, merged)
-        (draft / EXPORT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (draft / EXPORT_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(model_card(trained, original, is_adapter), encoding="utf-8")
         difference = read_back_difference(module, vocabulary, draft, dtype)
         if folder.exists():

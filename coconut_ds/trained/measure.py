@@ -8,7 +8,6 @@ whole on every rank, without an optimizer.
 Knows: engines, evaluation, where results go.  Does not know: the command line, training.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from coconut_ds.engine import Engine, finish_distributed, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
 from coconut_ds.failures import lost_ranks_explained
-from coconut_ds.files import open_append, parse_json, read_bytes, replace_text
+from coconut_ds.files import json_text, open_append, parse_json, read_bytes, replace_text
 from coconut_ds.lora import parameter_groups
 from coconut_ds.statistics import percent_with_interval, wilson_interval
 from coconut_ds.tokens import Vocabulary, load_vocabulary
@@ -216,10 +215,10 @@ def write_down(result: Measurement, folder: Path) -> None:
     """Add a measurement to the two files of a folder, in the place of an earlier one of the same."""
     folder.mkdir(parents=True, exist_ok=True)
     with open_append(folder / EVALUATIONS, "a") as writer:
-        writer.write(json.dumps({"time": round(time.time(), 3), **result.numbers()}) + "\n")
+        writer.write(json_text({"time": round(time.time(), 3), **result.numbers()}) + "\n")
     path, key = folder / PREDICTIONS, result.key()
     kept = [line for line in _lines_of(path) if not _is_of(line, key)]
-    new = [json.dumps({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
+    new = [json_text({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
     replace_text(path, "\n".join([*kept, *new]) + "\n")
 
 

@@ -99,7 +99,8 @@ def _results(trained: Trained) -> Iterator[str]:
         what = f"{split}, {line['num_items']} items"
         yield f"| {what} | {name} | {accuracy} | {line['mean_tokens']:.1f} | {against} |"
     yield ""
-    yield "Exact match, greedy decoding; the interval is Wilson's. Tokens without latents."
+    rules = " and ".join(sorted({line.get("grading", "exact") for line in newest.values()}))
+    yield f"{rules.capitalize()} grading, greedy decoding; the interval is Wilson's. Tokens without latents."
     yield ""
 
 

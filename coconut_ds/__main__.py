@@ -8,6 +8,7 @@ import argparse
 import ast
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main or not error.on_every_rank:
             print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        if is_main:
+            print("stopped: interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:

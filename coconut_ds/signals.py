@@ -1,6 +1,7 @@
 """Requests to save or to stop, from signals, files and clocks; every rank hears of each at the same step.
 
     SIGTERM SIGINT SIGUSR1, `touch RUN/STOP`, --max-minutes     save and stop, exit code 75
+    SIGTERM SIGINT SIGUSR1 before the model is loaded           exit at once, code 75: nothing to save
     the deepspeed launcher ended (it leaves its ranks alive)    save and stop, exit code 75
     `touch RUN/SAVE`, save_minutes, save_steps                  save and go on
     a second SIGTERM or SIGINT                                  exit at once, nothing saved
@@ -13,13 +14,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Protocol, Self
 
 import psutil
+
+from coconut_ds.errors import StopRequested
 
 # Names the folder where launch/train.sh finds the process ids of the ranks.
 PID_FOLDER = "COCONUT_PID_FOLDER"
@@ -34,6 +38,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._nothing_to_save = False
         self._first = 0.0
 
     def __enter__(self) -> Self:
@@ -55,6 +60,15 @@ class Signals:
         signal.set_wakeup_fd(self._old_descriptor)
         os.close(self._writer)
 
+    @contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """Within this context a stop signal ends the process at once, whatever the main thread computes."""
+        self._nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._nothing_to_save = False
+
     def _listen(self) -> None:
         while numbers := os.read(self._reader, 16):
             for number in numbers:
@@ -63,6 +77,10 @@ class Signals:
         os.close(self._reader)
 
     def _note(self, number: signal.Signals) -> None:
+        if self._nothing_to_save:
+            text = f"stopped: received {number.name} before training began; the same command starts again\n"
+            os.write(2, text.encode())
+            os._exit(StopRequested.exit_code)
         now = time.monotonic()
         if number in IMPATIENT:
             if self._first and now - self._first > REPEATED_WITHIN_SECONDS:

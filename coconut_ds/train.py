@@ -28,10 +28,12 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     Raises UserError for everything the user can mend, before a model is loaded where possible.
     """
     with Signals() as signals, lost_ranks_explained():
-        ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
-        material = load_material(experiment)
-        ranks = start_distributed(ds_config.precision)
-        with hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan):
+        with signals.nothing_to_save():
+            ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
+            material = load_material(experiment)
+            ranks = start_distributed(ds_config.precision)
+            guard = hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan)
+        with guard:
             engine = start_engine(experiment, ds_config, material, ranks)
             with open_run(experiment, ds_config, engine) as run:
                 trainer = Trainer(experiment, material, engine, run, signals, options)

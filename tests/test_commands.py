@@ -110,6 +110,15 @@ def test_no_parser_accepts_abbreviations():
         assert any(word.arg == "allow_abbrev" for word in node.keywords), f"{path}:{node.lineno}"
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("coconut_ds.commands.plan"), "run", interrupted)
+    assert main(["plan", "x.yaml", "--deepspeed_config", DS_CONFIG]) == 130
+    assert capsys.readouterr().err == "stopped: interrupted\n"
+
+
 def test_show_prints_settings_batches_stages_and_samples(experiment_file, capsys):
     assert (
         main(
@@ -184,6 +193,14 @@ BAD_RUNS = {  # what is wrong: (changes of the YAML, words that the message must
     "evaluation without weights": ({"only_eval": True}, "load_model_path"),
     "name that leaves the folder": ({"name": "../x"}, "name"),
     "negative rate": ({"lr": -0.1}, "lr"),
+    "absurd batch": (
+        {"batch_size_training": 100_000},
+        "batch_size_training: must be a whole number of at least",
+    ),
+    "absurd epochs": ({"num_epochs": 10**12}, "at most 100000, got 1000000000000"),
+    "absurd accumulation": ({"gradient_accumulation_steps": 10**9}, "at most 100000"),
+    "absurd evaluation batch": ({"batch_size_eval": 10**6}, "at most 10000"),
+    "absurd latents": ({"c_thought": 10**6}, "at most 1000"),
     "text for a number": ({"num_epochs": "many"}, "num_epochs"),
     "misspelt key": ({"epoch_per_stage": 2}, "did you mean 'epochs_per_stage'?"),
     "bf16 without bf16": ({"bf16": True}, "zero2_offload_bf16.json"),

@@ -129,6 +129,26 @@ def test_second_signal_ends_at_once_but_not_a_repeated_one() -> None:
     assert process.stderr is not None and "ends at once, nothing saved" in process.stderr.read()
 
 
+# The main thread computes in Python, as planning does.
+PLANNING = """
+    from coconut_ds.signals import Signals
+    with Signals() as signals:
+        with signals.nothing_to_save():
+            print("ready", flush=True)
+            while True:
+                sum(range(1000))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_training_ends_at_once(number: signal.Signals) -> None:
+    process = start(PLANNING)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 75
+    assert process.stderr is not None and f"received {number.name} before training" in process.stderr.read()
+
+
 def test_ranks_leave_their_process_ids(tmp_path: Path) -> None:
     process = start(
         "from coconut_ds.signals import Signals\nwith Signals(): pass", **{PID_FOLDER: str(tmp_path)}

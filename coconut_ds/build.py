@@ -9,18 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from coconut_ds.checkpoint import find_adapter, load_foreign_weights, load_thought_weights
+from coconut_ds.checkpoint import (
+    WINDOW_NAME,
+    find_adapter,
+    is_published_file,
+    load_foreign_weights,
+    load_thought_weights,
+)
 from coconut_ds.config import Experiment
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluate import TestSet
+from coconut_ds.fork_windows import require_fixed_window, require_learned_window
 from coconut_ds.lora import (
     add_adapters,
     install_thought,
+    is_published_lora,
     load_adapter,
     read_origin,
+    read_published_window,
     save_adapter,
     save_thought,
 )
@@ -98,6 +108,7 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     start = origin.weights if origin else None if adapter else source
     weights = load_foreign_weights(start, experiment.allow_pickle) if start else None
     base = load_base(experiment.model_id, vocabulary)
+    window = _published_window(experiment, adapter, weights, str(start))
     if weights is not None:
         install_weights(base, weights, str(start))
     record = BaseRecord.of(base, vocabulary, with_weights=experiment.tuning == "lora")
@@ -113,10 +124,32 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
         module = Coconut(adapted, thought, latent_memory)
     module.base_record = record
     if adapter is not None:
-        load_adapter(module, adapter)
+        load_adapter(module, adapter, with_window=experiment.method.has_latents)
     elif source and (learned := load_thought_weights(source)):
         install_thought(module, learned, source)
+    elif window is not None:
+        install_thought(module, {"logits_W": window.flip(0)}, str(source))
     return module
+
+
+def _published_window(
+    experiment: Experiment, adapter: Path | None, weights: dict[str, Tensor] | None, source: str
+) -> Tensor | None:
+    """Window weights of a fork's full checkpoint, oldest state first; they are taken out of `weights`.
+
+    Raises CheckpointError where the experiment's settings are not those that the fork trained with.
+    """
+    window = None if weights is None else weights.pop(WINDOW_NAME, None)
+    if not experiment.method.has_latents or (adapter is not None and not is_published_lora(adapter)):
+        return None  # no latents, or an adapter that brings its own thought
+    if adapter is not None:
+        if (learned := read_published_window(adapter)) is not None:
+            require_learned_window(experiment, learned, adapter)
+    elif window is not None:
+        require_learned_window(experiment, window, source)
+    elif experiment.thought == "fixed_window" and is_published_file(source):
+        require_fixed_window(experiment, source)
+    return window
 
 
 def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_published_lora_folder_is_taken_as_load_model_path(build, tiny_experimen
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path / "peft")
     torch.save({"latent_weights": torch.tensor([0.1, 0.2, 0.9])}, tmp_path / "latent.pt")
-    model = build(tmp_path, latent_variant="learnable_weights_lora")
+    model = build(tmp_path, latent_variant="learnable_weights_lora", latent_window_scope="pass")
     assert model.thought.logits_W.tolist() == pytest.approx([0.9, 0.2, 0.1])
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor([[3, 4, 5, 6, 7]])).logits

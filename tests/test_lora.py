@@ -358,7 +358,7 @@ def test_published_folder_without_window_weights_loads(tmp_path):
 
 def test_published_window_of_another_thought_or_size_is_refused(tmp_path):
     published_folder(tmp_path)
-    with pytest.raises(CheckpointError, match="fits the thought 'learnable_window'"):
+    with pytest.raises(CheckpointError, match=r"has window weights .*set `thought: learnable_window`"):
         lora.load_published_lora(coconut(), tmp_path)
     torch.save({"latent_weights": torch.zeros(4)}, tmp_path / "latent.pt")
     with pytest.raises(CheckpointError, match=r"logits_W is \(4,\) there and \(3,\) here"):

@@ -15,7 +15,13 @@ Does not know: DeepSpeed, models, the training loop.
 
 from coconut_ds.checkpoint.changes import Change, Severity, classify_changes, settings_to_compare
 from coconut_ds.checkpoint.folders import CheckpointFolders, checkpoint_name, followed, misleading_best
-from coconut_ds.checkpoint.foreign import find_adapter, load_foreign_weights, load_thought_weights
+from coconut_ds.checkpoint.foreign import (
+    WINDOW_NAME,
+    find_adapter,
+    is_published_file,
+    load_foreign_weights,
+    load_thought_weights,
+)
 from coconut_ds.checkpoint.manifest import Manifest, TrainState
 from coconut_ds.checkpoint.protocol import Checkpoints, Shards
 from coconut_ds.checkpoint.stages import LONGEST_REASONING, TrainedStage, described, stage_of
@@ -33,7 +39,9 @@ __all__ = [
     "checkpoint_name",
     "classify_changes",
     "described",
+    "WINDOW_NAME",
     "find_adapter",
+    "is_published_file",
     "followed",
     "load_foreign_weights",
     "load_thought_weights",

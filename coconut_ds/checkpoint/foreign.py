@@ -24,11 +24,14 @@ PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
 THOUGHT_FILE = "thought.safetensors"
 # The published Coconut wraps the model in this attribute, and keeps its input embedding under a second name.
 WRAPPER, SECOND_NAME = "base_causallm.", "embedding.weight"
+WINDOW_NAME = "latent_weights"  # of the learnable-window forks, oldest state first
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The state dict of a causal LM on the CPU, under the names that Hugging Face gives.
+
+    With it, where the file has one, the learned window of a fork under WINDOW_NAME.
 
     `allow_pickle`: also open files that hold more than tensors, which can run code of whoever made them.
     Raises CheckpointError when there is nothing, or nothing of these forms, or code where tensors belong.
@@ -47,6 +50,12 @@ def load_thought_weights(path: str | Path) -> dict[str, Tensor]:
     """What one of our checkpoints learned for its latent slots; empty for weights from elsewhere."""
     file = _model_folder(Path(path)) / THOUGHT_FILE
     return read_safetensors(file) if file.is_file() else {}
+
+
+def is_published_file(path: str | Path) -> bool:
+    """Whether the weights are a file that torch.save wrote: this program writes none."""
+    path = Path(path)
+    return path.is_file() and path.suffix != ".safetensors" and followed(path) == path
 
 
 def find_adapter(path: str | Path) -> Path | None:
@@ -139,7 +148,7 @@ def _plain_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         return weights
     inner = {name.removeprefix(WRAPPER): value for name, value in weights.items() if name.startswith(WRAPPER)}
     outer = {name: value for name, value in weights.items() if not name.startswith(WRAPPER)}
-    second = outer.pop(SECOND_NAME, None)
+    second, window = outer.pop(SECOND_NAME, None), outer.pop(WINDOW_NAME, None)
     if second is not None and not any(
         second.shape == v.shape and torch.equal(second, v) for v in inner.values()
     ):
@@ -148,4 +157,4 @@ def _plain_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: besides the model it holds {', '.join(sorted(outer)[:5])}: no place for that here"
         )
-    return inner
+    return inner if window is None else {**inner, WINDOW_NAME: window}

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from coconut_ds.errors import CheckpointError, first_line
 from coconut_ds.files import json_text, read_json
 from coconut_ds.lora.adapters import Origin, assert_tied
+from coconut_ds.lora.grown_vocabulary import take_vocabulary
 from coconut_ds.model.base_record import BaseRecord
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts.learnable_window import LearnableWindow
@@ -68,15 +69,16 @@ def save_thought(state: Mapping[str, Tensor], folder: str | Path) -> None:
     )
 
 
-def load_adapter(model: Coconut, folder: str | Path) -> None:
+def load_adapter(model: Coconut, folder: str | Path, with_window: bool = True) -> None:
     """Read what `save_adapter`, or the published code, wrote into a model of the same shape and base weights.
 
+    `with_window`: a method with latents, which uses the window weights of the published code.
     A thought without parameters (CoT, plain Coconut) leaves the model's own as it starts.
     Raises CheckpointError, also where the base weights are not those that the adapter was trained on.
     """
     folder = Path(folder)
     if is_published_lora(folder):
-        load_published_lora(model, folder)
+        load_published_lora(model, folder, with_window)
         return
     origin = read_origin(folder)
     _install_adapter(model.base, folder, origin=origin)
@@ -88,34 +90,47 @@ def load_adapter(model: Coconut, folder: str | Path) -> None:
         model.base.origin = replace(origin, base=own.base)  # type: ignore[assignment]
 
 
-def load_published_lora(model: Coconut, folder: str | Path) -> None:
+def load_published_lora(model: Coconut, folder: str | Path, with_window: bool = True) -> None:
     """Read a folder of the learnable-window LoRA code: `peft/` and, where the window was saved, `latent.pt`.
 
-    Its marker rows never trained and are not in it: they stay as `base` has them.  Its window weights run
-    from the oldest state to the newest, ours the other way.  Raises CheckpointError.
+    Its special-token rows never trained.  Where PEFT saved the grown embedding they come from there, else
+    they stay as `base` has them: copies of `<<`, as in that code.  Raises CheckpointError.
     """
     folder = Path(folder)
-    _install_adapter(model.base, folder / PUBLISHED_ADAPTER, has_marker_rows=False)
-    latent = folder / PUBLISHED_WINDOW
-    if not latent.exists():
+    _install_adapter(model.base, folder / PUBLISHED_ADAPTER, is_published=True)
+    # Saved from here on, the adapter stands on plain `model_id`: this folder holds no base weights.
+    model.base.origin = replace(origin_of(model.base), weights=None)  # type: ignore[assignment]
+    window_W = read_published_window(folder)
+    if window_W is None or not with_window:
         return
+    if not isinstance(model.thought, LearnableWindow):
+        raise CheckpointError(
+            f"{folder / PUBLISHED_WINDOW} has window weights (`latent_weights`), but this model's thought is "
+            f"{type(model.thought).__name__}; set `thought: learnable_window` and `latent_window_scope: pass`"
+        )
+    install_thought(model, {"logits_W": window_W.flip(0)}, folder / PUBLISHED_WINDOW)
+
+
+def read_published_window(folder: str | Path) -> Tensor | None:
+    """Window weights beside a published adapter, oldest state first; None where there are none.
+
+    Raises CheckpointError.
+    """
+    latent = Path(folder) / PUBLISHED_WINDOW
+    if not latent.exists():
+        return None
     try:
         state = torch.load(latent, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything on a damaged file
         raise CheckpointError(
             f"{latent} is not a plain dictionary of tensors and was not unpickled ({first_line(error)})"
         ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.dim() == 1
-        for name, value in state.items()
-    ):
-        raise CheckpointError(f"{latent} is not a dictionary of the window's weights")
-    if set(state) != {"latent_weights"} or not isinstance(model.thought, LearnableWindow):
+    weights = state.get("latent_weights") if isinstance(state, dict) else None
+    if not isinstance(weights, Tensor) or weights.dim() != 1 or len(state) != 1:
         raise CheckpointError(
-            f"{latent} holds {sorted(state)}; 'latent_weights' fits the thought 'learnable_window', "
-            f"and this model's is {type(model.thought).__name__}"
+            f"{latent} does not hold `latent_weights`, one number per state, and nothing else"
         )
-    install_thought(model, {"logits_W": state["latent_weights"].flip(0)}, latent)
+    return weights
 
 
 def is_published_lora(folder: str | Path) -> bool:
@@ -153,7 +168,7 @@ def _install_adapter(
     base: "PreTrainedModel | PeftModel",
     folder: Path,
     origin: Origin | None = None,
-    has_marker_rows: bool = True,
+    is_published: bool = False,
 ) -> None:
     if isinstance(base, PreTrainedModel):
         raise CheckpointError(f"{folder} holds a LoRA adapter, and this model has none: set 'tuning: lora'")
@@ -165,7 +180,10 @@ def _install_adapter(
         _compare_origin(origin_of(base), origin, folder)
     weights = read_safetensors(folder / ADAPTER_FILE)  # PEFT would also take a pickled .bin, or ask the hub
     own = get_peft_model_state_dict(base, save_embedding_layers=False)
-    kept = {} if has_marker_rows else {n: v for n, v in own.items() if "trainable_tokens_delta" in n}
+    kept: dict[str, Tensor] = {}
+    if is_published:
+        rows_KD = take_vocabulary(base, weights, folder / ADAPTER_FILE)
+        kept = {n: v if rows_KD is None else rows_KD for n, v in own.items() if "trainable_tokens_delta" in n}
     _compare_tensors(weights, {n: v for n, v in own.items() if n not in kept}, folder)
     set_peft_model_state_dict(base, {**kept, **weights})
     assert_tied(base)

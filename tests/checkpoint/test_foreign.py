@@ -127,7 +127,7 @@ def test_damaged_files(tmp_path: Path, name: str, damage) -> None:
         ({}, "no tensor"),
         ({"a": 1}, "not a state dict"),
         ({**with_prefix("base_causallm."), "embedding.weight": torch.zeros(3, 2)}, "not the input embedding"),
-        ({**with_prefix("base_causallm."), "latent_weights": torch.zeros(3)}, "latent_weights"),
+        ({**with_prefix("base_causallm."), "other_weights": torch.zeros(3)}, "other_weights"),
     ],
 )
 def test_other_content(tmp_path: Path, content: Any, message: str) -> None:

@@ -24,6 +24,7 @@ from coconut_ds.batching import Batch
 from coconut_ds.config import Experiment
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.lora import add_adapters
+from coconut_ds.memory.workspace import cpu_workspace
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
@@ -42,6 +43,10 @@ class Phantom:
     def vocabulary_size(self) -> int:
         embedding: Any = self.model.causal_lm.get_input_embeddings()
         return embedding.weight.shape[0]
+
+    def workspace(self, func: Any, args: tuple[Any, ...]) -> int:
+        """Bytes that an operator takes and gives back inside, as far as the device is known for it."""
+        return cpu_workspace(func, args) if self.device == "cpu" else 0
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -70,12 +70,26 @@ def peak_of(events: list[Event]) -> tuple[int, dict[str, int]]:
 
 
 class StorageLog(TorchDispatchMode):
-    """Calls `note(+bytes, kind)` when an operator makes a storage and `note(-bytes, kind)` when it dies."""
+    """Calls `note(+bytes, kind)` when an operator makes a storage and `note(-bytes, kind)` when it dies.
 
-    def __init__(self, note: Callable[[int, str], None], kind_of: Callable[[Tensor], str]) -> None:
+    `workspace`: bytes that an operator takes and gives back inside.
+
+    Autograd adds the gradients of a tensor with several uses in place where nobody else holds them, but not
+    under a dispatch mode (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).  Such a sum is
+    noted when its operand, which dies at once, has made room for it.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[int, str], None],
+        kind_of: Callable[[Tensor], str],
+        workspace: Callable[[Any, tuple[Any, ...]], int] = lambda func, args: 0,
+    ) -> None:
         super().__init__()
-        self._note, self._kind_of = note, kind_of
+        self._note, self._kind_of, self._workspace = note, kind_of, workspace
         self._known: dict[int, Any] = {}
+        self._sum: tuple[int, str] | None = None  # bytes and kind of a sum that is not noted yet
+        self._operands: set[int] = set()
 
     def overlook(self, tensor: Tensor) -> None:
         """A storage that was there before and stays."""
@@ -83,13 +97,25 @@ class StorageLog(TorchDispatchMode):
         self._known[storage._cdata] = storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note_sum()
         result = func(*args, **(kwargs or {}))
+        may_accumulate = func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._see(value)
+                self._see(value, may_accumulate)
+        if self._sum is not None:
+            self._operands = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+        if inside := self._workspace(func, args):
+            self._note(inside, ACTIVATIONS)
+            self._note(-inside, ACTIVATIONS)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def _note_sum(self) -> None:
+        if self._sum is not None:
+            noted, self._sum = self._sum, None
+            self._note(*noted)
+
+    def _see(self, tensor: Tensor, may_accumulate: bool) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if size == 0 or key in self._known:
@@ -97,11 +123,17 @@ class StorageLog(TorchDispatchMode):
         kind = self._kind_of(tensor)
         self._known[key] = None
         weakref.finalize(storage, self._drop, key, size, kind).atexit = False
-        self._note(size, kind)
+        if may_accumulate:
+            self._sum = size, kind
+        else:
+            self._note(size, kind)
 
     def _drop(self, key: int, size: int, kind: str) -> None:
         self._known.pop(key, None)
+        if self._sum is not None and key not in self._operands:
+            self._note_sum()
         self._note(-size, kind)
+        self._note_sum()
 
 
 def record(phantom: Phantom, batch: Batch) -> Trace:
@@ -120,7 +152,7 @@ def record(phantom: Phantom, batch: Batch) -> Trace:
             return GRADIENTS
         return LOSS if vocabulary_size in shape[-1:] else ACTIVATIONS
 
-    log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of)
+    log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of, phantom.workspace)
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
         log.overlook(tensor)
     with phantom.running(), _dropping_gradients(trainable, events), log:
@@ -141,6 +173,7 @@ def record_evaluation(phantom: Phantom, batch: Batch) -> Trace:
     log = StorageLog(
         lambda bytes_, kind: events.append((bytes_, kind)),
         lambda tensor: LOSS if size in tensor.shape[-1:] else ACTIVATIONS,
+        phantom.workspace,
     )
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
         log.overlook(tensor)

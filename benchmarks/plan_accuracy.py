@@ -1,6 +1,9 @@
 """How far the planned activation peak is from the measured one: every case in one process, on the CPU.
 
-    python -m benchmarks.plan_accuracy [--llama] [--tuning lora]      one JSON line a case, then a table
+    python -m benchmarks.plan_accuracy [--tuning lora] [--rows 2]      one JSON line a case, then a table
+
+GPT-2 124M in every combination, and three small models with what GPT-2 does not have: widths that are no
+multiple of 64, grouped queries, a head of its own, learned positions that OPT's way of reading them adds up.
 
 Measured are the CPU allocator's own events (torch.profiler), so memory that an operator takes and gives
 back inside counts too; planned is the trace of the same model without storage.  Gradients are dropped on
@@ -21,15 +24,16 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from coconut_ds.batching import Batch
 from coconut_ds.config import Experiment, validate_experiment
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.lora import add_adapters
-from coconut_ds.memory.phantom import build_phantom, with_layers
+from coconut_ds.memory.phantom import DTYPES, build_phantom, with_layers
 from coconut_ds.memory.trace import record
 from coconut_ds.memory.worst import StageOfRun, TextShape, stages_of, worst_batch
+from coconut_ds.methods import Method, thought_names
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import load_config
 from coconut_ds.thoughts import ThoughtSettings, build_thought
@@ -45,16 +49,18 @@ class Case:
     """One cell of the table."""
 
     model: str
-    method: str  # "cot", "coconut stage 1", "coconut last stage"
+    method: str  # a method, and for coconut its stage: "coconut stage 1", "coconut last stage"
     recompute: str
     thought: str
-    tuning: str
+    tuning: str  # "full", "lora", "dora"
     rows: int
+    precision: str = "fp32"
+    question: int = TEXT.question  # tokens
 
     def __str__(self) -> str:
         return (
             f"{self.model}, {self.tuning}, {self.method}, {self.thought}, recompute {self.recompute}, "
-            f"{self.rows} rows"
+            f"{self.rows} rows, {self.question} tokens, {self.precision}"
         )
 
 
@@ -84,21 +90,39 @@ def cases(model: str, rows: tuple[int, ...]) -> Iterator[Case]:
         yield Case(model, method, recompute, thought, tuning, count)
 
 
+def variations(model: str) -> Iterator[Case]:
+    """One choice at a time for a small model: tunings and precisions, methods, thoughts, long questions."""
+    plain = Case(model, "coconut last stage", "none", "last_hidden", "full", 2)
+    choices = itertools.product(("full", "lora", "dora"), ("none", "layers"), ("fp32", "bf16"))
+    for tuning, recompute, precision in choices:
+        yield replace(plain, tuning=tuning, recompute=recompute, precision=precision)
+    for method in Method:
+        if method != Method.COCONUT:
+            thought = "pause" if method.is_pause else "last_hidden"
+            yield replace(plain, method=str(method), thought=thought)
+    for thought, recompute in itertools.product(thought_names(), ("none", "layers")):
+        if thought not in ("last_hidden", "pause"):
+            yield replace(plain, thought=thought, recompute=recompute)
+    for question, tuning, recompute in itertools.product((512, 768), ("full", "lora"), ("none", "layers")):
+        yield replace(plain, question=question, tuning=tuning, recompute=recompute, rows=12)
+
+
 def experiment_of(case: Case) -> Experiment:
     values: dict[str, Any] = {
         "project": "plan", "name": "accuracy", "save_path": "runs", "model_id": case.model,
         "train_path": "none.json", "val_path": "none.json", "lr": 1e-4, "num_epochs": 4, "c_thought": 2,
-        "epochs_per_stage": 1, "max_latent_stage": 3, "batch_size_training": case.rows, "tuning": case.tuning,
+        "epochs_per_stage": 1, "max_latent_stage": 3, "batch_size_training": case.rows,
         "method": case.method.split()[0],
+        "tuning": "full" if case.tuning == "full" else "lora", "lora_use_dora": case.tuning == "dora",
     }  # fmt: skip
-    if case.method != "cot":
+    if case.method.startswith("coconut"):
         values["thought"] = case.thought
     return validate_experiment(values, "plan_accuracy")
 
 
 def stage_of(case: Case, experiment: Experiment) -> StageOfRun:
     stages = stages_of(experiment)
-    return stages[{"cot": 0, "coconut stage 1": 1, "coconut last stage": -1}[case.method]]
+    return stages[1 if case.method == "coconut stage 1" else -1]
 
 
 def compare(case: Case, config: PretrainedConfig) -> Comparison:
@@ -107,12 +131,15 @@ def compare(case: Case, config: PretrainedConfig) -> Comparison:
     size = config.vocab_size
     no_tokenizer: Any = None
     vocabulary = Vocabulary(no_tokenizer, size, size + 1, size + 2, eos_id=0, pad_id=0)
-    batch = worst_batch([TEXT.problem()], stage_of(case, experiment), experiment, vocabulary, case.rows)
+    text = replace(TEXT, question=case.question)
+    batch = worst_batch([text.problem()], stage_of(case, experiment), experiment, vocabulary, case.rows)
     batch = with_padding(batch)
     settings = LatentMemory(recompute=case.recompute)
-    phantom = build_phantom(experiment, config, size + 3, vocabulary.marker_ids, settings, "fp32", "cpu")
+    phantom = build_phantom(
+        experiment, config, size + 3, vocabulary.marker_ids, settings, case.precision, "cpu"
+    )
     planned = record(phantom, batch).peak
-    model = real_model(experiment, config, size + 3, vocabulary, settings)
+    model = real_model(experiment, config, size + 3, vocabulary, settings).to(DTYPES[case.precision])
     return Comparison(case, planned, measured_peak(model, batch))
 
 
@@ -179,36 +206,57 @@ def table(rows: list[Comparison]) -> str:
     return "\n".join([*lines, "", f"Largest error: {100 * worst.error:+.1f} % ({worst.case})"])
 
 
-def model_configs(llama: bool) -> list[tuple[str, PretrainedConfig, tuple[int, ...]]]:
-    """GPT-2 124M, and a Llama of four layers."""
-    if not llama:
-        return [("gpt2", load_config(str(SHAPES / "gpt2")), (2, 4))]
+def small_configs() -> dict[str, PretrainedConfig]:
+    """Models of three layers whose shapes differ from GPT-2's in what a plan may get wrong."""
+    common: dict[str, Any] = {"vocab_size": 8000, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return {
+        "3-layer GPT-2, width 300": GPT2Config(n_embd=300, n_head=5, n_layer=3, **common),
+        "3-layer Llama, width 360, own head": LlamaConfig(
+            hidden_size=360, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3,
+            intermediate_size=1000, tie_word_embeddings=False, **common,
+        ),
+        "3-layer OPT, width 200": OPTConfig(
+            hidden_size=200, word_embed_proj_dim=200, num_attention_heads=5, num_hidden_layers=3, ffn_dim=800,
+            max_position_embeddings=1024, **common,
+        ),
+    }  # fmt: skip
+
+
+def llama() -> PretrainedConfig:
+    """A Llama of four layers with grouped queries."""
     config = with_layers(load_config(str(SHAPES / "llama-3.2-1b")), 4)
     # A quarter of the width and a small vocabulary: the layers are the subject, not their time.
     config.vocab_size, config.hidden_size, config.intermediate_size = 8000, 512, 2048
     config.num_attention_heads, config.num_key_value_heads = 8, 2
-    return [("4-layer Llama", config, (2, 4))]
+    return config
+
+
+def every_case(rows: tuple[int, ...] | None = None) -> Iterator[tuple[Case, PretrainedConfig]]:
+    """Every case with its model; `rows`: other batch sizes than 2 and 4 for the two larger models."""
+    for name, config in (("gpt2", load_config(str(SHAPES / "gpt2"))), ("4-layer Llama", llama())):
+        yield from ((case, config) for case in cases(name, rows or (2, 4)))
+    for name, config in small_configs().items():
+        yield from ((case, config) for case in variations(name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--llama", action="store_true", help="the 4-layer Llama instead of GPT-2 124M")
-    parser.add_argument("--tuning", choices=("full", "lora"), help="these cases alone")
-    parser.add_argument("--rows", type=int, nargs="+", help="these batch sizes instead of 2 and 4")
+    parser.add_argument("--tuning", choices=("full", "lora", "dora"), help="these cases alone")
+    parser.add_argument("--model", help="the cases of models whose name contains this")
+    parser.add_argument("--rows", type=int, nargs="+", help="other batch sizes of the two larger models")
     args = parser.parse_args()
     rows = []
-    for name, config, counts in model_configs(args.llama):
-        for case in cases(name, tuple(args.rows or counts)):
-            if args.tuning not in (None, case.tuning):
-                continue
-            started = time.perf_counter()
-            row = compare(case, config)
-            rows.append(row)
-            numbers = {"planned_bytes": row.planned, "measured_bytes": row.measured, "error": row.error}
-            took = round(time.perf_counter() - started, 1)
-            print(json.dumps({**asdict(case), **numbers, "took_seconds": took}), flush=True)
+    for case, config in every_case(None if args.rows is None else tuple(args.rows)):
+        if args.tuning not in (None, case.tuning) or (args.model or "") not in case.model:
+            continue
+        started = time.perf_counter()
+        row = compare(case, config)
+        rows.append(row)
+        numbers = {"planned_bytes": row.planned, "measured_bytes": row.measured, "error": row.error}
+        took = round(time.perf_counter() - started, 1)
+        print(json.dumps({**asdict(case), **numbers, "took_seconds": took}), flush=True)
     print(table(rows))
 
 

@@ -17,7 +17,14 @@ from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.memory.gradient_path import replay
 from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, BatchShape, Phase, StagePlan
 from coconut_ds.memory.trace import ACTIVATIONS, GRADIENTS, LOSS, Trace, peak_of
-from coconut_ds.memory.worst import shape_of, stages_of, worst_batch, worst_evaluation_batch
+from coconut_ds.memory.worst import (
+    evaluated_stages,
+    longest_prompts,
+    shape_of,
+    stages_of,
+    worst_batch,
+    worst_evaluation_batch,
+)
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings
 from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
@@ -50,7 +57,12 @@ class Source(Protocol):
     ) -> Trace: ...
 
     def evaluation_trace(
-        self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int
+        self,
+        experiment: Experiment,
+        ds_config: DeepSpeedConfig,
+        batch: Batch,
+        layers: int,
+        max_new_tokens: int = 0,
     ) -> Trace: ...
 
     def remembers(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool: ...
@@ -183,23 +195,38 @@ class PlannedRun:
         return 4 * shape.rows * shape.prompt * self.planner.config.get_text_config().hidden_size
 
     def evaluation(self) -> Phase:
-        """The longest rows of the last stage, and the keys and values of their answers."""
-        planner, rows = self.planner, self.experiment.batch_size_eval
-        batch = worst_evaluation_batch(planner.valid, self.experiment, planner.vocabulary)
-        forward = planner.to_full_depth(
-            [
-                planner.evaluation_trace(self.experiment, self.ds_config, batch, layers).peak
-                for layers in planner.depths or (planner.num_layers,)
-            ]
-        )
+        """The loss of the stage that takes the most, or the longest answers to the longest prompts."""
+        planner, tokens = self.planner, self.planner.max_new_tokens
+        losses = [
+            (self._evaluated(batch, 0), f"stage of epoch {at.epoch + 1}, {shape_of(batch)}")
+            for at in evaluated_stages(self.experiment)
+            for batch in [worst_evaluation_batch(planner.valid, at, self.experiment, planner.vocabulary)]
+        ]
+        loss, where = max(losses)
+        prompts = longest_prompts(planner.valid, self.experiment, planner.vocabulary)
+        answers = self._evaluated(prompts, tokens)
+        if loss >= answers:
+            return Phase(EVALUATION, (Item(ACTIVATIONS, "loss without gradients", loss, where),))
         text = planner.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        b, tokens = self.zero.model_bytes, planner.max_new_tokens
-        formula = f"2 b x {rows} rows x {tokens} tokens x {width} x {planner.num_layers} layers"
-        answers = 2 * b * rows * tokens * width * planner.num_layers
+        rows, columns = prompts.shape
+        cache = 2 * self.zero.model_bytes * rows * (columns + tokens) * width * planner.num_layers
+        formula = (
+            f"2 b x {rows} rows x ({columns} + {tokens}) columns x {width} x {planner.num_layers} layers"
+        )
         items = (
-            Item(ACTIVATIONS, "forward without gradients", forward, str(shape_of(batch))),
-            Item(ACTIVATIONS, "keys and values of answers", answers, formula),
+            Item(ACTIVATIONS, "forward without gradients", answers - cache, str(shape_of(prompts))),
+            Item(ACTIVATIONS, "keys and values of prompts and answers", cache, formula),
         )
         return Phase(EVALUATION, items)
+
+    def _evaluated(self, batch: Batch, max_new_tokens: int) -> int:
+        """Bytes of the loss of a batch, or of answers to it, from shallow copies where they tell enough."""
+        planner = self.planner
+        depths = planner.depths or (planner.num_layers,)
+        traces = [
+            planner.evaluation_trace(self.experiment, self.ds_config, batch, layers, max_new_tokens)
+            for layers in depths
+        ]
+        return planner.to_full_depth([trace.peak for trace in traces])

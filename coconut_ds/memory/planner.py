@@ -158,12 +158,18 @@ class Planner:
         return self._trace_key(experiment, ds_config, batch, self.num_layers) in self._traces
 
     def evaluation_trace(
-        self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int
+        self,
+        experiment: Experiment,
+        ds_config: DeepSpeedConfig,
+        batch: Batch,
+        layers: int,
+        max_new_tokens: int = 0,
     ) -> Trace:
-        """Forward of `batch` without gradients, run or remembered."""
-        key = ("evaluation", *self._trace_key(experiment, ds_config, batch, layers))
+        """Forward of `batch` without gradients, or answers to it; run or remembered."""
+        key = ("evaluation", max_new_tokens, *self._trace_key(experiment, ds_config, batch, layers))
         if key not in self._traces:
-            self._traces[key] = record_evaluation(self._phantom(experiment, ds_config, layers), batch)
+            phantom = self._phantom(experiment, ds_config, layers)
+            self._traces[key] = record_evaluation(phantom, batch, max_new_tokens)
         return self._traces[key]
 
     def _trace_key(

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from coconut_ds.batching import Batch
 from coconut_ds.memory.phantom import Phantom
+from coconut_ds.model.answer_cache import AnswerCache
+from coconut_ds.model.coconut import Coconut
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 
@@ -164,8 +167,8 @@ def record(phantom: Phantom, batch: Batch) -> Trace:
     return Trace(list(events), tuple(p.numel() for p in trainable))
 
 
-def record_evaluation(phantom: Phantom, batch: Batch) -> Trace:
-    """One forward without gradients."""
+def record_evaluation(phantom: Phantom, batch: Batch, max_new_tokens: int = 0) -> Trace:
+    """One forward without gradients; with `max_new_tokens`, answers of that length to a batch of prompts."""
     model = phantom.model
     batch = phantom.batch(batch)
     events: list[Event] = []
@@ -179,10 +182,21 @@ def record_evaluation(phantom: Phantom, batch: Batch) -> Trace:
         log.overlook(tensor)
     model.eval()
     with phantom.running(), torch.no_grad(), log:
-        loss = model(batch)
-        del loss
+        result = _last_logits(model, batch, max_new_tokens) if max_new_tokens else model(batch)
+        del result
     model.train()
     return Trace(list(events), ())
+
+
+def _last_logits(model: Coconut, batch: Batch, max_new_tokens: int) -> Tensor:
+    """What answering holds when it reads the prompts and when it reads the last token; no token between."""
+    columns = batch.shape[1] + max_new_tokens - 1
+    cache = AnswerCache(model.causal_lm.config.num_hidden_layers, columns + 1)
+    mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)
+    hidden_BD, position_B = model.read_prompts(batch, cache)
+    token_B = model.head(hidden_BD).argmax(dim=-1)
+    cache.fill(columns - 1)
+    return model.head(model.read_tokens(token_B, mask_BT[:, :columns], position_B, cache))
 
 
 @contextmanager

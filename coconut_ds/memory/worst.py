@@ -7,13 +7,21 @@ Knows: token counts, stages, batches.  Does not know: models, bytes.
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coconut_ds.batching import Batch, collate
 from coconut_ds.build import DEBUG_TRAIN_ITEMS
 from coconut_ds.config import Experiment
-from coconut_ds.curriculum import Stage, final_stage, last_epoch, numbered_stage, render, stage_at
+from coconut_ds.curriculum import (
+    Stage,
+    final_stage,
+    last_epoch,
+    numbered_stage,
+    prompt_only,
+    render,
+    stage_at,
+)
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.plan import BatchShape
 from coconut_ds.problems import Problem, read_problems
@@ -141,12 +149,32 @@ def worst_batch(
     return collate(samples, vocabulary.pad_id, max(most, padded) if _mixes(experiment) else None, 1)
 
 
+def evaluated_stages(experiment: Experiment) -> list[StageOfRun]:
+    """Every stage that the run validates or tests."""
+    stages = stages_of(experiment)
+    last = StageOfRun(last_epoch(experiment), final_stage(experiment))
+    return stages if stages and last.stage in [at.stage for at in stages] else [*stages, last]
+
+
 def worst_evaluation_batch(
+    problems: Sequence[TokenizedProblem], at: StageOfRun, experiment: Experiment, vocabulary: Vocabulary
+) -> Batch:
+    """A batch of the loss at a stage; no batch of it has more columns or labels."""
+    unmixed = replace(experiment, uniform_prob=0.0)  # evaluation draws no other stages
+    return worst_batch(problems, at, unmixed, vocabulary, experiment.batch_size_eval)
+
+
+def longest_prompts(
     problems: Sequence[TokenizedProblem], experiment: Experiment, vocabulary: Vocabulary
 ) -> Batch:
-    """The longest rows of the final stage, as evaluation sorts them together."""
-    at = StageOfRun(last_epoch(experiment), final_stage(experiment))
-    return worst_batch(problems, at, experiment, vocabulary, experiment.batch_size_eval)
+    """The batch of the longest prompts of all stages: no batch to answer has more columns."""
+    samples = [
+        prompt_only(render(problem, at.stage, experiment, vocabulary))
+        for at in evaluated_stages(experiment)
+        for problem in problems
+    ]
+    longest_one = max(samples, key=lambda sample: sample.num_prompt)
+    return collate([longest_one] * experiment.batch_size_eval, vocabulary.pad_id)
 
 
 def _mixes(experiment: Experiment) -> bool:

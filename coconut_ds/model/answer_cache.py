@@ -66,6 +66,12 @@ class AnswerCache(Cache):
     def __init__(self, num_layers: int, columns: int) -> None:
         super().__init__(layers=[AnswerLayer(columns) for _ in range(num_layers)])
 
+    def fill(self, columns: int) -> None:
+        """Take the first `columns` for filled, whatever is in them: for a run without storage."""
+        for layer in self.layers:
+            assert isinstance(layer, AnswerLayer)
+            layer.length = columns
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order."""
         for layer in self.layers:

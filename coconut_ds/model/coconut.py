@@ -168,12 +168,9 @@ class Coconut(nn.Module):
         limits, columns = self._limits(batch, max_new_tokens), batch.shape[1]
         cache = AnswerCache(self.causal_lm.config.num_hidden_layers, columns + max_new_tokens)
         mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)
-        last_B = (batch.attention_mask_BT * torch.arange(columns, device=mask_BT.device)).argmax(dim=1)
-        all_B = torch.arange(len(last_B), device=mask_BT.device)
-        hidden_BD = torch.cat(list(self._passes(batch, cache)), dim=1)[all_B, last_B]
-        position_B = batch.position_ids_BT[all_B, last_B]
+        hidden_BD, position_B = self.read_prompts(batch, cache)
         last_position_B = position_B + torch.tensor(limits, device=mask_BT.device) - 1
-        rows, open_rows = all_B.tolist(), set(all_B.tolist())  # in the cache; not finished
+        rows, open_rows = list(range(len(limits))), set(range(len(limits)))  # in the cache; not finished
         for step in range(1, max_new_tokens + 1):
             token_B = self.head(hidden_BD).argmax(dim=-1)
             tokens = dict(zip(rows, token_B.tolist(), strict=True))
@@ -191,8 +188,20 @@ class Coconut(nn.Module):
                 rows = [rows[place] for place in kept]
             position_B = torch.minimum(position_B + 1, last_position_B)  # a finished row may still be read
             columns += 1
-            embeds_B1D = self.embedding(token_B[:, None])
-            hidden_BD = self._read(embeds_B1D, mask_BT[:, :columns], position_B[:, None], cache)[:, -1]
+            hidden_BD = self.read_tokens(token_B, mask_BT[:, :columns], position_B, cache)
+
+    def read_prompts(self, batch: Batch, cache: AnswerCache) -> tuple[Tensor, Tensor]:
+        """Fill `cache`; give (hidden_BD, position_B) of each row's last token."""
+        columns_T = torch.arange(batch.shape[1], device=batch.attention_mask_BT.device)
+        last_B = (batch.attention_mask_BT * columns_T).argmax(dim=1)
+        all_B = torch.arange(len(last_B), device=last_B.device)
+        hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
+        return hidden_BTD[all_B, last_B], batch.position_ids_BT[all_B, last_B]
+
+    def read_tokens(self, token_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: AnswerCache) -> Tensor:
+        """One more token of each row; `mask_BT` has a column for everything in the cache and for it."""
+        embeds_B1D = self.embedding(token_B[:, None])
+        return self._read(embeds_B1D, mask_BT, position_B[:, None], cache)[:, -1]
 
     def _limits(self, batch: Batch, max_new_tokens: int) -> list[int]:
         """Tokens that each row may be answered with; the last one takes no position, as nothing reads it."""

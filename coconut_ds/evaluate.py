@@ -14,6 +14,7 @@ import torch
 
 from coconut_ds.ablation import Ablator, ablated_stage
 from coconut_ds.batching import PADDING_ROW, Batch, Layout, evaluation_batches, refuse_long_prompts
+from coconut_ds.chance import chance_of
 from coconut_ds.collectives import ReadingEngine
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage, render
@@ -63,12 +64,13 @@ class Evaluation:
     mean_tokens: float  # generated, without latents
     predictions: tuple[Prediction, ...]  # every item, in the order of the file
     grading: str  # the rule that `accuracy` was counted by
+    chance: float = 0.0  # the accuracy of guessing on this set (chance.py)
     seconds_per_item: float = 0.0  # of answering, all ranks together working on it
 
     def numbers(self) -> dict[str, Any]:
         """What belongs into a log line."""
         names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
-        return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading")}
+        return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading", "chance")}
 
 
 @phase("evaluation")
@@ -127,7 +129,11 @@ def evaluate(
     loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
     together = [prediction for share in engine.gather(mine) for prediction in share]
     result = summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
-    return replace(result, seconds_per_item=seconds / max(result.num_items, 1))
+    return replace(
+        result,
+        seconds_per_item=seconds / max(result.num_items, 1),
+        chance=chance_of(test_set.problems),
+    )
 
 
 def max_new_tokens(experiment: Experiment, card: Card) -> int:

@@ -22,6 +22,8 @@ from coconut_ds.checkpoint import (
     misleading_best,
     settings_to_compare,
 )
+from coconut_ds.comparing.run_records import read_run
+from coconut_ds.comparing.verdict import verdicts
 from coconut_ds.comparing.window_picture import draw_window_weights
 from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
@@ -118,6 +120,9 @@ class Trainer:
             if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
                 self.say(early)
             result = self.evaluate(self.material.test, stage_at(epoch, self.experiment), "test", epoch)
+        if self.run.writes:
+            for line in verdicts(read_run(self.run.folder)):
+                self.say(line)
         return result
 
     def resume(self) -> None:

@@ -37,5 +37,5 @@ train configs/quickstart/coconut.yaml "$(basename "$coconut")" "$@"
 echo "== 3/4  no CoT: the same model, with neither steps nor latents"
 train configs/quickstart/no_cot.yaml "$(basename "$no_cot")" "$@"
 
-echo "== 4/4  result"
+echo "== 4/4  result (its last lines say what was not learned, if anything was not)"
 python -m coconut_ds report "$coconut" "$no_cot"

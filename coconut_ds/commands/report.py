@@ -16,6 +16,7 @@ from pathlib import Path
 
 from coconut_ds.comparing.comparison import (
     Group,
+    best_table,
     group_numbers,
     group_runs,
     paired_tests,
@@ -24,6 +25,7 @@ from coconut_ds.comparing.comparison import (
 )
 from coconut_ds.comparing.run_records import RunRecord, read_run
 from coconut_ds.comparing.tables import Table
+from coconut_ds.comparing.verdict import all_verdicts
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import json_text
 
@@ -45,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("report: name at least one run folder")
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     groups = group_runs(runs)
-    tables = [stage_table(groups), summary_table(groups)]
+    tables = [stage_table(groups), summary_table(groups), best_table(runs)]
     if args.json:
         print(json_text(_plain(groups), indent=1))
         return 0
     if args.latex or args.markdown:
-        print("\n\n".join(table.latex() if args.latex else table.markdown() for table in tables))
+        print("\n\n".join(table.latex() if args.latex else table.markdown() for table in tables[:2]))
         return 0
     print(text(runs, groups, tables))
     page = None if args.no_page else _page_path(args, runs)
@@ -72,6 +74,8 @@ def text(runs: list[RunRecord], groups: list[Group], tables: list[Table]) -> str
         commands = " and ".join(f"`eval {group.first.folder} --split test`" for group in groups[:2])
         parts.append(f"no paired test: {commands} write the predictions that it needs")
     parts.append("run folders: " + ", ".join(str(run.folder) for run in runs))
+    if warnings := all_verdicts(runs, groups):
+        parts.append("\n".join(warnings))
     return "\n\n".join(parts)
 
 

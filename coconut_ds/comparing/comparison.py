@@ -15,15 +15,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from coconut_ds.comparing.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
+from coconut_ds.comparing.seeds import by_experiment
+from coconut_ds.comparing.seeds import identity as identity_of
 from coconut_ds.comparing.tables import Table
+from coconut_ds.curriculum import stage_number
 from coconut_ds.statistics import mcnemar_exact, wilson_interval
 
-# Settings that do not make another experiment: names, places, how it runs.
-NOT_COMPARED = {
-    "project", "name", "save_path", "seed", "debug", "only_eval", "resume", "batch_size_eval",
-    "eval_max_items", "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes",
-    "save_steps", "allow_pickle",
-}  # fmt: skip
 IN_COLUMNS = ("method", "thought", "tuning")
 MOST_PAIRS, MOST_WORDS = 15, 2
 
@@ -55,7 +52,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone."""
+    """Runs of one experiment with different seeds (seeds.py)."""
 
     runs: tuple[RunRecord, ...]
     label: str
@@ -91,14 +88,12 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
 
     Where more than MOST_WORDS other settings do, the label is the first run's name.
     """
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(repr(_identity(run)), []).append(run)
-    identities = [_identity(members[0]) for members in groups.values()]
+    groups = by_experiment(runs)
+    identities = [identity_of(members[0]) for members in groups]
     different = [key for key in identities[0] if any(i[key] != identities[0][key] for i in identities)]
     shown = [key for key in different if key not in ("thought", "tuning")]
     found = []
-    for members, identity in zip(groups.values(), identities, strict=True):
+    for members, identity in zip(groups, identities, strict=True):
         method = members[0].experiment.method
         words = [str(method)]
         if "thought" in different and method.has_latents and not method.is_pause:
@@ -111,13 +106,8 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             words = [members[0].experiment.name]
         else:
             words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
-        found.append(Group(tuple(sorted(members, key=lambda run: run.experiment.seed)), ", ".join(words)))
+        found.append(Group(tuple(members), ", ".join(words)))
     return found
-
-
-def _identity(run: RunRecord) -> dict[str, Any]:
-    settings = {key: value for key, value in asdict(run.experiment).items() if key not in NOT_COMPARED}
-    return {**settings, "memory": run.memory_split}
 
 
 def summary_table(groups: Sequence[Group]) -> Table:
@@ -202,6 +192,21 @@ def stage_table(groups: Sequence[Group]) -> Table:
     if any(tests):
         rows.append([f"test: {_tested_at(groups)}", *map(_percent, tests)])
     return Table(["accuracy", *map(_column_title, groups)], rows)
+
+
+def best_table(runs: Sequence[RunRecord]) -> Table:
+    """The best validation accuracy of every stage, and the checkpoint that has it; for runs with stages."""
+    rows = []
+    for run in runs:
+        lines = [line for line in run.of("valid") if run.experiment.method.has_stages]
+        numbers = sorted({stage_number(int(line["epoch"]), run.experiment) for line in lines})
+        for number in numbers:
+            at = [line for line in lines if stage_number(int(line["epoch"]), run.experiment) == number]
+            best = max(at, key=lambda line: (line["accuracy"], -line["epoch"]))
+            name = f"checkpoint_{int(best['epoch']) + 1}"
+            kept = name if (run.folder / name).is_dir() else "-"
+            rows.append([run.experiment.name, f"best_stage_{number}", kept, _percent([best])])
+    return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, num_words=3)
 
 
 def _tested_at(groups: Sequence[Group]) -> str:

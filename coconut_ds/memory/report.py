@@ -11,9 +11,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from coconut_ds.comparing import pictures as learning
-from coconut_ds.comparing.comparison import Group, group_runs, paired_tests, stage_table, summary_table
+from coconut_ds.comparing.comparison import (
+    Group,
+    best_table,
+    group_runs,
+    paired_tests,
+    stage_table,
+    summary_table,
+)
 from coconut_ds.comparing.run_records import RunRecord, read_run
 from coconut_ds.comparing.tables import Table
+from coconut_ds.comparing.verdict import all_verdicts
 from coconut_ds.config import experiment_to_yaml
 from coconut_ds.files import make_folder, replace_text, run_folder_of
 from coconut_ds.memory import pictures as memory
@@ -52,7 +60,8 @@ def write_page(
         alt = html.escape(caption)
         return f'<figure><img alt="{alt}" src="{address}"><figcaption>{alt}</figcaption></figure>'
 
-    parts = [*_head(runs), "<h2>Results</h2>", *map(as_html, (t for t in tables if t.rows))]
+    warnings = [f'<p class="verdict over">{html.escape(line)}</p>' for line in all_verdicts(runs, groups)]
+    parts = [*_head(runs), "<h2>Results</h2>", *warnings, *map(as_html, (t for t in tables if t.rows))]
     tests = paired_tests(groups)
     if tests:
         parts.append("<p>Paired tests (McNemar, exact):</p><ul>")
@@ -87,7 +96,10 @@ def report_of(folder: Path) -> Path:
     run = read_run(folder)
     groups = group_runs([run])
     return write_page(
-        folder / "memory" / "report.html", [run], groups, [stage_table(groups), summary_table(groups)]
+        folder / "memory" / "report.html",
+        [run],
+        groups,
+        [stage_table(groups), summary_table(groups), best_table([run])],
     )[0]
 
 

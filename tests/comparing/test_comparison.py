@@ -1,5 +1,6 @@
 """Runs side by side: seeds together, intervals, paired tests, three ways to print."""
 
+import html
 import json
 import math
 
@@ -9,6 +10,7 @@ import scipy.stats
 from coconut_ds.__main__ import main
 from coconut_ds.comparing.comparison import (
     Accuracy,
+    best_table,
     group_runs,
     paired_tests,
     stage_table,
@@ -17,6 +19,7 @@ from coconut_ds.comparing.comparison import (
 )
 from coconut_ds.comparing.run_records import read_run
 from coconut_ds.comparing.tables import Table
+from coconut_ds.comparing.verdict import verdicts
 from coconut_ds.config import experiment_to_yaml, validate_experiment
 
 BASE = {"model_id": "gpt2", "train_path": "t_train.json", "val_path": "t_valid.json", "num_epochs": 3}
@@ -26,6 +29,9 @@ DS_CONFIG = {
     "fp16": {"enabled": True},
 }
 PLAN = {
+    "fits": True,
+    "verdict": "fits",
+    "stages": [{"first_epoch": 0, "gpu_mib": 100.0}],
     "budget": {
         "device": "card", "gpus": 2, "gpu_memory_mib": 11264, "reserved_mib": 800, "host_memory_gib": 32,
         "components_mib": {"activations": 6000}, "on_exceed": "error",
@@ -35,6 +41,7 @@ PLAN = {
 
 def validation(epoch, correct, **more):
     numbers = {"num_correct": correct, "num_items": 100, "accuracy": correct / 100, "mean_tokens": 2.0}
+    numbers |= {"loss": 1.0, "cot_match": 0.0}
     return {"kind": "valid", "time": 10.0 * epoch, "epoch": epoch, "stage": epoch, **numbers, **more}
 
 
@@ -42,7 +49,7 @@ def validation(epoch, correct, **more):
 def make_run(tmp_path):
     """A run folder with `correct[epoch]` of 100 items right, and `test` of its test items."""
 
-    def make(name, correct, test=None, answers=None, old=False, **settings):
+    def make(name, correct, test=None, answers=None, old=False, chance=None, **settings):
         folder = tmp_path / name
         (folder / "memory").mkdir(parents=True)
         experiment = validate_experiment(
@@ -58,7 +65,7 @@ def make_run(tmp_path):
                 {"kind": "train", "time": time, "epoch": epoch, "loss": 1.0, "step": 1} for time in times
             ]
             lines.append({"kind": "memory", "epoch": epoch, "gpu_allocated_peak_mib": 100.0 * (epoch + 1)})
-            lines.append(validation(epoch, number))
+            lines.append(validation(epoch, number, **({} if chance is None else {"chance": chance})))
         if test is not None:
             at = {} if old else {"at": "as logged"}
             lines.append({**validation(len(correct) - 1, test, **at), "kind": "test"})
@@ -107,6 +114,49 @@ def test_seeds_are_one_line_and_methods_are_several(make_run):
     # two tokens and four latents; 5 steps of 2 s; the third epoch's peak; the card without its reserve
     assert coconut[8:] == ["6.0", "10.0", "300", "10,464"]
     assert no_cot[8] == "2.0"
+
+
+def start(tmp_path, name, seed, **settings):
+    """A run folder to start from."""
+    (tmp_path / name).mkdir()
+    values = {**BASE, "name": name, "save_path": str(tmp_path), "method": "cot", "seed": seed, **settings}
+    text = experiment_to_yaml(validate_experiment(values, "test"))
+    (tmp_path / name / "experiment.yaml").write_text(text)
+    return f"{tmp_path}/{name}/best"
+
+
+@pytest.mark.parametrize(
+    "starts, seeds",
+    [
+        (["runs/cot-seed-3/best", "runs/cot-seed-4/best", "runs/cot-seed-5/best"], [[3, 4, 5]]),
+        (["runs/cot/best"] * 3, [[3, 4, 5]]),  # one start for all
+        (["runs/seed3/checkpoint_3", "runs/seed4/checkpoint_3", "runs/seed5/checkpoint_5"], [[3, 4], [5]]),
+        (["runs/cot-lr3/best", "runs/cot-lr4/best", "runs/cot-seed-5/best"], [[3], [4], [5]]),
+        (["runs/cot-seed-3/best", "runs/cot-seed-3/best", None], [[3, 4], [5]]),
+    ],
+)
+def test_a_seeds_own_start_is_the_seeds(make_run, starts, seeds):
+    runs = [
+        make_run(f"c{seed}", [1, 2, 3], method="coconut", seed=seed, load_model_path=path, **STAGED)
+        for seed, path in zip((3, 4, 5), starts, strict=True)
+    ]
+    assert [group.seeds for group in group_runs(runs)] == seeds
+
+
+def test_the_starting_runs_own_settings_count_where_they_are_known(make_run, tmp_path):
+    starts = {
+        3: start(tmp_path, "first", 3),
+        4: start(tmp_path, "second", 4),
+        5: start(tmp_path, "cot-seed-5", 5, lr=0.5),
+        6: start(tmp_path, "cot-seed-6", 3),  # named after another seed than it has
+    }
+    runs = [
+        make_run(f"c{seed}", [1, 2, 3], method="coconut", seed=seed, load_model_path=path, **STAGED)
+        for seed, path in starts.items()
+    ]
+    assert [group.seeds for group in group_runs(runs)] == [[3, 4], [5], [6]]
+    other = make_run("o", [1, 2, 3], method="coconut", seed=3, load_model_path=starts[4], **STAGED)
+    assert [group.seeds for group in group_runs([runs[0], other])] == [[3], [3]]
 
 
 def test_the_stage_table_names_what_is_hidden(make_run):
@@ -185,3 +235,62 @@ def test_report_says_what_is_no_run_folder(arguments, capsys):
 def test_latex_escapes_what_it_must():
     table = Table(["a_b", "x"], [["50 % & {more}", "1 ± 2"]])
     assert r"50 \% \& \{more\} & 1 $\pm$ 2 \\" in table.latex()
+
+
+QUICKSTART = {"method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 3}
+
+
+@pytest.mark.parametrize(
+    "correct, settings, said",
+    [
+        ([100, 100, 100, 48], QUICKSTART, "Stage 3 was not learned: 48.0 % (95 % interval 38.5 to 57.7)"),
+        ([100, 100, 100, 20], QUICKSTART, "after 1 epoch, 100.0 % at stage 2. What may help"),
+        ([100, 100, 11, 12], QUICKSTART, "is not above chance (10.0 %); 11.0 % at stage 2"),
+        ([100, 100, 11], QUICKSTART, "100.0 % at stage 1, so far (3 of 4 epochs). What may help"),
+        ([60, 60, 60, 45], QUICKSTART, "Stage 3 is less accurate than the stage before: 45.0 %"),
+        ([60, 60, 60, 55], QUICKSTART, None),
+        ([98, 97, 99, 99], QUICKSTART, None),
+        ([9, 9, 9, 9], {"method": "cot"}, "cot was not learned: 9.0 %"),
+        ([9, 9, 9, 90], {"method": "cot"}, None),
+        ([9, 9, 9, 9], {"method": "no_cot"}, "As the baseline without steps and latents"),
+        ([90, 80, 70, 60], {"method": "icot", "icot_tokens_per_epoch": 8}, None),
+    ],
+)
+def test_a_run_that_did_not_learn_says_so_last(make_run, capsys, correct, settings, said):
+    run = make_run("r", correct, chance=0.1, **({"num_epochs": 4} | settings))
+    lines = verdicts(run)
+    assert main(["report", str(run.folder), "--no-page"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    if said is None:
+        assert lines == [] and last.startswith("run folders:")
+    else:
+        assert said in lines[0] and last == lines[0]
+
+
+def test_the_page_says_what_was_not_learned(make_run, capsys):
+    run = make_run("r", [100, 100, 100, 48], chance=0.1, **({"num_epochs": 4} | QUICKSTART))
+    assert main(["report", str(run.folder)]) == 0
+    (line,) = verdicts(run)
+    page = (run.folder / "memory" / "report.html").read_text()
+    assert f'<p class="verdict over">{html.escape(line)}</p>' in page
+
+
+def test_not_above_no_cot_is_said_last(make_run, capsys):
+    ours = make_run("c", [100, 100, 100, 14], 14, chance=0.05, num_epochs=4, **QUICKSTART)
+    theirs = make_run("n", [12, 12, 12, 13], 13, chance=0.05, num_epochs=4, method="no_cot")
+    assert main(["report", str(ours.folder), str(theirs.folder)]) == 0
+    *_, before, last = capsys.readouterr().out.splitlines()
+    assert before.startswith("c: Stage 3 was not learned: 14.0 %")
+    assert last.startswith("coconut is not above no_cot: 14.0 % [8.5, 22.1] against 13.0 %")
+
+
+def test_the_best_of_every_stage_and_its_checkpoint(make_run):
+    run = make_run(
+        "c", [10, 90, 80, 70, 75], method="coconut", **(STAGED | {"epochs_per_stage": 2, "num_epochs": 5})
+    )
+    (run.folder / "checkpoint_5").mkdir()
+    assert best_table([run, make_run("n", [1], method="no_cot")]).rows == [
+        ["c", "best_stage_0", "-", "90.0 %"],
+        ["c", "best_stage_1", "-", "80.0 %"],
+        ["c", "best_stage_2", "checkpoint_5", "75.0 %"],
+    ]

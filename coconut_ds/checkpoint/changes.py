@@ -110,8 +110,10 @@ def _with_older_base(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Ma
 
     Weights are in it only where a checkpoint leaves them out (LoRA).
     """
+    if saved.get("base") or "base_model" not in saved.get("data", {}):
+        return current
     folder = Path(current["experiment"]["model_id"])
-    if saved.get("base") or "base_model" not in saved.get("data", {}) or not folder.is_dir():
+    if not folder.is_dir():
         return current
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     if current["experiment"].get("tuning") != "lora":

@@ -31,7 +31,8 @@ class Ranks:
 class Collectives:
     """The calls of an engine that concern all ranks; `ranks` says which one this is."""
 
-    ranks: Ranks
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
 
     @property
     def rank(self) -> int:

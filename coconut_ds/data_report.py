@@ -86,7 +86,8 @@ class DataReport:
             edges = [most * i / 50 for i in range(51)] if most > 50 else [i - 0.5 for i in range(most + 2)]
             for file, lengths in zip(self.files, values, strict=True):
                 weights = [1 / len(lengths)] * len(lengths)
-                axis.hist(lengths, bins=edges, weights=weights, histtype="step", label=file.path.name)
+                name = file.path.name.replace("$", r"\$")  # no formula
+                axis.hist(lengths, bins=edges, weights=weights, histtype="step", label=name)
             axis.set(xlabel=label, ylabel="share of problems")
         axes[0].legend()
         figure.savefig(path, dpi=120, format="png")

@@ -44,9 +44,13 @@ class LossGuard:
         else:
             return
         file = self.folder / FOLDER / f"step_{step}_rank_{self.rank}.json"
-        write_batches(file, batches, losses)
+        try:
+            write_batches(file, batches, losses)
+            where = f"The batch of each rank: {file.parent}."
+        except OSError as error:
+            where = f"The batch of this rank could not be written ({error})."
         raise Diverged(
-            f"{problem}. The batch of each rank: {file.parent}. The newest checkpoint is from before it; "
+            f"{problem}. {where} The newest checkpoint is from before it; "
             "before you go on from it, change something: a lower 'lr', a lower 'gradient_clipping', the data"
         )
 

@@ -23,6 +23,7 @@ from coconut_ds.errors import ConfigError
 
 MIB = 1 << 20
 MAX_JSON_BYTES = 64 * MIB
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system says of a call it lacks
 MAX_DIGITS = 19  # of an integer, as in 2**63
 EXPORT_FILE = "coconut.json"  # settings beside exported weights
 RUN_SIGNS = ("ds_config.json", "environment.json", "metrics.jsonl", "latest")
@@ -99,7 +100,7 @@ def replace_bytes(path: Path, content: bytes, durable: bool = True) -> None:
             writer.write(content)
             writer.flush()
             if durable:
-                os.fsync(descriptor)
+                sync(descriptor)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -112,9 +113,18 @@ def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """fsync, where the file system has it for this kind of file: some network file systems do not."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
 
 
 def open_append(path: Path, mode: str = "ab") -> IO[Any]:
@@ -130,7 +140,9 @@ def open_append(path: Path, mode: str = "ab") -> IO[Any]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
+    if "b" in mode:
+        return os.fdopen(descriptor, mode, buffering=0)  # a full disk is known at once, not when it is closed
+    return os.fdopen(descriptor, mode, encoding="utf-8")
 
 
 def make_folder(path: Path) -> Path:
@@ -167,6 +179,20 @@ def run_folder_of(path: str | Path) -> Path | None:
         ):
             return folder
     return None
+
+
+def cannot_write(folder: Path, error: OSError) -> ConfigError:
+    """The message for a run folder that cannot be made or written to."""
+    match error.errno:
+        case errno.ENAMETOOLONG:
+            remedy = "shorten 'name' or 'save_path'"
+        case errno.ENOSPC | errno.EDQUOT:
+            remedy = "make room, or choose another 'save_path'"
+        case _:
+            remedy = "choose another 'save_path'"
+    where = f" {error.filename}" if error.filename and str(error.filename) != str(folder) else ""
+    reason = (error.strerror or str(error)) + where
+    return ConfigError(f"{folder}: cannot write here ({reason}); {remedy}")
 
 
 def _is_a_link(path: Path) -> ConfigError:

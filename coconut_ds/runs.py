@@ -1,6 +1,6 @@
 """The run folder `save_path/name`: settings, environment, metrics.jsonl, samples.jsonl, wandb.
 
-    experiment.yaml  ds_config.json  environment.json     written at every start
+    experiment.yaml  ds_config.json  environment.json     written at every start that is not refused
     metrics.jsonl  samples.jsonl                          one JSON object a line, flushed line by line
     .lock                                                 held while a run writes here
 
@@ -8,6 +8,7 @@ Only the main rank writes; the other ranks hold a `Run` whose methods do nothing
 Knows: files, the lock, wandb.  Does not know: models, stages, checkpoints (they tell it where to cut a file).
 """
 
+import errno
 import fcntl
 import netrc
 import os
@@ -27,7 +28,15 @@ from typing import IO, Any, Self
 
 from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import json_text, make_folder, open_append, replace_text
+from coconut_ds.files import (
+    NOT_SUPPORTED,
+    cannot_write,
+    json_text,
+    make_folder,
+    open_append,
+    replace_text,
+    sync,
+)
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MOST_SAMPLES = 100  # rows of the table that wandb shows
@@ -42,11 +51,31 @@ class RunLock:
     """An exclusive lock on a folder; the system lets go of it when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConfigError, naming the other process, when a run already writes to `folder`."""
-        self._file = open_append(folder / ".lock", "a+")  # held until release()
+        """Make `folder` and lock it.
+
+        Raises ConfigError, naming the other process, when a run already writes to `folder`, and when nothing
+        can be written there.  A file system without locks is a warning.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open_append(folder / ".lock", "a+")  # held until release()
+            self._lock(folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+    def _lock(self, folder: Path) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in (*NOT_SUPPORTED, errno.ENOLCK):
+                warnings.warn(
+                    f"{folder}: this file system has no locks ({error.strerror}); start no second run with "
+                    "this 'name' while this one runs",
+                    stacklevel=2,
+                )
+                return
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
@@ -75,22 +104,25 @@ class JsonLines:
                 reader.seek(-1, os.SEEK_END)
                 if reader.read(1) != b"\n":  # killed in the middle of a line
                     self._file.write(b"\n")
-                    self._file.flush()
 
     @property
     def position(self) -> int:
         return self.path.stat().st_size
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json_text(record, default=str, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Raises OSError when the line cannot be written; then nothing of it is left."""
+        line = json_text(record, default=str, ensure_ascii=False).encode() + b"\n"
+        start = self.position
+        written = self._file.write(line)
+        if written < len(line):  # what a disk does that is full after some of it
+            self._file.truncate(start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def cut(self, position: int) -> None:
         """Forget what was written after `position`; a file that is shorter than that stays as it is."""
         if position < self.position:
             self._file.truncate(position)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -116,39 +148,56 @@ class Run:
         self.ds_config = ds_config
         self.folder = run_folder(experiment)
         self.writes = is_main and not experiment.debug
+        self.devices, self.command = devices, command or sys.argv
+        self.problem: str | None = None  # why a line could not be written
         self._wandb: Any = None
         self._lock: RunLock | None = None
         self._lines: dict[str, JsonLines] = {}
         self._samples: deque[dict[str, Any]] = deque(maxlen=MOST_SAMPLES)
         if self.writes:
-            self._open(ds_config, devices, command)
+            self._open()
 
-    def _open(
-        self, ds_config: Mapping[str, Any], devices: Sequence[str], command: Sequence[str] | None
-    ) -> None:
+    def _open(self) -> None:
+        self._lock = RunLock(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.folder)
-            replace_text(self.folder / "experiment.yaml", experiment_to_yaml(self.experiment))
-            replace_text(self.folder / "ds_config.json", json_text(ds_config, indent=2, default=str) + "\n")
-            environment = describe_environment(devices, command or sys.argv)
-            replace_text(self.folder / "environment.json", json_text(environment, indent=2) + "\n")
             self._lines = {name: JsonLines(self.folder / name) for name in (METRICS, SAMPLES)}
         except OSError as error:
-            raise ConfigError(
-                f"{self.folder}: cannot write here ({error.strerror}); choose another 'save_path'"
-            ) from error
+            raise cannot_write(self.folder, error) from error
+
+    def write_settings(self) -> None:
+        """Write the settings and the environment of this start, once it is not refused any more.
+
+        Raises ConfigError when the folder cannot be written.
+        """
+        if not self.writes:
+            return
+        environment = describe_environment(self.devices, self.command)
+        try:
+            replace_text(self.folder / "experiment.yaml", experiment_to_yaml(self.experiment))
+            settings = json_text(self.ds_config, indent=2, default=str)
+            replace_text(self.folder / "ds_config.json", settings + "\n")
+            replace_text(self.folder / "environment.json", json_text(environment, indent=2) + "\n")
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def log(self, kind: str, **numbers: Any) -> None:
         """Append {"time", "kind", numbers...} to metrics.jsonl, and tell wandb when it is there."""
         if not self.writes:
             return
-        self._lines[METRICS].append({"time": round(time.time(), 3), "kind": kind, **numbers})
+        self._append(METRICS, {"time": round(time.time(), 3), "kind": kind, **numbers})
         if self._wandb is not None:
             try:
                 self._wandb.log(wandb_numbers(kind, numbers))
             except Exception as error:  # wandb's own errors share no base class
                 self._stop_wandb(error)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """A line that cannot be written ends all writing: the ranks end together at the next step."""
+        try:
+            self._lines[name].append(record)
+        except OSError as error:
+            self.problem = str(cannot_write(self.folder / name, error))
+            self.writes = False
 
     def _stop_wandb(self, error: Exception) -> None:
         warnings.warn(f"wandb stopped ({error}); metrics go on in {self.folder / METRICS}", stacklevel=3)
@@ -157,7 +206,7 @@ class Run:
     def sample(self, **fields: Any) -> None:
         """Append one decoded problem to samples.jsonl."""
         if self.writes:
-            self._lines[SAMPLES].append(fields)
+            self._append(SAMPLES, fields)
             self._samples.append(fields)
 
     @property

@@ -124,6 +124,7 @@ class Request(IntEnum):
     NOTHING = 0
     SAVE = 1
     STOP = 2
+    FAIL = 3
 
 
 class Ranks(Protocol):
@@ -145,12 +146,17 @@ class Requests:
         save_minutes: float | None = None,
         save_steps: int | None = None,
         max_minutes: float | None = None,
+        failed: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder`: where STOP and SAVE files count.  Those left over from an earlier run are removed."""
+        """`folder`: where STOP and SAVE files count; those left over from an earlier run are removed.
+
+        `failed`: whether this rank cannot go on.
+        """
         self._signals, self._ranks, self._clock = signals, ranks, clock
         self._files = {Request.STOP: folder / "STOP", Request.SAVE: folder / "SAVE"}
         self._save_minutes, self._save_steps, self._max_minutes = save_minutes, save_steps, max_minutes
+        self._failed = failed
         self._started = self._saved = clock()
         self._reason = ""
         self._launcher = Launcher()
@@ -176,6 +182,8 @@ class Requests:
         return ", ".join(sorted({reason for reason in self._ranks.gather(self._reason) if reason}))
 
     def _of_this_rank(self, step: int | None) -> Request:
+        if self._failed():
+            return Request.FAIL
         if self._signals.received is not None:
             self._reason = f"received {self._signals.received.name}"
             return Request.STOP

@@ -9,6 +9,7 @@ import torch
 
 from coconut_ds.batching import Layout
 from coconut_ds.build import Material, build_module, load_material
+from coconut_ds.collectives import Collectives
 from coconut_ds.config import Experiment
 from coconut_ds.ds_config import DeepSpeedConfig
 from coconut_ds.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
@@ -20,6 +21,7 @@ from coconut_ds.memory.budget import hold_to_budget
 from coconut_ds.runs import Run
 from coconut_ds.signals import Signals
 from coconut_ds.trainer import Options, Trainer
+from coconut_ds.watchdog import Watchdog
 
 
 def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
@@ -32,14 +34,21 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
             ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
             material = load_material(experiment)
             ranks = start_distributed(ds_config.precision)
-            guard = hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan)
-        with guard:
-            engine = start_engine(experiment, ds_config, material, ranks)
-            with open_run(experiment, ds_config, engine) as run:
-                trainer = Trainer(experiment, material, engine, run, signals, options)
-                with trainer.watchdog:
-                    result = trainer.run_all()
-                send_report(run)
+        seconds = 0 if experiment.debug else options.stuck_seconds
+        with (
+            open_run(experiment, ds_config, ranks) as run,
+            Watchdog(run.folder, ranks.rank, ranks.world_size, seconds) as watchdog,
+        ):
+            watchdog.beat("planning", patience=10)
+            with signals.nothing_to_save():
+                guard = hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan)
+            with guard:
+                watchdog.beat("starting the engine", patience=10)
+                engine = start_engine(experiment, ds_config, material, ranks)
+                trainer = Trainer(experiment, material, engine, run, signals, options, watchdog)
+                result = trainer.run_all()
+            watchdog.beat("writing the report", patience=10)
+            send_report(run)
         engine.close()
     return result
 
@@ -55,16 +64,17 @@ def send_report(run: Run) -> None:
             warnings.warn(f"no report for wandb: {error}", stacklevel=2)
 
 
-def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, engine: Engine) -> Run:
-    """The run folder; the main rank's ConfigError is raised on all ranks. Collective."""
-    devices = engine.gather(describe(engine.ranks))
-    settings = ds_config.resolved_file(experiment, engine.world_size)
+def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -> Run:
+    """The locked run folder; the main rank's ConfigError is raised on all ranks. Collective."""
+    together = Collectives(ranks)
+    devices = together.gather(describe(ranks))
+    settings = ds_config.resolved_file(experiment, ranks.world_size)
     run, problem = None, None
     try:
-        run = Run(experiment, settings, is_main=engine.is_main, devices=devices)
+        run = Run(experiment, settings, is_main=ranks.is_main, devices=devices)
     except ConfigError as error:
         problem = str(error)
-    problem = engine.broadcast_object(problem)
+    problem = together.broadcast_object(problem)
     if run is None or problem is not None:
         raise ConfigError(problem)
     return run

@@ -4,6 +4,7 @@ Knows: everything above it in the house.  Does not know: how a run is set up, th
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from coconut_ds.config import Experiment
 from coconut_ds.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
 from coconut_ds.divergence import LossGuard
 from coconut_ds.engine import Engine
-from coconut_ds.errors import StopRequested
+from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.evaluate import Evaluation, TestSet, evaluate
 from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.runs import Run
@@ -61,6 +62,7 @@ class Trainer:
         run: Run,
         signals: Signals,
         options: Options,
+        watchdog: Watchdog,
     ) -> None:
         self.experiment = experiment
         self.material = material
@@ -87,9 +89,9 @@ class Trainer:
             save_minutes=experiment.save_minutes,
             save_steps=experiment.save_steps,
             max_minutes=options.max_minutes,
+            failed=lambda: run.problem is not None,
         )
-        seconds = 0 if experiment.debug else options.stuck_seconds
-        self.watchdog = Watchdog(run.folder, engine.rank, engine.world_size, seconds)
+        self.watchdog = watchdog
         self.guard = LossGuard(run.folder, engine.rank)
 
     def settings(self) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class Trainer:
             if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
                 self.say(early)
             result = self.evaluate(self.material.test, stage_at(epoch, self.experiment), "test", epoch)
+        self.check_written()
         if self.run.writes:
             for line in verdicts(read_run(self.run.folder)):
                 self.say(line)
@@ -133,6 +136,7 @@ class Trainer:
         if state is not None:
             self.state = state
             self.saved_at = (state.epoch, state.step_in_epoch)
+        self.write_settings()
         self.run.rewind(self.state.positions)
         wandb_id = self.run.start_wandb(self.state.wandb_id)
         self.state = replace(self.state, wandb_id=wandb_id)
@@ -167,6 +171,8 @@ class Trainer:
                         self.write_checkpoint()
                     case Request.STOP:
                         self.stop()
+                    case Request.FAIL:
+                        self.check_written()
         if self.state.step_in_epoch > first:
             self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
 
@@ -254,7 +260,10 @@ class Trainer:
             **extra,
         )
         if weights is not None and self.run.writes:
-            draw_window_weights(self.run.folder)
+            try:
+                draw_window_weights(self.run.folder)
+            except OSError as error:  # its numbers are in metrics.jsonl
+                warnings.warn(f"no picture of the window's weights: {error}", stacklevel=2)
         for prediction in result.predictions[:NUM_SHOWN]:
             self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
         self.run.show_samples()
@@ -264,6 +273,7 @@ class Trainer:
             f"CoT match {100 * result.cot_match:.1f} %  "
             f"{self.peak.summary()}"
         )
+        self.check_written()
         return result
 
     def save(self, result: Evaluation) -> None:
@@ -281,6 +291,7 @@ class Trainer:
         position = (self.state.epoch, self.state.step_in_epoch)
         if self.experiment.debug or position == self.saved_at:
             return
+        self.check_written()
         self.watchdog.beat("saving a checkpoint", patience=10)
         state = replace(self.state, positions=self.run.positions())
         started = time.perf_counter()
@@ -289,11 +300,32 @@ class Trainer:
         self.saved_at = position
         self.requests.saved()
 
+    def write_settings(self) -> None:
+        """Record what this start runs with; raises the main rank's ConfigError on all ranks. Collective."""
+        problem = None
+        try:
+            self.run.write_settings()
+        except ConfigError as error:
+            problem = str(error)
+        self.raise_from_main(problem)
+
+    def check_written(self) -> None:
+        """End all ranks when a line of the main rank's files could not be written. Collective."""
+        self.raise_from_main(self.run.problem)
+
+    def raise_from_main(self, problem: str | None) -> None:
+        problem = self.engine.broadcast_object(problem)
+        if problem is not None:
+            raise ConfigError(problem)
+
     def keep_going(self) -> None:
         """Called between the batches of an evaluation."""
         self.watchdog.beat("evaluation, agreeing")
-        if self.requests.poll() is Request.STOP:
-            self.stop()
+        match self.requests.poll():
+            case Request.STOP:
+                self.stop()
+            case Request.FAIL:
+                self.check_written()
         self.watchdog.beat("evaluation, a batch")
 
     def stop(self) -> NoReturn:

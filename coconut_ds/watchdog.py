@@ -64,7 +64,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.limit > 0:
-            make_folder(self.folder / HEARTBEATS)
+            with suppress(OSError):  # a full disk must not prevent the watch
+                make_folder(self.folder / HEARTBEATS)
             self._publish(self._beat)  # not the one of an earlier run
             self._thread.start()
         return self

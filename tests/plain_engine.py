@@ -12,6 +12,7 @@ from coconut_ds.ds_config import LatentMemory
 from coconut_ds.runs import Run
 from coconut_ds.signals import Signals
 from coconut_ds.trainer import Options, Trainer
+from coconut_ds.watchdog import Watchdog
 from tests.checkpoint.fake_shards import FakeShards
 
 
@@ -77,4 +78,5 @@ def plain_trainer(values, **changes):
     material = load_material(experiment)
     engine = PlainEngine(build_module(experiment, material.vocabulary, LatentMemory()))
     with Signals() as signals, Run(experiment, {}) as run:
-        yield Trainer(experiment, material, engine, run, signals, Options(stuck_seconds=0))
+        watchdog = Watchdog(run.folder, 0, 1, 0)
+        yield Trainer(experiment, material, engine, run, signals, Options(stuck_seconds=0), watchdog)

@@ -1,5 +1,8 @@
 """The run folder: whole files, one writer, no line twice after a resume."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -40,6 +43,7 @@ def lines(run: Run, name: str = "metrics.jsonl") -> list[dict]:
 
 def test_settings_and_environment_are_there(experiment: Experiment) -> None:
     with Run(experiment, {"train_batch_size": 8}, devices=["cpu"], command=["python", "a b"]) as run:
+        run.write_settings()
         assert run.folder == run_folder(experiment)
         assert load_experiment(run.folder / "experiment.yaml") == experiment
         assert json.loads((run.folder / "ds_config.json").read_text()) == {"train_batch_size": 8}
@@ -85,7 +89,8 @@ def test_a_line_cut_by_a_kill_does_not_spoil_the_next(experiment: Experiment) ->
 
 
 def test_two_runs_cannot_share_a_folder(experiment: Experiment) -> None:
-    with Run(experiment, {}) as run:
+    with Run(experiment, {"first": True}) as run:
+        run.write_settings()
         program = f"""
             from coconut_ds.config import load_experiment
             from coconut_ds.runs import Run
@@ -95,6 +100,7 @@ def test_two_runs_cannot_share_a_folder(experiment: Experiment) -> None:
             [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
         )
         assert "another run is writing here" in second.stderr and f"pid {os.getpid()}" in second.stderr
+        assert json.loads((run.folder / "ds_config.json").read_text()) == {"first": True}
     with Run(experiment, {}):  # the lock went with the first run
         pass
 
@@ -115,10 +121,91 @@ def test_a_name_that_leaves_save_path(experiment: Experiment, name: str) -> None
         run_folder(replace(experiment, name=name))
 
 
-def test_a_folder_that_cannot_be_written(experiment: Experiment, tmp_path: Path) -> None:
+UNWRITABLE = {
+    "a file in the way": ({"save_path": "{tmp}/file"}, None, "Not a directory.*choose another 'save_path'"),
+    "too long a name": ({"name": "n" * 300}, None, "File name too long.*shorten 'name'"),
+    "read-only": ({}, errno.EROFS, "Read-only file system.*choose another 'save_path'"),
+    "no permission": ({}, errno.EACCES, "Permission denied.*choose another 'save_path'"),
+    "full disk": ({}, errno.ENOSPC, "No space left on device.*make room"),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+@pytest.mark.parametrize("written", ["lock", "settings"])
+def test_a_folder_that_cannot_be_written(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, written: str
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="save_path"):
-        Run(replace(experiment, save_path=str(tmp_path / "file")), {})
+    changes, number, message = UNWRITABLE[name]
+    changed = replace(experiment, **{key: value.format(tmp=tmp_path) for key, value in changes.items()})
+    real = os.open
+
+    def refusing(path, flags, *args, **kwargs):
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, flags, *args, **kwargs)
+
+    with pytest.raises(ConfigError, match=message), contextlib.ExitStack() as stack:
+        run = stack.enter_context(Run(changed, {})) if written == "settings" and number else None
+        if number is not None:
+            monkeypatch.setattr(os, "open", refusing)
+        if run is None:
+            Run(changed, {})
+        else:
+            run.write_settings()
+
+
+def test_a_disk_that_fills_up_ends_the_writing_and_leaves_no_half_line(experiment: Experiment) -> None:
+    with Run(experiment, {}) as run:
+        run.log("train", step=1)
+        content = (run.folder / "metrics.jsonl").read_bytes()
+        real = run._lines["metrics.jsonl"]._file
+
+        class Full:
+            """Takes some bytes and then no more, as the last block of a disk."""
+
+            truncate = staticmethod(real.truncate)
+            close = staticmethod(real.close)
+
+            @staticmethod
+            def write(line: bytes) -> int:
+                return real.write(line[:7])
+
+        run._lines["metrics.jsonl"]._file = Full()
+        run.log("train", step=2)
+        assert "metrics.jsonl: cannot write here (No space left on device); make room" in str(run.problem)
+        run.log("train", step=3)
+        run.sample(step=3)
+        assert (run.folder / "metrics.jsonl").read_bytes() == content
+        assert lines(run, "samples.jsonl") == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_and_fsync(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number != errno.ENOLCK:
+        monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.warns(UserWarning, match="has no locks.*start no second run"), Run(experiment, {}) as run:
+        run.write_settings()
+        run.log("train", step=1)
+        run.rewind({})
+    assert load_experiment(run.folder / "experiment.yaml") == experiment
+
+
+def test_a_disk_error_is_not_taken_for_a_missing_fsync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_text(tmp_path / "latest", "one")
 
 
 def test_replace_text_leaves_no_temporary_file(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The loop around the epochs, in this process: which stage is tested, what is said at the end."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from coconut_ds.checkpoint import Manifest, TrainedStage
-from tests.plain_engine import plain_trainer
+from coconut_ds.errors import CheckpointError, ConfigError
+from tests.plain_engine import PlainEngine, plain_trainer
 
 CHEAP = {
     "num_epochs": 3,
@@ -58,3 +61,46 @@ def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_e
         "num_epochs: 2 ends in stage 1 of 2: the test is at that stage (1 steps hidden, 1 latents)" in printed
     )
     assert "tiny: Stage 1 was not learned: 0.0 % (95 % interval" in printed.splitlines()[-1]
+
+
+ONE_EPOCH = CHEAP | {"num_epochs": 1, "max_latent_stage": 1, "eval_max_items": 2}
+
+
+@pytest.mark.parametrize("kind", ["train", "memory", "valid", "save"])
+def test_a_metrics_file_that_cannot_be_written_ends_the_run_with_a_message(
+    tiny_experiment, tmp_path, monkeypatch, kind
+):
+    """Whichever line it is, and also the last one of the run."""
+    with plain_trainer(tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}) as trainer:
+        metrics = trainer.run._lines["metrics.jsonl"]
+        real = metrics.append
+
+        def full(record):
+            if record["kind"] == kind:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(record)
+
+        monkeypatch.setattr(metrics, "append", full)
+        with pytest.raises(
+            ConfigError, match=r"metrics.jsonl: cannot write here \(No space left on device\)"
+        ):
+            trainer.run_all()
+
+
+def test_the_first_checkpoint_needs_the_room_that_the_engine_says(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(PlainEngine, "expected_bytes", 2**60)
+    with plain_trainer(tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}) as trainer:
+        with pytest.raises(CheckpointError, match=f"a checkpoint needs {2**40} MiB"):
+            trainer.run_all()
+        assert not list(trainer.run.folder.glob("checkpoint_*"))
+
+
+def test_a_start_that_is_refused_leaves_the_settings_of_the_run_as_they_were(tiny_experiment, tmp_path):
+    values = tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}
+    with plain_trainer(values) as trainer:
+        trainer.run_all()
+        settings = trainer.run.folder / "experiment.yaml"
+    written = settings.read_text()
+    with plain_trainer(values, lr=0.5) as trainer, pytest.raises(CheckpointError, match="--allow lr"):
+        trainer.run_all()
+    assert settings.read_text() == written

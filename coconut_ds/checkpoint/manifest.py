@@ -14,7 +14,7 @@ from typing import Any, Self
 import jsonschema
 
 from coconut_ds.errors import CheckpointError, first_line
-from coconut_ds.files import json_text, read_json, replace_text
+from coconut_ds.files import json_text, read_json, replace_text, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -165,7 +165,7 @@ def settle_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
         path = folder / name
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
         records[name] = FileRecord(path.stat().st_size, hash_file(path))

@@ -12,6 +12,7 @@ from typing import Any
 
 from coconut_ds.batching import Batch
 from coconut_ds.build import Material, load_material, write_model
+from coconut_ds.collectives import Collectives
 from coconut_ds.config import Experiment, experiment_to_yaml
 from coconut_ds.curriculum import final_stage
 from coconut_ds.ds_config import DeepSpeedConfig
@@ -27,7 +28,7 @@ from coconut_ds.memory.profile import BETWEEN, INITIALISE, PhaseMeter, profile_s
 from coconut_ds.memory.profile_table import profile_text
 from coconut_ds.memory.worst import shape_of, stages_of, worst_batch
 from coconut_ds.run_settings import read_settings
-from coconut_ds.runs import run_folder
+from coconut_ds.runs import RunLock, run_folder
 from coconut_ds.settings import add_ds_config_argument, add_experiment_arguments
 from coconut_ds.train import start_engine
 
@@ -60,6 +61,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
     folder = run_folder(experiment) / "memory"
     material = load_material(experiment)
     ranks = start_distributed(ds_config.precision)
+    lock = _lock(folder.parent, ranks)
     picture = folder / f"snapshot_rank_{ranks.rank}.pickle" if snapshot else None
     meter = PhaseMeter(ranks.device, recorder_for(ranks.device, picture))
     meter.begin(INITIALISE)
@@ -91,7 +93,23 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
         _write(folder, experiment, ds_config.resolve(experiment, ranks.world_size), plan, result)
         text = profile_text(result, plan) + f"\n\n{folder / 'profile.json'}"
     engine.close()
+    if lock is not None:
+        lock.release()
     return text
+
+
+def _lock(folder: Path, ranks: Ranks) -> RunLock | None:
+    """Keep other runs out of the folder; the main rank's ConfigError is raised on all ranks.  Collective."""
+    lock, problem = None, None
+    if ranks.is_main:
+        try:
+            lock = RunLock(folder)
+        except ConfigError as error:
+            problem = str(error)
+    problem = Collectives(ranks).broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+    return lock
 
 
 def _plan(

@@ -11,6 +11,7 @@ predictions of both.  Pages are single files without scripts or links; their pic
 """
 
 import argparse
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,8 +60,16 @@ def run(args: argparse.Namespace) -> int:
     if page is not None:
         from coconut_ds.memory.report import write_page  # matplotlib takes a second
 
-        for path in write_page(page, runs, groups, tables):
-            print(path)
+        try:
+            for path in write_page(page, runs, groups, tables):
+                print(path)
+        except OSError as error:
+            if args.html:
+                raise ConfigError(f"--html {page}: cannot be written ({error.strerror})") from error
+            warnings.warn(
+                f"{page}: the page was not written ({error.strerror}); --html FILE writes it elsewhere",
+                stacklevel=1,
+            )
     return 0
 
 

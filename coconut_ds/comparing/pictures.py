@@ -27,6 +27,7 @@ MARKS = "osD^vP*X"
 STAGE_SHADES = ("#FFFFFF", "#F1F1F1")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
+    "text.parse_math": False,  # a `$` in a run's name is no formula
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.spines.top": False,

@@ -19,6 +19,7 @@ from coconut_ds.latents.frontier import Frontier
 from coconut_ds.latents.inspection import Guess, Inspection
 from coconut_ds.latents.step_match import StepMatch
 
+matplotlib.rcParams["text.parse_math"] = False  # a `$` in a token is no formula
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { margin-top: 2.5rem; border-top: 1px solid #d8dde3; padding-top: 1rem }

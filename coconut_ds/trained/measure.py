@@ -9,6 +9,7 @@ Knows: engines, evaluation, where results go.  Does not know: the command line, 
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,7 +116,7 @@ def measure(
                 if ranks.is_main:
                     tqdm.write(str(result))
                     if not trained.experiment.debug:
-                        write_down(result, trained.folder)
+                        _keep(result, trained.folder)
             del engine
         finish_distributed()
     return results
@@ -209,6 +210,14 @@ def _measurements(
         ablated = result_of(name)
         answers = (intact.evaluation.predictions, ablated.evaluation.predictions)
         yield replace(ablated, against_intact=Comparison.between(name, *answers))
+
+
+def _keep(result: Measurement, folder: Path) -> None:
+    """Write a result down where that is possible; it has been printed already."""
+    try:
+        write_down(result, folder)
+    except OSError as error:
+        warnings.warn(f"{folder}: the results were not written ({error.strerror})", stacklevel=2)
 
 
 def write_down(result: Measurement, folder: Path) -> None:

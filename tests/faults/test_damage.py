@@ -181,12 +181,22 @@ def test_two_runs_in_one_folder(bench: Bench) -> None:
     first = bench.start(ranks=1, faults=[{"at": STEP, "call": 5, "do": "sleep"}])
     while not (bench.run_folder / "metrics.jsonl").exists():
         assert first.processes[0].is_alive(), first.output
+    plan = bench.run_folder / "memory/plan.json"
+    written = plan.stat().st_mtime_ns
     try:
         assert_refused(bench.train(ranks=2), "another run is writing here (pid")
+        assert plan.stat().st_mtime_ns == written
     finally:
         first.processes[0].kill()
         first.wait()
     assert bench.train(ranks=1).codes == [0]  # the lock went with the process
+
+
+@pytest.mark.parametrize("more", [(), ("--skip-plan",)])
+def test_save_path_that_cannot_be_written(bench: Bench, more: tuple[str, ...]) -> None:
+    (bench.folder / "file").write_text("")
+    ended = bench.train("--set", f"save_path={bench.folder}/file/runs", *more)
+    assert_refused(ended, "cannot write here (Not a directory", "choose another 'save_path'")
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """A profile beside its plan, and the page about it; nothing here needs a browser."""
 
+import errno
 import html.parser
+import io
 import json
+import os
 import re
+import sys
 
 import pytest
 
@@ -130,6 +134,34 @@ def test_the_page_is_whole_by_itself(make_run, capsys):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in (folder / "memory").glob("*.png"))
     printed = capsys.readouterr().out
     assert str(folder / "memory" / "report.html") in printed and "50.0 % [15.0, 85.0]" in printed
+
+
+def test_a_folder_that_cannot_be_written_is_reported_on_without_a_page(make_run, capsys, monkeypatch):
+    folder = make_run("one")
+    real = os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.warns(UserWarning, match="page was not written .Read-only file system.; --html FILE"):
+        assert main(["report", str(folder)]) == 0
+    assert "50.0 % [15.0, 85.0]" in capsys.readouterr().out
+    assert main(["report", str(folder), "--html", str(folder / "page.html")]) == 2
+    assert "error: --html" in capsys.readouterr().err
+
+
+def test_a_name_with_dollars_in_an_ascii_terminal(make_run, monkeypatch):
+    """Matplotlib would read a formula between the dollars."""
+    folder = make_run("größe $^{$")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["report", str(folder)]) == 0
+    terminal.flush()
+    assert b"gr\\xf6\\xdfe $" in terminal.buffer.getvalue()
+    assert {path.stem for path in (folder / "memory").glob("*.png")} == PNGS
 
 
 def test_two_runs_are_compared_on_one_page(make_run, tmp_path):

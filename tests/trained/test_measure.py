@@ -11,7 +11,7 @@ import yaml
 from coconut_ds.__main__ import main
 from coconut_ds.curriculum import ALL_STEPS, Stage
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.trained import ds_config_of, find_one, find_trained
+from coconut_ds.trained import ds_config_of, find_one, find_trained, measure
 from tests.launched.start import ROOT, environment
 from tests.run_folders import make_run
 
@@ -144,6 +144,12 @@ def test_files_and_output(one_rank, run):
     assert {n["latents"] for n in numbers} == {3}  # as trained; the ablation says what it did to them
     assert "lost" in output
     assert len(lines(run / "evaluations.jsonl")) >= 3
+
+
+def test_results_that_cannot_be_written_are_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="the results were not written .Not a directory"):
+        measure._keep(None, tmp_path / "file" / "run")
 
 
 def intact(run, split):

@@ -179,7 +179,7 @@ def test_another_number_of_ranks(broken: Bench) -> None:
 
 def test_two_runs_in_one_folder(bench: Bench) -> None:
     first = bench.start(ranks=1, faults=[{"at": STEP, "call": 5, "do": "sleep"}])
-    while not (bench.run_folder / "metrics.jsonl").exists():
+    while not (bench.run_folder / "environment.json").exists():  # the plan is there before it
         assert first.processes[0].is_alive(), first.output
     plan = bench.run_folder / "memory/plan.json"
     written = plan.stat().st_mtime_ns

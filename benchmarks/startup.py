@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from coconut_ds.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = "COCONUT_DS_STARTUP_OUT"
@@ -97,7 +98,7 @@ def start_once(data: Path, out: Path, ranks: int, port: int | None = None) -> di
     }
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [
-        launcher, "--num_gpus", ranks, "--master_port", port or random.randint(20000, 32000),
+        launcher, "--num_gpus", ranks, "--master_port", port or free_port(),
         "--log_level", "error",
         "--module", "benchmarks.startup", "train", "configs/quickstart/coconut.yaml",
         "--deepspeed_config", "ds_configs/zero2_offload.json",

@@ -30,13 +30,14 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from coconut_ds.batching import Batch
 from coconut_ds.collectives import Collectives, Ranks
 from coconut_ds.errors import CheckpointError, ConfigError, Diverged
 from coconut_ds.failures import phase
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.rendezvous import free_port, meet
+from coconut_ds.watchdog import ended_after
 
 # torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -45,6 +46,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 SCALER_AT_MINIMUM = "loss scale already at minimum"
 SHARED_MEMORY = Path("/dev/shm")
 FP32_BYTES = 4
+START_SECONDS = 20.0  # ranks are waited for so long at least: their starts differ more than their steps
 # Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -54,16 +56,38 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get(SLURM_NAMES["WORLD_SIZE"], "1")))
 
 
-def start_distributed(precision: str = "fp32") -> Ranks:
+def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     """Join the process group of the `deepspeed` launcher, torchrun or srun; alone, be a group of one.
 
-    Raises ConfigError when this rank's device cannot compute in `precision` ("fp32", "fp16", "bf16").
+    Raises, on all ranks, ConfigError when a rank's device cannot compute in `precision` ("fp32", "fp16",
+    "bf16"), and RankLost when a rank does not come within `limit` seconds (0: waits without end).
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(get_free_port()))
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
+    problem = None
+    try:
+        _choose_device(precision)
+    except ConfigError as error:
+        problem = str(error)
+        if world_size == 1:
+            raise
+    limit = max(limit, START_SECONDS) if limit > 0 else 0.0
+    with ended_after(2 * limit, "starting the process group"):  # after that only this ends it
+        store = meet(rank, world_size, limit, problem) if world_size > 1 else None
+        deepspeed.init_distributed(verbose=False)
+        del store
+        device = torch.device(get_accelerator().current_device_name())
+        if device.type == "cpu":
+            _unname_shared_memory(dist.get_rank())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _choose_device(precision: str) -> None:
+    """Take this rank's GPU.  Raises ConfigError when there is none for it, or none for `precision`."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -74,11 +98,6 @@ def start_distributed(precision: str = "fp32") -> Ranks:
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))
     elif precision == "fp16":
         raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config in fp32, or zero2_offload_bf16.json")
-    deepspeed.init_distributed(verbose=False)
-    device = torch.device(get_accelerator().current_device_name())
-    if device.type == "cpu":
-        _unname_shared_memory(dist.get_rank())
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def _unname_shared_memory(rank: int) -> None:

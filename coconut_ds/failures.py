@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from coconut_ds.errors import ConfigError, RankLost, UserError
+from coconut_ds.errors import RankLost, UserError, first_line
+from coconut_ds.rendezvous import port_in_use
 
 # What gloo, c10d's store and NCCL say when the other end of a connection is gone or does not answer.
 LOST = (
@@ -88,10 +89,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """What this rank is doing, for the message if memory runs out; the innermost phase counts.
@@ -119,7 +116,8 @@ def lost_ranks_explained() -> Iterator[None]:
         yield
     except Exception as error:
         if is_port_in_use(error):
-            raise ConfigError(port_in_use()) from error
+            address, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+            raise port_in_use(address, port) from error
         if not is_lost_rank(error):
             raise
         cause = next(cause for cause in _causes(error) if _says_lost(cause))
@@ -128,12 +126,3 @@ def lost_ranks_explained() -> Iterator[None]:
             "reached; look for its message. Start again to go on from the newest checkpoint. "
             f"({first_line(cause)})"
         ) from error
-
-
-def port_in_use() -> str:
-    """The message for a rendezvous port that another program has."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    return (
-        f"{where}: another program uses this port, so the ranks cannot meet there; give another one: "
-        "deepspeed --master_port N, or MASTER_PORT=N before the scripts of launch/"
-    )

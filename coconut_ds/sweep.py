@@ -12,7 +12,6 @@ Knows: settings, run folders, the launcher's command line.  Does not know: train
 import itertools
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
@@ -32,6 +31,7 @@ from coconut_ds.ds_config import load_ds_config
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.files import open_append
 from coconut_ds.methods import METHOD_BOOLEANS
+from coconut_ds.rendezvous import free_port
 from coconut_ds.runs import run_folder
 from coconut_ds.schemas.parsing import parse_yaml_value, read_yaml
 
@@ -164,8 +164,7 @@ def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list
         return [sys.executable, "-m", "coconut_ds", *arguments]
     beside = Path(sys.executable).with_name("deepspeed")
     launcher = str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed"
-    port = port or random.randint(20000, 32000)  # below what sockets get that ask for none
-    ranks = ["--num_gpus", str(num_gpus), "--master_port", str(port)]
+    ranks = ["--num_gpus", str(num_gpus), "--master_port", str(port or free_port())]
     return [launcher, *ranks, "--module", "coconut_ds", *arguments]
 
 

@@ -33,7 +33,7 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
         with signals.nothing_to_save():
             ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
             material = load_material(experiment)
-            ranks = start_distributed(ds_config.precision)
+            ranks = start_distributed(ds_config.precision, options.stuck_seconds)
         seconds = 0 if experiment.debug else options.stuck_seconds
         with (
             open_run(experiment, ds_config, ranks) as run,

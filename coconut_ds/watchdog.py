@@ -14,8 +14,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,26 @@ HEARTBEATS, STACKS = ".heartbeats", "stuck"
 LAST_WORDS_SECONDS = 2.0
 # A watch that comes this many periods late was suspended, stopped or starved, and the work with it.
 ASLEEP_PERIODS = 10
+
+
+@contextmanager
+def ended_after(limit: float, doing: str) -> Iterator[None]:
+    """End this process with a message when the context takes longer than `limit` seconds (0: never)."""
+
+    def end() -> None:
+        rank = os.environ.get("RANK", "0")
+        message = f"error: rank {rank}: {doing} took more than {limit:g} s; another rank died or is cut off\n"
+        os.write(2, message.encode())
+        os._exit(RankLost.exit_code)
+
+    timer = threading.Timer(limit, end)
+    timer.daemon = True
+    if limit > 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ if [ $# = 0 ] || [ ! -f "$HOSTFILE" ]; then
     [ -f "$HOSTFILE" ] || echo "There is no hostfile $HOSTFILE; copy launch/hostfile.example." >&2
     exit 2
 fi
-export MASTER_PORT=${MASTER_PORT:-29500} # the same on every machine
 if [ -n "${NODE_RANK:-}" ]; then
+    export MASTER_PORT=${MASTER_PORT:-29500} # the same on every machine; one that is in use is named
     run_ranks --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?}" -- train "$@"
 else
     run_ranks --hostfile "$HOSTFILE" --force_multi ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} -- train "$@"

@@ -67,7 +67,7 @@ run_ranks() {
     done
     shift
     set -m # the launcher and its ranks become a process group of their own
-    deepspeed --master_port "${MASTER_PORT:-$((20000 + RANDOM % 12000))}" "${launcher_arguments[@]}" \
+    deepspeed --master_port "${MASTER_PORT:-$(python -m coconut_ds.rendezvous)}" "${launcher_arguments[@]}" \
         --module coconut_ds "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}" </dev/null &
     launcher=$!
     set +m

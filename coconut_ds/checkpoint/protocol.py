@@ -19,8 +19,8 @@ from coconut_ds.checkpoint.changes import refuse_changes
 from coconut_ds.checkpoint.folders import DRAFT, CheckpointFolders, Say, checkpoint_name
 from coconut_ds.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
 from coconut_ds.checkpoint.random_state import restore_random_state, save_random_state
-from coconut_ds.errors import CheckpointError, OneRankFailed
-from coconut_ds.failures import first_line, is_lost_rank, is_out_of_memory, phase
+from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
+from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.files import replace_text, sync_folder
 
 SPARE_BYTES = 16 * 2**20

@@ -24,8 +24,8 @@ from typing import Any, Self
 
 import torch
 
-from coconut_ds.errors import ConfigError, OutOfMemory
-from coconut_ds.failures import first_line, is_out_of_memory, phase_of
+from coconut_ds.errors import ConfigError, OutOfMemory, first_line
+from coconut_ds.failures import is_out_of_memory, phase_of
 from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.plan import MIB
 

@@ -1,5 +1,7 @@
 """SIGKILL of one rank at every kind of place: the other ends by itself, and the resumed run is the same."""
 
+import socket
+
 import pytest
 
 from tests.faults.comparing import Numbers
@@ -63,6 +65,23 @@ def check(bench: Bench, reference: Numbers, rank: int, place, launched: bool) ->
 @pytest.mark.parametrize("name", PLACES)
 def test_kill(bench: Bench, reference: Numbers, name: str, rank: int) -> None:
     check(bench, reference, rank, PLACES[name], launched=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_before_the_ranks_meet(bench: Bench, rank: int) -> None:
+    fault = {"rank": rank, "at": "coconut_ds.train:start_distributed", "do": "kill"}
+    ended = bench.train("--stuck-seconds", "1", faults=[fault])
+    assert ended.codes[rank] == -9 and ended.codes[1 - rank] == 77, ended.output
+    assert f"rank {rank} of 2 did not come to" in ended.output and ended.seconds < 100
+
+
+def test_port_in_use(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        ended = bench.train(variables={"MASTER_PORT": port})
+    assert ended.codes == [2, 2] and ended.left == [], ended.output
+    assert ended.output.count("error: ") == 1
+    assert f"127.0.0.1:{port}: another program uses this port" in ended.output
 
 
 @pytest.mark.parametrize("name", ON_THE_MAIN_RANK)

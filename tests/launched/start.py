@@ -1,12 +1,11 @@
 """Start a module under the `deepspeed` launcher on the CPU, or alone, with a time limit."""
 
 import os
-import random
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
+
+from coconut_ds import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -25,12 +24,7 @@ def environment(**extra):
 
 
 def free_port():
-    """A port below those that sockets get which ask for none: gloo's would take it before it is used."""
-    while True:
-        port = random.randint(20000, 32000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return str(port)
+    return str(rendezvous.free_port())
 
 
 def start(module, *arguments, ranks=2, timeout=240, cwd=ROOT, **extra):

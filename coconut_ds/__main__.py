@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coconut_ds.errors import UserError
+from coconut_ds.terminal import printable_streams
 
 COMMANDS = Path(__file__).parent / "commands"
 LOCAL_RANK = ("--local_rank", "--local-rank")
@@ -61,16 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if not (is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        return int(args.run(args) or 0)
-    except UserError as error:
-        if is_main or not error.on_every_rank:
-            print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if is_main:
-            print("stopped: interrupted", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+    with printable_streams():
+        try:
+            return int(args.run(args) or 0)
+        except UserError as error:
+            if is_main or not error.on_every_rank:
+                print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            if is_main:
+                print("stopped: interrupted", file=sys.stderr, flush=True)
+            return 128 + signal.SIGINT
 
 
 def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:

@@ -73,8 +73,10 @@ class DataReport:
         """Histograms of total lengths and of steps, a colour a file, as PNG; DataError without files."""
         if not self.files:
             raise DataError("no file could be read, so there is nothing to draw")
+        import matplotlib
         from matplotlib.figure import Figure
 
+        matplotlib.rcParams["text.parse_math"] = False  # file names are no formulas
         figure = Figure(figsize=(11, 4), layout="constrained")
         unit = self.files[0].lengths.unit
         axes = figure.subplots(1, 2)

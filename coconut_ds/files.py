@@ -1,7 +1,7 @@
 """Read and write files in folders that another person may have made.
 
     json_text                  JSON that every reader takes: null for NaN and infinities
-    read_bytes, read_json      regular files up to a size: no device, no pipe that would wait
+    read_bytes, read_json      files up to a size: no device that never ends, no pipe that would wait
     replace_text, ..._bytes    the old file or the new one; a link under that name is replaced, not followed
     open_append, make_folder   refuse a link
     run_folder_of              the run, checkpoint or exported folder that a path lies in
@@ -30,11 +30,19 @@ RUN_SIGNS = ("ds_config.json", "environment.json", "metrics.jsonl", "latest")
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
-    """The content of a regular file.  Raises OSError, also when it has more than `most` bytes."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    """The content of a file or of a pipe that somebody writes to; no device, which may never end.
+
+    Raises OSError, also when there are more than `most` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer ends at once
+    os.set_blocking(descriptor, True)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with os.fdopen(descriptor, "rb") as reader:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise OSError(errno.EINVAL, "not a file", str(path))
         content = reader.read() if most is None else reader.read(most + 1)
     if most is not None and len(content) > most:
         raise OSError(errno.EFBIG, f"larger than {most / MIB:g} MiB", str(path))
@@ -139,7 +147,7 @@ def open_append(path: Path, mode: str = "ab") -> IO[Any]:
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a file", str(path))
     if "b" in mode:
         return os.fdopen(descriptor, mode, buffering=0)  # a full disk is known at once, not when it is closed
     return os.fdopen(descriptor, mode, encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_ds.errors import DataError
+from coconut_ds.files import read_bytes
 
 MAX_REPORTED = 20
 LIST_FORM = 'write [{"question": "...", "steps": ["..."], "answer": "..."}, ...]'
@@ -47,7 +48,7 @@ class Complaints:
 def read_text(path: Path, advice: str) -> str:
     """The UTF-8 text of a file that is not empty; `advice` says how to get one.  Raises DataError."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {advice}") from None
     except IsADirectoryError:

@@ -5,9 +5,12 @@ Knows: python, numpy, torch and its devices.  Does not know: ranks, folders.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+from coconut_ds.errors import CheckpointError, first_line
 
 
 def save_random_state(path: Path) -> None:
@@ -32,8 +35,14 @@ def save_random_state(path: Path) -> None:
 
 
 def restore_random_state(path: Path) -> None:
-    """Raises OSError or ValueError when `path` does not hold a state that save_random_state wrote."""
-    state = torch.load(path, weights_only=True)
+    """Raises CheckpointError when `path` does not hold a state that save_random_state wrote."""
+    try:
+        _restore(torch.load(path, weights_only=True))
+    except Exception as error:  # of torch on a damaged file, of every generator on an odd state
+        raise CheckpointError(f"{path} is not a saved random state ({first_line(error)})") from error
+
+
+def _restore(state: Any) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -93,7 +93,7 @@ def _page_path(args: argparse.Namespace, runs: list[RunRecord]) -> Path | None:
     if args.html:
         return Path(args.html)
     if args.compare:
-        return runs[0].folder / "memory" / f"compare_{runs[-1].experiment.name}.html"
+        return runs[0].folder / "memory" / f"compare_{runs[-1].folder.resolve().name}.html"
     return runs[0].folder / "memory" / "report.html" if len(runs) == 1 else None
 
 

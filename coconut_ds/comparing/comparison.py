@@ -22,7 +22,7 @@ from coconut_ds.curriculum import stage_number
 from coconut_ds.statistics import mcnemar_exact, wilson_interval
 
 IN_COLUMNS = ("method", "thought", "tuning")
-MOST_PAIRS, MOST_WORDS = 15, 2
+MOST_PAIRS, MOST_WORDS, MOST_LETTERS = 15, 2, 120
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             words = [members[0].experiment.name]
         else:
             words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
-        found.append(Group(tuple(members), ", ".join(words)))
+        found.append(Group(tuple(members), ", ".join(word[:MOST_LETTERS] for word in words)))
     return found
 
 

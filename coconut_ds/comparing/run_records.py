@@ -7,15 +7,22 @@
 Knows: the files of a run folder.  Does not know: tables, pictures, models.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from coconut_ds.comparing.record_shapes import (
+    DS_CONFIG,
+    ENVIRONMENT,
+    PLAN,
+    PROFILE,
+    metric_lines,
+    prediction_lines,
+    read_record,
+)
 from coconut_ds.config import Experiment, load_experiment
 from coconut_ds.curriculum import ALL_STEPS, Stage, final_stage, numbered_stage, stage_at, stage_number
 from coconut_ds.errors import ConfigError
@@ -176,7 +183,7 @@ class RunRecord:
     def predictions(self) -> dict[str, dict[int, bool]]:
         """Per split, whether each item was answered right, from the newest `eval` of the intact model."""
         newest: dict[str, tuple[Any, dict[int, bool]]] = {}
-        for line in _json_lines(self.folder / PREDICTIONS):
+        for line in prediction_lines(self.folder / PREDICTIONS):
             if line.get("ablation", "intact") != "intact":
                 continue
             measurement = (line["checkpoint"], line["latents"])
@@ -194,11 +201,11 @@ def read_run(folder: str | Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         experiment=load_experiment(folder / "experiment.yaml"),
-        lines=[_with_nan(line) for line in _json_lines(folder / METRICS) if "kind" in line],
-        ds_config=_json_file(folder / "ds_config.json") or {},
-        environment=_json_file(folder / "environment.json") or {},
-        plan=_json_file(folder / "memory" / "plan.json"),
-        profile=_json_file(folder / "memory" / "profile.json"),
+        lines=metric_lines(folder / METRICS),
+        ds_config=read_record(folder / "ds_config.json", DS_CONFIG) or {},
+        environment=read_record(folder / "environment.json", ENVIRONMENT) or {},
+        plan=read_record(folder / "memory" / "plan.json", PLAN),
+        profile=read_record(folder / "memory" / "profile.json", PROFILE),
     )
 
 
@@ -214,36 +221,3 @@ def describe_stage(stage: Stage) -> str:
 
 def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
-def _with_nan(line: Line) -> Line:
-    """A line whose numbers that are not finite, null or Infinity in the file, are all NaN."""
-    return {
-        key: math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
-        for key, value in line.items()
-    }
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; a line that a kill cut short is left out."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as reader:
-        for text in reader:
-            try:
-                value = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
-
-
-def _json_file(path: Path) -> dict[str, Any] | None:
-    """Raises ConfigError for a file that is not JSON."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); delete it or make it again") from None
-    return value if isinstance(value, dict) else None

@@ -4,9 +4,9 @@ Knows: the lines of metrics.jsonl.  Does not know: thoughts, models, the loop.
 """
 
 import io
-import json
 from pathlib import Path
 
+from coconut_ds.comparing.record_shapes import metric_lines
 from coconut_ds.files import replace_bytes
 from coconut_ds.runs import METRICS
 
@@ -21,7 +21,7 @@ def draw_window_weights(folder: str | Path) -> Path | None:
     from matplotlib.figure import Figure  # half a second that most runs need not wait for
 
     folder = Path(folder)
-    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines() if line]
+    lines = metric_lines(folder / METRICS)
     found = {line["epoch"]: line for line in lines if line["kind"] == "valid" and "window_weights" in line}
     if not found:
         return None
@@ -34,7 +34,7 @@ def draw_window_weights(folder: str | Path) -> Path | None:
             epochs, weights, marker="o", markersize=3, label="newest state" if not back else f"{back} before"
         )
     for before, epoch in zip(epochs, epochs[1:], strict=False):
-        if found[before]["stage"] != found[epoch]["stage"]:
+        if found[before].get("stage") != found[epoch].get("stage"):
             axes.axvline((before + epoch) / 2, color="gray", linestyle=":", linewidth=1)
     axes.set(xlabel="epoch", ylabel="weight", ylim=(-0.02, 1.02), title="Latent window")
     axes.legend()

@@ -162,8 +162,8 @@ def _heat(
     numbers: bool,
 ) -> None:
     ax.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    ax.set_xticks(range(len(columns)), [_plain(c) for c in columns], rotation=45, ha="right", fontsize=8)
-    ax.set_yticks(range(len(rows)), [_plain(r) for r in rows], fontsize=8)
+    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
     if numbers:
         for y, row in enumerate(table):
             for x, value in enumerate(row):
@@ -183,11 +183,6 @@ def _picture(figure: Figure) -> str:
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
     return f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-
-
-def _plain(text: str) -> str:
-    """Matplotlib reads what stands between dollar signs as a formula."""
-    return text.replace("$", r"\$")
 
 
 def _visible(token: str) -> str:

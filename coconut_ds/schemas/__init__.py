@@ -11,7 +11,7 @@ Knows: JSON Schema.  Does not know: what any key means.
 """
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from functools import cache
@@ -21,6 +21,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+MOST_UNKNOWN = 20  # keys that are named; each is compared with all known ones
 TYPE_WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -159,7 +160,7 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
     value: Any = error.instance
     if error.validator == "additionalProperties":
         unknown = [key for key in value if key not in rule["properties"]]
-        for key, hint in unknown_keys(unknown, rule).items():
+        for key, hint in unknown_keys(unknown[:MOST_UNKNOWN], rule).items():
             yield f"{inside}{key}", f"{inside}{key}: is not {noun}{hint}"
     elif error.validator == "required":
         for key in rule["required"]:
@@ -180,7 +181,7 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
 
 
 def _not_finite(value: object, here: str) -> Iterator[str]:
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN, and 10**400 too
         yield here
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -3,15 +3,19 @@
 Knows: bytes, YAML and JSON syntax.  Does not know: any key.
 """
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from coconut_ds.errors import ConfigError
+from coconut_ds.files import read_bytes
+from coconut_ds.terminal import is_printable
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17  # PyYAML takes a second for these
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -59,14 +63,15 @@ def _read_text(path: str | Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; name the file in it")
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EFBIG:
+            raise ConfigError(
+                f"{path}: is larger than {MAX_BYTES >> 10} KiB, so it is not a settings file"
+            ) from None
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: is larger than 1 MiB, so it is not a settings file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,7 +85,23 @@ def _mapping(value: object, path: str | Path, wanted: str) -> dict[str, Any]:
     odd = [key for key in value if not isinstance(key, str)]
     if odd:
         raise ConfigError(f"{path}: keys must be words, got {odd[0]!r}")
+    for key, text in _texts(value):
+        if not is_printable(text):
+            raise ConfigError(f"{path}: {key[:80]!r} holds control characters ({text[:80]!r}); remove them")
     return value
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a value, keys too, with the outer key it belongs to."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield str(name), str(name)
+            yield from _texts(item, key or str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -77,8 +77,9 @@ def export_hf(
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written ({error.strerror or error})") from error
+    except (OSError, UnicodeError) as error:  # a tokenizer's settings may hold half a surrogate pair
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--output {output}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return Exported(folder, is_adapter, difference)

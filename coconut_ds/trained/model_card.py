@@ -6,8 +6,8 @@ Knows: the run folder's files, Markdown.  Does not know: weights.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from coconut_ds.comparing.record_shapes import evaluation_lines, metric_lines
 from coconut_ds.config import Experiment
 from coconut_ds.problems import Card, card_for
 from coconut_ds.statistics import percent_with_interval
@@ -27,10 +27,10 @@ def model_card(trained: Trained, base: str, is_adapter: bool) -> str:
     """Markdown with the front matter that the hub reads.  `base`: the model it was made from."""
     lines = [
         *_front_matter(base, is_adapter),
-        f"# {trained.experiment.name}",
+        f"# {_line(trained.experiment.name)}",
         "",
         f"A language model trained by coconut_ds to reason in latent space: method "
-        f"`{trained.experiment.method}`, stage: {trained.stage}; made from `{base}`.",
+        f"`{trained.experiment.method}`, stage: {trained.stage}; made from `{_line(base)}`.",
         "",
         *_how_to_load(trained, base, is_adapter),
         *_results(trained),
@@ -69,7 +69,7 @@ def _how_to_load(trained: Trained, base: str, is_adapter: bool) -> Iterator[str]
     yield ""
     yield 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
     if is_adapter:
-        yield f'base = AutoModelForCausalLM.from_pretrained("{base}")'
+        yield f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"
         yield "base.resize_token_embeddings(len(tokenizer))  # three marker tokens"
         yield "from peft import PeftModel"
         yield 'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
@@ -81,7 +81,9 @@ def _how_to_load(trained: Trained, base: str, is_adapter: bool) -> Iterator[str]
 
 def _results(trained: Trained) -> Iterator[str]:
     lines = [
-        line for line in _records(trained.folder / "evaluations.jsonl") if line["checkpoint"] == trained.name
+        line
+        for line in evaluation_lines(trained.folder / "evaluations.jsonl")
+        if line["checkpoint"] == trained.name
     ]
     newest = {(line["split"], line["latents"], line["ablation"]): line for line in lines}
     yield "## Results"
@@ -96,7 +98,7 @@ def _results(trained: Trained) -> Iterator[str]:
         name = latents if ablation == "intact" else f"{latents}, {ablation}"
         against = f"McNemar p = {line['p_value']:.2g}" if "p_value" in line else ""
         accuracy = percent_with_interval(line["num_correct"], line["num_items"])
-        what = f"{split}, {line['num_items']} items"
+        what = f"{_line(split)}, {line['num_items']} items"
         yield f"| {what} | {name} | {accuracy} | {line['mean_tokens']:.1f} | {against} |"
     yield ""
     rules = " and ".join(sorted({line.get("grading", "exact") for line in newest.values()}))
@@ -108,10 +110,10 @@ def _data(experiment: Experiment) -> Iterator[str]:
     card: Card = card_for(experiment.train_path or experiment.val_path)
     yield "## Data"
     yield ""
-    yield f"`{card.name}`: {card.notes or 'no notes'}."
+    yield f"`{_line(card.name)}`: {_line(card.notes) or 'no notes'}."
     for title, text in (("Source", card.source), ("Licence", card.licence), ("Split", card.split_rule)):
         if text:
-            yield f"{title}: {text}."
+            yield f"{title}: {_line(text)}."
     yield ""
 
 
@@ -122,13 +124,13 @@ def _settings(experiment: Experiment) -> Iterator[str]:
     yield "| setting | value |"
     yield "|---|---|"
     for name in names + (TOLD_OF_LORA if experiment.tuning == "lora" else ()):
-        yield f"| {name} | {getattr(experiment, name)} |"
+        yield f"| {name} | {_line(getattr(experiment, name))} |"
     yield ""
 
 
 def _memory(folder: Path) -> Iterator[str]:
     peaks: dict[str, float] = {}
-    for line in _records(folder / "metrics.jsonl"):
+    for line in metric_lines(folder / "metrics.jsonl"):
         if line.get("kind") == "memory":
             for name, value in line.items():
                 if name.endswith("_mib"):
@@ -143,8 +145,6 @@ def _memory(folder: Path) -> Iterator[str]:
         yield ""
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                yield json.loads(line)
+def _line(value: object) -> str:
+    """A value as one line of text: whoever named it must not add lines to the card."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", r"\|")

@@ -29,13 +29,12 @@ DS_CONFIG = {
     "fp16": {"enabled": True},
 }
 PLAN = {
-    "fits": True,
-    "verdict": "fits",
-    "stages": [{"first_epoch": 0, "gpu_mib": 100.0}],
     "budget": {
         "device": "card", "gpus": 2, "gpu_memory_mib": 11264, "reserved_mib": 800, "host_memory_gib": 32,
         "components_mib": {"activations": 6000}, "on_exceed": "error",
-    }
+    },
+    "fits": True, "verdict": "fits", "states": [], "host_per_rank": [], "phases": [],
+    "stages": [{"first_epoch": 0, "gpu_mib": 100.0}],
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ def write(folder, lines):
 
 
 def valid(epoch, stage, weights):
-    return {"kind": "valid", "epoch": epoch, "stage": stage, "window_weights": weights}
+    measured = {"num_items": 4, "num_correct": 1, "accuracy": 0.25, "mean_tokens": 2.0}
+    return {"kind": "valid", "epoch": epoch, "stage": stage, **measured, "window_weights": weights}
 
 
 def test_one_line_a_state_newest_first_and_a_mark_at_each_stage_switch(tmp_path, monkeypatch):

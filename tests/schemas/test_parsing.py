@@ -21,7 +21,7 @@ BAD_TEXTS = [
     ("a: " + "[" * 5000 + "\n", "nested too deeply"),
     (b"name: \xff\xfe\n", "is not UTF-8 text (byte 6)"),
     (b"name: a\x00b\n", "not valid YAML"),
-    ("#" * (MAX_BYTES + 1), "is larger than 1 MiB"),
+    ("#" * (MAX_BYTES + 1), "is larger than 128 KiB"),
 ]
 
 

@@ -1,0 +1,223 @@
+"""What the records of a run folder must look like before anything is computed from them.
+
+    metric_lines, evaluation_lines, prediction_lines      a line that is something else is left out
+    read_record(path, PLAN)                               a file that is something else is an error
+
+Knows: the files that training, `profile` and `eval` write.  Does not know: what they are used for.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from coconut_ds.errors import ConfigError, first_line
+from coconut_ds.files import parse_json, read_json
+
+MOST = 1e15  # no number of a record is larger; pictures cannot draw the largest floats
+MOST_LINE = 1 << 20  # characters
+MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
+# Numbers that the lines of metrics.jsonl must have, by kind.  A loss may be NaN.
+REQUIRED = {
+    "train": ("epoch", "time", "loss"),
+    "valid": MEASURED,
+    "test": MEASURED,
+    "memory": ("epoch",),
+}
+OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr")
+
+NUMBER = {"type": "number", "minimum": -MOST, "maximum": MOST}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
+TEXT = {"type": "string"}
+NUMBERS = {"type": "object", "additionalProperties": NUMBER, "maxProperties": 1_000}
+BLOCK = {"type": ["object", "null"], "properties": {"enabled": {}}}
+
+
+def _record(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {**required, **(optional or {})},
+        "required": list(required),
+    }
+
+
+def _list(items: Any, least: int = 0, most: int = 10_000) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+
+BUDGET = _record(
+    {"device": TEXT, "gpu_memory_mib": NUMBER, "reserved_mib": NUMBER, "host_memory_gib": NUMBER},
+    {"components_mib": NUMBERS},
+)
+MAYBE_BUDGET = {"anyOf": [{"type": "null"}, BUDGET]}
+PLAN = _record(
+    {
+        "budget": MAYBE_BUDGET,
+        "fits": {"type": "boolean"},
+        "verdict": TEXT,
+        "states": _list(_record({"component": TEXT, "mib": NUMBER})),
+        "host_per_rank": _list(_record({"component": TEXT, "mib": NUMBER})),
+        "phases": _list(_record({"name": TEXT, "mib": NUMBER})),
+        "stages": _list(_record({"first_epoch": COUNT, "gpu_mib": NUMBER}), least=1),
+    }
+)
+PHASE = {
+    "type": "string",
+    "maxLength": 100,
+    "pattern": r"^(step \d{1,3}: )?"
+    r"(initialise|embed|pass|loss|backward|reduce|optimizer|evaluation|checkpoint)( |$)",
+}
+CARD_READING = {"reserved_peak": NUMBER, "device_used": NUMBER, "pinned": NUMBER, "retries": NUMBER}
+RANK = _record(
+    {
+        "device": TEXT,
+        "peak_mib": NUMBER,
+        "phases": {
+            **_list(
+                _record(
+                    {
+                        "name": PHASE,
+                        "seconds": NUMBER,
+                        "start_seconds": NUMBER,
+                        "peak_mib": NUMBER,
+                        "end_mib": NUMBER,
+                        "reading": _record({"rss": NUMBER}, CARD_READING),
+                    }
+                ),
+                most=500,
+            ),
+            "allOf": [
+                {"contains": {"properties": {"name": {"pattern": wanted}}}}
+                for wanted in ("^step 2: (?!optimizer)", "^step 2: optimizer step$", "^evaluation$")
+            ],
+        },
+        "states_mib": _record({"step 2": {"type": "object", "additionalProperties": NUMBERS}}),
+        "at_peak": _record({"phase": TEXT, "made_in_mib": {**NUMBERS, "minProperties": 1}}),
+        "timeline": _list({**_list(NUMBER, 2, 2)}, most=200_000),
+    }
+)
+PROFILE = _record(
+    {
+        "experiment": TEXT,
+        "ds_config": TEXT,
+        "stage": TEXT,
+        "batch": TEXT,
+        "budget": MAYBE_BUDGET,
+        "ranks": _list(RANK, least=1, most=1_024),
+    }
+)
+ZERO = {
+    "type": "object",
+    "properties": {"offload_optimizer": {"type": ["object", "null"], "properties": {"device": TEXT}}},
+}
+DS_CONFIG = {"type": "object", "properties": {"zero_optimization": ZERO, "fp16": BLOCK, "bf16": BLOCK}}
+ENVIRONMENT = {
+    "type": "object",
+    "properties": {"devices": _list(TEXT), "libraries": {"type": "object", "additionalProperties": TEXT}},
+}
+
+
+def read_record(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
+    """One JSON file of a run folder; None where it is missing.  ConfigError: of another shape."""
+    if not path.is_file():
+        return None
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not JSON ({first_line(error)}); delete it or make it again") from None
+    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(value))
+    if problem is None and shape is PROFILE:
+        names = [[phase["name"] for phase in rank["phases"]] for rank in value["ranks"]]
+        readings = [phase["reading"] for rank in value["ranks"] for phase in rank["phases"]]
+        on_card = any(rank["device"].startswith("cuda") for rank in value["ranks"])
+        if any(other != names[0] for other in names) or (
+            on_card and not all(reading.keys() >= CARD_READING.keys() for reading in readings)
+        ):
+            raise ConfigError(f"{path}: its ranks do not belong together; delete it or make it again")
+    if problem is not None:
+        raise ConfigError(
+            f"{path}: {problem.json_path.removeprefix('$.')}: {problem.message[:200]}; "
+            "delete it or make it again"
+        )
+    return value
+
+
+def metric_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl whose numbers are there; a kind that nobody reads may hold anything."""
+    kept = [line for line in map(_with_nan, json_lines(path)) if _is_metric(line)]
+    last: dict[str, Any] = next((line for line in reversed(kept) if "window_weights" in line), {})
+    size = len(last.get("window_weights", ()))
+    for line in kept:
+        if len(line.get("window_weights", ())) != size:  # of a run with another window
+            line.pop("window_weights", None)
+    defaults = {"loss": math.nan, "cot_match": 0.0}
+    return [defaults | line if line["kind"] in ("valid", "test") else line for line in kept]
+
+
+def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line whose numbers that are not finite, null or Infinity in the file, are all NaN."""
+    return {
+        key: math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+        for key, value in line.items()
+    }
+
+
+def _is_metric(line: Mapping[str, Any]) -> bool:
+    kind = line.get("kind")
+    if kind not in REQUIRED:
+        return isinstance(kind, str)
+    given = [name for name in OPTIONAL if name in line] + [name for name in line if name.endswith("_mib")]
+    if not all(_is_number(line.get(name), name not in MEASURED) for name in (*REQUIRED[kind], *given)):
+        return False
+    epoch, weights = line["epoch"], line.get("window_weights", [])
+    if not (0 <= epoch <= 1e6 and epoch == int(epoch)):
+        return False
+    if "accuracy" in REQUIRED[kind] and not (
+        0 <= line["num_correct"] <= line["num_items"] and 0 <= line["accuracy"] <= 1
+    ):
+        return False
+    return isinstance(weights, list) and all(_is_number(weight) for weight in weights)
+
+
+def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of evaluations.jsonl that `eval` could have written."""
+    for line in json_lines(path):
+        names = all(isinstance(line.get(name), str) for name in ("checkpoint", "split", "ablation"))
+        numbers = all(
+            _is_number(line.get(name)) for name in ("latents", "num_correct", "num_items", "mean_tokens")
+        )
+        if names and numbers and 0 <= line["num_correct"] <= line["num_items"]:
+            if not _is_number(line.get("p_value")):
+                line.pop("p_value", None)
+            yield line
+
+
+def prediction_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of predictions.jsonl that `eval` could have written."""
+    for line in json_lines(path):
+        names = all(isinstance(line.get(name), str) for name in ("checkpoint", "split"))
+        numbers = all(type(line.get(name)) is int for name in ("index", "latents"))
+        if names and numbers and isinstance(line.get("correct"), bool):
+            yield line
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; a line that a kill cut short, or that is no object, is left out."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as reader:
+        while text := reader.readline(MOST_LINE):
+            try:
+                value = parse_json(text)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def _is_number(value: Any, may_be_nan: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= MOST or (may_be_nan and math.isnan(value))

@@ -232,9 +232,10 @@ def llama() -> PretrainedConfig:
 
 
 def every_case(rows: tuple[int, ...] | None = None) -> Iterator[tuple[Case, PretrainedConfig]]:
-    """Every case with its model; `rows`: other batch sizes than 2 and 4 for the two larger models."""
-    for name, config in (("gpt2", load_config(str(SHAPES / "gpt2"))), ("4-layer Llama", llama())):
-        yield from ((case, config) for case in cases(name, rows or (2, 4)))
+    """Every case with its model; `rows`: other batch sizes for the two larger models."""
+    larger = {"gpt2": (load_config(str(SHAPES / "gpt2")), (2, 4)), "4-layer Llama": (llama(), (2,))}
+    for name, (config, usual) in larger.items():
+        yield from ((case, config) for case in cases(name, rows or usual))
     for name, config in small_configs().items():
         yield from ((case, config) for case in variations(name))
 

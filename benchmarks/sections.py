@@ -61,13 +61,14 @@ def step_text(result: Any) -> str:
 
 def plan_text(result: Any) -> str:
     records = result["records"]
-    keys = ("model", "tuning", "method", "thought", "recompute", "rows")
+    keys = ("model", "tuning", "method", "thought", "recompute", "precision", "rows", "question")
+    units = {"rows": " rows", "question": " tokens"}
     rows = [
         (
-            ", ".join(str(record[key]) + (" rows" if key == "rows" else "") for key in keys),
+            ", ".join(f"{record[key]}{units.get(key, '')}" for key in keys if key in record),
             f"{record['planned_bytes'] / MB:,.1f}",
             f"{record['measured_bytes'] / MB:,.1f}",
-            f"{100 * record['error']:+.1f} %",
+            f"{100 * record['error']:+.2f} %",
         )
         for record in records
     ]

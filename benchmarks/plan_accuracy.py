@@ -30,7 +30,7 @@ from coconut_ds.batching import Batch
 from coconut_ds.config import Experiment, validate_experiment
 from coconut_ds.ds_config import LatentMemory
 from coconut_ds.lora import add_adapters
-from coconut_ds.memory.phantom import DTYPES, build_phantom, with_layers
+from coconut_ds.memory.phantom import DTYPES, build_phantom
 from coconut_ds.memory.trace import record
 from coconut_ds.memory.worst import StageOfRun, TextShape, stages_of, worst_batch
 from coconut_ds.methods import Method, thought_names
@@ -222,20 +222,10 @@ def small_configs() -> dict[str, PretrainedConfig]:
     }  # fmt: skip
 
 
-def llama() -> PretrainedConfig:
-    """A Llama of four layers with grouped queries."""
-    config = with_layers(load_config(str(SHAPES / "llama-3.2-1b")), 4)
-    # A quarter of the width and a small vocabulary: the layers are the subject, not their time.
-    config.vocab_size, config.hidden_size, config.intermediate_size = 8000, 512, 2048
-    config.num_attention_heads, config.num_key_value_heads = 8, 2
-    return config
-
-
-def every_case(rows: tuple[int, ...] | None = None) -> Iterator[tuple[Case, PretrainedConfig]]:
-    """Every case with its model; `rows`: other batch sizes for the two larger models."""
-    larger = {"gpt2": (load_config(str(SHAPES / "gpt2")), (2, 4)), "4-layer Llama": (llama(), (2,))}
-    for name, (config, usual) in larger.items():
-        yield from ((case, config) for case in cases(name, rows or usual))
+def every_case(rows: tuple[int, ...] = (2, 4)) -> Iterator[tuple[Case, PretrainedConfig]]:
+    """Every case with its model; `rows`: batch sizes of GPT-2 124M."""
+    config = load_config(str(SHAPES / "gpt2"))
+    yield from ((case, config) for case in cases("gpt2", rows))
     for name, config in small_configs().items():
         yield from ((case, config) for case in variations(name))
 
@@ -246,10 +236,10 @@ def main() -> None:
     )
     parser.add_argument("--tuning", choices=("full", "lora", "dora"), help="these cases alone")
     parser.add_argument("--model", help="the cases of models whose name contains this")
-    parser.add_argument("--rows", type=int, nargs="+", help="other batch sizes of the two larger models")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4], help="batch sizes of GPT-2 124M")
     args = parser.parse_args()
     rows = []
-    for case, config in every_case(None if args.rows is None else tuple(args.rows)):
+    for case, config in every_case(tuple(args.rows)):
         if args.tuning not in (None, case.tuning) or (args.model or "") not in case.model:
             continue
         started = time.perf_counter()

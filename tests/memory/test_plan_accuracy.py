@@ -21,9 +21,8 @@ def errors(picked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt2", "4-layer Llama"])
-def test_the_activation_peak_is_planned_within_3_percent(model):
-    picked = [(case, config) for case, config in every_case() if case.model == model][::3]
+def test_the_activation_peak_is_planned_within_3_percent():
+    picked = [(case, config) for case, config in every_case() if case.model == "gpt2"][::3]
     assert {(c.tuning, c.recompute) for c, _ in picked} == {
         (t, r) for t in ("full", "lora") for r in ("none", "layers")
     }

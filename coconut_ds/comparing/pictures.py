@@ -39,7 +39,6 @@ STYLE: dict[Any, Any] = {
     "legend.framealpha": 0.85,
     "legend.edgecolor": "none",
     "svg.hashsalt": "coconut_ds",
-    "text.parse_math": False,  # names are no formulas
 }
 MOST_POINTS = 400
 

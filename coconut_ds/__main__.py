@@ -23,6 +23,14 @@ LOCAL_RANK = ("--local_rank", "--local-rank")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
+    with printable_streams():  # before a command is imported: libraries keep the stream that they find
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
     chosen = next((word for word in arguments if word in names), None)
@@ -56,23 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(without_bare_deepspeed(arguments))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if not (is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with printable_streams():
-        try:
-            return int(args.run(args) or 0)
-        except UserError as error:
-            if is_main or not error.on_every_rank:
-                print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
-            return error.exit_code
-        except KeyboardInterrupt:
-            if is_main:
-                print("stopped: interrupted", file=sys.stderr, flush=True)
-            return 128 + signal.SIGINT
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        if is_main or not error.on_every_rank:
+            print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if is_main:
+            print("stopped: interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,8 @@ from typing import IO, Any
 STEERING = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-CURSOR_UP = "\x1b[A"  # nested progress bars
+# Of nested progress bars, and of reports of transformers: cursor up, bold, colors.
+HARMLESS = re.compile("(\x1b\\[(?:A|0m|1m|3[1-7]m))")
 
 
 def is_printable(text: str) -> bool:
@@ -33,7 +34,9 @@ class PrintableStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(CURSOR_UP.join(map(printable, text.split(CURSOR_UP))))
+        parts = HARMLESS.split(text)
+        parts[::2] = map(printable, parts[::2])
+        self._stream.write("".join(parts))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

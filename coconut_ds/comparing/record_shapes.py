@@ -105,7 +105,7 @@ PROFILE = _record(
         "stage": TEXT,
         "batch": TEXT,
         "budget": MAYBE_BUDGET,
-        "ranks": _list(RANK, least=1, most=1_024),
+        "ranks": _list(RANK, least=1, most=256),
     }
 )
 ZERO = {

@@ -364,3 +364,26 @@ def test_read_only_commands_open_no_shard(received, monkeypatch):
     )
     run_all([*CHEAP, *READING])
     assert not [name for name in opened if "/engine/" in name or "/random/" in name]
+
+
+RECORDS = (
+    "metrics.jsonl", "predictions.jsonl", "evaluations.jsonl", "environment.json", "memory/plan.json",
+    "memory/profile.json", "latest", "best",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipes", "folders"])
+def test_records_that_are_no_files(received, make):
+    """Nobody waits for a pipe that nobody writes to."""
+    for name in RECORDS:
+        (received / "run" / name).unlink()
+        make(received / "run" / name)
+    codes = run_all(
+        [
+            ("report", "run", "--no-page"),
+            ("eval", "run", "--limit", "2"),
+            ("generate", "run", "--prompt", "1"),
+        ]
+    )
+    assert set(codes.values()) <= {0, 2} and codes["eval run --limit 2"] == 2
+    start_training(received)

@@ -222,18 +222,13 @@ def _keep(result: Measurement, folder: Path) -> None:
 
 def write_down(result: Measurement, folder: Path) -> None:
     """Add a measurement to the two files of a folder, in the place of an earlier one of the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_append(folder / EVALUATIONS, "a") as writer:
+        writer.write(json_text({"time": round(time.time(), 3), **result.numbers()}) + "\n")
     path, key = folder / PREDICTIONS, result.key()
+    kept = [line for line in _lines_of(path) if not _is_of(line, key)]
     new = [json_text({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open_append(folder / EVALUATIONS, "a") as writer:
-            writer.write(json_text({"time": round(time.time(), 3), **result.numbers()}) + "\n")
-        kept = [line for line in _lines_of(path) if not _is_of(line, key)]
-        replace_text(path, "\n".join([*kept, *new]) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename or folder}: the results cannot be written ({error.strerror})"
-        ) from error
+    replace_text(path, "\n".join([*kept, *new]) + "\n")
 
 
 def _lines_of(path: Path) -> list[str]:

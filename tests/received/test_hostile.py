@@ -385,5 +385,5 @@ def test_records_that_are_no_files(received, make):
             ("generate", "run", "--prompt", "1"),
         ]
     )
-    assert set(codes.values()) <= {0, 2} and codes["eval run --limit 2"] == 2
+    assert set(codes.values()) <= {0, 2}
     start_training(received)

@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.synthetic import engine_around, experiment_like, problems_like, vocabulary_of
 from benchmarks.train_step import SIZES, make_model
-from coconut_ds.batching import Layout, training_steps
-from coconut_ds.checkpoint import Checkpoints, TrainState
-from coconut_ds.engine import Engine, finish_distributed
+from coconut_ds.data.batching import Layout, training_steps
+from coconut_ds.engine.engine import Engine, finish_distributed
+from coconut_ds.runs.checkpoint import Checkpoints, TrainState
 
 
 def one_step(engine: Engine) -> None:

@@ -15,10 +15,10 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from coconut_ds.batching import Batch
+from coconut_ds.data.batching import Batch
+from coconut_ds.evaluation.saved_models import READING
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
-from coconut_ds.trained import READING
 
 NO_EOS = -1
 

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.synthetic import coconut_around, engine_around, experiment_like, vocabulary_of
 from benchmarks.train_step import Shape, make_batch
-from coconut_ds.batching import Batch
-from coconut_ds.ds_config import LatentMemory
-from coconut_ds.engine import finish_distributed
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import Batch
+from coconut_ds.engine.engine import finish_distributed
 
 # name: layers, width, heads, vocabulary, rows and tokens of the batch
 CASES: dict[str, tuple[int, int, int, int, Shape]] = {

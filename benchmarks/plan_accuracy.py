@@ -26,18 +26,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
-from coconut_ds.batching import Batch
-from coconut_ds.config import Experiment, validate_experiment
-from coconut_ds.ds_config import LatentMemory
-from coconut_ds.lora import add_adapters
-from coconut_ds.memory.phantom import DTYPES, build_phantom
-from coconut_ds.memory.trace import record
-from coconut_ds.memory.worst import StageOfRun, TextShape, stages_of, worst_batch
-from coconut_ds.methods import Method, thought_names
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.config.experiment import Experiment, validate_experiment
+from coconut_ds.config.methods import Method, thought_names
+from coconut_ds.data.batching import Batch
+from coconut_ds.data.tokenizer import Vocabulary
+from coconut_ds.memory.fake_model import DTYPES, build_phantom
+from coconut_ds.memory.fake_trace import record
+from coconut_ds.memory.largest_batches import StageOfRun, TextShape, stages_of, worst_batch
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import load_config
+from coconut_ds.model.lora import add_adapters
 from coconut_ds.thoughts import ThoughtSettings, build_thought
-from coconut_ds.tokens import Vocabulary
 
 SHAPES = Path(__file__).with_name("shapes")
 TEXT = TextShape(question=64, steps=3, step=8, answer=6)

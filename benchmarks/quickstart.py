@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from coconut_ds.comparing.run_records import RunRecord, read_run
+from coconut_ds.reports.run_records import RunRecord, read_run
 
 
 def stages_of(run: RunRecord) -> dict[str, float]:

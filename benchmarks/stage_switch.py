@@ -26,9 +26,9 @@ from benchmarks.synthetic import (
     vocabulary_of,
 )
 from benchmarks.train_step import make_model
-from coconut_ds.batching import training_steps
-from coconut_ds.engine import Engine, finish_distributed
-from coconut_ds.tokens import TokenizedProblem
+from coconut_ds.data.batching import training_steps
+from coconut_ds.data.tokenizer import TokenizedProblem
+from coconut_ds.engine.engine import Engine, finish_distributed
 
 DISTINCT = 5_000  # problems drawn; longer lists repeat them
 STEPS_BEFORE = 2

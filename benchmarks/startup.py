@@ -25,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.rendezvous import free_port
+from coconut_ds.engine.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = "COCONUT_DS_STARTUP_OUT"
-# Functions of coconut_ds.train, by the phase they make up.
+# Functions of coconut_ds.training.train, by the phase they make up.
 PHASES = {
     "data": "load_material",
     "distributed": "start_distributed",
@@ -51,8 +51,8 @@ def rank_main() -> None:
     """One rank: the trainer with clocks around its calls, ended after the first step."""
     began = interpreter_started()
     from coconut_ds import __main__ as program
-    from coconut_ds.commands import train as command  # noqa: F401  what the program would import
-    from coconut_ds import train as trainer  # isort: skip
+    from coconut_ds.cli import train as command  # noqa: F401  what the program would import
+    from coconut_ds.training import train as trainer  # isort: skip
 
     seconds = {"imports": time.time() - began}
     cpu = {"imports": time.process_time()}

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.batching import Layout
-from coconut_ds.config import Experiment, validate_experiment
-from coconut_ds.ds_config import load_ds_config
-from coconut_ds.engine import Engine, Schedule, start_distributed
-from coconut_ds.lora import add_adapters, parameter_groups
+from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.experiment import Experiment, validate_experiment
+from coconut_ds.data.batching import Layout
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.engine.engine import Engine, Schedule, start_distributed
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.lora import add_adapters, parameter_groups
 from coconut_ds.thoughts import ThoughtSettings, build_thought
-from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM_STEPS = {1: 32, 2: 155, 3: 140, 4: 91, 5: 53, 6: 18, 7: 8, 8: 3}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from coconut_ds.batching import Batch
+from coconut_ds.data.batching import Batch
 
 
 def textbook_loss(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -30,10 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.textbook import textbook_loss
-from coconut_ds.batching import Batch
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import Batch
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.fused_activations import fuse_activations
+from coconut_ds.model.techniques.fused_activations import fuse_activations
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 VOCABULARY = {"gpt2": 50260, "llama": 128259, "qwen2": 151668}

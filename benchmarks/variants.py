@@ -7,7 +7,7 @@ The quickstart's recipe throughout, each run one process.  LoRA runs start from 
 LoRA needs a model that knows the task's words.  Finished runs are skipped, so the same command goes on; after
 every run benchmarks/results/variants.json is written anew.
 
-Knows: the grid.  Does not know: how a run is started (coconut_ds/sweep.py) or trained.
+Knows: the grid.  Does not know: how a run is started (coconut_ds/training/sweep.py) or trained.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.quickstart import stages_of, test_of
-from coconut_ds.comparing.run_records import read_run
-from coconut_ds.methods import Method, thought_names
-from coconut_ds.sweep import Point, launch_command, points, run_all
+from coconut_ds.config.methods import Method, thought_names
+from coconut_ds.reports.run_records import read_run
+from coconut_ds.training.sweep import Point, launch_command, points, run_all
 
 CONFIG = "configs/quickstart/coconut.yaml"
 DS_CONFIG = "ds_configs/zero2_offload.json"

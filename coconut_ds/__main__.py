@@ -17,7 +17,8 @@ from pathlib import Path
 from coconut_ds.errors import UserError
 from coconut_ds.terminal import printable_streams
 
-COMMANDS = Path(__file__).parent / "commands"
+# A command is the first word of its module's name: inspect_latents.py holds `inspect`.
+COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}
 LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    names = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
+    names = sorted(COMMANDS)
     chosen = next((word for word in arguments if word in names), None)
     parser = argparse.ArgumentParser(
         prog="coconut_ds", description="Train models that reason in latent space.", allow_abbrev=False
@@ -51,7 +52,7 @@ def _main(argv: Sequence[str] | None) -> int:
         command.add_argument(*LOCAL_RANK, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if name == chosen:
             try:
-                module = importlib.import_module(f"coconut_ds.commands.{name}")
+                module = importlib.import_module(f"coconut_ds.cli.{COMMANDS[name].stem}")
             except ModuleNotFoundError as error:
                 if str(error.name).startswith(__package__):
                     raise
@@ -90,7 +91,7 @@ def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:
 
 
 def _docstring(name: str) -> str:
-    return ast.get_docstring(ast.parse((COMMANDS / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(ast.parse(COMMANDS[name].read_text(encoding="utf-8"))) or ""
 
 
 if __name__ == "__main__":

@@ -68,3 +68,11 @@ class OutOfMemory(UserError):
 
     exit_code = 78
     on_every_rank = False
+
+
+def port_in_use(address: str, port: int | str) -> ConfigError:
+    """What is wrong where another program has the port, and the remedy."""
+    return ConfigError(
+        f"{address}:{port}: another program uses this port, so the ranks cannot meet there; give another "
+        "one: deepspeed --master_port N, or MASTER_PORT=N before the scripts of launch/"
+    )

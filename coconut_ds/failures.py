@@ -16,8 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from coconut_ds.errors import RankLost, UserError, first_line
-from coconut_ds.rendezvous import port_in_use
+from coconut_ds.errors import RankLost, UserError, first_line, port_in_use
 
 # What gloo, c10d's store and NCCL say when the other end of a connection is gone or does not answer.
 LOST = (

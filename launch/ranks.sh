@@ -19,7 +19,7 @@ number_of_ranks() {
     if [ "${DS_ACCELERATOR:-}" != cpu ] && [ "$gpus" -gt 0 ]; then echo "$gpus"; else echo 2; fi
 }
 
-# Every rank leaves a file named like its process id in this folder (coconut_ds/signals.py).
+# Every rank leaves a file named like its process id in this folder (coconut_ds/engine/signals.py).
 living_ranks() {
     local id
     for id in $(ls "$COCONUT_PID_FOLDER"); do
@@ -67,7 +67,7 @@ run_ranks() {
     done
     shift
     set -m # the launcher and its ranks become a process group of their own
-    deepspeed --master_port "${MASTER_PORT:-$(python -m coconut_ds.rendezvous)}" "${launcher_arguments[@]}" \
+    deepspeed --master_port "${MASTER_PORT:-$(python -m coconut_ds.engine.rendezvous)}" "${launcher_arguments[@]}" \
         --module coconut_ds "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}" </dev/null &
     launcher=$!
     set +m

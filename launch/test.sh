@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh                                    everything
 #   bash launch/test.sh -m "not slow and not faults"       the fast tests alone
-#   bash launch/test.sh tests/test_curriculum.py -x
+#   bash launch/test.sh tests/data/test_curriculum.py -x
 
 source "$(dirname "$0")/setup.sh" --tests
 

@@ -12,9 +12,8 @@ Knows: the problem format.  Does not know: training.
 import os
 import sys
 
-if not __package__:  # run as a file: the math.py of this folder must not hide Python's
-    _folder = os.path.dirname(os.path.abspath(__file__))
-    sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
+if not __package__:  # run as a file
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
 import random
@@ -23,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coconut_ds.data.problems import Card
 from coconut_ds.errors import DataError
-from coconut_ds.problems import Card
 from preprocessing.writing import run_script, write_dataset
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ question||<<4-2=2>> <<2/.5=4>> #### 4                           iCoT text, one p
 import os
 import sys
 
-if not __package__:  # run as a file: the math.py of this folder must not hide Python's
-    _folder = os.path.dirname(os.path.abspath(__file__))
-    sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
+if not __package__:  # run as a file
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import json
 import re
@@ -18,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.data.problems import Card
 from coconut_ds.errors import DataError
-from coconut_ds.problems import Card
 from preprocessing.downloading import Download, fetch
 from preprocessing.writing import run_script, script_arguments, write_dataset
 

@@ -12,9 +12,8 @@ The raw output comes from https://github.com/asaparov/prontoqa, commit f0145b8:
 import os
 import sys
 
-if not __package__:  # run as a file: the math.py of this folder must not hide Python's
-    _folder = os.path.dirname(os.path.abspath(__file__))
-    sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
+if not __package__:  # run as a file
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
 import json
@@ -23,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.data.problems import Card, read_problems
 from coconut_ds.errors import DataError
-from coconut_ds.problems import Card, read_problems
 from preprocessing.prontoqa_like import draw_problem, pairs, statistics, violations
 from preprocessing.writing import markdown_table, positive, run_script, script_arguments, write_dataset
 

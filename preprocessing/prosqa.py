@@ -9,9 +9,8 @@ python preprocessing/prosqa.py --statistics FILE...   compares files, as a table
 import os
 import sys
 
-if not __package__:  # run as a file: the math.py of this folder must not hide Python's
-    _folder = os.path.dirname(os.path.abspath(__file__))
-    sys.path = [os.path.dirname(_folder), *(path for path in sys.path if os.path.abspath(path) != _folder)]
+if not __package__:  # run as a file
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
 import json
@@ -22,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.data.problems import Card
 from coconut_ds.errors import DataError
-from coconut_ds.problems import Card
 from preprocessing.downloading import Download, fetch
 from preprocessing.prosqa_like import Recipe, generate, statistics, violations
 from preprocessing.writing import markdown_table, positive, run_script, script_arguments, write_dataset

@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from coconut_ds.data.problems import Card
 from coconut_ds.errors import UserError
-from coconut_ds.problems import Card
 
 FAILED = 2  # exit code of anything that kept the files from being written, an interruption included
 

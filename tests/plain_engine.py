@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from coconut_ds.build import build_module, load_material
-from coconut_ds.collectives import Ranks, ReadingEngine
-from coconut_ds.config import validate_experiment
-from coconut_ds.ds_config import LatentMemory
-from coconut_ds.runs import Run
-from coconut_ds.signals import Signals
-from coconut_ds.trainer import Options, Trainer
-from coconut_ds.watchdog import Watchdog
-from tests.checkpoint.fake_shards import FakeShards
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.engine.distributed import Ranks, ReadingEngine
+from coconut_ds.engine.signals import Signals
+from coconut_ds.engine.watchdog import Watchdog
+from coconut_ds.model.build import build_module, load_material
+from coconut_ds.runs.run_folder import Run
+from coconut_ds.training.trainer import Options, Trainer
+from tests.runs.checkpoint.fake_shards import FakeShards
 
 
 class PlainEngine(ReadingEngine):

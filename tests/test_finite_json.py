@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from coconut_ds.__main__ import main
-from coconut_ds.comparing.comparison import group_runs
-from coconut_ds.comparing.pictures import loss_picture, smoothed_losses, window_picture
-from coconut_ds.comparing.run_records import read_run
-from coconut_ds.comparing.window_picture import draw_window_weights
-from coconut_ds.config import experiment_to_yaml, validate_experiment
-from coconut_ds.curriculum import Stage
-from coconut_ds.divergence import write_batches
-from coconut_ds.evaluate import Evaluation
+from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
+from coconut_ds.data.curriculum import Stage
+from coconut_ds.engine.divergence import write_batches
+from coconut_ds.evaluation.evaluate import Evaluation
+from coconut_ds.evaluation.measure import Measurement, write_down
 from coconut_ds.files import json_text
-from coconut_ds.runs import Run
-from coconut_ds.trained.measure import Measurement, write_down
+from coconut_ds.reports.comparison import group_runs
+from coconut_ds.reports.figures import loss_picture, smoothed_losses, window_picture
+from coconut_ds.reports.run_records import read_run
+from coconut_ds.reports.window_figure import draw_window_weights
+from coconut_ds.runs.run_folder import Run
 
 PACKAGE = Path(__file__).parents[1] / "coconut_ds"
 # json.dumps of text or settings: cache keys, digests, --set values, messages, YAML strings.

@@ -1,47 +1,40 @@
-"""The house has rows, and a module imports only from rows above its own."""
+"""The package has rooms, and a module imports only from its own room and from rooms above it."""
 
 import ast
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "coconut_ds"
 
-# Top to bottom.  Within a row a module may import those named before it.  A new room that is not named
-# here sits directly below the lowest room that it imports.
-ROWS = (
-    ("errors", "schemas", "methods", "contradictions", "no_effect", "config", "ds_config", "settings"),
-    ("problems", "runs", "signals", "watchdog"),
-    ("tokens", "thoughts"),
-    ("curriculum",),
-    ("batching",),
-    ("model", "lora", "divergence"),
-    ("engine",),
-    ("checkpoint",),
-    ("evaluate", "build", "memory"),
-    ("trainer", "train"),
-    ("commands", "__main__"),
-)
-Arrows = Mapping[str, Mapping[str, str]]  # room -> the rooms it imports, and where
-ORDER = {room: (row, place) for row, rooms in enumerate(ROWS) for place, room in enumerate(rooms)}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-NO_TORCH = (
+# Top to bottom.
+ROOMS = (
     "errors",
-    "schemas",
-    "methods",
-    "contradictions",
-    "no_effect",
+    "terminal",
+    "failures",
+    "files",
     "config",
-    "ds_config",
-    "settings",
-    "problems",
-    "curriculum",
+    "data",
+    "runs",
+    "thoughts",
+    "model",
+    "engine",
+    "evaluation",
+    "memory",
+    "reports",
+    "training",
+    "cli",
+    "__main__",
 )
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+WITHOUT_TORCH = ("errors.py", "config/", "data/problems.py", "data/json_items.py", "data/curriculum.py")
+ENGINE = "engine/engine.py"
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+    return path.relative_to(PACKAGE).as_posix()
 
 
 def room_of(path: Path) -> str:
@@ -49,7 +42,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(dotted module, line) of every import in a file, those inside functions too."""
+    """(dotted module, line) of every import in a file, including those inside functions."""
     package = ("coconut_ds", *path.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -63,66 +56,42 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
                 yield module, node.lineno
 
 
-def rooms_imported(room: str) -> dict[str, str]:
-    """Other rooms that `room` imports, each with 'file:line' of one such import."""
-    found: dict[str, str] = {}
-    for path in FILES:
-        if room_of(path) == room:
-            for module, line in imports(path):
-                parts = module.split(".")
-                if parts[0] == "coconut_ds" and len(parts) > 1 and parts[1] != room:
-                    found.setdefault(parts[1], f"{name_of(path)}:{line}")
-    return found
+def upward_imports(room: str, imported: list[tuple[str, str]]) -> list[str]:
+    """Faults among (module, 'file:line') imports of one room."""
+    faults = []
+    for module, place in imported:
+        parts = module.split(".")
+        if parts[0] == "coconut_ds" and len(parts) > 1 and ROOMS.index(parts[1]) > ROOMS.index(room):
+            faults.append(f"{place}: {room} imports {parts[1]}, which is below it")
+    return faults
 
 
-def position(
-    room: str, imported: Mapping[str, Mapping[str, str]], waiting: tuple[str, ...] = ()
-) -> tuple[int, ...]:
-    """Where a room stands, compared like a tuple; raises on rooms that import each other."""
-    if room in ORDER:
-        return ORDER[room]
-    assert room not in waiting, f"{' -> '.join([*waiting, room])}: these import each other"
-    above = [position(other, imported, (*waiting, room)) for other in imported[room]]
-    return (*max(above, default=(0,)), 0)
-
-
-def down_arrows(imported: Arrows) -> list[str]:
-    return [
-        f"{place}: {room} imports {other}, which stands below it"
-        for room, others in imported.items()
-        for other, place in others.items()
-        if position(other, imported) >= position(room, imported)
+def test_an_import_from_below_is_a_fault():
+    assert upward_imports("data", [("coconut_ds.model.loading", "data/x.py:3")]) == [
+        "data/x.py:3: data imports model, which is below it"
     ]
+    assert not upward_imports("model", [("coconut_ds.data.batching", "x"), ("torch.nn", "y")])
 
 
-def test_the_walk_sees_a_down_arrow():
-    new = {"tokens": {"new": "tokens.py:1"}, "new": {"batching": "new.py:2"}, "batching": {}}
-    assert down_arrows(new) == ["tokens.py:1: tokens imports new, which stands below it"]
-    assert down_arrows({"model": {"lora": "model/x.py:3"}, "lora": {}})
-    assert not down_arrows(
-        {"lora": {"model": "lora.py:3"}, "model": {"tokens": "x"}, "tokens": {"errors": "x"}}
-    )
-    with pytest.raises(AssertionError, match="import each other"):
-        down_arrows({"a": {"b": "x"}, "b": {"a": "y"}})
+def test_every_room_is_known():
+    assert {room_of(path) for path in FILES} == set(ROOMS)
 
 
-def test_imports_come_from_rows_above():
-    rooms = sorted({room_of(path) for path in FILES})
-    assert {"config", "model", "engine", "train"} <= set(rooms)
-    assert not down_arrows({room: rooms_imported(room) for room in rooms})
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_come_from_rooms_above(path):
+    found = [(module, f"{name_of(path)}:{line}") for module, line in imports(path)]
+    assert not upward_imports(room_of(path), found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_the_engine_imports_deepspeed(path):
     lines = [line for module, line in imports(path) if module.split(".")[0] == "deepspeed"]
-    assert not lines or name_of(path) == "engine.py"
+    assert bool(lines) == (name_of(path) == ENGINE)
 
 
-def test_the_engine_does_import_deepspeed():
-    assert "deepspeed" in {module for module, _ in imports(PACKAGE / "engine.py")}
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in NO_TORCH], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if name_of(path).startswith(WITHOUT_TORCH)], ids=name_of
+)
 def test_settings_and_problems_know_no_torch(path):
     heavy = {"torch", "transformers", "peft", "numpy"}
     assert not heavy & {module.split(".")[0] for module, _ in imports(path)}
@@ -132,4 +101,5 @@ def test_settings_and_problems_know_no_torch(path):
 def test_names_and_docstrings(path):
     names = {part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts}
     assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "a module says what it knows"

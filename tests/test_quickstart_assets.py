@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from coconut_ds.config import load_experiment
-from coconut_ds.curriculum import final_stage, stage_at
+from coconut_ds.config.experiment import load_experiment
+from coconut_ds.data.curriculum import final_stage, stage_at
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "quickstart"

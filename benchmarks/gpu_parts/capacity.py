@@ -15,9 +15,9 @@ from benchmarks.gpu_parts import Setting
 from benchmarks.gpu_parts.models import LAST_STAGE, config_of, longest_batch, model_of, step
 from benchmarks.synthetic import experiment_like, vocabulary_of
 from benchmarks.train_step import allocate_gradients, variant
-from coconut_ds.ds_config import LatentMemory
-from coconut_ds.memory.phantom import build_phantom
-from coconut_ds.memory.trace import record
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.memory.fake_model import build_phantom
+from coconut_ds.memory.fake_trace import record
 
 VARIANTS = ("textbook", "coconut_ds", "coconut_ds+recompute")
 MODEL = "gpt2"

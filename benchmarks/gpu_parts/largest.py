@@ -14,10 +14,10 @@ import torch
 from benchmarks.gpu_parts import Setting
 from benchmarks.gpu_parts.models import LAST_STAGE, longest_batch, model_of
 from benchmarks.synthetic import coconut_around, experiment_like, vocabulary_of
-from coconut_ds.ds_config import LatentMemory, load_ds_config
-from coconut_ds.engine import Engine, Schedule, start_distributed
-from coconut_ds.lora import parameter_groups
+from coconut_ds.config.deepspeed import LatentMemory, load_ds_config
+from coconut_ds.engine.engine import Engine, Schedule, start_distributed
 from coconut_ds.memory.plan import MIB
+from coconut_ds.model.lora import parameter_groups
 
 ISOLATED = True  # what an engine that ran out of memory leaves behind must not weigh on the next
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama-3.2-1b")

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.gpu_parts import Setting
 from benchmarks.synthetic import experiment_like, problems_like, vocabulary_of
-from coconut_ds.batching import Batch, collate
-from coconut_ds.curriculum import numbered_stage, render
+from coconut_ds.data.batching import Batch, collate
+from coconut_ds.data.curriculum import numbered_stage, render
+from coconut_ds.data.tokenizer import TokenizedProblem
 from coconut_ds.model.loading import load_config
-from coconut_ds.tokens import TokenizedProblem
 
 SHAPES = Path(__file__).parents[1] / "shapes"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

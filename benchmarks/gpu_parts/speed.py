@@ -19,7 +19,7 @@ from benchmarks.gpu_parts import Setting
 from benchmarks.gpu_parts.models import LAST_STAGE, batch_of, model_of, problems_of, step
 from benchmarks.synthetic import PROSQA_TRAIN
 from benchmarks.train_step import allocate_gradients, variant
-from coconut_ds.batching import Batch
+from coconut_ds.data.batching import Batch
 
 VARIANTS = ("textbook", "coconut_ds", "coconut_ds+recompute")
 ROWS = {"fp32": 8, "bf16": 32}

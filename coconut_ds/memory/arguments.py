@@ -6,7 +6,7 @@ Knows: argparse.  Does not know: plans.
 import argparse
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.worst import TextShape
+from coconut_ds.memory.largest_batches import TextShape
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:

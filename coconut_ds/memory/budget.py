@@ -15,17 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from coconut_ds.build import Material
-from coconut_ds.collectives import Ranks
-from coconut_ds.config import Experiment
-from coconut_ds.ds_config import DeepSpeedConfig, MemoryBudget
+from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.run_data import Material
+from coconut_ds.engine.distributed import Ranks
 from coconut_ds.errors import BudgetError, ConfigError, UserError
 from coconut_ds.files import json_text, make_folder, replace_text
-from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.guard import MemoryGuard
+from coconut_ds.memory.largest_batches import longest_tokenized
+from coconut_ds.memory.options import cheapest_changes
 from coconut_ds.memory.plan import MIB, Plan
 from coconut_ds.memory.planner import Planner
-from coconut_ds.memory.worst import longest_tokenized
 
 # A plan below this share of the card is given no changes that would make it smaller.
 AMPLE = 0.5

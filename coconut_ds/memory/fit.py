@@ -12,10 +12,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coconut_ds.config import Experiment
-from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
-from coconut_ds.memory.changes import SMALLEST_BUCKET
+from coconut_ds.memory.options import SMALLEST_BUCKET
 from coconut_ds.memory.plan import Plan
 from coconut_ds.memory.planner import Planner, with_rows
 

@@ -10,7 +10,7 @@ Does not know: models.
 
 from dataclasses import dataclass
 
-from coconut_ds.memory.trace import GRADIENTS, Arrival, BackwardBegins, Event, Trace
+from coconut_ds.memory.fake_trace import GRADIENTS, Arrival, BackwardBegins, Event, Trace
 from coconut_ds.memory.zero import COMMUNICATION, Partition, Sizes, ZeroSettings
 
 # Of more ranks than these, a sample is replayed.

@@ -11,13 +11,13 @@ from typing import Protocol
 
 from transformers import PretrainedConfig
 
-from coconut_ds.batching import Batch
-from coconut_ds.config import Experiment
-from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import Batch
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.memory.fake_trace import ACTIVATIONS, GRADIENTS, LOSS, Trace, peak_of
 from coconut_ds.memory.gradient_path import replay
-from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, BatchShape, Phase, StagePlan
-from coconut_ds.memory.trace import ACTIVATIONS, GRADIENTS, LOSS, Trace, peak_of
-from coconut_ds.memory.worst import (
+from coconut_ds.memory.largest_batches import (
     evaluated_stages,
     longest_prompts,
     shape_of,
@@ -25,8 +25,8 @@ from coconut_ds.memory.worst import (
     worst_batch,
     worst_evaluation_batch,
 )
+from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, BatchShape, Phase, StagePlan
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings
-from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 # The caching allocator's blocks do not fit together exactly.  An assumption, to be checked on a GPU.
 FRAGMENTATION = 0.05

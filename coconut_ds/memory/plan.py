@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coconut_ds.ds_config import MemoryBudget
+from coconut_ds.config.deepspeed import MemoryBudget
 from coconut_ds.memory.zero import Item
 
 MIB, GIB = 2**20, 2**30

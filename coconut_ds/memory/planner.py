@@ -9,11 +9,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from coconut_ds.batching import Batch
-from coconut_ds.config import Experiment
-from coconut_ds.ds_config import DeepSpeedConfig
-from coconut_ds.lora import parameter_groups
-from coconut_ds.memory.phantom import Phantom, build_phantom, has_equal_layers, with_layers
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import Batch
+from coconut_ds.data.problems import card_for
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.memory.fake_model import Phantom, build_phantom, has_equal_layers, with_layers
+from coconut_ds.memory.fake_trace import Trace, record, record_evaluation
+from coconut_ds.memory.largest_batches import TextShape, read_lengths, shape_of
 from coconut_ds.memory.phases import PlannedRun
 from coconut_ds.memory.plan import (
     STEP,
@@ -21,8 +24,6 @@ from coconut_ds.memory.plan import (
     Plan,
     StagePlan,
 )
-from coconut_ds.memory.trace import Trace, record, record_evaluation
-from coconut_ds.memory.worst import TextShape, read_lengths, shape_of
 from coconut_ds.memory.zero import (
     Sizes,
     ZeroSettings,
@@ -31,8 +32,7 @@ from coconut_ds.memory.zero import (
     step_items,
 )
 from coconut_ds.model.loading import load_config
-from coconut_ds.problems import card_for
-from coconut_ds.tokens import TokenizedProblem, Vocabulary
+from coconut_ds.model.lora import parameter_groups
 
 # Layers of the two copies that tell how much a layer takes; fewer than this and the model itself is run.
 SHALLOW = (2, 4)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coconut_ds.ds_config import DeepSpeedConfig
+from coconut_ds.config.deepspeed import DeepSpeedConfig
 
 PARAMETERS, OPTIMIZER, COMMUNICATION = "parameters", "optimizer", "communication"
 GRADIENTS = "gradients"

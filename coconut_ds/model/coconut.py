@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from coconut_ds.batching import Batch, refuse_long_prompts
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import Batch, refuse_long_prompts
 from coconut_ds.failures import phase
 from coconut_ds.model.answer_cache import AnswerCache
-from coconut_ds.model.base_record import BaseRecord
-from coconut_ds.model.techniques import Techniques
+from coconut_ds.model.techniques.combined import Techniques
+from coconut_ds.runs.base_record import BaseRecord
 from coconut_ds.thoughts import History, Thought
 
 if TYPE_CHECKING:  # a run without adapters does not wait for PEFT

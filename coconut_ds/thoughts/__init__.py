@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coconut_ds.config import Experiment
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.schemas import did_you_mean
 from coconut_ds.errors import ConfigError
-from coconut_ds.schemas import did_you_mean
 
 
 @dataclass(frozen=True)

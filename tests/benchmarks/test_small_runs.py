@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import quickstart, scaling, startup, synthetic, variants
 from benchmarks.record import objects_in
-from coconut_ds.methods import Method
+from coconut_ds.config.methods import Method
 from tests.conftest import ROOT
 from tests.launched.start import free_port
 
@@ -50,7 +50,7 @@ def test_lengths_are_those_of_the_real_sets(name, question, steps):
 
 
 def write_run(folder, experiment, lines):
-    from coconut_ds.config import experiment_to_yaml
+    from coconut_ds.config.experiment import experiment_to_yaml
 
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text(experiment_to_yaml(experiment))

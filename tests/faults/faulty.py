@@ -1,6 +1,6 @@
 """Break one place of the real program, on one rank.
 
-    FAULTS='[{"rank": 1, "at": "coconut_ds.engine:Engine.step", "call": 3, "when": "after", "do": "kill"}]'
+    FAULTS='[{"rank": 1, "at": "coconut_ds.engine.engine:Engine.step", "call": 3, "do": "kill"}]'
 
 `at`: "module:Class.function" or "module:function"; `call`: at which of its calls, counted from 1; `when`:
 before it (default) or after.  `do`: kill, sleep, stop (SIGSTOP), nan (the result times NaN), fill FILE (until
@@ -78,7 +78,7 @@ def _act(what: str) -> None:
         _fill_disk(Path(what.removeprefix("fill ")))
     else:
         name, _, target = what.partition("@")
-        _wrap("coconut_ds.engine:Engine.step", _slow)
+        _wrap("coconut_ds.engine.engine:Engine.step", _slow)
         os.kill(_process_id(target), getattr(signal, f"SIG{name}"))
 
 

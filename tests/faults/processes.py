@@ -27,7 +27,7 @@ TOKEN = "COCONUT_TEST_TOKEN"  # in the environment of every process of one run, 
 PRELOAD = [
     "tests.faults.faulty",
     "coconut_ds.__main__",
-    "coconut_ds.commands.train",
+    "coconut_ds.cli.train",
     "transformers.models.gpt2",
 ]
 Faults = Sequence[dict[str, Any]]

@@ -12,12 +12,12 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from coconut_ds.engine import Engine
+from coconut_ds.engine.engine import Engine
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
 from tests.faults.processes import Ended, Warm
 
-STEP = "coconut_ds.engine:Engine.step"
+STEP = "coconut_ds.engine.engine:Engine.step"
 NEWEST, OLDER = "checkpoint_1_step_0000003", "checkpoint_1"  # of one rank that stopped at step 15
 
 
@@ -25,7 +25,7 @@ NEWEST, OLDER = "checkpoint_1_step_0000003", "checkpoint_1"  # of one rank that 
 def stopped(task: Path, tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """A run of one rank that was stopped in its second epoch."""
     bench = Bench(task, tmp_path_factory.mktemp("stopped"), warm)
-    stop = {"at": "coconut_ds.engine:Engine.step", "call": 15, "do": "TERM@self"}
+    stop = {"at": "coconut_ds.engine.engine:Engine.step", "call": 15, "do": "TERM@self"}
     ended = bench.train(ranks=1, faults=[stop])
     assert ended.codes == [75], ended.output
     return bench.folder
@@ -231,7 +231,7 @@ def test_disk_too_small_for_a_checkpoint(bench: Bench, small_disk: Path, alone: 
     """Found before anything is written; with room again, the run goes on."""
     on_disk(bench, small_disk)
     filler = {
-        "at": "coconut_ds.checkpoint.protocol:Checkpoints.save",
+        "at": "coconut_ds.runs.checkpoint.protocol:Checkpoints.save",
         "call": 2,
         "do": f"fill {small_disk}/filler",
     }
@@ -250,7 +250,7 @@ def test_disk_full_in_the_middle_of_saving(
 ) -> None:
     """Another program takes the space after the check."""
     on_disk(bench, small_disk)
-    filler = {"rank": rank, "at": "coconut_ds.checkpoint.protocol:save_random_state", "call": 2}
+    filler = {"rank": rank, "at": "coconut_ds.runs.checkpoint.protocol:save_random_state", "call": 2}
     ended = bench.train(faults=[{**filler, "do": f"fill {small_disk}/filler"}])
     assert ended.left == [] and 2 in ended.codes, ended.output
     assert f"rank {rank}: " in ended.output and "the disk is full" in ended.output, ended.output

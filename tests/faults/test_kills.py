@@ -7,8 +7,8 @@ import pytest
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
 
-ENGINE = "coconut_ds.engine:Engine"
-PROTOCOL, FOLDERS = "coconut_ds.checkpoint.protocol", "coconut_ds.checkpoint.folders"
+ENGINE = "coconut_ds.engine.engine:Engine"
+PROTOCOL, FOLDERS = "coconut_ds.runs.checkpoint.protocol", "coconut_ds.runs.checkpoint.folders"
 PUBLISH = f"{FOLDERS}:CheckpointFolders.publish"
 # name: (place, call, when, newest checkpoint after it).  There is one every 4 steps and every epoch (6).
 PLACES = {
@@ -28,7 +28,7 @@ PLACES = {
     "saving: hashing": (f"{PROTOCOL}:settle_files", 2, "before", "checkpoint_0_step_0000004"),
 }
 ON_THE_MAIN_RANK = {
-    "saving: model": ("coconut_ds.trainer:write_model", 2, "before", "checkpoint_0_step_0000004"),
+    "saving: model": ("coconut_ds.training.trainer:write_model", 2, "before", "checkpoint_0_step_0000004"),
     "saving: manifest": (f"{PROTOCOL}:Manifest.write", 2, "before", "checkpoint_0_step_0000004"),
     "saving: before the rename": (
         f"{FOLDERS}:CheckpointFolders.publish",
@@ -69,7 +69,7 @@ def test_kill(bench: Bench, reference: Numbers, name: str, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_kill_before_the_ranks_meet(bench: Bench, rank: int) -> None:
-    fault = {"rank": rank, "at": "coconut_ds.train:start_distributed", "do": "kill"}
+    fault = {"rank": rank, "at": "coconut_ds.training.train:start_distributed", "do": "kill"}
     ended = bench.train("--stuck-seconds", "1", faults=[fault])
     assert ended.codes[rank] == -9 and ended.codes[1 - rank] == 77, ended.output
     assert f"rank {rank} of 2 did not come to" in ended.output and ended.seconds < 100

@@ -11,13 +11,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coconut_ds.checkpoint import CheckpointFolders, TrainState
-from coconut_ds.checkpoint.manifest import Manifest, settle_files
-from coconut_ds.config import load_experiment
-from coconut_ds.ds_config import load_ds_config
+from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.experiment import load_experiment
+from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import UserError
-from coconut_ds.problems import read_problems
-from coconut_ds.runs import run_folder
+from coconut_ds.runs.checkpoint import CheckpointFolders, TrainState
+from coconut_ds.runs.checkpoint.manifest import Manifest, settle_files
+from coconut_ds.runs.run_folder import run_folder
 from tests.faults.conftest import EXPERIMENT
 from tests.faults.processes import ROOT
 from tests.mutations import as_bytes, mutate, time_limit
@@ -101,7 +101,7 @@ def test_manifest(folder: Path, seed: int) -> None:
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text())
     if draw.random() < 0.5:
-        from coconut_ds.checkpoint.manifest import _digest
+        from coconut_ds.runs.checkpoint.manifest import _digest
 
         body.pop("sha256")
         body = mutate(draw, body)

@@ -56,7 +56,12 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 def on_hosts(bench: Bench, hosts: tuple[str, str], *more: str, cut: bool = False) -> Ended:
-    link = {"rank": 0, "at": "coconut_ds.engine:Engine.step", "call": 9, "do": "run ip link set link0 down"}
+    link = {
+        "rank": 0,
+        "at": "coconut_ds.engine.engine:Engine.step",
+        "call": 9,
+        "do": "run ip link set link0 down",
+    }
     variables = {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": "link0"}
     names = {f"NAMESPACE_{rank}": name for rank, name in enumerate(hosts)}
     return bench.train(*more, faults=[link] if cut else [], variables=variables | names)
@@ -78,7 +83,7 @@ def test_multinode_script_without_ssh(bench: Bench, reference: Numbers, hosts: t
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     stop = {
         "rank": 1,
-        "at": "coconut_ds.engine:Engine.step",
+        "at": "coconut_ds.engine.engine:Engine.step",
         "call": 9,
         "do": f"TERM@{bench.folder}/script_1.pid",
     }

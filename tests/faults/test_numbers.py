@@ -7,7 +7,7 @@ import pytest
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
 
-LOSS = "coconut_ds.engine:Engine.loss"
+LOSS = "coconut_ds.engine.engine:Engine.loss"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

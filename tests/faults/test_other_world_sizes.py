@@ -14,7 +14,7 @@ from tests.faults.conftest import STEPS_PER_EPOCH, Bench
 from tests.faults.processes import ROOT, Ended, Warm
 from tests.faults.test_damage import assert_refused
 
-STEP = "coconut_ds.engine:Engine.step"
+STEP = "coconut_ds.engine.engine:Engine.step"
 SHORT = {"num_epochs": 2, "save_steps": 100, "reset_optimizer": False}
 LORA = {"tuning": "lora", "lora_r": 2, "lora_dropout": 0.0}
 MLP = {"thought": "mlp_projection", "thought_lr": 0.02}  # a second parameter group

@@ -8,7 +8,7 @@ from tests.faults.comparing import Numbers
 from tests.faults.conftest import STEPS_PER_EPOCH, Bench
 from tests.faults.processes import ROOT, Ended, Faults, environment, run
 
-STEP, GENERATE = "coconut_ds.engine:Engine.step", "coconut_ds.model.coconut:Coconut.generate"
+STEP, GENERATE = "coconut_ds.engine.engine:Engine.step", "coconut_ds.model.coconut:Coconut.generate"
 
 
 def signal_at(target: str, name: str = "TERM", rank: int = 0, at: str = STEP, call: int = 9) -> Faults:
@@ -34,7 +34,10 @@ def check_stopped_and_resumed(bench: Bench, reference: Numbers, ended: Ended, re
         (signal_at("self", "USR1", rank=1), "received SIGUSR1"),
         (signal_at("self", "TERM", rank=0, at=GENERATE, call=1), "received SIGTERM"),
         (signal_at("self", "USR1", rank=1, at=GENERATE, call=4), "received SIGUSR1"),
-        (signal_at("self", "TERM", rank=0, at="coconut_ds.trainer:write_model", call=1), "received SIGTERM"),
+        (
+            signal_at("self", "TERM", rank=0, at="coconut_ds.training.trainer:write_model", call=1),
+            "received SIGTERM",
+        ),
         (signal_at("self", "TERM", rank=0, call=STEPS_PER_EPOCH), "received SIGTERM"),
     ],
     ids=[

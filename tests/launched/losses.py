@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from coconut_ds.batching import Layout, training_steps
-from coconut_ds.build import load_material
-from coconut_ds.config import validate_experiment
-from coconut_ds.engine import finish_distributed, start_distributed
-from coconut_ds.run_settings import read_ds_config
-from coconut_ds.train import start_engine
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.data.batching import Layout, training_steps
+from coconut_ds.engine.engine import finish_distributed, start_distributed
+from coconut_ds.model.build import load_material
+from coconut_ds.training.run_settings import read_ds_config
+from coconut_ds.training.train import start_engine
 
 
 def losses_of(case, ranks):

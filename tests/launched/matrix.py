@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from coconut_ds.batching import Layout, training_steps
-from coconut_ds.build import load_material
-from coconut_ds.config import validate_experiment
-from coconut_ds.ds_config import load_ds_config
-from coconut_ds.engine import finish_distributed, start_distributed
-from coconut_ds.lora import trainable_parameters
-from coconut_ds.train import start_engine
+from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.data.batching import Layout, training_steps
+from coconut_ds.engine.engine import finish_distributed, start_distributed
+from coconut_ds.model.build import load_material
+from coconut_ds.model.lora import trainable_parameters
+from coconut_ds.training.train import start_engine
 
 STEPS, MORE_STEPS = 5, 2
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from coconut_ds import rendezvous
+from coconut_ds.engine import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.plan_accuracy import TEXT, peak_of_events, real_model, with_padding
-from coconut_ds.config import validate_experiment
-from coconut_ds.ds_config import load_ds_config
-from coconut_ds.engine import Engine, start_distributed
-from coconut_ds.lora import parameter_groups
+from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.data.tokenizer import Vocabulary
+from coconut_ds.engine.engine import Engine, start_distributed
+from coconut_ds.memory.fake_model import build_phantom
+from coconut_ds.memory.fake_trace import Trace, record
 from coconut_ds.memory.gradient_path import replay, replay_on
-from coconut_ds.memory.phantom import build_phantom
-from coconut_ds.memory.trace import Trace, record
-from coconut_ds.memory.worst import stages_of, worst_batch
+from coconut_ds.memory.largest_batches import stages_of, worst_batch
 from coconut_ds.memory.zero import (
     Partition,
     Sizes,
@@ -33,7 +33,7 @@ from coconut_ds.memory.zero import (
     trainable_sizes,
 )
 from coconut_ds.model.loading import load_config
-from coconut_ds.tokens import Vocabulary
+from coconut_ds.model.lora import parameter_groups
 from tests.launched.gloo import wait_for_gloo
 
 VOCABULARY_SIZE, BUCKET = 8000, 1_000_000

@@ -9,18 +9,18 @@ import pytest
 import torch
 import yaml
 
-from coconut_ds import train
-from coconut_ds.checkpoint import Checkpoints
-from coconut_ds.ds_config import MemoryBudget
-from coconut_ds.engine import Engine
+from coconut_ds.config.deepspeed import MemoryBudget
+from coconut_ds.engine.engine import Engine
 from coconut_ds.errors import BudgetError, OutOfMemory
-from coconut_ds.evaluate import evaluate
+from coconut_ds.evaluation.evaluate import evaluate
 from coconut_ds.failures import phase, phase_of
 from coconut_ds.memory.budget import refuse_or_warn
 from coconut_ds.memory.guard import MemoryGuard, largest_tensors
 from coconut_ds.memory.plan import MIB, BatchShape, Phase, Plan, StagePlan
 from coconut_ds.memory.zero import Item
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.runs.checkpoint import Checkpoints
+from coconut_ds.training import train
 from tests.launched.start import ROOT, start
 
 CPU = torch.device("cpu")

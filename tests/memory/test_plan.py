@@ -9,16 +9,23 @@ import pytest
 import yaml
 
 from coconut_ds.__main__ import main
-from coconut_ds.config import load_experiment, validate_experiment
-from coconut_ds.ds_config import load_ds_config
+from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.experiment import load_experiment, validate_experiment
+from coconut_ds.data.problems import Problem
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import BudgetError, ConfigError
-from coconut_ds.memory.changes import cheapest_changes
 from coconut_ds.memory.fit import fit
+from coconut_ds.memory.largest_batches import (
+    TextShape,
+    longest,
+    read_lengths,
+    shape_of,
+    stages_of,
+    worst_batch,
+)
+from coconut_ds.memory.options import cheapest_changes
+from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
 from coconut_ds.memory.planner import Planner, with_rows
-from coconut_ds.memory.table import full_text, markdown, side_by_side
-from coconut_ds.memory.worst import TextShape, longest, read_lengths, shape_of, stages_of, worst_batch
-from coconut_ds.problems import Problem
-from coconut_ds.tokens import TokenizedProblem, Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = TextShape(question=60, steps=3, step=8, answer=5)

@@ -8,16 +8,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, LlamaConfig
 
 from benchmarks.plan_accuracy import peak_of_events, real_model, with_padding
-from coconut_ds.config import validate_experiment
-from coconut_ds.ds_config import load_ds_config
-from coconut_ds.memory.phases import PlannedRun
-from coconut_ds.memory.planner import Planner
-from coconut_ds.memory.worst import (
+from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.memory.largest_batches import (
     TextShape,
     evaluated_stages,
     longest_prompts,
     worst_evaluation_batch,
 )
+from coconut_ds.memory.phases import PlannedRun
+from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.zero import Sizes, ZeroSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from coconut_ds.__main__ import main
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory.allocations import CpuRecorder
 from coconut_ds.memory.plan import MIB
-from coconut_ds.memory.profile import INITIALISE, PhaseMeter, census, profile_steps
+from coconut_ds.memory.profiler import INITIALISE, PhaseMeter, census, profile_steps
 from tests.launched.start import start
 from tests.model.cases import EQUAL_ROWS, NO_LATENT_ROWS, make_batch, make_coconut
 

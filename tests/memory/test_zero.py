@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coconut_ds.memory.fake_trace import ACTIVATIONS, GRADIENTS, Arrival, BackwardBegins, Trace, peak_of
 from coconut_ds.memory.gradient_path import replay
-from coconut_ds.memory.trace import ACTIVATIONS, GRADIENTS, Arrival, BackwardBegins, Trace, peak_of
 from coconut_ds.memory.zero import (
     COMMUNICATION,
     Partition,

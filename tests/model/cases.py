@@ -12,8 +12,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from coconut_ds.batching import Batch
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import Batch
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 

@@ -9,8 +9,8 @@ from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 
 from coconut_ds.memory.live_bytes import LiveBytes
-from coconut_ds.model.deferred_grads import install_deferral
-from coconut_ds.model.fused_activations import Recipe, fuse_activations, recipe_of
+from coconut_ds.model.techniques.deferred_grads import install_deferral
+from coconut_ds.model.techniques.fused_activations import Recipe, fuse_activations, recipe_of
 from tests.model.cases import ARCHITECTURES, gpt2, make_model
 
 MODULES = {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.errors import DataError
 from coconut_ds.model.answer_cache import AnswerCache
 from tests.model.cases import ARCHITECTURES, LATENT_ID, PLAIN, make_batch, make_coconut

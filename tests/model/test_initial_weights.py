@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from coconut_ds.build import build_module, write_model
-from coconut_ds.checkpoint.foreign import load_foreign_weights
-from coconut_ds.config import validate_experiment
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.data.problems import Problem
+from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import CheckpointError, DataError
+from coconut_ds.model.build import build_module, write_model
 from coconut_ds.model.loading import new_base
-from coconut_ds.problems import Problem
-from coconut_ds.tokens import load_vocabulary, tokenize
+from coconut_ds.runs.checkpoint.foreign import load_foreign_weights
 
 SYMBOLS = ["<eos>", "<pad>", "\n", " ", "#", "+", "=", "?", *map(str, range(10))]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model.loading import install_weights, load_base, new_base
-from coconut_ds.tokens import load_vocabulary
 
 
 @pytest.fixture

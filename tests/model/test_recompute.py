@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.live_bytes import LiveBytes
 from coconut_ds.model.coconut import Coconut

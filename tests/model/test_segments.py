@@ -8,9 +8,9 @@ from transformers import GPT2LMHeadModel
 
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.live_bytes import LiveBytes
-from coconut_ds.model import segment_attention
-from coconut_ds.model.segment_attention import Records, Segments
-from coconut_ds.model.segments import (
+from coconut_ds.model.techniques import segment_attention
+from coconut_ds.model.techniques.segment_attention import Records, Segments
+from coconut_ds.model.techniques.segments import (
     SegmentedCache,
     install_segmented_attention,
     segmented_attention,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from benchmarks.textbook import textbook_loss
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
 from tests.model.cases import (
     ARCHITECTURES,
     EQUAL_ROWS,

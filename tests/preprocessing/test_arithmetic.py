@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coconut_ds.data.problems import card_for, cot_matches, is_correct, read_problems, split_completion
+from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import DataError
-from coconut_ds.problems import card_for, cot_matches, is_correct, read_problems, split_completion
-from coconut_ds.tokens import load_vocabulary, tokenize
 from preprocessing.arithmetic import main
 
 SCRIPT = Path(__file__).parents[2] / "preprocessing" / "arithmetic.py"

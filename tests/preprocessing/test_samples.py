@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.data_report import check_data_files
+from coconut_ds.data.checks import check_data_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "data" / "sample"

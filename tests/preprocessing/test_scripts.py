@@ -32,7 +32,7 @@ def start(*command: object, **options: object) -> subprocess.Popen:
 
 
 def test_all_five_scripts_are_tried():
-    assert SCRIPTS == ["arithmetic", "gsm8k", "math", "prontoqa", "prosqa"]
+    assert SCRIPTS == ["arithmetic", "gsm8k", "hendrycks_math", "prontoqa", "prosqa"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -54,8 +54,8 @@ def test_help_from_another_folder_and_as_a_module(tmp_path, script):
         (["gsm8k.py", "--form", "original"], "openai/grade-school-math"),
         (["prosqa.py"], "facebookresearch/coconut"),
         (["prontoqa.py"], "5hop_0shot_random.json"),
-        (["math.py"], "EleutherAI/hendrycks_math"),
-        (["math.py", "--split", "fork"], "qwedsacf/competition_math"),
+        (["hendrycks_math.py"], "EleutherAI/hendrycks_math"),
+        (["hendrycks_math.py", "--split", "fork"], "qwedsacf/competition_math"),
     ],
 )
 def test_without_network_the_file_and_its_place_are_named(tmp_path, command, expected):

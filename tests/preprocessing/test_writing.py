@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from coconut_ds.problems import Card, card_for, read_problems
+from coconut_ds.data.problems import Card, card_for, read_problems
 from preprocessing.writing import markdown_table, write_dataset
 
 ITEM = {"question": "2 + 2 ?", "steps": [], "answer": "4é"}

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from coconut_ds.checkpoint.manifest import MANIFEST, _digest, hash_file, list_files, settle_files
-from coconut_ds.config import experiment_to_yaml, validate_experiment
-from coconut_ds.token_cache import cached_tokens
-from coconut_ds.tokens import load_vocabulary
-from coconut_ds.trained.export import export_hf
-from tests.memory.made_profile import plan, profile
+from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
+from coconut_ds.data.token_cache import cached_tokens
+from coconut_ds.data.tokenizer import load_vocabulary
+from coconut_ds.evaluation.export import export_hf
+from coconut_ds.runs.checkpoint.manifest import MANIFEST, _digest, hash_file, list_files, settle_files
+from tests.reports.made_profile import plan, profile
 from tests.run_folders import make_run
 
 WEIGHTS = {"run": "run/checkpoint_4", "full": "full", "peft": "peft", "published": "published"}

@@ -18,20 +18,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from coconut_ds.build import build_module, load_material
-from coconut_ds.checkpoint import Checkpoints
-from coconut_ds.comparing.window_picture import draw_window_weights
-from coconut_ds.config import load_named_experiment
-from coconut_ds.divergence import write_batches
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.config.experiment import load_named_experiment
+from coconut_ds.engine.divergence import write_batches
+from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.errors import UserError
 from coconut_ds.memory.guard import MemoryGuard
-from coconut_ds.runs import Run
+from coconut_ds.model.build import build_module, load_material
+from coconut_ds.reports.window_figure import draw_window_weights
+from coconut_ds.runs.checkpoint import Checkpoints
+from coconut_ds.runs.run_folder import Run
 from coconut_ds.terminal import is_printable
-from coconut_ds.watchdog import Watchdog
-from tests.checkpoint.fake_shards import FakeShards
 from tests.received.commands import CHEAP, PAGE, PLANS, READING, call
 from tests.received.kinds import sign
+from tests.runs.checkpoint.fake_shards import FakeShards
 
 CANARIES = Path("/nonexistent")  # set by the fixture; a canary that runs makes a folder in it
 MODEL_FOLDERS = (

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from coconut_ds import thoughts
-from coconut_ds.config import validate_experiment
+from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.errors import ConfigError
 from coconut_ds.thoughts import History, Thought, ThoughtSettings, available_thoughts, build_thought
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from coconut_ds.batching import Batch
-from coconut_ds.ds_config import LatentMemory
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import Batch
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import History, Thought, ThoughtSettings, available_thoughts, build_thought
 

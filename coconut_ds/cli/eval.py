@@ -1,0 +1,65 @@
+"""Evaluate trained models: accuracy with its interval, tokens and seconds an answer; ablations.
+
+    python -m coconut_ds eval RUN                                       the newest checkpoint of a run folder
+    python -m coconut_ds eval RUN --checkpoint all --split test         every checkpoint, on test_path
+    python -m coconut_ds eval RUN --ablate all                          do the latents matter?
+    deepspeed --num_gpus 2 --module coconut_ds eval RUN                 the same numbers, twice as fast
+    deepspeed --num_gpus 2 --module coconut_ds eval CONFIG --deepspeed_config JSON
+
+A run folder knows its settings, and a checkpoint its stage.  RUN may also be a checkpoint folder, or one that
+`export` wrote.  CONFIG, an experiment YAML, names the weights in `load_model_path` and the stage through
+`resume`, the epoch they were trained to.  Another stage than a checkpoint was trained at needs --allow stage.
+Results: evaluations.jsonl and predictions.jsonl in the run folder.
+
+Ablations put something else into the latent slots; each is compared with the intact model on the same items
+(exact McNemar test):
+  zero     zeros                                      shuffle  the same latents in another order
+  mean     the mean over the batch, slot by slot      swap     the latents of another problem
+  noise    random directions of the same norms        fewer    half as many slots        none   no slots
+zero:2, mean:2, noise:2, swap:2 change the second slot alone.
+"""
+
+import argparse
+
+from coconut_ds.config.arguments import add_allow_stage, add_ds_config_argument, add_overrides
+from coconut_ds.evaluation.ablation import parse_ablations
+from coconut_ds.evaluation.measure import Wanted, measure
+from coconut_ds.evaluation.saved_models import ds_config_of, find_trained
+from coconut_ds.files import json_text, open_output
+from coconut_ds.training.run_settings import read_ds_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, or experiment YAML")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="checkpoints of the run folder: names, latest (default), best, best_stage_N, all",
+    )
+    parser.add_argument(
+        "--split", default="valid", metavar="valid|test|FILE", help="what to evaluate on (default: valid)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N items only")
+    parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
+    parser.add_argument("--ablate", metavar="NAME,...", help="also with other latents; see above; or 'all'")
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
+    add_ds_config_argument(parser, required=False)
+    add_allow_stage(parser)
+    add_overrides(parser, "of the run")
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = Wanted(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
+    models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
+    own = models[0].folder
+    if args.deepspeed_config:
+        ds_config = read_ds_config(args.deepspeed_config, models[0].experiment)
+        results = measure(models, ds_config, wanted)
+    else:
+        results = measure(models, ds_config_of(own) if (own / "ds_config.json").is_file() else None, wanted)
+    if args.json and not args.local_rank:
+        with open_output(args.json, "--json") as writer:
+            writer.write(json_text([result.numbers() for result in results], indent=1) + "\n")
+    return 0

@@ -1,0 +1,69 @@
+"""Find the largest micro-batch that fits the memory budget, the effective batch kept.
+
+    python -m coconut_ds fit CONFIG --deepspeed_config JSON [--output NEW.yaml]
+
+Where not even one row fits, it tries recomputation, a smaller bucket, offload and, with --precision, 16 bits.
+Prints what to set, or writes it. Exit code 3: nothing fits.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import experiment_to_yaml
+from coconut_ds.files import json_text
+from coconut_ds.memory.arguments import add_planning_arguments, text_shape
+from coconut_ds.memory.fit import Fit, fit
+from coconut_ds.memory.planner import Planner
+from coconut_ds.training.run_settings import read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+    add_ds_config_argument(parser)
+    add_planning_arguments(parser)
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp16"), help="16 bits may be used where nothing else helps"
+    )
+    parser.add_argument(
+        "--output", metavar="YAML", help="write the experiment here; a changed JSON goes beside it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    experiment, ds_config = read_settings(args)
+    planner = Planner.of(experiment, text_shape(args), args.device)
+    found = fit(planner, experiment, ds_config, args.ranks, (args.precision,) if args.precision else ())
+    shape = found.experiment
+    print(
+        f"{shape.batch_size_training} rows x {shape.gradient_accumulation_steps} micro-batches x "
+        f"{found.plan.ranks} GPUs; up to {found.most_rows} rows would fit"
+    )
+    print(found.plan.verdict())
+    for lever in found.levers:
+        print(f"needs in the JSON: {lever}")
+    if args.output:
+        write(found, Path(args.output))
+    else:
+        print(found.settings)
+    return 0
+
+
+def write(found: Fit, path: Path) -> None:
+    """The experiment, and the JSON where levers changed it."""
+    path.write_text(experiment_to_yaml(found.experiment), encoding="utf-8")
+    print(f"wrote {path}")
+    if found.levers:
+        beside = path.with_suffix(".ds_config.json")
+        beside.write_text(json_text(as_json(found.ds_config), indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {beside}")
+
+
+def as_json(ds_config: DeepSpeedConfig) -> dict:
+    """The file that loads as `ds_config`."""
+    values = {**ds_config.stock, "latent_memory": asdict(ds_config.latent_memory)}
+    if ds_config.memory_budget is not None:
+        values["memory_budget"] = asdict(ds_config.memory_budget)
+    return values

@@ -1,0 +1,123 @@
+"""Ask a trained model: a question, a file of questions, or one after the other at the terminal.
+
+    python -m coconut_ds generate RUN --prompt "3+4+2+7=?"
+    python -m coconut_ds generate RUN --file data/gsm_test.json --output answers.jsonl
+    python -m coconut_ds generate RUN                          asks for questions; an empty line ends
+    echo "3+4+2+7=?" | python -m coconut_ds generate RUN       one question a line
+
+RUN is a run folder, a checkpoint folder, a folder that `export` wrote, or an experiment YAML whose
+`load_model_path` names weights.  A .json file is a list of problems, of which only the questions are used;
+any other file holds one question a line.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from coconut_ds.config.arguments import add_allow_stage, add_overrides
+from coconut_ds.data.problems import read_problems
+from coconut_ds.errors import ConfigError, DataError
+from coconut_ds.evaluation.pretrained import CoconutForCausalLM
+from coconut_ds.evaluation.saved_models import find_one
+from coconut_ds.files import json_text, open_output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, exported folder or experiment YAML")
+    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default), best, best_stage_N")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a question; may be given several times"
+    )
+    source.add_argument("--file", metavar="FILE", help="questions: .json problems, or one a line")
+    parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="longest answer (default: as evaluated)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="questions at once (32)")
+    parser.add_argument("--output", metavar="FILE", help="write JSON lines with question and answer to FILE")
+    add_allow_stage(parser)
+    add_overrides(parser, "of the run")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch_size {args.batch_size}: give 1 or more")
+    questions = _questions(args)
+    trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
+    model = CoconutForCausalLM.of(trained)
+    if questions is None:
+        _converse(model, args.max_new_tokens)
+    elif args.output or len(questions) > 1:
+        _answer_all(model, questions, args)
+    else:
+        _show(model.stream(questions[0], None, args.max_new_tokens))
+    return 0
+
+
+def _questions(args: argparse.Namespace) -> list[str] | None:
+    """What to ask; None: whoever sits at the terminal says it."""
+    if args.prompt:
+        questions = list(args.prompt)
+    elif args.file and args.file.endswith(".json"):
+        questions = [problem.question for problem in read_problems(args.file)]
+    elif args.file:
+        questions = _lines_of(args.file)
+    elif sys.stdin.isatty():
+        return None
+    else:
+        questions = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not any(question.strip() for question in questions):
+        raise DataError(f"{args.file or 'the question'}: there is nothing to ask")
+    return questions
+
+
+def _lines_of(name: str) -> list[str]:
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--file {name}: cannot be read ({error})") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace) -> None:
+    model.samples(questions)  # a question that is too long is named before the first answer
+    if args.output:
+        with open_output(args.output, "--output") as writer:
+            for question, answer in _answers(model, questions, args):
+                record = {"question": question, "answer": answer}
+                writer.write(json_text(record, ensure_ascii=False) + "\n")
+        return
+    for question, answer in _answers(model, questions, args):
+        print(f"{question}\n{answer}\n", flush=True)
+
+
+def _answers(
+    model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace
+) -> Iterator[tuple[str, str]]:
+    for start in range(0, len(questions), args.batch_size):
+        asked = questions[start : start + args.batch_size]
+        yield from zip(asked, model.generate(asked, None, args.max_new_tokens), strict=True)
+
+
+def _converse(model: CoconutForCausalLM, most: int | None) -> None:
+    num_latents = model.trained.stage.num_latents
+    print(f"{model.trained.name}, {num_latents} latents. A question, or an empty line to end.", flush=True)
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            return
+        if not question.strip():
+            return
+        try:
+            _show(model.stream(question, None, most))
+        except DataError as error:
+            print(error)
+
+
+def _show(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

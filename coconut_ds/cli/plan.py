@@ -1,0 +1,60 @@
+"""Predict the memory of a run, item by item, against its budget; several JSONs side by side.
+
+    python -m coconut_ds plan CONFIG --deepspeed_config JSON [JSON ...]
+
+Needs no GPU and no weights: the model's code runs on tensors without storage. Exit code 0: every plan fits;
+3: one does not.
+"""
+
+import argparse
+from dataclasses import replace
+
+from coconut_ds.config.arguments import DS_CONFIG_FLAGS, add_experiment_arguments, read_experiment
+from coconut_ds.errors import BudgetError
+from coconut_ds.files import json_text
+from coconut_ds.memory.arguments import add_planning_arguments, text_shape
+from coconut_ds.memory.options import cheapest_changes
+from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
+from coconut_ds.memory.planner import Planner
+from coconut_ds.training.run_settings import read_ds_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+    parser.add_argument(
+        *DS_CONFIG_FLAGS,
+        nargs="+",
+        required=True,
+        metavar="JSON",
+        help="one or more ways to split memory",
+    )
+    add_planning_arguments(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="plain data instead of a table")
+    form.add_argument("--markdown", action="store_true", help="one table line a plan")
+    parser.add_argument(
+        "--no-changes", action="store_true", help="do not plan what would make the run smaller"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    experiment = read_experiment(args)
+    ds_configs = [read_ds_config(path, experiment) for path in args.deepspeed_config]
+    planner = Planner.of(experiment, text_shape(args), args.device)
+    plans = []
+    for ds_config in ds_configs:
+        plan = planner.plan(experiment, ds_config, args.ranks)
+        if not args.no_changes and (len(ds_configs) == 1 or args.json):
+            plan = replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
+        plans.append(plan)
+    if args.json:
+        print(json_text([plan.to_json() for plan in plans], indent=2))
+    elif args.markdown:
+        print(markdown([(experiment.name, plan) for plan in plans]))
+    elif len(plans) == 1:
+        print(full_text(plans[0]))
+    else:
+        print(side_by_side(plans))
+        for plan in plans:
+            print(f"\n{plan.ds_config}: {plan.verdict()}")
+    return 0 if all(plan.fits for plan in plans) else BudgetError.exit_code

@@ -1,0 +1,159 @@
+"""Measure the memory of real optimizer steps on the worst batch, by phase, beside plan and budget.
+
+    deepspeed --num_gpus 2 --module coconut_ds profile CONFIG --deepspeed_config JSON
+
+Phases: initialise; every pass, loss, backward, reduce and optimizer step, twice; evaluation; checkpoint.
+Writes memory/plan.json and memory/profile.json in the run folder, for `report`; no weights are kept.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment, experiment_to_yaml
+from coconut_ds.data.batching import Batch
+from coconut_ds.data.curriculum import final_stage
+from coconut_ds.data.run_data import Material, TestSet
+from coconut_ds.engine.distributed import Collectives
+from coconut_ds.engine.engine import Engine, Ranks, start_distributed
+from coconut_ds.errors import ConfigError
+from coconut_ds.evaluation.evaluate import evaluate
+from coconut_ds.failures import lost_ranks_explained
+from coconut_ds.files import json_text, make_folder, replace_text
+from coconut_ds.memory.allocations import recorder_for
+from coconut_ds.memory.guard import MemoryGuard
+from coconut_ds.memory.largest_batches import shape_of, stages_of, worst_batch
+from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.profiler import BETWEEN, INITIALISE, PhaseMeter, profile_steps
+from coconut_ds.model.build import load_material, write_model
+from coconut_ds.reports.memory_tables import profile_text
+from coconut_ds.runs.run_folder import RunLock, run_folder
+from coconut_ds.training.run_settings import read_settings
+from coconut_ds.training.train import start_engine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+    add_ds_config_argument(parser)
+    parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="on GPUs: also memory/snapshot_rank_N.pickle for pytorch.org/memory_viz",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    experiment, ds_config = read_settings(args)
+    if experiment.only_eval:
+        raise ConfigError(
+            f"{args.config}: only_eval is true, so there are no steps to profile; --set only_eval=false"
+        )
+    with lost_ranks_explained():
+        result = profile(experiment, ds_config, args.snapshot)
+    if result is not None:
+        print(result)
+    return 0
+
+
+def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) -> str | None:
+    """Profile on every rank; the main rank writes the files and gives the text.  Collective."""
+    folder = run_folder(experiment) / "memory"
+    material = load_material(experiment)
+    ranks = start_distributed(ds_config.precision)
+    lock = _lock(folder.parent, ranks)
+    picture = folder / f"snapshot_rank_{ranks.rank}.pickle" if snapshot else None
+    meter = PhaseMeter(ranks.device, recorder_for(ranks.device, picture))
+    meter.begin(INITIALISE)
+    engine = start_engine(experiment, ds_config, material, ranks)
+    meter.begin(BETWEEN)
+    plan = engine.broadcast_object(_plan(experiment, ds_config, material, ranks) if ranks.is_main else None)
+    batch = _batch(experiment, material, plan)
+    with MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan):
+        mine = profile_steps(
+            engine,
+            meter,
+            batch,
+            experiment.gradient_accumulation_steps,
+            lambda: _evaluate(engine, experiment, material),
+            lambda where: write_model(engine.module, material.vocabulary, where),
+            folder,
+        )
+    everybody = engine.gather(mine.to_json())
+    text = None
+    if engine.is_main:
+        result = {
+            "experiment": experiment.name,
+            "ds_config": ds_config.path,
+            "budget": plan["budget"],
+            "batch": str(shape_of(batch)),
+            "stage": _governing(plan)["stage"],
+            "ranks": everybody,
+        }
+        _write(folder, experiment, ds_config.resolve(experiment, ranks.world_size), plan, result)
+        text = profile_text(result, plan) + f"\n\n{folder / 'profile.json'}"
+    engine.close()
+    if lock is not None:
+        lock.release()
+    return text
+
+
+def _lock(folder: Path, ranks: Ranks) -> RunLock | None:
+    """Keep other runs out of the folder; the main rank's ConfigError is raised on all ranks.  Collective."""
+    lock, problem = None, None
+    if ranks.is_main:
+        try:
+            lock = RunLock(folder)
+        except ConfigError as error:
+            problem = str(error)
+    problem = Collectives(ranks).broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+    return lock
+
+
+def _plan(
+    experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
+) -> dict[str, Any]:
+    valid = list(material.valid.tokenized)
+    train = list(material.train) or valid
+    planner = Planner.from_material(experiment, train, valid, material.vocabulary, ranks.device.type)
+    return planner.plan(experiment, ds_config, ranks.world_size).to_json()
+
+
+def _governing(plan: dict[str, Any]) -> dict[str, Any]:
+    """The stage that takes the most."""
+    return max(plan["stages"], key=lambda stage: stage["gpu_mib"])
+
+
+def _batch(experiment: Experiment, material: Material, plan: dict[str, Any]) -> Batch:
+    at = next(at for at in stages_of(experiment) if at.epoch == _governing(plan)["first_epoch"])
+    return worst_batch(
+        list(material.train), at, experiment, material.vocabulary, experiment.batch_size_training
+    )
+
+
+def _evaluate(engine: Engine, experiment: Experiment, material: Material) -> None:
+    """One evaluation batch a rank, of the longest problems, at the final stage."""
+    valid = material.valid
+    lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
+    most = experiment.batch_size_eval * engine.world_size
+    chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:most]
+    hardest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
+    evaluate(engine, hardest, final_stage(experiment), experiment, material.vocabulary)
+
+
+def _write(
+    folder: Path,
+    experiment: Experiment,
+    settings: dict[str, Any],
+    plan: dict[str, Any],
+    result: dict[str, Any],
+) -> None:
+    make_folder(folder)
+    replace_text(folder / "plan.json", json_text(plan, indent=2) + "\n")
+    replace_text(folder / "profile.json", json_text(result) + "\n")
+    if not (folder.parent / "experiment.yaml").exists():  # a folder that was never trained in
+        replace_text(folder.parent / "experiment.yaml", experiment_to_yaml(experiment))
+        replace_text(folder.parent / "ds_config.json", json_text(settings, indent=2, default=str) + "\n")

@@ -1,0 +1,133 @@
+"""Show what an experiment will do: settings, stages, batch arithmetic, one sample a stage.
+
+    python -m coconut_ds show CONFIG [--deepspeed_config JSON]
+
+Needs no GPU and loads no model. Samples need the training data and the tokenizer; what is absent is said.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments, read_experiment
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment, experiment_to_yaml
+from coconut_ds.config.methods import has_published_keys
+from coconut_ds.config.schemas.parsing import read_yaml
+from coconut_ds.data.batching import Layout
+from coconut_ds.data.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
+from coconut_ds.data.problems import Problem, read_problems
+from coconut_ds.data.tokenizer import load_vocabulary, tokenize
+from coconut_ds.errors import UserError
+from coconut_ds.training.run_settings import read_ds_config
+
+PUBLISHED_GPUS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+    add_ds_config_argument(parser, required=False)
+    parser.add_argument("--gpus", type=int, help="number of ranks (default: the memory budget's, or 2)")
+    parser.add_argument("--item", type=int, default=0, metavar="N", help="problem of the sample (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    experiment = read_experiment(args)
+    ds_config = read_ds_config(args.deepspeed_config, experiment) if args.deepspeed_config else None
+    print("Settings\n" + _indented(experiment_to_yaml(experiment)))
+    if ds_config is not None:
+        print("Memory\n" + _indented("\n".join(_memory_lines(ds_config))))
+    path = experiment.val_path if experiment.only_eval else experiment.train_path
+    try:
+        problems = read_problems(path)
+    except UserError as error:
+        problems = []
+        print(f"Data\n  {error}\n")
+    lines = [*_batch_lines(experiment, ds_config, args.gpus, len(problems))]
+    if has_published_keys(read_yaml(args.config)):
+        lines.append(_published_batch_line(experiment))
+    print("Batches\n" + _indented("\n".join(lines)))
+    print("Stages\n" + _indented("\n".join(_stage_lines(experiment))))
+    if problems:
+        chosen = problems[min(args.item, len(problems) - 1)]
+        print("Samples\n" + _indented("\n".join(_sample_lines(experiment, chosen))))
+    return 0
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.rstrip().splitlines())
+
+
+def _memory_lines(ds_config: DeepSpeedConfig) -> Iterator[str]:
+    offload = ", optimizer on the CPU" if ds_config.offload_optimizer else ""
+    yield f"{ds_config.path}: ZeRO stage {ds_config.zero_stage}, {ds_config.precision}{offload}"
+    yield f"latent memory: {ds_config.latent_memory}"
+    if budget := ds_config.memory_budget:
+        yield (
+            f"budget: {budget.gpus} x {budget.device}, {budget.gpu_memory_mib} MiB each, "
+            f"{budget.reserved_mib} MiB of it kept free"
+        )
+
+
+def _batch_lines(
+    experiment: Experiment, ds_config: DeepSpeedConfig | None, gpus: int | None, num_problems: int
+) -> Iterator[str]:
+    budget = ds_config.memory_budget if ds_config else None
+    world_size = gpus or (budget.gpus if budget else 2)
+    if ds_config is not None:
+        ds_config.resolve(experiment, world_size)  # a disagreement between the two files shows here
+    layout = Layout.of(experiment, world_size, rank=0)
+    yield (
+        f"{layout.rows} rows per GPU x {layout.accumulation} accumulated x {world_size} GPUs "
+        f"= {layout.rows_per_step} rows per optimizer step, the effective batch"
+    )
+    if num_problems and not experiment.only_eval:
+        steps = layout.num_steps(num_problems)
+        epochs = experiment.num_epochs - experiment.resume
+        yield f"{num_problems} problems -> {steps} steps per epoch, {steps * epochs} steps in {epochs} epochs"
+
+
+def _published_batch_line(experiment: Experiment) -> str:
+    layout = Layout.of(experiment, PUBLISHED_GPUS, rank=0)
+    return (
+        f"the published code runs such files on {PUBLISHED_GPUS} GPUs: an effective batch of "
+        f"{layout.rows_per_step}; with fewer GPUs, raise gradient_accumulation_steps to keep it"
+    )
+
+
+def _stage_lines(experiment: Experiment) -> Iterator[str]:
+    yield f"{'epochs':>9}  stage"
+    for first, last in _stage_spans(experiment):
+        span = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
+        yield f"{span:>9}  {stage_number(first, experiment)}: {stage_at(first, experiment)}"
+    yield f"tested at: {final_stage(experiment)}"
+    if early := stops_early(experiment):
+        yield early
+    if experiment.uniform_prob and experiment.method.has_stages:
+        yield f"each sample is drawn from a random stage with probability {experiment.uniform_prob}"
+
+
+def _stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
+    """First and last epoch (from 0) of every different stage that the run goes through."""
+    last = last_epoch(experiment)
+    first = experiment.resume
+    for epoch in range(experiment.resume, last + 1):
+        if epoch == last or stage_at(epoch + 1, experiment) != stage_at(epoch, experiment):
+            yield first, epoch
+            first = epoch + 1
+
+
+def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:
+    try:
+        vocabulary = load_vocabulary(experiment.model_id)
+    except UserError as error:
+        yield str(error)
+        return
+    (tokenized,) = tokenize([problem], vocabulary)
+    for first, _ in _stage_spans(experiment):
+        sample = render(tokenized, stage_at(first, experiment), experiment, vocabulary)
+        prompt = vocabulary.spell(sample.tokens[: sample.num_prompt])
+        learned = vocabulary.spell(sample.tokens[sample.num_prompt :])
+        num_learned = len(sample.tokens) - sample.num_prompt
+        yield f"epoch {first + 1}: {sample.num_prompt} tokens given, {num_learned} learned"
+        yield f"  given    {prompt!r}"
+        yield f"  learned  {learned!r}"

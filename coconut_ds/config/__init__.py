@@ -1,0 +1,1 @@
+"""Settings: the experiment YAML and the DeepSpeed JSON, checked and turned into frozen records."""

@@ -1,0 +1,263 @@
+"""The DeepSpeed JSON: how memory is split, and how much of it each part may use.
+
+Stock DeepSpeed ignores unknown top-level keys, drops "auto" silently inside zero_optimization and
+raises on some pairs of settings only when the model is wrapped; this module refuses all three before
+anything is loaded.  Learning numbers are "auto" in the file and come from the experiment.
+
+Knows: settings of DeepSpeed 0.19.8 and our two blocks, memory_budget and latent_memory.
+Does not know: torch, DeepSpeed's code, how much memory a model needs.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from coconut_ds.config.ds_dialects import adapted
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.schemas import load_schema, violations
+from coconut_ds.config.schemas.parsing import read_json
+from coconut_ds.errors import ConfigError
+
+OUR_BLOCKS = ("memory_budget", "latent_memory", "$schema")
+AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda hidden_size: hidden_size**2,
+    "stage3_prefetch_bucket_size": lambda hidden_size: int(0.9 * hidden_size**2),
+    "stage3_param_persistence_threshold": lambda hidden_size: 10 * hidden_size,
+}
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What one GPU has and what each part may use; sizes in MiB per GPU, host memory in GiB."""
+
+    device: str
+    gpus: int
+    gpu_memory_mib: int
+    reserved_mib: int
+    host_memory_gib: float
+    components_mib: Mapping[str, float]
+    on_exceed: str = "error"  # "error" | "warn"
+
+
+@dataclass(frozen=True)
+class LatentMemory:
+    """Levers of the latent loop; none of them changes a loss."""
+
+    supervised_logits_only: bool = True
+    loss_chunk_tokens: int = 1024
+    segmented_cache: bool = True
+    deferred_weight_gradients: bool = True
+    recompute: str = "none"  # "none" | "layers"
+    fused_activations: bool = True
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """One checked JSON.  `stock` is what DeepSpeed reads, every "auto" still inside."""
+
+    path: str
+    stock: Mapping[str, Any]
+    memory_budget: MemoryBudget | None
+    latent_memory: LatentMemory
+    notes: tuple[str, ...] = ()  # what the file says and this program does not do
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.stock["zero_optimization"]["stage"])
+
+    @property
+    def offload_optimizer(self) -> bool:
+        return _offloads(self.stock, "offload_optimizer")
+
+    @property
+    def offload_param(self) -> bool:
+        return _offloads(self.stock, "offload_param")
+
+    @property
+    def precision(self) -> str:
+        """ "fp32", "fp16" or "bf16"."""
+        return next((kind for kind in ("fp16", "bf16") if _enabled(self.stock, kind)), "fp32")
+
+    @property
+    def needs_hidden_size(self) -> bool:
+        """Whether a bucket of the file is "auto"."""
+        return any(self.stock["zero_optimization"].get(key) == "auto" for key in AUTO_SIZES)
+
+    def for_run(
+        self, experiment: Experiment, budget: MemoryBudget, hidden_size: int | None
+    ) -> "DeepSpeedConfig":
+        """The same with "auto" precision and bucket sizes filled in, and a budget where it has none.
+
+        Source of the sizes: transformers/integrations/deepspeed.py, `trainer_config_finalize`.
+        """
+        stock = copy.deepcopy(dict(self.stock))
+        for kind, enabled in (("fp16", False), ("bf16", experiment.bf16)):
+            if stock.get(kind, {}).get("enabled") == "auto":
+                stock[kind]["enabled"] = enabled
+        zero = stock["zero_optimization"]
+        for key, size in AUTO_SIZES.items():
+            if zero.get(key) == "auto":
+                assert hidden_size is not None, "needs_hidden_size"
+                zero[key] = size(hidden_size)
+        return replace(self, stock=stock, memory_budget=self.memory_budget or budget)
+
+    def resolve(self, experiment: Experiment, world_size: int) -> dict[str, Any]:
+        """What `deepspeed.initialize(config=...)` takes: every "auto" filled from the experiment.
+
+        ConfigError: a number that disagrees with the experiment's, or bf16 asked for and not given.
+        """
+        assert world_size >= 1
+        resolved = copy.deepcopy(dict(self.stock))
+        params = resolved["optimizer"].setdefault("params", {})
+        micro, steps = experiment.batch_size_training, experiment.gradient_accumulation_steps
+        rows = micro * steps * world_size
+        total = f"batch_size_training {micro} x gradient_accumulation_steps {steps} x {world_size} ranks"
+        problems = [
+            *_fill(resolved, "train_batch_size", rows, total),
+            *_fill(resolved, "train_micro_batch_size_per_gpu", micro, "batch_size_training"),
+            *_fill(resolved, "gradient_accumulation_steps", steps, "gradient_accumulation_steps"),
+            *_fill(resolved, "gradient_clipping", experiment.gradient_clipping, "gradient_clipping"),
+            *_fill(params, "lr", experiment.lr, "lr", "optimizer.params."),
+            *_fill(params, "weight_decay", experiment.weight_decay, "weight_decay", "optimizer.params."),
+        ]
+        if experiment.bf16 and self.precision != "bf16":
+            problems.append(
+                f"bf16: the experiment says 'bf16: true', but this file trains in {self.precision}; "
+                "use ds_configs/zero2_offload_bf16.json, or set bf16 to false in the YAML"
+            )
+        if experiment.gradient_clipping and not resolved["zero_optimization"].get("compute_grad_norm", True):
+            problems.append(
+                "zero_optimization.compute_grad_norm: is false, but the experiment's gradient_clipping "
+                f"{experiment.gradient_clipping} needs the norm; delete it"
+            )
+        if problems:
+            raise ConfigError("\n".join(f"{self.path}: {problem}" for problem in problems))
+        return resolved
+
+    def resolved_file(self, experiment: Experiment, world_size: int) -> dict[str, Any]:
+        """The resolved settings with our two blocks: a file of this format, as the run really used it."""
+        blocks: dict[str, Any] = {"latent_memory": asdict(self.latent_memory)}
+        if self.memory_budget is not None:
+            blocks["memory_budget"] = asdict(self.memory_budget)
+        return {**self.resolve(experiment, world_size), **blocks}
+
+
+def load_ds_config(path: str | Path) -> DeepSpeedConfig:
+    """Read and check one JSON.  ConfigError with every problem of the file in one message."""
+    return validate_ds_config(read_json(path), str(path))
+
+
+def validate_ds_config(values: Mapping[str, Any], where: str) -> DeepSpeedConfig:
+    """The record that `values` describe; `where` names their source in messages."""
+    values, notes = adapted(values)
+    problems = violations(values, load_schema("ds_config"), "a setting of DeepSpeed 0.19.8")
+    broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
+    problems += _contradictions({key: value for key, value in values.items() if key not in broken})
+    if problems:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    budget = values.get("memory_budget")
+    return DeepSpeedConfig(
+        path=where,
+        stock=copy.deepcopy({key: value for key, value in values.items() if key not in OUR_BLOCKS}),
+        memory_budget=None if budget is None else MemoryBudget(**budget),
+        latent_memory=LatentMemory(**values.get("latent_memory", {})),
+        notes=tuple(f"{where}: {note}" for note in notes),
+    )
+
+
+def _offloads(stock: Mapping[str, Any], block: str) -> bool:
+    return stock["zero_optimization"].get(block, {}).get("device", "none") != "none"
+
+
+def _enabled(stock: Mapping[str, Any], precision: str) -> bool:
+    return stock.get(precision, {}).get("enabled", False) is True
+
+
+def _fill(block: dict[str, Any], key: str, number: float, source: str, inside: str = "") -> Iterator[str]:
+    """Put the experiment's number where "auto" or nothing stands; yield a problem where they differ."""
+    given = block.get(key, "auto")
+    if given == "auto":
+        block[key] = number
+    elif given != number:
+        yaml_line = f", or '{source}: {given}' in the YAML" if " " not in source else ""
+        yield (
+            f"{inside}{key}: is {given}, but the experiment gives {number} ({source}); "
+            f'write "auto" here, so that the YAML owns it{yaml_line}'
+        )
+
+
+def _contradictions(sound: Mapping[str, Any]) -> Iterator[str]:
+    """Problems that join several keys; `sound` holds the blocks that the schema accepts."""
+    fp16, bf16 = sound.get("fp16", {}), sound.get("bf16", {})
+    precision = next((kind for kind in ("fp16", "bf16") if _enabled(sound, kind)), "fp32")
+    if fp16.get("enabled") is True and bf16.get("enabled") is True:
+        yield "fp16, bf16: both are enabled; keep one (fp16 for RTX 20xx, bf16 for Ampere and newer)"
+    stated = sound.get("data_types", {}).get("param_dtype", precision)
+    if stated != precision:
+        yield f"data_types.param_dtype: is {stated}, but the file trains in {precision}; delete it"
+    if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
+        yield "bf16.bf16_optimizer_states: needs bf16_master_weights_and_grads: true as well"
+    if sound.get("tensorboard", {}).get("enabled") and find_spec("tensorboard") is None:
+        yield "tensorboard.enabled: the tensorboard package is not installed; pip install it, or write false"
+    params = sound.get("optimizer", {}).get("params", {})
+    if params.get("torch_adam") and "bias_correction" in params:
+        yield "optimizer.params.bias_correction: torch's AdamW always corrects the bias; delete it"
+    if "zero_optimization" in sound:
+        yield from _offload_contradictions(sound, params)
+        yield from _zero_contradictions(sound)
+    if "memory_budget" in sound:
+        yield from _budget_contradictions(sound["memory_budget"])
+
+
+def _offload_contradictions(sound: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
+    offloads = _offloads(sound, "offload_optimizer")
+    if offloads and not params.get("torch_adam", False):
+        return  # DeepSpeed's CPU Adam
+    for key in ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads"):
+        block, name = key.split(".")
+        if sound.get(block, {}).get(name):
+            yield (
+                f"{key}: needs DeepSpeed's CPU Adam; "
+                "add offload_optimizer with device cpu and leave torch_adam out"
+            )
+    if "fp32_optimizer_states" in params:
+        yield (
+            "optimizer.params.fp32_optimizer_states: has no effect without DeepSpeed's CPU Adam "
+            "(offload_optimizer, no torch_adam); delete it"
+        )
+
+
+def _zero_contradictions(sound: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed asserts only when it wraps the model (runtime/engine.py, runtime/zero/)."""
+    zero = sound["zero_optimization"]
+    if zero["stage"] == 1 and zero.get("overlap_comm"):
+        yield 'zero_optimization.overlap_comm: cannot be true at stage 1; write false, or "stage": 2'
+    if zero["stage"] >= 2 and zero.get("reduce_scatter", True):
+        for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if sound.get(key, plain) != plain:
+                yield (
+                    f"{key}: cannot be combined with reduce_scatter at stage {zero['stage']}; delete it, or "
+                    'write "reduce_scatter": false in zero_optimization'
+                )
+    if zero.get("compute_grad_norm") is False:
+        dtype = sound.get("data_types", {}).get("grad_accum_dtype")
+        if _offloads(sound, "offload_optimizer"):
+            yield "zero_optimization.compute_grad_norm: cannot be false with offload_optimizer; delete it"
+        elif zero["stage"] == 1 and _enabled(sound, "bf16") and dtype in (None, "fp32"):
+            yield "zero_optimization.compute_grad_norm: false needs stage 2 in bf16; delete it"
+
+
+def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:
+    memory, reserved = budget["gpu_memory_mib"], budget["reserved_mib"]
+    wanted = sum(budget["components_mib"].values())
+    if reserved >= memory:
+        yield f"memory_budget.reserved_mib: {reserved:g} uses up gpu_memory_mib {memory:g}; lower it"
+    elif wanted > memory - reserved:
+        yield (
+            f"memory_budget.components_mib: the parts sum to {wanted:g} MiB, but gpu_memory_mib {memory:g} "
+            f"- reserved_mib {reserved:g} is {memory - reserved:g}; "
+            f"take {wanted - memory + reserved:g} MiB from a part"
+        )

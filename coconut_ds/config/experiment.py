@@ -1,0 +1,261 @@
+"""The experiment YAML: what is learned, checked once and then frozen.
+
+    load_experiment("configs/full/gsm_coconut.yaml", ["lr=3e-5"])  ->  Experiment
+
+The flat keys of the published code keep their meaning.  Types, ranges and defaults live in
+schemas/experiment.schema.json; the rules that join several keys in contradictions.py.
+
+Knows: settings and which of them contradict each other.
+Does not know: torch, DeepSpeed, or whether a data or model path exists.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coconut_ds.config.methods import (
+    LATENT_VARIANTS,
+    METHOD_BOOLEANS,
+    Method,
+    has_published_keys,
+    method_of,
+    thought_and_tuning,
+)
+from coconut_ds.config.no_effect import without_effect
+from coconut_ds.config.rules import contradictions
+from coconut_ds.config.schemas import defaults, kinds, load_schema, shown, unknown_keys, violations
+from coconut_ds.config.schemas.parsing import parse_yaml_value, read_yaml
+from coconut_ds.errors import ConfigError
+from coconut_ds.files import run_folder_of
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run.  Every field is described in configs/README.md, which is made from the schema."""
+
+    project: str
+    name: str
+    save_path: str
+    seed: int
+    debug: bool
+
+    method: Method
+    thought: str
+    tuning: str  # "full" | "lora"
+    c_thought: int
+    epochs_per_stage: int | tuple[int, ...]  # a tuple: stage 0, 1, ...; its last number repeats
+    max_latent_stage: int
+    pad_latent_to_max: bool
+    uniform_prob: float
+    num_epochs: int
+    icot_tokens_per_epoch: int | None
+
+    latent_window_size: int
+    latent_window_init: str  # "recent" | "uniform"
+    latent_window_scope: str  # "sequence" | "pass"
+    latent_window_weights: tuple[float, ...]
+
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_target_modules: tuple[str, ...] | None
+    lora_use_rslora: bool
+    lora_use_dora: bool
+
+    model_id: str
+    load_model_path: str | None
+    train_path: str  # "" with only_eval where the file names none
+    val_path: str
+    test_path: str | None
+    max_new_tokens: int | None
+    grading: str | None  # "exact" | "latex"
+
+    batch_size_training: int  # rows per GPU and micro-batch
+    gradient_accumulation_steps: int
+    lr: float
+    thought_lr: float | None
+    weight_decay: float
+    lr_schedule: str  # "constant" | "linear" | "cosine"
+    warmup_ratio: float
+    gradient_clipping: float
+    reset_optimizer: str  # "never" | "stage_switch" | "every_epoch"
+    bf16: bool
+
+    only_eval: bool
+    resume: int
+    batch_size_eval: int
+    eval_max_items: int | None
+    ablate_after_stage: tuple[str, ...] | None
+    save_only_improve: bool
+    keep_checkpoints: int | None
+    save_minutes: float | None
+    save_steps: int | None
+    allow_pickle: bool
+
+
+RESETS = {True: "stage_switch", False: "never"}
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check one YAML; `overrides` are 'key=value' texts whose values are read as YAML.
+
+    ConfigError with every problem of the file in one message.
+    """
+    return load_with_notes(path, overrides)[0]
+
+
+def load_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
+    """The experiment, and a line for each setting that its file makes do something unexpected or nothing."""
+    values = read_yaml(path)
+    published = has_published_keys(values)  # of the file: --set method=cot does not change whose file it is
+    where = str(path)
+    if overrides:
+        changes = parse_overrides(overrides)
+        values = _without_replaced(values, changes) | changes
+        where += " with --set " + " ".join(overrides)
+    experiment, notes = _check(values, where, published)
+    return experiment, [f"{path}: {note}" for note in notes]
+
+
+def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """The settings of a received file: `allow_pickle` only where the reader's own command line says so."""
+    return replace(experiment, allow_pickle=bool(parse_overrides(overrides).get("allow_pickle", False)))
+
+
+def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment named on a command line; the YAML in a run folder is received, not the reader's word."""
+    return load_named_with_notes(path, overrides)[0]
+
+
+def load_named_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
+    """load_named_experiment with the notes of load_with_notes."""
+    experiment, notes = load_with_notes(path, overrides)
+    is_received = Path(path).name == "experiment.yaml" or run_folder_of(path) is not None
+    return without_permissions(experiment, overrides) if is_received else experiment, notes
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """{'lr': 3e-5} from ['lr=3e-5'].  ConfigError: no '=', or a key that is not a setting."""
+    schema = load_schema("experiment")
+    known = schema["properties"]
+    changes: dict[str, Any] = {}
+    problems = []
+    keys = [override.partition("=")[0].strip() for override in overrides if "=" in override]
+    hints = unknown_keys([key for key in keys if key not in known], schema)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            problems.append(f"--set {override}: must be KEY=VALUE")
+        elif key not in known:
+            problems.append(f"--set {override}: '{key}' is not a setting{hints[key]}")
+        else:
+            value = parse_yaml_value(text, f"--set {override}")
+            is_text = "string" in kinds(known[key]) and not isinstance(value, str | None)
+            changes[key] = text.strip() if is_text else value
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return changes
+
+
+def validate_experiment(values: Mapping[str, Any], where: str) -> Experiment:
+    """The record that `values` describe; `where` names their source in messages."""
+    return _check(values, where, has_published_keys(values))[0]
+
+
+def _check(values: Mapping[str, Any], where: str, published: bool) -> tuple[Experiment, list[str]]:
+    schema = load_schema("experiment")
+    given = {key: _as_meant(value, schema["properties"].get(key, {})) for key, value in values.items()}
+    problems = violations(given, schema, "a setting")
+    broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
+    sound = {key: value for key, value in given.items() if key not in broken and key in schema["properties"]}
+    standard = defaults(schema, published)
+    settings = standard | sound
+    problems += [text for keys, text in contradictions(sound, settings) if not broken.intersection(keys)]
+    if problems:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    method = method_of(sound)
+    assert method is not None
+    notes = without_effect(method, sound, standard, settings)
+    return _record(method, settings), _notes_on_defaults(sound, standard, schema) + notes
+
+
+def _notes_on_defaults(
+    sound: Mapping[str, Any], standard: Mapping[str, Any], schema: Mapping[str, Any]
+) -> list[str]:
+    """A line for each default that is another one because the file is the published code's."""
+    return [
+        f"{key} is {shown(value)}, the published code's value, because the file has no 'method:' "
+        f"(with it: {shown(ours)}); write '{key}: {shown(value)}' or '{key}: {shown(ours)}'"
+        for key, value in standard.items()
+        if key not in sound and value != (ours := schema["properties"][key]["default"])
+    ]
+
+
+def experiment_to_yaml(experiment: Experiment) -> str:
+    """The resolved settings as YAML; loading it gives an equal record."""
+    values = asdict(experiment)
+    values["method"] = str(experiment.method)
+    if not experiment.method.has_latents:
+        del values["thought"]
+    if not experiment.train_path:
+        values["train_path"] = None
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _as_meant(value: Any, rule: Mapping[str, Any]) -> Any:
+    """Undo two YAML surprises of published files: `None` is text, and so is `1e-4` (no dot)."""
+    if not isinstance(value, str):
+        return value
+    if value in ("None", "none", "null") and value not in rule.get("enum", ()):
+        return None
+    if "string" not in kinds(rule) and {"number", "integer"}.intersection(kinds(rule)):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if "integer" in kinds(rule) and number.is_integer() else number
+    return value
+
+
+def _without_replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's settings less those that a --set key says anew in other words."""
+    kept = dict(values)
+    if changes.get("method") is not None or any(changes.get(key) is True for key in METHOD_BOOLEANS):
+        for key in ("method", *METHOD_BOOLEANS):
+            kept.pop(key, None)
+    variant = kept.get("latent_variant")
+    if "latent_variant" in changes:
+        kept.pop("thought", None)
+        kept.pop("tuning", None)
+    elif variant in LATENT_VARIANTS and ("thought" in changes or "tuning" in changes):
+        del kept["latent_variant"]
+        kept["thought"], kept["tuning"] = LATENT_VARIANTS[variant]
+    return kept
+
+
+def _record(method: Method, settings: dict[str, Any]) -> Experiment:
+    thought, tuning = thought_and_tuning(method, settings)
+    settings |= {
+        "method": method,
+        "thought": thought,
+        "tuning": tuning,
+        "train_path": settings["train_path"] or "",
+        "reset_optimizer": RESETS.get(settings["reset_optimizer"], settings["reset_optimizer"]),
+    }
+    return Experiment(
+        **{field.name: _exact(settings[field.name], str(field.type)) for field in fields(Experiment)}
+    )
+
+
+def _exact(value: Any, annotation: str) -> Any:
+    """JSON Schema takes 3.0 for an integer and 1 for a number; the record does not."""
+    if isinstance(value, list):
+        return tuple(_exact(item, "float" if "float" in annotation else "int") for item in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return float(value) if "float" in annotation else int(value)

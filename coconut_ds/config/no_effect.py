@@ -1,0 +1,74 @@
+"""Settings that are valid and do nothing: the method, thought or tuning chosen does not read them.
+
+Knows: which setting each choice reads.  Does not know: files, records.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from coconut_ds.config.methods import LATENT_VARIANTS, Method, thought_and_tuning
+from coconut_ds.config.schemas import shown
+
+# Values that say "off"; published files for CoT carry them.
+OFF = {"c_thought": 0, "max_latent_stage": 0, "epochs_per_stage": 1}
+NO_WINDOW = ("last_hidden", "mlp_projection", "pause")
+LORA = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_use_rslora", "lora_use_dora",
+)  # fmt: skip
+
+
+def without_effect(
+    method: Method, given: Mapping[str, Any], defaults: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str]:
+    """One line for each reason, naming the keys of the file that have no effect.
+
+    `given`: what the file says.  Its default, and a value that means "off", need no line.
+    """
+    thought, tuning = thought_and_tuning(method, settings)
+    lines = []
+    for reason, keys in _unread(method, thought, tuning, settings):
+        named = [f"{key}: {shown(given[key])}" for key in keys if _says_something(key, given, defaults)]
+        if named:
+            lines.append(f"{', '.join(named)}: no effect, {reason}")
+    return lines
+
+
+def _says_something(key: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    value = given.get(key)
+    if key == "latent_variant":
+        return LATENT_VARIANTS.get(str(value), ("last_hidden",))[0] != "last_hidden"
+    return key in given and value != defaults[key] and value != OFF.get(key)
+
+
+def _unread(
+    method: Method, thought: str, tuning: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """(reason, keys that are then not read)."""
+    if not method.has_latents:
+        kept = f"; tuning is {tuning}" if settings["latent_variant"] and tuning != "full" else ""
+        keys = ["thought", "latent_variant", "c_thought", "pad_latent_to_max", "thought_lr"]
+        keys += ["latent_window_size", "latent_window_init", "latent_window_scope", "latent_window_weights"]
+        yield f"method {method} has no latents{kept}", [*keys, "ablate_after_stage"]
+    if not method.has_stages:
+        keys = ["epochs_per_stage", "uniform_prob"]
+        yield f"method {method} has no stages", keys + ([] if method.has_latents else ["max_latent_stage"])
+    if method is not Method.ICOT:
+        yield f"method {method} is not icot", ["icot_tokens_per_epoch"]
+    elif settings["icot_tokens_per_epoch"] is not None:
+        yield "icot_tokens_per_epoch takes the place of stages", ["epochs_per_stage", "max_latent_stage"]
+    if method.has_latents:
+        yield from _unread_by_thought(thought)
+    if tuning == "full":
+        yield "tuning is full, not lora", LORA
+
+
+def _unread_by_thought(thought: str) -> Iterator[tuple[str, Sequence[str]]]:
+    if thought in NO_WINDOW:
+        keys = ["latent_window_size", "latent_window_init", "latent_window_scope", "latent_window_weights"]
+        yield f"thought {thought} has no window", keys
+    if thought == "fixed_window":
+        yield "thought fixed_window learns no weights", ["latent_window_init"]
+    if thought == "learnable_window":
+        yield "thought learnable_window learns its weights", ["latent_window_weights"]
+    if thought in ("last_hidden", "fixed_window"):
+        yield f"thought {thought} has no parameters", ["thought_lr"]

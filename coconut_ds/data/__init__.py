@@ -1,0 +1,1 @@
+"""Problems and their grading, token ids, the curriculum, and batches."""

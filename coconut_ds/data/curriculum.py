@@ -1,0 +1,162 @@
+"""Which reasoning steps are hidden at which epoch, and what a sample looks like then.
+
+    stage 0   question <start>             <end> step1 step2 step3 answer
+    stage 1   question <start> [L][L]      <end>       step2 step3 answer      (c_thought 2)
+    stage 2   question <start> [L][L][L][L]<end>             step3 answer
+
+Knows: epochs, stages, token ids.  Does not know: torch, padding, models.
+Source: Coconut, arXiv 2412.06769, sections 3 and 4.2.  Training uses `sample.tokens`, evaluation
+`sample.tokens[:sample.num_prompt]`, so the two cannot disagree.
+"""
+
+import itertools
+import random
+import sys
+from dataclasses import dataclass, replace
+
+from coconut_ds.config.experiment import Experiment, Method
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+
+ALL_STEPS = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How much of the reasoning is hidden, and how many latent slots stand in for it."""
+
+    hidden_steps: int
+    num_latents: int
+    hidden_tokens: int = 0  # token-wise iCoT: leading reasoning tokens removed
+
+    def __str__(self) -> str:
+        if self.hidden_tokens:
+            return f"first {self.hidden_tokens} reasoning tokens hidden"
+        steps = "all steps" if self.hidden_steps == ALL_STEPS else f"{self.hidden_steps} steps"
+        return f"{steps} hidden, {self.num_latents} latents"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One problem as the model sees it: `tokens[:num_prompt]` is given, the rest is learned."""
+
+    index: int
+    tokens: tuple[int, ...]
+    num_prompt: int
+    num_latents: int
+    first_latent: int  # position of the first latent slot, or of the place where it would be
+
+
+def stage_number(epoch: int, experiment: Experiment) -> int:
+    """Number of the curriculum stage that `epoch` (from 0) belongs to, at most max_latent_stage + 1.
+
+    Token-wise iCoT, which hides more at every epoch, has two: 0 with nothing hidden, then 1.
+    """
+    if not experiment.method.has_stages:
+        return 0
+    if experiment.method is Method.ICOT and experiment.icot_tokens_per_epoch is not None:
+        return min(epoch, 1)
+    return min(_uncapped_number(epoch, experiment.epochs_per_stage), experiment.max_latent_stage + 1)
+
+
+def _uncapped_number(epoch: int, lengths: int | tuple[int, ...]) -> int:
+    if isinstance(lengths, int):
+        return epoch // lengths
+    for number, length in enumerate(lengths):
+        if epoch < length:
+            return number
+        epoch -= length
+    return len(lengths) + epoch // lengths[-1]
+
+
+def stage_at(epoch: int, experiment: Experiment) -> Stage:
+    """The stage of `epoch` (from 0)."""
+    match experiment.method:
+        case Method.COT:
+            return Stage(0, 0)
+        case Method.NO_COT:
+            return Stage(ALL_STEPS, 0)
+        case Method.PAUSE | Method.WITHOUT_CURRICULUM:
+            return numbered_stage(experiment.max_latent_stage + 1, experiment)
+        case Method.ICOT if experiment.icot_tokens_per_epoch is not None:
+            return Stage(0, 0, hidden_tokens=experiment.icot_tokens_per_epoch * epoch)
+    return numbered_stage(stage_number(epoch, experiment), experiment)
+
+
+def numbered_stage(number: int, experiment: Experiment) -> Stage:
+    """Stage `number`: that many steps hidden; beyond max_latent_stage all of them (paper, section 4.2)."""
+    has_latents = experiment.method.has_latents
+    num_latents = min(number, experiment.max_latent_stage) * experiment.c_thought if has_latents else 0
+    return Stage(number if number <= experiment.max_latent_stage else ALL_STEPS, num_latents)
+
+
+def last_epoch(experiment: Experiment) -> int:
+    """The epoch (from 0) at whose stage the model is tested: the last one, or `resume` with only_eval."""
+    return experiment.resume if experiment.only_eval else max(experiment.num_epochs - 1, 0)
+
+
+def final_stage(experiment: Experiment) -> Stage:
+    """The stage at which a method's model is tested: that of its last epoch, so that it was trained.
+
+    CoT: nothing hidden. no_cot, pause, without_curriculum: all steps. Methods with stages: all steps, or as
+    many as `num_epochs` reaches. Token-wise iCoT: as many tokens as the last epoch hides.
+    """
+    return stage_at(last_epoch(experiment), experiment)
+
+
+def stops_early(experiment: Experiment) -> str | None:
+    """In words, that the epochs end before stage max_latent_stage; None where they do not."""
+    number, last = stage_number(last_epoch(experiment), experiment), experiment.max_latent_stage
+    token_wise = experiment.icot_tokens_per_epoch is not None
+    if not experiment.method.has_stages or token_wise or number >= last:
+        return None
+    key = "resume" if experiment.only_eval else "num_epochs"
+    return (
+        f"{key}: {getattr(experiment, key)} ends in stage {number} of {last}: "
+        f"the test is at that stage ({final_stage(experiment)})"
+    )
+
+
+def is_stage_switch(epoch: int, experiment: Experiment) -> bool:
+    """Whether `epoch` is the first of a new stage (the very first epoch is not a switch)."""
+    return epoch > 0 and stage_at(epoch, experiment) != stage_at(epoch - 1, experiment)
+
+
+def mixed_stage(num_steps: int, epoch: int, index: int, experiment: Experiment) -> Stage:
+    """The stage one training sample is drawn at: its epoch's, or with `uniform_prob` any of its own.
+
+    Depends on (seed, epoch, index) alone, so every rank and every resumed run draws the same.
+    """
+    stage = stage_at(epoch, experiment)
+    if experiment.uniform_prob == 0 or not experiment.method.has_stages or stage.hidden_tokens:
+        return stage
+    draw = random.Random(f"{experiment.seed} {epoch} {index}")
+    if draw.random() < experiment.uniform_prob:
+        return numbered_stage(draw.randint(0, num_steps), experiment)
+    return stage
+
+
+def render(
+    problem: TokenizedProblem, stage: Stage, experiment: Experiment, vocabulary: Vocabulary, index: int = 0
+) -> Sample:
+    """Lay one problem out at one stage.
+
+    With `pad_latent_to_max: false` a problem gets latents for the steps it has and no more; the released
+    code did so in evaluation but not in training. Evaluation then knows the number of gold steps.
+    """
+    num_latents = stage.num_latents
+    if not experiment.pad_latent_to_max:
+        num_latents = min(num_latents, len(problem.steps) * experiment.c_thought)
+    if experiment.method.has_latents:
+        slots = (vocabulary.start_id, *[vocabulary.latent_id] * num_latents, vocabulary.end_id)
+        first_latent = len(problem.question) + 1
+    else:
+        slots, first_latent = (), len(problem.question)
+    prompt = (*problem.question, *slots)
+    reasoning = tuple(itertools.chain.from_iterable(problem.steps[stage.hidden_steps :]))
+    tokens = (*prompt, *reasoning[stage.hidden_tokens :], *problem.answer)
+    return Sample(index, tokens, len(prompt), num_latents, first_latent)
+
+
+def prompt_only(sample: Sample) -> Sample:
+    """The sample as evaluation gives it to the model."""
+    return replace(sample, tokens=sample.tokens[: sample.num_prompt])

@@ -1,0 +1,43 @@
+"""The data of a run: training examples and the sets to evaluate on, read before any model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from coconut_ds.data.problems import Card, Problem, card_for, read_problems
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, tokenize
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Problems with their token ids and how they are graded."""
+
+    problems: Sequence[Problem]
+    tokenized: Sequence[TokenizedProblem]
+    card: Card
+    __test__ = False  # not a test class for pytest
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+
+def first_items(test_set: TestSet, most: int | None) -> TestSet:
+    """The first `most` problems of a set; all of them when None."""
+    if most is None:
+        return test_set
+    return replace(test_set, problems=test_set.problems[:most], tokenized=test_set.tokenized[:most])
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run reads from disk before any model."""
+
+    vocabulary: Vocabulary
+    train: Sequence[TokenizedProblem]
+    valid: TestSet
+    test: TestSet | None
+
+
+def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -> TestSet:
+    """Problems to grade, with their card.  Raises DataError."""
+    problems = read_problems(path, limit)
+    return TestSet(problems, tokenize(problems, vocabulary), card_for(path))

@@ -1,0 +1,1 @@
+"""Ranks: the DeepSpeed engine, collectives, signals, stuck ranks and non-finite numbers."""

@@ -1,0 +1,1 @@
+"""Accuracy, ablations and inspection of trained models; generation and export."""

@@ -1,0 +1,165 @@
+"""Measure a model: token loss, exact-match accuracy and CoT match, as exact totals over all ranks.
+
+Knows: the engine, batches, grading.  Does not know: the run folder, checkpoints.
+Sums and counts are carried to the end and divided once, so uneven batches and ranks weigh right.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import PADDING_ROW, Batch, Layout, evaluation_batches, refuse_long_prompts
+from coconut_ds.data.chance import chance_of
+from coconut_ds.data.curriculum import Stage, render
+from coconut_ds.data.problems import Card, cot_matches, is_correct, split_completion
+from coconut_ds.data.run_data import TestSet
+from coconut_ds.data.tokenizer import Vocabulary
+from coconut_ds.engine.distributed import ReadingEngine
+from coconut_ds.evaluation.ablation import Ablator, ablated_stage
+from coconut_ds.failures import phase
+
+if TYPE_CHECKING:  # a program that only reads a model does not wait for DeepSpeed
+    from coconut_ds.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model answered to one problem."""
+
+    index: int
+    completion: str
+    predicted: str
+    expected: str
+    correct: bool
+    cot_match: bool
+    num_tokens: int  # generated, without latents
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Totals over all items; rates are fractions of 1."""
+
+    loss: float
+    accuracy: float
+    cot_match: float
+    num_items: int
+    num_correct: int
+    mean_tokens: float  # generated, without latents
+    predictions: tuple[Prediction, ...]  # every item, in the order of the file
+    grading: str  # the rule that `accuracy` was counted by
+    chance: float = 0.0  # the accuracy of guessing on this set (chance.py)
+    seconds_per_item: float = 0.0  # of answering, all ranks together working on it
+
+    def numbers(self) -> dict[str, Any]:
+        """What belongs into a log line."""
+        names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
+        return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading", "chance")}
+
+
+@phase("evaluation")
+def evaluate(
+    engine: "Engine | ReadingEngine",
+    test_set: TestSet,
+    stage: Stage,
+    experiment: Experiment,
+    vocabulary: Vocabulary,
+    progress: Callable[[Iterable[Batch], str], Iterable[Batch]] = lambda batches, _: batches,
+    keep_going: Callable[[], None] = lambda: None,
+    ablation: str | None = None,
+) -> Evaluation:
+    """Loss and generated answers of every problem at `stage`, every item counted once. Collective.
+
+    `progress` wraps the batches for display; `keep_going` is called once a batch and may raise to stop.
+    `ablation` names what to put into the latent slots instead of the model's thoughts.
+    """
+    ablator = Ablator(ablation, experiment.seed) if ablation else None
+    stage = ablated_stage(stage, ablation) if ablation else stage
+    layout = Layout(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
+    # Every rank looks at every prompt, so that all of them stop and none waits for another.
+    refuse_long_prompts(
+        [render(problem, stage, experiment, vocabulary).num_prompt for problem in test_set.tokenized],
+        engine.module.num_positions,
+        "evaluated item",
+        first=0,
+    )
+    engine.eval()
+
+    def batches(prompts: bool, name: str) -> Iterable[Batch]:
+        made = evaluation_batches(test_set.tokenized, stage, experiment, vocabulary, layout, prompts)
+        for batch in progress(made, name):
+            keep_going()
+            yield batch.to(engine.device)
+
+    losses, num_tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in batches(False, "loss"):
+            with ablator.on(engine.module, batch) if ablator else nullcontext():
+                losses += float(engine.loss(batch))
+            num_tokens += len(batch.target_ids_N)
+    mine: list[Prediction] = []
+    most, grading = max_new_tokens(experiment, test_set.card), grading_of(experiment, test_set.card)
+    started = time.perf_counter()
+    for batch in batches(True, "answers"):
+        with ablator.on(engine.module, batch) if ablator else nullcontext():
+            answers = engine.module.generate(batch, most, vocabulary.eos_id, engine.all_over_ranks)
+        mine += [
+            grade(index, vocabulary.decode(ids), len(ids), test_set, grading)
+            for index, ids in zip(batch.indices, answers, strict=True)
+            if index != PADDING_ROW
+        ]
+    (seconds,) = engine.max_over_ranks([time.perf_counter() - started])
+    engine.train()
+    loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
+    together = [prediction for share in engine.gather(mine) for prediction in share]
+    result = summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
+    return replace(
+        result,
+        seconds_per_item=seconds / max(result.num_items, 1),
+        chance=chance_of(test_set.problems),
+    )
+
+
+def max_new_tokens(experiment: Experiment, card: Card) -> int:
+    """The experiment's own limit, else the data set's."""
+    return card.max_new_tokens if experiment.max_new_tokens is None else experiment.max_new_tokens
+
+
+def grading_of(experiment: Experiment, card: Card) -> str:
+    """The experiment's own rule, else the data set's."""
+    return card.grading if experiment.grading is None else experiment.grading
+
+
+def grade(index: int, completion: str, num_tokens: int, test_set: TestSet, grading: str) -> Prediction:
+    """Judge one completion by the rule `grading`."""
+    problem = test_set.problems[index]
+    reasoning, predicted = split_completion(completion, grading)
+    return Prediction(
+        index=index,
+        completion=completion,
+        predicted=predicted,
+        expected=problem.answer,
+        correct=is_correct(grading, predicted, problem.answer),
+        cot_match=cot_matches(reasoning, problem.steps),
+        num_tokens=num_tokens,
+    )
+
+
+def summarise(predictions: Sequence[Prediction], loss: float, grading: str) -> Evaluation:
+    """Totals of graded predictions."""
+    count = max(len(predictions), 1)
+    correct = sum(p.correct for p in predictions)
+    return Evaluation(
+        loss=loss,
+        accuracy=correct / count,
+        cot_match=sum(p.cot_match for p in predictions) / count,
+        num_items=len(predictions),
+        num_correct=correct,
+        mean_tokens=sum(p.num_tokens for p in predictions) / count,
+        predictions=tuple(predictions),
+        grading=grading,
+    )

@@ -1,0 +1,183 @@
+"""Write a trained model as a folder that other programs load: Hugging Face form, or PEFT form for adapters.
+
+    model.safetensors config.json tokenizer.json ...      what AutoModelForCausalLM and AutoTokenizer read
+    thought.safetensors coconut.json                      what CoconutForCausalLM needs besides, for latents
+    README.md                                             the model card
+
+Knows: models, folders, the hub's upload.  Does not know: DeepSpeed, ranks.
+"""
+
+import secrets
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+
+from coconut_ds.config.experiment import experiment_to_yaml, load_experiment
+from coconut_ds.data.problems import card_for
+from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary
+from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.evaluation.evaluate import max_new_tokens
+from coconut_ds.evaluation.model_card import model_card
+from coconut_ds.evaluation.saved_models import Trained, find_one, read_export
+from coconut_ds.files import EXPORT_FILE, json_text
+from coconut_ds.model.build import write_model
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import read_causal_lm
+from coconut_ds.model.lora import merge, save_thought
+from coconut_ds.runs.run_folder import code_version, library_versions
+from coconut_ds.thoughts import ThoughtSettings
+
+FORMAT = 1
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    is_adapter: bool
+    largest_difference: float  # of a logit, between the model and what was read back from the folder
+
+
+def export_hf(
+    target: str,
+    output: str,
+    checkpoint: str | None,
+    merged: bool,
+    dtype: str,
+    overrides: Sequence[str] = (),
+    allow: Collection[str] = (),
+) -> Exported:
+    """Export one model; `output` is complete or not there.  Raises ConfigError and CheckpointError."""
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output {output}: there is something already; name a new folder")
+    trained = find_one(target, checkpoint, overrides, allow=allow)
+    original = original_model_id(target, trained)
+    if merged and trained.experiment.tuning != "lora":
+        raise ConfigError(f"--merge: {target} was fully tuned, it has no adapters")
+    vocabulary = load_vocabulary(trained.experiment.model_id)
+    module = trained.build(vocabulary)
+    is_adapter = isinstance(module.base, PeftModel) and not merged
+    if is_adapter and dtype != "fp32":
+        raise ConfigError(f"--dtype {dtype}: an adapter stays in fp32; with --merge it can be cast")
+    draft = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
+    try:
+        draft.mkdir(parents=True)
+        _write(module, vocabulary, draft, merged, dtype)
+        record = describe(trained, original, merged)
+        (draft / EXPORT_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(model_card(trained, original, is_adapter), encoding="utf-8")
+        difference = read_back_difference(module, vocabulary, draft, dtype)
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    except (OSError, UnicodeError) as error:  # a tokenizer's settings may hold half a surrogate pair
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--output {output}: cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Exported(folder, is_adapter, difference)
+
+
+def _write(module: Coconut, vocabulary: Vocabulary, folder: Path, merged: bool, dtype: str) -> None:
+    if dtype == "fp32" and not merged:
+        write_model(module, vocabulary, folder)
+        return
+    whole: Any = merge(module)  # a fully tuned model is given back as it is
+    whole.to(dtype=DTYPES[dtype]).save_pretrained(folder)
+    save_thought(module.thought.state_dict(), folder)
+    vocabulary.tokenizer.save_pretrained(folder)
+
+
+def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:
+    """The content of coconut.json."""
+    experiment = trained.experiment
+    most = max_new_tokens(experiment, card_for(experiment.val_path))
+    kept = replace(experiment, model_id=base, load_model_path=None, max_new_tokens=most, save_path="runs")
+    if merged:
+        kept = replace(kept, tuning="full")
+    return {
+        "format": FORMAT,
+        "method": str(experiment.method),
+        "thought": experiment.thought,
+        "c_thought": experiment.c_thought,
+        "num_latents": trained.stage.num_latents,
+        "max_new_tokens": most,
+        "base_model": base,
+        "checkpoint": trained.name,
+        "stage": asdict(trained.stage),
+        "thought_settings": asdict(ThoughtSettings.of(experiment)),
+        "experiment": yaml.safe_load(experiment_to_yaml(kept)),
+        "libraries": library_versions(),
+        "code": code_version(),
+    }
+
+
+def original_model_id(target: str, trained: Trained) -> str:
+    """The model that training started from, by the name in its settings."""
+    settings = trained.folder / "experiment.yaml"
+    if settings.is_file():
+        return load_experiment(settings).model_id
+    exported = trained.folder / EXPORT_FILE
+    if exported.is_file():
+        return str(read_export(trained.folder).get("base_model", trained.experiment.model_id))
+    return trained.experiment.model_id
+
+
+@torch.no_grad()
+def read_back_difference(module: Coconut, vocabulary: Vocabulary, folder: Path, dtype: str) -> float:
+    """The largest difference of a logit between the model and what transformers, or we, read from `folder`.
+
+    Raises CheckpointError when it is more than rounding.
+    """
+    ids = torch.arange(len(vocabulary.tokenizer))[-24:].flip(0)[None]  # the markers and some more
+    expected = module.causal_lm(input_ids=ids).logits
+    if (folder / "adapter_config.json").is_file():
+        read = find_one(str(folder)).build(vocabulary).causal_lm
+    else:
+        read = read_causal_lm(str(folder), {}).eval()
+    difference = float((read(input_ids=ids).logits - expected).abs().max())
+    scale = float(expected.abs().max())
+    if difference > {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}[dtype] * max(scale, 1.0):
+        raise CheckpointError(
+            f"{folder}: its logits differ by {difference:.3g} from the model's: not exported"
+        )
+    return difference
+
+
+def upload(folder: Path, repository: str, private: bool) -> str:
+    """Copy an exported folder to the Hugging Face hub; gives its address.  Raises ConfigError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--push {repository}: the upload failed ({reason}); the folder {folder} is complete. "
+            "Log in with `hf auth login`, then: hf upload " + f"{repository} {folder}"
+        ) from error
+
+
+def zero_to_fp32_explained(target: str, checkpoint: str | None, output: str) -> str:
+    """How to turn a checkpoint's ZeRO shards into one state dict with DeepSpeed's own program."""
+    trained = find_one(target, checkpoint)
+    shards = trained.folder / trained.name / "engine"
+    if not shards.is_dir():
+        raise CheckpointError(f"{target}: {trained.name} has no engine/ folder with ZeRO shards")
+    return (
+        f"{shards} holds the ZeRO shards of {trained.name}: fp32 master weights and optimizer states, in\n"
+        "parts. Its fp32 weights as one state dict, by DeepSpeed's own program:\n\n"
+        f"  python -m deepspeed.utils.zero_to_fp32 {shards.parent} {output} --tag engine\n\n"
+        "The names in it begin with 'base.' (the language model) or 'thought.'. `export --to hf` needs none\n"
+        "of this: the checkpoint's model/ folder holds the weights, in the precision of the training."
+    )

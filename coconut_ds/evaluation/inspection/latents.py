@@ -1,0 +1,233 @@
+"""Look into the latents of one problem: what they decode to, how long they are, what they attend to.
+
+A separate pass for analysis: the latents are recorded, put into the embeddings, and all columns read at once
+with attention that shows its weights.  Causal attention makes this the same computation as the latent loop.
+
+Knows: a model, its vocabulary, prompts.  Does not know: files, pages, terminals.
+
+Shapes: B rows, T columns, K latents, D hidden size, V vocabulary, L layers, H heads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coconut_ds.data.batching import Batch, collate
+from coconut_ds.data.curriculum import Sample, Stage, prompt_only, render
+from coconut_ds.data.problems import Problem
+from coconut_ds.data.tokenizer import tokenize
+from coconut_ds.evaluation.ablation import record_latents
+from coconut_ds.evaluation.inspection.frontier import Frontier, frontiers, read_graph
+from coconut_ds.evaluation.pretrained import CoconutForCausalLM
+from coconut_ds.model.coconut import Coconut
+
+MOST_SINGLE_TOKENS = 40  # a longer question is shown sentence by sentence
+MOST_ANSWER_TOKENS = 8  # columns of the answer that are shown as readers
+
+
+@dataclass(frozen=True)
+class Guess:
+    token_id: int
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class LatentView:
+    """One latent slot, counted from 1."""
+
+    slot: int
+    before: tuple[Guess, ...]  # the head on the newest hidden state that the thought was made from
+    after: tuple[Guess, ...]  # the head on the thought, that is, on what was put into the slot
+    norm: float
+    nearest_token: str  # by cosine, among the token embeddings
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    problem: Problem
+    completion: str
+    latents: tuple[LatentView, ...]
+    output: tuple[Guess, ...]  # the head on the hidden state of the last slot, or of the prompt's last token
+    embedding_norms: tuple[float, float, float]  # of all tokens: 5 %, median, 95 %
+    readers: tuple[str, ...]  # rows of `attention`: the latents (or the prompt's end), <end>, the answer
+    spans: tuple[str, ...]  # its columns: parts of the question, the markers, the latents
+    attention: tuple[tuple[float, ...], ...]  # mean over layers and heads; a row sums to at most 1
+    attention_by_layer: tuple[tuple[tuple[float, ...], ...], ...]
+    window_weights: tuple[float, ...] | None
+    in_words: tuple[str, ...]  # what the model says after 0, 1, ... latents
+    frontiers: tuple[Frontier, ...]
+
+    def states(self) -> list[tuple[Guess, ...]]:
+        """What the model's state decodes to after 0, 1, ... latents."""
+        return [*(view.before for view in self.latents), self.output]
+
+
+@torch.no_grad()
+def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspection:
+    """Inspect one problem; its steps and answer may be empty.
+
+    A model without latents has one state to look into: the one behind the question.
+    """
+    model, vocabulary, trained = asked.model, asked.vocabulary, asked.trained
+    prompts = prompts_by_latents(asked, problem)
+    device = next(model.parameters()).device
+    most = asked.max_new_tokens
+    together = collate(prompts, vocabulary.pad_id).to(device)
+    answers = model.generate(together, most, vocabulary.eos_id)
+    full = prompts[-1]
+    free = None if model.num_positions is None else model.num_positions - len(full.tokens)
+    shown = tuple(answers[-1][:free][:MOST_ANSWER_TOKENS])
+    batch = collate([replace(full, tokens=full.tokens + shown)], vocabulary.pad_id).to(device)
+    latents_KD = record_latents(model, batch)[0]
+    hidden_TD, attention_LTT = _read_at_once(model, batch, latents_KD)
+    first, count = batch.first_latent, full.num_latents
+    names, columns = _spans(asked, full)
+    readers = range(first if count else first - 1, batch.shape[1])
+    by_layer_LRS = torch.stack(
+        [attention_LTT[:, readers][:, :, a:b].sum(-1) for a, b in columns], dim=-1
+    ).float()
+    graph = read_graph(problem.question)
+    weights = model.thought.window_weights()
+    return Inspection(
+        problem=problem,
+        completion=vocabulary.decode(answers[-1]),
+        latents=_views(asked, hidden_TD[first - 1 : first - 1 + count], latents_KD, top),
+        output=_guesses(asked, hidden_TD[first + count - 1], top),
+        embedding_norms=_embedding_norms(model),
+        readers=tuple(
+            f"latent {column - first + 1}"
+            if first <= column < first + count
+            else vocabulary.spell([int(batch.input_ids_BT[0, column])])
+            for column in readers
+        ),
+        spans=tuple(names),
+        attention=_nested(by_layer_LRS.mean(0)),
+        attention_by_layer=tuple(_nested(layer_RS) for layer_RS in by_layer_LRS),
+        window_weights=None if weights is None else tuple(weights),
+        in_words=tuple(vocabulary.decode(ids) for ids in answers),
+        frontiers=()
+        if graph is None
+        else tuple(
+            frontiers(model, vocabulary, graph, problem.answer, prompts, trained.experiment.c_thought)
+        ),
+    )
+
+
+def prompts_by_latents(asked: CoconutForCausalLM, problem: Problem) -> list[Sample]:
+    """The prompt with 0, 1, ... latents, up to the stage's number."""
+    (tokenized,) = tokenize([problem], asked.vocabulary)
+    experiment = replace(asked.trained.experiment, pad_latent_to_max=True)
+    stage = asked.trained.stage
+    return [
+        prompt_only(
+            render(tokenized, Stage(stage.hidden_steps, count), experiment, asked.vocabulary, index=count)
+        )
+        for count in range(stage.num_latents + 1)
+    ]
+
+
+def _read_at_once(model: Coconut, batch: Batch, latents_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states after the final norm, and attention averaged over heads: hidden_TD, attention_LTT."""
+    embeds_1TD = model.embedding(batch.input_ids_BT).clone()
+    embeds_1TD[0, batch.first_latent : batch.first_latent + len(latents_KD)] = latents_KD
+    with _visible_attention(model):
+        output = model.causal_lm.get_decoder()(
+            inputs_embeds=embeds_1TD,
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_ids_BT,
+            output_attentions=True,
+            use_cache=False,
+        )
+    return output.last_hidden_state[0], torch.stack([layer[0].mean(0) for layer in output.attentions])
+
+
+@contextmanager
+def _visible_attention(model: Coconut) -> Iterator[None]:
+    own = model.causal_lm.config._attn_implementation
+    model.causal_lm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.causal_lm.set_attn_implementation(own)
+
+
+def _views(
+    asked: CoconutForCausalLM, before_KD: Tensor, latents_KD: Tensor, top: int
+) -> tuple[LatentView, ...]:
+    embeddings_VD = _embeddings(asked.model)
+    views = []
+    for place, (before_D, latent_D) in enumerate(zip(before_KD, latents_KD, strict=True)):
+        cosines_V = torch.nn.functional.cosine_similarity(embeddings_VD, latent_D[None].float())
+        nearest = int(cosines_V.argmax())
+        views.append(
+            LatentView(
+                slot=place + 1,
+                before=_guesses(asked, before_D, top),
+                after=_guesses(asked, latent_D, top),
+                norm=float(latent_D.float().norm()),
+                nearest_token=asked.vocabulary.spell([nearest]),
+                cosine=float(cosines_V[nearest]),
+            )
+        )
+    return tuple(views)
+
+
+def _guesses(asked: CoconutForCausalLM, state_D: Tensor, top: int) -> tuple[Guess, ...]:
+    probabilities_V = asked.model.head(state_D[None])[0].float().softmax(-1)
+    best = probabilities_V.topk(min(top, len(probabilities_V)))
+    return tuple(
+        Guess(token_id, asked.vocabulary.spell([token_id]), probability)
+        for token_id, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+
+
+def _embeddings(model: Coconut) -> Tensor:
+    """The embedding of every token, adapters and marker rows included."""
+    count = model.causal_lm.config.vocab_size
+    ids_V = torch.arange(count, device=next(model.parameters()).device)
+    return model.embedding(ids_V[None])[0].float()
+
+
+def _embedding_norms(model: Coconut) -> tuple[float, float, float]:
+    norms_V = _embeddings(model).norm(dim=-1)
+    low, middle, high = torch.quantile(
+        norms_V[:100_000], torch.tensor([0.05, 0.5, 0.95]).to(norms_V)
+    ).tolist()
+    return low, middle, high
+
+
+def _spans(asked: CoconutForCausalLM, prompt: Sample) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names and [start, stop) columns of the question's parts, of <start>, and of every latent."""
+    texts = [asked.vocabulary.spell([token]) for token in prompt.tokens]
+    has_markers = prompt.num_prompt > prompt.first_latent
+    question = prompt.first_latent - has_markers
+    names: list[str] = []
+    columns: list[tuple[int, int]] = []
+    start = 0
+    for place in range(question):
+        ends = texts[place].strip().endswith((".", "?", "!")) or place == question - 1
+        if question <= MOST_SINGLE_TOKENS or ends:
+            names.append("".join(texts[start : place + 1]).strip() or "\u21b5")
+            columns.append((start, place + 1))
+            start = place + 1
+    for place in range(question, prompt.first_latent + prompt.num_latents):
+        slot = place - prompt.first_latent
+        names.append(texts[place] if slot < 0 else f"latent {slot + 1}")
+        columns.append((place, place + 1))
+    return names, columns
+
+
+def _nested(table: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())
+
+
+def first_tokens(asked: CoconutForCausalLM, text: str) -> set[int]:
+    """The tokens that `text` can begin with, with and without a space before it."""
+    encode = asked.vocabulary.tokenizer
+    spellings = [encode(spelt, add_special_tokens=False)["input_ids"] for spelt in (text, f" {text}")]
+    return {ids[0] for ids in spellings if ids and asked.vocabulary.spell([ids[0]]).strip()}

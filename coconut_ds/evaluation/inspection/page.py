@@ -1,0 +1,249 @@
+"""Inspections as one self-contained HTML page with pictures inside, and as text for a terminal.
+
+Knows: inspections, matplotlib, HTML.  Does not know: models.
+"""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from html import escape
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from coconut_ds.evaluation.inspection.frontier import Frontier
+from coconut_ds.evaluation.inspection.latents import Guess, Inspection
+from coconut_ds.evaluation.inspection.step_match import StepMatch
+
+matplotlib.rcParams["text.parse_math"] = False  # a `$` in a token is no formula
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { margin-top: 2.5rem; border-top: 1px solid #d8dde3; padding-top: 1rem }
+table { border-collapse: collapse; margin: .6rem 0 1rem } th, td { padding: .25rem .7rem; text-align: left }
+th { border-bottom: 2px solid #8a94a0; font-weight: 600 } td { border-bottom: 1px solid #e4e8ec }
+code { background: #f0f3f6; border-radius: 3px; padding: 0 .25rem; white-space: pre-wrap }
+img { max-width: 100% } .note { color: #57606a } .p { color: #57606a; font-size: .85em }
+"""
+LIGHT, DARK, GREY, RIGHT = "#d7e3f4", "#1f5fa8", "#9aa4af", "#c8452e"
+MOST_NODES = 12  # bars of a frontier's picture
+
+
+def page(title: str, inspections: Sequence[Inspection], match: StepMatch | None) -> str:
+    """The whole page."""
+    body = [f"<h1>{escape(title)}</h1>"]
+    if match is not None:
+        body += _match_section(match)
+    for number, inspection in enumerate(inspections, 1):
+        body += _problem_section(number, inspection)
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _match_section(match: StepMatch) -> Iterator[str]:
+    yield f"<h2>Do the latents hold the results of the steps? ({match.num_problems} problems)</h2>"
+    yield (
+        f"<p>Share of problems in which a step's result is among the {match.top} likeliest tokens of the "
+        "head, read on the state after so many latents; on the right with another problem's steps.</p>"
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.5 * len(match.rates)), layout="constrained")
+    for ax, rates, title in zip(
+        axes, (match.rates, match.by_chance), ("own steps", "by chance"), strict=True
+    ):
+        states = [f"{k} latents" for k in range(len(rates))]
+        _heat(ax, rates, states, [f"step {j + 1}" for j in range(len(rates[0]))], top=1.0, numbers=True)
+        ax.set_title(title)
+    yield _picture(figure)
+    yield "<p>Made to go on in words after so many latents, the model says the right next steps:</p>"
+    head = "".join(f"<th>{k} latents</th>" for k in range(len(match.continued)))
+    cells = "".join(f"<td>{100 * share:.0f} %</td>" for share in match.continued)
+    yield f"<table><tr>{head}</tr><tr>{cells}</tr></table>"
+
+
+def _problem_section(number: int, inspection: Inspection) -> Iterator[str]:
+    problem = inspection.problem
+    yield f"<h2>{number}. {escape(_shortened(problem.question, 160))}</h2>"
+    if len(problem.question) > 160:
+        yield f"<p>{escape(problem.question)}</p>"
+    expected = f"; expected <code>{escape(problem.answer)}</code>" if problem.answer else ""
+    yield f"<p>The model answers <code>{escape(inspection.completion)}</code>{expected}</p>"
+    yield "<h3>What each latent decodes to</h3>"
+    heads = ("latent", "before the thought", "after it", "norm", "nearest token")
+    yield "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
+    for view in inspection.latents:
+        yield (
+            f"<tr><td>{view.slot}</td><td>{_guesses(view.before)}</td><td>{_guesses(view.after)}</td>"
+            f"<td>{view.norm:.2f}</td>"
+            f"<td><code>{escape(view.nearest_token)}</code> {view.cosine:.2f}</td></tr>"
+        )
+    yield f"<tr><td>output</td><td>{_guesses(inspection.output)}</td><td></td><td></td><td></td></tr></table>"
+    low, middle, high = inspection.embedding_norms
+    yield (
+        f"<p class='note'>Token embeddings have norms of {low:.2f} to {high:.2f} (5 % and 95 %), median "
+        f"{middle:.2f}. Before: on the hidden state that the thought was made from; output: on the last "
+        "slot's own hidden state.</p>"
+    )
+    if inspection.window_weights:
+        weights = ", ".join(f"{weight:.3f}" for weight in inspection.window_weights)
+        yield f"<p>Window weights, newest state first: {weights}</p>"
+    yield "<h3>In words after so many latents</h3><table>"
+    for k, text in enumerate(inspection.in_words):
+        yield f"<tr><td>{k}</td><td><code>{escape(text)}</code></td></tr>"
+    yield "</table>"
+    yield "<h3>Attention, mean over layers and heads</h3>"
+    yield _picture(_attention_figure(inspection))
+    if inspection.frontiers:
+        yield "<h3>Frontier of the graph</h3>"
+        yield "<p>Probability of each node after &quot;Every&quot;; red: leads to the answer.</p>"
+        yield _picture(_frontier_figure(inspection.frontiers))
+        yield _frontier_table(inspection.frontiers)
+
+
+def _guesses(guesses: Sequence[Guess]) -> str:
+    return " ".join(
+        f"<code>{escape(_visible(guess.token))}</code><span class='p'>{guess.probability:.2f}</span>"
+        for guess in guesses
+    )
+
+
+def _frontier_table(frontiers: Sequence[Frontier]) -> str:
+    rows = "".join(
+        f"<tr><td>{f.num_latents}</td><td>{f.distance}</td><td>{f.size}</td><td>{f.mass:.3f}</td>"
+        f"<td>{f.mass_of_answer:.3f}</td></tr>"
+        for f in frontiers
+    )
+    return (
+        "<table><tr><th>latents</th><th>distance</th><th>nodes there</th><th>their probability</th>"
+        f"<th>of those on a way to the answer</th></tr>{rows}</table>"
+    )
+
+
+def _attention_figure(inspection: Inspection) -> Figure:
+    width = min(1.5 + 0.45 * len(inspection.spans), 12)
+    figure, ax = plt.subplots(figsize=(width, 1.6 + 0.3 * len(inspection.readers)), layout="constrained")
+    top = max(max(row) for row in inspection.attention)
+    readers = [_visible(name) for name in inspection.readers]
+    spans = [_shortened(_visible(name), 28) for name in inspection.spans]
+    _heat(ax, inspection.attention, readers, spans, top, numbers=len(spans) <= 24)
+    ax.set_ylabel("reads")
+    return figure
+
+
+def _frontier_figure(frontiers: Sequence[Frontier]) -> Figure:
+    figure, axes = plt.subplots(
+        1, len(frontiers), figsize=(min(3.2 * len(frontiers), 13), 3.6), layout="constrained", squeeze=False
+    )
+    for ax, frontier in zip(axes[0], frontiers, strict=True):
+        shown = frontier.candidates[:MOST_NODES][::-1]
+        colours = [
+            (RIGHT if c.leads_to_answer else DARK) if c.distance == frontier.distance else GREY for c in shown
+        ]
+        ax.barh([_shortened(c.node, 14) for c in shown], [c.probability for c in shown], color=colours)
+        ax.set_title(f"{frontier.num_latents} latents: distance {frontier.distance}", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    figure.supxlabel("probability (grey: nodes at another distance)", fontsize=9)
+    return figure
+
+
+def _heat(
+    ax: Axes,
+    table: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    top: float,
+    numbers: bool,
+) -> None:
+    ax.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    if numbers:
+        for y, row in enumerate(table):
+            for x, value in enumerate(row):
+                ax.text(
+                    x,
+                    y,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if value > 0.6 * top else "black",
+                )
+
+
+def _picture(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+
+
+def _visible(token: str) -> str:
+    shown = token.replace("\n", "\u21b5")
+    return shown if token.strip() else shown.replace(" ", "\u2423")
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def terminal(inspection: Inspection) -> str:
+    """The same as text, the most important first."""
+    problem = inspection.problem
+    lines = [
+        _shortened(problem.question, 300),
+        f"  answers {inspection.completion!r}" + (f", expected {problem.answer!r}" if problem.answer else ""),
+    ]
+    low, middle, high = inspection.embedding_norms
+    lines.append(f"  latent  norm (tokens: {low:.2f} to {high:.2f})   decodes to, before the thought")
+    for view in inspection.latents:
+        after = (
+            "" if _spoken(view.after) == _spoken(view.before) else f"   after it: {_spoken(view.after[:3])}"
+        )
+        lines.append(f"  {view.slot:>6}  {view.norm:<27.2f} {_spoken(view.before)}{after}")
+    lines.append(f"  output  {'':<27} {_spoken(inspection.output)}")
+    if inspection.window_weights:
+        lines.append(
+            "  window weights, newest first: " + ", ".join(f"{w:.3f}" for w in inspection.window_weights)
+        )
+    lines.append("  in words after so many latents")
+    lines += [f"  {k:>6}  {text!r}" for k, text in enumerate(inspection.in_words)]
+    lines.append("  attends most to (mean over layers and heads)")
+    for reader, row in zip(inspection.readers, inspection.attention, strict=True):
+        most = sorted(zip(row, inspection.spans, strict=True), reverse=True)[:4]
+        spoken = ", ".join(f"{_shortened(name, 30)!r} {weight:.2f}" for weight, name in most)
+        lines.append(f"  {_visible(reader):>14}  {spoken}")
+    for frontier in inspection.frontiers:
+        best = ", ".join(f"{c.node} {c.probability:.3f}" for c in frontier.candidates[:4])
+        lines.append(
+            f"  {frontier.num_latents} latents: {frontier.size} nodes at distance {frontier.distance} have "
+            f"{frontier.mass:.3f}, on a way to the answer {frontier.mass_of_answer:.3f}; likeliest: {best}"
+        )
+    return "\n".join(lines)
+
+
+def terminal_match(match: StepMatch) -> str:
+    """The table over many problems."""
+    steps = range(len(match.rates[0]))
+    lines = [
+        f"A step's result among the {match.top} likeliest tokens of the state after so many latents, in % "
+        f"of {match.num_problems} problems (by chance), and right steps when made to go on in words",
+        "  latents  " + "".join(f"step {j + 1:<12}" for j in steps) + "in words",
+    ]
+    for k, (row, chance) in enumerate(zip(match.rates, match.by_chance, strict=True)):
+        cells = "".join(
+            f"{100 * own:5.1f} ({100 * other:4.1f})    " for own, other in zip(row, chance, strict=True)
+        )
+        lines.append(f"  {k:>7}  {cells} {100 * match.continued[k]:.1f}")
+    return "\n".join(lines)
+
+
+def _spoken(guesses: Sequence[Guess]) -> str:
+    return "  ".join(f"{_visible(guess.token)!r} {guess.probability:.2f}" for guess in guesses)

@@ -1,0 +1,247 @@
+"""Evaluate trained models: accuracy with its interval, tokens and seconds an answer, ablations.
+
+    evaluations.jsonl    one line a measurement, appended
+    predictions.jsonl    one line a measured item; measuring again replaces its lines
+
+Works on any number of ranks, with the same totals.  A model that ZeRO stage 3 splits stays split; others are
+whole on every rank, without an optimizer.
+Knows: engines, evaluation, where results go.  Does not know: the command line, training.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import Batch
+from coconut_ds.data.curriculum import Stage
+from coconut_ds.data.run_data import TestSet, load_test_set
+from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary
+from coconut_ds.engine.distributed import Ranks, ReadingEngine
+from coconut_ds.engine.engine import Engine, finish_distributed, start_distributed
+from coconut_ds.errors import ConfigError
+from coconut_ds.evaluation.ablation import Comparison
+from coconut_ds.evaluation.evaluate import Evaluation, evaluate
+from coconut_ds.evaluation.intervals import percent_with_interval, wilson_interval
+from coconut_ds.evaluation.saved_models import Trained
+from coconut_ds.failures import lost_ranks_explained
+from coconut_ds.files import json_text, open_append, parse_json, read_bytes, replace_text
+from coconut_ds.model.build import length_check
+from coconut_ds.model.lora import parameter_groups
+
+EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure of every model."""
+
+    split: str = "valid"  # "valid", "test" or a file
+    limit: int | None = None
+    ablations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model, one data set, one way of filling the latent slots."""
+
+    checkpoint: str
+    split: str
+    stage: Stage
+    ablation: str | None
+    evaluation: Evaluation
+    against_intact: Comparison | None = None
+    trained_at: Stage | None = None  # by its manifest
+    notes: tuple[str, ...] = ()
+
+    def key(self) -> dict[str, Any]:
+        """What tells its lines from those of other measurements."""
+        return {
+            "checkpoint": self.checkpoint,
+            "split": self.split,
+            "latents": self.stage.num_latents,
+            "ablation": self.ablation or "intact",
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        low, high = wilson_interval(self.evaluation.num_correct, self.evaluation.num_items)
+        numbers: dict[str, Any] = {**self.key(), **self.evaluation.numbers()}
+        numbers |= {"accuracy_low": low, "accuracy_high": high}
+        numbers |= {"stage": str(self.stage), "trained_at": self.trained_at and str(self.trained_at)}
+        if self.against_intact is not None:
+            numbers |= self.against_intact.against_intact()
+        return numbers
+
+    def __str__(self) -> str:
+        if self.against_intact is not None:
+            return f"  {self.against_intact}"
+        result = self.evaluation
+        return (
+            f"{self.checkpoint}  {self.split}, {self.stage}\n"
+            + "".join(f"  note: {line}\n" for line in self.notes)
+            + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
+            f"({result.grading} grading), "
+            f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
+            f"CoT match {100 * result.cot_match:.1f} %\n"
+            f"  an answer takes {result.mean_tokens:.1f} tokens besides {self.stage.num_latents} latents, "
+            f"{result.seconds_per_item:.4f} s"
+        )
+
+
+def measure(
+    models: Sequence[Trained], ds_config: DeepSpeedConfig | None, wanted: Wanted
+) -> list[Measurement]:
+    """Measure every model, print the results as they come, and write them down. Called on every rank.
+
+    Raises UserError for everything the user can mend; data is read before a model is loaded.
+    """
+    prepared = [(trained, *_material(trained, wanted)) for trained in models]
+    precision = ds_config.precision if ds_config else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        precision = "fp32"
+    results = []
+    with lost_ranks_explained():
+        ranks = start_distributed(precision)
+        for trained, vocabulary, test_set in prepared:
+            engine = _engine(trained, vocabulary, ds_config, ranks, precision)
+            for result in _measurements(engine, trained, vocabulary, test_set, wanted):
+                results.append(result)
+                if ranks.is_main:
+                    tqdm.write(str(result))
+                    if not trained.experiment.debug:
+                        _keep(result, trained.folder)
+            del engine
+        finish_distributed()
+    return results
+
+
+def _material(trained: Trained, wanted: Wanted) -> tuple[Vocabulary, TestSet]:
+    experiment = trained.experiment
+    for name in wanted.ablations:
+        if trained.stage.num_latents == 0:
+            raise ConfigError(
+                f"--ablate {name}: {trained.name} has no latents at its stage ({trained.stage}); "
+                "choose another --checkpoint, or give --latents N"
+            )
+        slot = int(name.partition(":")[2] or 0)
+        if slot > trained.stage.num_latents:
+            raise ConfigError(f"--ablate {name}: there are only {trained.stage.num_latents} latent slots")
+        if name.startswith("swap") and experiment.batch_size_eval < 2:
+            raise ConfigError(
+                "--ablate swap: needs another row in the batch; --set batch_size_eval=2 or more"
+            )
+    vocabulary = load_vocabulary(experiment.model_id)
+    path = split_path(experiment, wanted.split)
+    limit = wanted.limit if wanted.limit is not None else experiment.eval_max_items
+    test_set = load_test_set(path, vocabulary, limit)
+    if check := length_check(experiment, vocabulary):
+        check.refuse_evaluation(path, test_set.tokenized, trained.stage)
+    return vocabulary, test_set
+
+
+def split_path(experiment: Experiment, split: str) -> str:
+    """The file of a split's name, or the file itself.  Raises ConfigError."""
+    known = {
+        "valid": experiment.val_path,
+        "test": experiment.test_path,
+        "train": experiment.train_path or None,
+    }
+    if split not in known:
+        if not Path(split).is_file():
+            raise ConfigError(f"--split {split}: neither valid, test or train, nor a file that exists")
+        return split
+    path = known[split]
+    if path is None:
+        key = {"test": "test_path", "train": "train_path"}[split]
+        raise ConfigError(
+            f"--split {split}: the experiment names no {key}; --set {key}=FILE, or --split FILE"
+        )
+    return path
+
+
+def _engine(
+    trained: Trained,
+    vocabulary: Vocabulary,
+    ds_config: DeepSpeedConfig | None,
+    ranks: Ranks,
+    precision: str,
+) -> Engine | ReadingEngine:
+    module = trained.build(vocabulary)
+    if ds_config is None or ds_config.zero_stage < 3:
+        return ReadingEngine(module, ranks, DTYPES[precision])
+    settings = ds_config.resolve(trained.experiment, ranks.world_size)
+    return Engine(module, parameter_groups(module, trained.experiment), settings, ranks)
+
+
+def _measurements(
+    engine: Engine | ReadingEngine,
+    trained: Trained,
+    vocabulary: Vocabulary,
+    test_set: TestSet,
+    wanted: Wanted,
+) -> Iterator[Measurement]:
+    def progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+        return iter(tqdm(batches, desc=name, leave=False, disable=None if engine.is_main else True))
+
+    def result_of(ablation: str | None) -> Measurement:
+        result = evaluate(
+            engine, test_set, trained.stage, trained.experiment, vocabulary, progress, ablation=ablation
+        )
+        return Measurement(
+            trained.name,
+            wanted.split,
+            trained.stage,
+            ablation,
+            result,
+            trained_at=trained.trained_at,
+            notes=tuple(trained.notes),
+        )
+
+    intact = result_of(None)
+    yield intact
+    for name in wanted.ablations:
+        ablated = result_of(name)
+        answers = (intact.evaluation.predictions, ablated.evaluation.predictions)
+        yield replace(ablated, against_intact=Comparison.between(name, *answers))
+
+
+def _keep(result: Measurement, folder: Path) -> None:
+    """Write a result down where that is possible; it has been printed already."""
+    try:
+        write_down(result, folder)
+    except OSError as error:
+        warnings.warn(f"{folder}: the results were not written ({error.strerror})", stacklevel=2)
+
+
+def write_down(result: Measurement, folder: Path) -> None:
+    """Add a measurement to the two files of a folder, in the place of an earlier one of the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_append(folder / EVALUATIONS, "a") as writer:
+        writer.write(json_text({"time": round(time.time(), 3), **result.numbers()}) + "\n")
+    path, key = folder / PREDICTIONS, result.key()
+    kept = [line for line in _lines_of(path) if not _is_of(line, key)]
+    new = [json_text({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
+    replace_text(path, "\n".join([*kept, *new]) + "\n")
+
+
+def _lines_of(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return read_bytes(path).decode("utf-8", errors="replace").splitlines()
+
+
+def _is_of(line: str, key: Mapping[str, Any]) -> bool:
+    """Whether a line belongs to a measurement; one that is no JSON object belongs to none and stays."""
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and all(value.get(name) == wanted for name, wanted in key.items())

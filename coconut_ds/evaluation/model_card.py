@@ -1,0 +1,150 @@
+"""The README.md of an exported model: what it is, how to load it, how it was trained, what was measured.
+
+Knows: the run folder's files, Markdown.  Does not know: weights.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.problems import Card, card_for
+from coconut_ds.evaluation.intervals import percent_with_interval
+from coconut_ds.evaluation.saved_models import Trained
+from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
+
+# The settings that say what was learned; the rest is in coconut.json.
+TOLD = (
+    "method", "thought", "tuning", "c_thought", "max_latent_stage", "epochs_per_stage", "num_epochs",
+    "uniform_prob", "batch_size_training", "gradient_accumulation_steps", "lr", "weight_decay",
+    "reset_optimizer", "seed",
+)  # fmt: skip
+TOLD_OF_WINDOWS = ("latent_window_size", "latent_window_init", "latent_window_scope")
+TOLD_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+def model_card(trained: Trained, base: str, is_adapter: bool) -> str:
+    """Markdown with the front matter that the hub reads.  `base`: the model it was made from."""
+    lines = [
+        *_front_matter(base, is_adapter),
+        f"# {_line(trained.experiment.name)}",
+        "",
+        f"A language model trained by coconut_ds to reason in latent space: method "
+        f"`{trained.experiment.method}`, stage: {trained.stage}; made from `{_line(base)}`.",
+        "",
+        *_how_to_load(trained, base, is_adapter),
+        *_results(trained),
+        *_data(trained.experiment),
+        *_settings(trained.experiment),
+        *_memory(trained.folder),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(base: str, is_adapter: bool) -> Iterator[str]:
+    yield "---"
+    yield f"library_name: {'peft' if is_adapter else 'transformers'}"
+    yield f"base_model: {json.dumps(base)}"
+    yield "pipeline_tag: text-generation"
+    yield "tags: [coconut, latent-reasoning, coconut_ds]"
+    yield "---"
+
+
+def _how_to_load(trained: Trained, base: str, is_adapter: bool) -> Iterator[str]:
+    yield "## Load it"
+    yield ""
+    yield "With latents:"
+    yield ""
+    yield "```python"
+    yield "import coconut_ds"
+    yield ""
+    yield 'model = coconut_ds.CoconutForCausalLM.from_pretrained("THIS_FOLDER")'
+    yield f'model.generate("...", num_latents={trained.stage.num_latents})'
+    yield "```"
+    yield ""
+    yield "The language model alone, in any program:"
+    yield ""
+    yield "```python"
+    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    yield ""
+    yield 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
+    if is_adapter:
+        yield f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"
+        yield "base.resize_token_embeddings(len(tokenizer))  # three marker tokens"
+        yield "from peft import PeftModel"
+        yield 'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+    else:
+        yield 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+    yield "```"
+    yield ""
+
+
+def _results(trained: Trained) -> Iterator[str]:
+    lines = [
+        line
+        for line in evaluation_lines(trained.folder / "evaluations.jsonl")
+        if line["checkpoint"] == trained.name
+    ]
+    newest = {(line["split"], line["latents"], line["ablation"]): line for line in lines}
+    yield "## Results"
+    yield ""
+    if not newest:
+        yield "Nothing was measured with `coconut_ds eval` before the export."
+        yield ""
+        return
+    yield "| data | latents | accuracy, 95 % interval | tokens | against intact |"
+    yield "|---|---|---|---|---|"
+    for (split, latents, ablation), line in newest.items():
+        name = latents if ablation == "intact" else f"{latents}, {ablation}"
+        against = f"McNemar p = {line['p_value']:.2g}" if "p_value" in line else ""
+        accuracy = percent_with_interval(line["num_correct"], line["num_items"])
+        what = f"{_line(split)}, {line['num_items']} items"
+        yield f"| {what} | {name} | {accuracy} | {line['mean_tokens']:.1f} | {against} |"
+    yield ""
+    rules = " and ".join(sorted({line.get("grading", "exact") for line in newest.values()}))
+    yield f"{rules.capitalize()} grading, greedy decoding; the interval is Wilson's. Tokens without latents."
+    yield ""
+
+
+def _data(experiment: Experiment) -> Iterator[str]:
+    card: Card = card_for(experiment.train_path or experiment.val_path)
+    yield "## Data"
+    yield ""
+    yield f"`{_line(card.name)}`: {_line(card.notes) or 'no notes'}."
+    for title, text in (("Source", card.source), ("Licence", card.licence), ("Split", card.split_rule)):
+        if text:
+            yield f"{title}: {_line(text)}."
+    yield ""
+
+
+def _settings(experiment: Experiment) -> Iterator[str]:
+    names = TOLD + (TOLD_OF_WINDOWS if "window" in experiment.thought else ())
+    yield "## Settings"
+    yield ""
+    yield "| setting | value |"
+    yield "|---|---|"
+    for name in names + (TOLD_OF_LORA if experiment.tuning == "lora" else ()):
+        yield f"| {name} | {_line(getattr(experiment, name))} |"
+    yield ""
+
+
+def _memory(folder: Path) -> Iterator[str]:
+    peaks: dict[str, float] = {}
+    for line in metric_lines(folder / "metrics.jsonl"):
+        if line.get("kind") == "memory":
+            for name, value in line.items():
+                if name.endswith("_mib"):
+                    peaks[name] = max(value, peaks.get(name, value))
+    if peaks:
+        yield "## Memory of the training"
+        yield ""
+        yield "| peak over all epochs | MiB |"
+        yield "|---|---|"
+        for name, value in peaks.items():
+            yield f"| {name.removesuffix('_mib').replace('_', ' ')} | {value:.0f} |"
+        yield ""
+
+
+def _line(value: object) -> str:
+    """A value as one line of text: whoever named it must not add lines to the card."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", r"\|")

@@ -1,0 +1,220 @@
+"""Every tensor that one forward and backward makes and drops, in order, and where each gradient arrives.
+
+    trace = record(phantom, batch)          one run of the real code without storage
+    trace.events                            (+bytes, kind), (-bytes, kind), ... and Arrival(parameter)
+
+How ZeRO keeps the gradients is replayed over the same trace afterwards (gradient_path.py), so one run serves
+every ds_config of the same precision.
+
+Knows: storages and when they live.  Does not know: ZeRO, budgets.  Source of the method: the storages' weak
+references, as in torch.distributed._tools.mem_tracker.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from coconut_ds.data.batching import Batch
+from coconut_ds.memory.fake_model import Phantom
+from coconut_ds.model.answer_cache import AnswerCache
+from coconut_ds.model.coconut import Coconut
+
+ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The gradient of parameter number `index` is complete; its storage was dropped just before."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class BackwardBegins:
+    """All of the forward lies before, all of the backward behind."""
+
+
+Event = tuple[int, str] | Arrival | BackwardBegins
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch: what came and went."""
+
+    events: list[Event]
+    parameter_sizes: tuple[int, ...]  # elements of each trainable parameter, in the optimizer's order
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at a time, each gradient dropped as soon as it is complete."""
+        return peak_of(self.events)[0]
+
+
+def peak_of(events: list[Event]) -> tuple[int, dict[str, int]]:
+    """The most bytes alive at a time, and what they were by kind."""
+    total, highest, at_highest = 0, 0, {}
+    alive: dict[str, int] = {}
+    for event in events:
+        if isinstance(event, tuple):
+            size, kind = event
+            total += size
+            alive[kind] = alive.get(kind, 0) + size
+            if total > highest:
+                highest, at_highest = total, dict(alive)
+    return highest, at_highest
+
+
+class StorageLog(TorchDispatchMode):
+    """Calls `note(+bytes, kind)` when an operator makes a storage and `note(-bytes, kind)` when it dies.
+
+    `workspace`: bytes that an operator takes and gives back inside.
+
+    Autograd adds the gradients of a tensor with several uses in place where nobody else holds them, but not
+    under a dispatch mode (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).  Such a sum is
+    noted when its operand, which dies at once, has made room for it.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[int, str], None],
+        kind_of: Callable[[Tensor], str],
+        workspace: Callable[[Any, tuple[Any, ...]], int] = lambda func, args: 0,
+    ) -> None:
+        super().__init__()
+        self._note, self._kind_of, self._workspace = note, kind_of, workspace
+        self._known: dict[int, Any] = {}
+        self._sum: tuple[int, str] | None = None  # bytes and kind of a sum that is not noted yet
+        self._operands: set[int] = set()
+
+    def overlook(self, tensor: Tensor) -> None:
+        """A storage that was there before and stays."""
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note_sum()
+        result = func(*args, **(kwargs or {}))
+        may_accumulate = func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value, may_accumulate)
+        if self._sum is not None:
+            self._operands = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+        if inside := self._workspace(func, args):
+            self._note(inside, ACTIVATIONS)
+            self._note(-inside, ACTIVATIONS)
+        return result
+
+    def _note_sum(self) -> None:
+        if self._sum is not None:
+            noted, self._sum = self._sum, None
+            self._note(*noted)
+
+    def _see(self, tensor: Tensor, may_accumulate: bool) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._known:
+            return
+        kind = self._kind_of(tensor)
+        self._known[key] = None
+        weakref.finalize(storage, self._drop, key, size, kind).atexit = False
+        if may_accumulate:
+            self._sum = size, kind
+        else:
+            self._note(size, kind)
+
+    def _drop(self, key: int, size: int, kind: str) -> None:
+        self._known.pop(key, None)
+        if self._sum is not None and key not in self._operands:
+            self._note_sum()
+        self._note(-size, kind)
+        self._note_sum()
+
+
+def record(phantom: Phantom, batch: Batch) -> Trace:
+    """One forward and backward of a micro-batch, every gradient dropped on arrival."""
+    model = phantom.model
+    batch = phantom.batch(batch)
+    events: list[Event] = []
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shapes = {tuple(p.shape) for p in trainable} | {tuple(reversed(p.shape)) for p in trainable}
+    vocabulary_size = phantom.vocabulary_size
+    is_backward = False
+
+    def kind_of(tensor: Tensor) -> str:
+        shape = tuple(tensor.shape)
+        if is_backward and shape in shapes:
+            return GRADIENTS
+        return LOSS if vocabulary_size in shape[-1:] else ACTIVATIONS
+
+    log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of, phantom.workspace)
+    for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
+        log.overlook(tensor)
+    with phantom.running(), _dropping_gradients(trainable, events), log:
+        loss = model(batch)
+        is_backward = True
+        events.append(BackwardBegins())
+        loss.backward()
+        del loss
+    return Trace(list(events), tuple(p.numel() for p in trainable))
+
+
+def record_evaluation(phantom: Phantom, batch: Batch, max_new_tokens: int = 0) -> Trace:
+    """One forward without gradients; with `max_new_tokens`, answers of that length to a batch of prompts."""
+    model = phantom.model
+    batch = phantom.batch(batch)
+    events: list[Event] = []
+    size = phantom.vocabulary_size
+    log = StorageLog(
+        lambda bytes_, kind: events.append((bytes_, kind)),
+        lambda tensor: LOSS if size in tensor.shape[-1:] else ACTIVATIONS,
+        phantom.workspace,
+    )
+    for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
+        log.overlook(tensor)
+    model.eval()
+    with phantom.running(), torch.no_grad(), log:
+        result = _last_logits(model, batch, max_new_tokens) if max_new_tokens else model(batch)
+        del result
+    model.train()
+    return Trace(list(events), ())
+
+
+def _last_logits(model: Coconut, batch: Batch, max_new_tokens: int) -> Tensor:
+    """What answering holds when it reads the prompts and when it reads the last token; no token between."""
+    columns = batch.shape[1] + max_new_tokens - 1
+    cache = AnswerCache(model.causal_lm.config.num_hidden_layers, columns + 1)
+    mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)
+    hidden_BD, position_B = model.read_prompts(batch, cache)
+    token_B = model.head(hidden_BD).argmax(dim=-1)
+    cache.fill(columns - 1)
+    return model.head(model.read_tokens(token_B, mask_BT[:, :columns], position_B, cache))
+
+
+@contextmanager
+def _dropping_gradients(parameters: list[nn.Parameter], events: list[Event]) -> Iterator[None]:
+    def drop(index: int, parameter: Tensor) -> None:
+        parameter.grad = None
+        events.append(Arrival(index))
+
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p, index=index: drop(index, p))
+        for index, p in enumerate(parameters)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]

@@ -1,0 +1,332 @@
+"""Measure the memory of real optimizer steps, phase by phase, on every rank.
+
+    initialise | step 1: pass 0, pass 1, ..., loss, backward, reduce, optimizer step | step 2: ... |
+    evaluation | checkpoint
+
+`backward` ends where the first parameter's gradient is complete and goes to ZeRO; the rest is `reduce`.
+Two steps, since Adam's moments appear at the first.
+
+Knows: engines, the worst batch, allocators.  Does not know: how an engine is started, plans, tables.
+"""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from coconut_ds.data.batching import Batch
+from coconut_ds.engine.engine import Engine
+from coconut_ds.memory.allocations import Mark, Recorder, Timeline, now
+from coconut_ds.memory.plan import MIB
+
+INITIALISE, EVALUATION, CHECKPOINT = "initialise", "evaluation", "checkpoint"
+BETWEEN = ""  # the name of what is no phase: counting tensors
+NUM_STEPS = 2
+# More of them repeat what the second one shows.
+MOST_MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the process and its card say at the end of a phase; MiB."""
+
+    rss: float
+    pinned: float = 0.0
+    allocated: float = 0.0
+    allocated_peak: float = 0.0
+    reserved: float = 0.0
+    reserved_peak: float = 0.0
+    retries: int = 0  # of the allocator since the start: it had to give cached blocks back
+    device_used: float = 0.0  # by everything on the card
+    device_total: float = 0.0
+
+
+def read(device: torch.device) -> Reading:
+    """Read, and start the GPU's peaks anew."""
+    rss = psutil.Process().memory_info().rss / MIB
+    if device.type != "cuda":
+        return Reading(rss)
+    statistics, cuda = torch.cuda.memory_stats(device), torch.cuda
+    free, total = cuda.mem_get_info(device)
+    pinned = cuda.host_memory_stats() if hasattr(cuda, "host_memory_stats") else {}
+    reading = Reading(
+        rss=rss,
+        pinned=pinned.get("allocated_bytes.current", 0) / MIB,
+        allocated=cuda.memory_allocated(device) / MIB,
+        allocated_peak=cuda.max_memory_allocated(device) / MIB,
+        reserved=cuda.memory_reserved(device) / MIB,
+        reserved_peak=cuda.max_memory_reserved(device) / MIB,
+        retries=statistics.get("num_alloc_retries", 0),
+        device_used=(total - free) / MIB,
+        device_total=total / MIB,
+    )
+    cuda.reset_peak_memory_stats(device)
+    return reading
+
+
+@dataclass
+class PhaseMeter:
+    """Marks where phases begin, and reads the process at their ends."""
+
+    device: torch.device
+    recorder: Recorder
+    marks: list[Mark] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    known: tuple[int, int] = (0, 0)  # (number of phases that were over, bytes of all tensors then)
+
+    def begin(self, name: str) -> None:
+        """End the phase that runs, if one does, and begin another."""
+        if self.marks:
+            self.readings.append(read(self.device))
+        else:
+            self.recorder.start()
+        self.marks.append(now(name))
+
+    def know(self, num_bytes: int) -> None:
+        """At the start of the newest phase the tensors of this device take `num_bytes`."""
+        self.known = len(self.marks), num_bytes
+
+    def end(self) -> "RankProfile":
+        """End the last phase and judge what was recorded."""
+        self.readings.append(read(self.device))
+        end = now("end")
+        changes = self.recorder.stop()
+        place, num_bytes = self.known
+        moment = self.marks[place - 1].time_ns if place else 0
+        before = sum(change.size for change in changes if change.time_ns < moment)
+        # A GPU's history begins before the first tensor; a CPU process has some, and maps files of weights.
+        offset = 0 if self.device.type == "cuda" else num_bytes - before
+        timeline = Timeline.of(changes, self.marks, offset)
+        ends = [mark.time_ns for mark in self.marks[1:]] + [end.time_ns]
+        levels = _levels(changes, ends, offset)
+        phases = [
+            PhaseProfile(
+                name=mark.name,
+                start_seconds=(mark.time_ns - self.marks[0].time_ns) / 1e9,
+                seconds=(stop - mark.time_ns) / 1e9,
+                peak_mib=(reading.allocated_peak if self.device.type == "cuda" else peak / MIB),
+                end_mib=(reading.allocated if self.device.type == "cuda" else level / MIB),
+                reading=reading,
+            )
+            for mark, stop, peak, level, reading in zip(
+                self.marks, ends, timeline.peaks, levels, self.readings, strict=True
+            )
+            if mark.name != BETWEEN
+        ]
+        return RankProfile(str(self.device), phases, timeline)
+
+
+def _levels(changes: Sequence[Any], moments: Sequence[int], offset: int) -> list[int]:
+    """Bytes alive at each moment."""
+    levels, place, current = [], 0, offset
+    for moment in moments:
+        while place < len(changes) and changes[place].time_ns < moment:
+            current += changes[place].size
+            place += 1
+        levels.append(current)
+    return levels
+
+
+@dataclass(frozen=True)
+class PhaseProfile:
+    """One phase on one rank; `peak_mib` and `end_mib` are tensors: on the GPU, or of a CPU process."""
+
+    name: str
+    start_seconds: float
+    seconds: float
+    peak_mib: float
+    end_mib: float
+    reading: Reading
+
+
+@dataclass
+class RankProfile:
+    """One rank."""
+
+    device: str
+    phases: list[PhaseProfile]
+    timeline: Timeline
+    states: dict[str, dict[str, dict[str, float]]] = field(
+        default_factory=dict
+    )  # when -> device -> kind -> MiB
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; sizes in MiB."""
+        line = self.timeline
+        return {
+            "device": self.device,
+            "phases": [_rounded(asdict(phase)) for phase in self.phases],
+            "states_mib": _rounded(self.states),
+            "peak_mib": round(max(phase.peak_mib for phase in self.phases), 3),
+            "at_peak": {
+                "phase": line.peak_phase,
+                "mib": round(line.peak / MIB, 3),
+                "made_in_mib": {name: round(size / MIB, 3) for name, size in line.alive_at_peak.items()},
+            },
+            "timeline": [(round(second, 5), round(size / MIB, 3)) for second, size in line.points],
+        }
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _rounded(value) for key, value in values.items()}
+    return round(values, 4) if isinstance(values, float) else values
+
+
+def profile_steps(
+    engine: Engine,
+    meter: PhaseMeter,
+    batch: Batch,
+    accumulation: int,
+    evaluate: Callable[[], Any],
+    write_model: Callable[[Path], None],
+    folder: Path,
+) -> RankProfile:
+    """The phases after `initialise`, which the meter is in.  Collective.
+
+    batch: the micro-batch that every step repeats.  folder: where the checkpoint may go for a moment.
+    """
+    micro_batches = min(accumulation, MOST_MICRO_BATCHES)
+    denominator = batch.loss_denominator * len(batch.target_ids_N) * engine.world_size * micro_batches
+    batch = replace(batch, loss_denominator=denominator)
+    meter.begin(BETWEEN)
+    states = {INITIALISE: census(engine)}
+    engine.train()
+    with _phases_of_a_step(engine, meter) as in_step:
+        for step in range(1, NUM_STEPS + 1):
+            for number in range(1, micro_batches + 1):
+                in_step(f"step {step}: ", "" if number == 1 else f" ({number})")
+                meter.begin(in_step.named("embed"))
+                if step == number == 1:
+                    meter.know(_sum(states[INITIALISE], engine.device.type))
+                loss = engine.loss(batch.to(engine.device))
+                meter.begin(in_step.named("backward"))
+                engine.backward(loss)
+                del loss
+            meter.begin(f"step {step}: optimizer step")
+            engine.step()
+            meter.begin(BETWEEN)
+            states[f"step {step}"] = census(engine)
+    meter.begin(EVALUATION)
+    evaluate()
+    meter.begin(CHECKPOINT)
+    _write_checkpoint(engine, write_model, folder)
+    profile = meter.end()
+    profile.states = {
+        when: {device: {kind: size / MIB for kind, size in kinds.items()} for device, kinds in found.items()}
+        for when, found in states.items()
+    }
+    return profile
+
+
+class _Names:
+    """What the phases of the micro-batch in progress are called."""
+
+    def __init__(self) -> None:
+        self.before = self.after = ""
+        self.passes = 0
+        self.reduces = False
+
+    def __call__(self, before: str, after: str) -> None:
+        self.before, self.after, self.passes, self.reduces = before, after, 0, False
+
+    def named(self, phase: str) -> str:
+        return f"{self.before}{phase}{self.after}"
+
+
+@contextmanager
+def _phases_of_a_step(engine: Engine, meter: PhaseMeter) -> Iterator[_Names]:
+    """Begin a phase at every pass of the model, behind the last one, and at the first whole gradient."""
+    names = _Names()
+    module = engine.module
+
+    def next_pass(*_: Any) -> None:
+        meter.begin(names.named(f"pass {names.passes}"))
+        names.passes += 1
+
+    def reduce(_: Tensor) -> None:
+        if not names.reduces:
+            names.reduces = True
+            meter.begin(names.named("reduce"))
+
+    def loss(*_: Any) -> None:
+        meter.begin(names.named("loss"))
+
+    handles: list[Any] = [module.causal_lm.get_decoder().register_forward_pre_hook(next_pass)]
+    handles += [p.register_post_accumulate_grad_hook(reduce) for p in module.parameters() if p.requires_grad]
+    original = module.techniques.loss
+
+    def marked_loss(*arguments: Any, **named: Any) -> Tensor:
+        loss()
+        return original(*arguments, **named)
+
+    module.techniques.loss = marked_loss  # type: ignore[method-assign]
+    try:
+        yield names
+    finally:
+        del module.techniques.loss
+        for handle in handles:
+            handle.remove()
+
+
+def _write_checkpoint(engine: Engine, write_model: Callable[[Path], None], folder: Path) -> None:
+    temporary = folder / ".profile_checkpoint"
+    if engine.is_main and temporary.is_symlink():
+        temporary.unlink()
+    elif engine.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    engine.barrier()
+    try:
+        engine.save_shards(temporary / "engine", {})
+        with engine.full_weights():
+            if engine.is_main:
+                write_model(temporary / "model")
+        engine.barrier()
+    finally:
+        if engine.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def census(engine: Engine) -> dict[str, dict[str, int]]:
+    """Bytes of all tensors of this process by device ('cpu', 'cuda') and kind; each storage counts once.
+
+    kinds: parameters; optimizer (master weights, moments); gradients; other (buckets, staging, constants).
+    """
+    seen: set[tuple[str, int]] = set()
+    sizes: dict[str, dict[str, int]] = {}
+
+    def count(tensor: Tensor | None, kind: str) -> None:
+        with suppress(RuntimeError, NotImplementedError):  # tensors without a storage
+            if tensor is None or tensor.device.type not in ("cpu", "cuda"):
+                return
+            storage = tensor.untyped_storage()
+            key = tensor.device.type, storage.data_ptr()
+            if storage.nbytes() and key not in seen:
+                seen.add(key)
+                kinds = sizes.setdefault(tensor.device.type, {})
+                kinds[kind] = kinds.get(kind, 0) + storage.nbytes()
+
+    gc.collect()
+    for parameter in engine.module.parameters():
+        count(parameter, "parameters")
+    for parameter in engine.module.parameters():
+        count(parameter.grad, "gradients")
+    for tensor in engine.optimizer_tensors():
+        count(tensor, "optimizer")
+        count(tensor.grad if tensor.is_leaf else None, "gradients")
+    for thing in gc.get_objects():
+        with suppress(Exception):  # objects in the making, dead proxies
+            if type(thing) in (Tensor, torch.nn.Parameter):
+                count(thing, "other")
+    return sizes
+
+
+def _sum(found: dict[str, dict[str, int]], device: str) -> int:
+    return sum(found.get(device, {}).values())

@@ -1,0 +1,145 @@
+"""From settings to objects: the data a run needs, its vocabulary, and its Coconut model.
+
+Knows: every way a model or a data set may be given.  Does not know: DeepSpeed, the loop.
+Data is read first and the model last, so that every mistake shows before a model is loaded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coconut_ds.config.arguments import is_main_process, print_notes
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.positions import LengthCheck, limit_of
+from coconut_ds.data.run_data import Material, load_test_set
+from coconut_ds.data.token_cache import cache_folder, cached_tokens
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary
+from coconut_ds.errors import ConfigError, DataError
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.fork_windows import require_fixed_window, require_learned_window
+from coconut_ds.model.loading import install_weights, load_base, load_config
+from coconut_ds.model.lora import (
+    add_adapters,
+    install_thought,
+    is_published_lora,
+    load_adapter,
+    read_origin,
+    read_published_window,
+    save_adapter,
+    save_thought,
+)
+from coconut_ds.runs.base_record import BaseRecord
+from coconut_ds.runs.checkpoint import (
+    WINDOW_NAME,
+    find_adapter,
+    is_published_file,
+    load_foreign_weights,
+    load_thought_weights,
+)
+from coconut_ds.thoughts import ThoughtSettings, build_thought
+
+DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
+
+
+def load_material(experiment: Experiment) -> Material:
+    """Read and tokenise every file the experiment names; the main process prints notes on their lengths.
+
+    Raises ConfigError for the tokenizer, DataError for the data and for examples longer than the model.
+    """
+    debug = experiment.debug
+    vocabulary = load_vocabulary(experiment.model_id)
+    train: Sequence[TokenizedProblem] = []
+    if not experiment.only_eval:
+        limit = DEBUG_TRAIN_ITEMS if debug else None
+        path = experiment.train_path
+        train = cached_tokens(path, vocabulary, cache_folder(path), limit)
+        if not train:
+            raise DataError(f"{experiment.train_path}: no problem to train on")
+    limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
+    valid = load_test_set(experiment.val_path, vocabulary, limit)
+    test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
+    if check := length_check(experiment, vocabulary):
+        notes = check.refuse(train, valid.tokenized, test.tokenized if test else ())
+        if is_main_process():
+            print_notes(notes)
+    return Material(vocabulary, train, valid, test)
+
+
+def length_check(experiment: Experiment, vocabulary: Vocabulary) -> LengthCheck | None:
+    """What compares examples with the model's positions; None where its configuration states no limit."""
+    limit = limit_of(load_config(experiment.model_id))
+    return LengthCheck(experiment, vocabulary, limit) if limit else None
+
+
+def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:
+    """The model of an experiment in fp32 on the CPU: base weights, then adapters, then the thought.
+
+    `load_model_path` may be a checkpoint of this program or the published code, a Hugging Face folder, or the
+    adapter folder of a LoRA run; without it the weights are those of `model_id`. Seeded by the experiment.
+    Raises ConfigError and CheckpointError.
+    """
+    torch.manual_seed(experiment.seed)
+    source = experiment.load_model_path
+    adapter = find_adapter(source) if source else None
+    # An adapter names the checkpoint that its base came from, if it was not plain `model_id`.
+    origin = read_origin(adapter) if adapter else None
+    start = origin.weights if origin else None if adapter else source
+    weights = load_foreign_weights(start, experiment.allow_pickle) if start else None
+    base = load_base(experiment.model_id, vocabulary)
+    window = _published_window(experiment, adapter, weights, str(start))
+    if weights is not None:
+        install_weights(base, weights, str(start))
+    record = BaseRecord.of(base, vocabulary, with_weights=experiment.tuning == "lora")
+    thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
+    if not experiment.method.has_latents:
+        thought.requires_grad_(False)
+    if experiment.tuning == "full":
+        if adapter is not None:
+            raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
+        module = Coconut(base, thought, latent_memory)
+    else:
+        adapted = add_adapters(base, experiment, vocabulary.marker_ids, record)
+        module = Coconut(adapted, thought, latent_memory)
+    module.base_record = record
+    if adapter is not None:
+        load_adapter(module, adapter, with_window=experiment.method.has_latents)
+    elif source and (learned := load_thought_weights(source)):
+        install_thought(module, learned, source)
+    elif window is not None:
+        install_thought(module, {"logits_W": window.flip(0)}, str(source))
+    return module
+
+
+def _published_window(
+    experiment: Experiment, adapter: Path | None, weights: dict[str, Tensor] | None, source: str
+) -> Tensor | None:
+    """Window weights of a fork's full checkpoint, oldest state first; they are taken out of `weights`.
+
+    Raises CheckpointError where the experiment's settings are not those that the fork trained with.
+    """
+    window = None if weights is None else weights.pop(WINDOW_NAME, None)
+    if not experiment.method.has_latents or (adapter is not None and not is_published_lora(adapter)):
+        return None  # no latents, or an adapter that brings its own thought
+    if adapter is not None:
+        if (learned := read_published_window(adapter)) is not None:
+            require_learned_window(experiment, learned, adapter)
+    elif window is not None:
+        require_learned_window(experiment, window, source)
+    elif experiment.thought == "fixed_window" and is_published_file(source):
+        require_fixed_window(experiment, source)
+    return window
+
+
+def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
+    """Write the model for other programs: a Hugging Face or PEFT folder, with tokenizer and thought."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(module.base, PreTrainedModel):
+        module.base.save_pretrained(folder)
+        save_thought(module.thought.state_dict(), folder)
+    else:
+        save_adapter(module, folder)
+    vocabulary.tokenizer.save_pretrained(folder)

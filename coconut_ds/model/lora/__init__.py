@@ -1,0 +1,44 @@
+"""LoRA through PEFT: adapters, the three marker rows that train with them, saving, loading, merging.
+
+Knows: PEFT, Hugging Face models, thoughts.  Does not know: DeepSpeed, stages, checkpoint folders.
+"""
+
+from coconut_ds.model.lora.adapters import (
+    Origin,
+    add_adapters,
+    assert_tied,
+    default_target_modules,
+    merge,
+    parameter_groups,
+    trainable_parameters,
+)
+from coconut_ds.model.lora.files import (
+    THOUGHT_FILE,
+    install_thought,
+    is_published_lora,
+    load_adapter,
+    load_published_lora,
+    read_origin,
+    read_published_window,
+    save_adapter,
+    save_thought,
+)
+
+__all__ = [
+    "THOUGHT_FILE",
+    "Origin",
+    "add_adapters",
+    "assert_tied",
+    "default_target_modules",
+    "install_thought",
+    "is_published_lora",
+    "load_adapter",
+    "load_published_lora",
+    "merge",
+    "parameter_groups",
+    "read_origin",
+    "read_published_window",
+    "save_adapter",
+    "save_thought",
+    "trainable_parameters",
+]

@@ -1,0 +1,314 @@
+"""Compare runs: seeds together, one line a method; accuracy by stage; paired tests between methods.
+
+    summary_table(groups)    method, thought, tuning, dataset, seeds, accuracy and interval, tokens, peak, ...
+    stage_table(groups)      accuracy at every stage, a column for each group
+    paired_tests(groups)     McNemar on the items that two groups answered both
+
+Knows: run records, statistics.  Does not know: models, pictures, the command line.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from coconut_ds.data.curriculum import stage_number
+from coconut_ds.evaluation.intervals import mcnemar_exact, wilson_interval
+from coconut_ds.reports.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
+from coconut_ds.reports.seeds import by_experiment
+from coconut_ds.reports.seeds import identity as identity_of
+from coconut_ds.reports.tables import Table
+
+IN_COLUMNS = ("method", "thought", "tuning")
+MOST_PAIRS, MOST_WORDS, MOST_LETTERS = 15, 2, 120
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy with its 95 % interval, fractions of 1.
+
+    Of one run: over its items (Wilson).  Of several seeds: over the seeds (Student's t).
+    """
+
+    value: float
+    low: float
+    high: float
+    num_seeds: int
+
+    @classmethod
+    def of(cls, lines: Sequence[Any]) -> "Accuracy":
+        """From one log line for each seed."""
+        values = [line["num_correct"] / max(line["num_items"], 1) for line in lines]
+        if len(lines) == 1:
+            return cls(values[0], *wilson_interval(lines[0]["num_correct"], lines[0]["num_items"]), 1)
+        half = student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+        return cls(mean(values), max(0.0, mean(values) - half), min(1.0, mean(values) + half), len(values))
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment with different seeds (seeds.py)."""
+
+    runs: tuple[RunRecord, ...]
+    label: str
+
+    @property
+    def first(self) -> RunRecord:
+        return self.runs[0]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.experiment.seed for run in self.runs]
+
+    @property
+    def thought(self) -> str:
+        """The thought, where the method has latents that a thought fills."""
+        method = self.first.experiment.method
+        return self.first.experiment.thought if method.has_latents and not method.is_pause else ""
+
+    def results(self) -> tuple[str | None, list[Any]]:
+        """(split, one line a run): the test set where every run has it."""
+        for split in SPLITS:
+            if all(run.measured(split) for run in self.runs):
+                return split, [run.measured(split)[-1] for run in self.runs]
+        return None, []
+
+    def average(self, values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return mean(known) if known else None
+
+
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """Put runs together that differ in their seed; labels say what tells the groups apart.
+
+    Where more than MOST_WORDS other settings do, the label is the first run's name.
+    """
+    groups = by_experiment(runs)
+    identities = [identity_of(members[0]) for members in groups]
+    different = [key for key in identities[0] if any(i[key] != identities[0][key] for i in identities)]
+    shown = [key for key in different if key not in ("thought", "tuning")]
+    found = []
+    for members, identity in zip(groups, identities, strict=True):
+        method = members[0].experiment.method
+        words = [str(method)]
+        if "thought" in different and method.has_latents and not method.is_pause:
+            words.append(str(identity["thought"]))
+        if "tuning" in different:
+            words.append(str(identity["tuning"]))
+        same_method = [i for i in identities if all(i[key] == identity[key] for key in IN_COLUMNS)]
+        more = [key for key in shown if key != "method" and any(i[key] != identity[key] for i in same_method)]
+        if len(more) > MOST_WORDS:
+            words = [members[0].experiment.name]
+        else:
+            words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
+        found.append(Group(tuple(members), ", ".join(word[:MOST_LETTERS] for word in words)))
+    return found
+
+
+def summary_table(groups: Sequence[Group]) -> Table:
+    """One line a group."""
+    on_gpu = any(run.uses_gpu for group in groups for run in group.runs)
+    head = ["run", "thought", "tuning", "dataset", "memory", "seeds", "set", "accuracy, 95 % interval"]
+    head += ["tokens", "s/epoch", "peak MiB" if on_gpu else "peak RSS MiB", "budget MiB"]
+    rows = []
+    for group in groups:
+        numbers = group_numbers(group)
+        rows.append(
+            [
+                group.label,
+                numbers["thought"] or "-",
+                numbers["tuning"],
+                numbers["dataset"],
+                numbers["memory"],
+                ", ".join(map(str, group.seeds)),
+                numbers["split"] or "-",
+                str(Accuracy(**numbers["accuracy"])) if numbers["accuracy"] else "-",
+                _number(numbers["tokens"], 1),
+                _number(numbers["seconds_per_epoch"], 1),
+                _number(numbers["peak_mib"], 0),
+                _number(numbers["budget_mib"], 0),
+            ]
+        )
+    return Table(head, rows, num_words=8)
+
+
+def group_numbers(group: Group) -> dict[str, Any]:
+    """What the table says of a group, as plain data.
+
+    tokens: generated ones and latents, a problem, as in table 1 of the Coconut paper.
+    """
+    split, lines = group.results()
+    stage = group.first.result_stage
+    return {
+        "label": group.label,
+        "method": str(group.first.experiment.method),
+        "thought": group.thought,
+        "tuning": group.first.experiment.tuning,
+        "dataset": group.first.dataset,
+        "memory": group.first.memory_split,
+        "seeds": group.seeds,
+        "runs": [str(run.folder) for run in group.runs],
+        "split": split,
+        "accuracy": asdict(Accuracy.of(lines)) if lines else None,
+        "accuracies": [line["accuracy"] for line in lines],
+        "tokens": mean(line["mean_tokens"] for line in lines) + stage.num_latents if lines else None,
+        "seconds_per_item": mean(line.get("seconds_per_item", 0.0) for line in lines) if lines else None,
+        "seconds_per_epoch": group.average([run.seconds_per_epoch for run in group.runs]),
+        "peak_mib": max((run.peak_mib for run in group.runs if run.peak_mib is not None), default=None),
+        "peak_is": "GPU tensors" if group.first.uses_gpu else "resident memory of the main rank",
+        "budget_mib": group.first.budget_mib,
+        "stages": [
+            {"stage": number, "what": what, "accuracy": asdict(Accuracy.of(found))}
+            for number, what, found in _stages(group)
+        ],
+    }
+
+
+def stage_table(groups: Sequence[Group]) -> Table:
+    """Accuracy at the end of every stage, and of the test; a column for each group, means over seeds."""
+    titles: dict[int, str] = {}
+    cells: dict[tuple[int, str], str] = {}
+    for group in groups:
+        if not group.first.experiment.method.has_stages:
+            continue
+        for number, what, lines in _stages(group):
+            if number not in titles or "latent" in what:
+                titles[number] = what
+            cells[number, group.label] = _percent(lines)
+    rows = [
+        [f"validation, stage {number}: {titles[number]}", *(cells.get((number, g.label), "") for g in groups)]
+        for number in sorted(titles)
+    ]
+    without = [group for group in groups if not group.first.experiment.method.has_stages]
+    if without:
+        last = [[run.stages[-1].line for run in group.runs if run.stages] for group in groups]
+        rows.append(["validation, at the end", *map(_percent, last)])
+    tests = [[run.measured("test")[-1] for run in group.runs if run.measured("test")] for group in groups]
+    if any(tests):
+        rows.append([f"test: {_tested_at(groups)}", *map(_percent, tests)])
+    return Table(["accuracy", *map(_column_title, groups)], rows)
+
+
+def best_table(runs: Sequence[RunRecord]) -> Table:
+    """The best validation accuracy of every stage, and the checkpoint that has it; for runs with stages."""
+    rows = []
+    for run in runs:
+        lines = [line for line in run.of("valid") if run.experiment.method.has_stages]
+        numbers = sorted({stage_number(int(line["epoch"]), run.experiment) for line in lines})
+        for number in numbers:
+            at = [line for line in lines if stage_number(int(line["epoch"]), run.experiment) == number]
+            best = max(at, key=lambda line: (line["accuracy"], -line["epoch"]))
+            name = f"checkpoint_{int(best['epoch']) + 1}"
+            kept = name if (run.folder / name).is_dir() else "-"
+            rows.append([run.experiment.name, f"best_stage_{number}", kept, _percent([best])])
+    return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, num_words=3)
+
+
+def _tested_at(groups: Sequence[Group]) -> str:
+    """The stage that one row of tests is about: that of the latents, where all groups hide the same steps."""
+    stages = [group.first.result_stage for group in groups if group.first.measured("test")]
+    with_latents = {stage for stage in stages if stage.num_latents} or set(stages)
+    if len(with_latents) == 1 and len({stage.hidden_steps for stage in stages}) == 1:
+        return describe_stage(with_latents.pop())
+    return "each run at its final stage"
+
+
+def _column_title(group: Group) -> str:
+    return group.label + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "")
+
+
+def _stages(group: Group) -> Iterator[tuple[int, str, list[Any]]]:
+    """(number, what is hidden, a line for each run) of every stage that all runs went through."""
+    columns: list[list[StageResult]] = [run.stages for run in group.runs]
+    for results in zip(*columns, strict=False):
+        if len({result.stage for result in results}) == 1:
+            yield results[0].number, describe_stage(results[0].stage), [result.line for result in results]
+
+
+def _percent(lines: Sequence[Any]) -> str:
+    if not lines:
+        return ""
+    values = [100 * line["accuracy"] for line in lines]
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread} %"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two groups on the same items, runs of equal seeds paired; McNemar's exact test."""
+
+    first: str
+    second: str
+    split: str
+    num_items: int
+    only_first: int
+    only_second: int
+    p_value: float
+
+    def __str__(self) -> str:
+        value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
+        return (
+            f"{self.first} against {self.second} on {self.split}, {counted(self.num_items, 'item')}: "
+            f"{self.only_first} solved by the first alone, {self.only_second} by the second alone, {value}"
+        )
+
+
+def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
+    """Every two groups whose runs have predictions (`eval` writes them) of the same set."""
+    pairs = itertools.islice(itertools.combinations(groups, 2), MOST_PAIRS)
+    return [test for first, second in pairs if (test := _paired(first, second)) is not None]
+
+
+def _paired(first: Group, second: Group) -> PairedTest | None:
+    by_seed = {run.experiment.seed: run for run in second.runs}
+    pairs = [(run, by_seed[run.experiment.seed]) for run in first.runs if run.experiment.seed in by_seed]
+    if not pairs and len(first.runs) == len(second.runs) == 1:
+        pairs = [(first.first, second.first)]
+    answers = [(one.predictions(), other.predictions()) for one, other in pairs]
+    common = {split for ours, theirs in answers for split in ours.keys() & theirs.keys()}
+    split = min(common, key=lambda name: (name != "test", name), default=None)
+    if split is None or first.first.dataset != second.first.dataset:
+        return None
+    only_first = only_second = num_items = 0
+    for ours, theirs in answers:
+        mine, others = ours.get(split, {}), theirs.get(split, {})
+        for item in mine.keys() & others.keys():
+            num_items += 1
+            only_first += mine[item] and not others[item]
+            only_second += others[item] and not mine[item]
+    p_value = mcnemar_exact(only_first, only_second)
+    return PairedTest(first.label, second.label, split, num_items, only_first, only_second, p_value)
+
+
+def student_t(degrees: int, confidence: float = 0.95) -> float:
+    """The t beyond which 1 - confidence of Student's distribution lies, on both sides together.
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, the distribution for whole degrees of freedom.
+    """
+
+    def inside(t: float) -> float:
+        theta = math.atan(t / math.sqrt(degrees))
+        sine, cosine = math.sin(theta), math.cos(theta)
+        term = cosine if degrees % 2 else 1.0
+        total = 0.0 if degrees == 1 else term
+        for n in range(2 + degrees % 2, degrees - 1, 2):
+            term *= cosine * cosine * (n - 1) / n
+            total += term
+        return (theta + sine * total) * 2 / math.pi if degrees % 2 else sine * total
+
+    if degrees < 1:
+        raise ValueError(f"{degrees} degrees of freedom: an interval over seeds needs two of them")
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
+    return high

@@ -1,0 +1,213 @@
+"""Pictures of learning: loss, accuracy by epoch with the stages behind, the window's weights over training.
+
+    figure = accuracy_picture(groups); save(figure, folder, "accuracy")
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; lines also differ in their marks.
+Knows: groups of runs, matplotlib.  Does not know: memory, pages.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from coconut_ds.files import replace_bytes
+from coconut_ds.reports.comparison import Accuracy, Group
+from coconut_ds.reports.run_records import Line, RunRecord, describe_stage
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKS = "osD^vP*X"
+STAGE_SHADES = ("#FFFFFF", "#F1F1F1")
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "text.parse_math": False,  # a `$` in a run's name is no formula
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "svg.hashsalt": "coconut_ds",
+}
+MOST_POINTS = 400
+
+matplotlib.rcParams.update(STYLE)  # axes take their looks when they are made; nothing else here draws
+
+
+def colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, folder: Path, name: str) -> tuple[Path, str]:
+    """Write NAME.png for papers; gives its path and the same picture as an SVG data address for a page."""
+    path = folder / f"{name}.png"
+    raster = io.BytesIO()
+    figure.savefig(raster, format="png", dpi=200)
+    replace_bytes(path, raster.getvalue())
+    vector = io.BytesIO()
+    figure.savefig(vector, format="svg", metadata={"Date": None})
+    return path, "data:image/svg+xml;base64," + base64.b64encode(vector.getvalue()).decode()
+
+
+def shade_stages(axes: Axes, run: RunRecord) -> None:
+    """Stages as stripes behind the epochs (from 1), each with its number."""
+    stages = run.stages
+    if len(stages) < 2:
+        return
+    ends = [stage.first_epoch for stage in stages[1:]] + [int(stages[-1].line["epoch"]) + 1]
+    for place, (stage, end) in enumerate(zip(stages, ends, strict=True)):
+        left, right = stage.first_epoch + 0.5, end + 0.5
+        axes.axvspan(left, right, color=STAGE_SHADES[place % 2], zorder=0, linewidth=0)
+        axes.text(
+            (left + right) / 2, 1.0, f"stage {stage.number}" if right - left > 1.5 else str(stage.number),
+            transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="#555555",
+        )  # fmt: skip
+
+
+def accuracy_picture(groups: Sequence[Group]) -> Figure | None:
+    """Accuracy on the validation set by epoch; several seeds as their mean and range."""
+    if not any(run.of("valid") for group in groups for run in group.runs):
+        return None
+    figure = new_figure(8, 3.6)
+    axes = figure.subplots()
+    for place, group in enumerate(groups):
+        epochs, low, middle, high = _over_seeds(group, "accuracy")
+        percent = [[100 * value for value in values] for values in (low, middle, high)]
+        axes.plot(
+            epochs, percent[1], color=colour(place), marker=MARKS[place % len(MARKS)], markersize=4,
+            label=group.label + (f", {len(group.runs)} seeds (mean, range)" if len(group.runs) > 1 else ""),
+        )  # fmt: skip
+        if len(group.runs) > 1:
+            axes.fill_between(epochs, percent[0], percent[2], color=colour(place), alpha=0.2, linewidth=0)
+    if len(groups) == 1 and any(line["cot_match"] for line in groups[0].first.of("valid")):
+        epochs, _, middle, _ = _over_seeds(groups[0], "cot_match")
+        axes.plot(
+            epochs,
+            [100 * v for v in middle],
+            color=colour(1),
+            linestyle="--",
+            label="reasoning written as given",
+        )
+    shade_stages(axes, groups[0].first)
+    axes.set(xlabel="epoch", ylabel="%", ylim=(-2, 102))
+    axes.set_title("Accuracy on the validation set", pad=18)
+    axes.legend(loc="best")
+    return figure
+
+
+def loss_picture(groups: Sequence[Group]) -> Figure | None:
+    """Training loss by step, thinned, and the loss on the validation set by epoch."""
+    runs = [(place, group, run) for place, group in enumerate(groups) for run in group.runs]
+    if not any(run.of("train") for _, _, run in runs):
+        return None
+    figure = new_figure(8, 3.6)
+    axes = figure.subplots()
+    for place, group, run in runs:
+        epochs, losses = smoothed_losses(run)
+        label = f"{group.label}, training" if run is group.first else None
+        axes.plot(epochs, losses, color=colour(place), linewidth=1, alpha=0.7, label=label)
+        valid = run.of("valid")
+        axes.plot(
+            [line["epoch"] + 1 for line in valid], [line["loss"] for line in valid], color=colour(place),
+            linestyle="none", marker=MARKS[place % len(MARKS)], markersize=4,
+            label=f"{group.label}, validation" if run is group.first else None,
+        )  # fmt: skip
+    shade_stages(axes, groups[0].first)
+    axes.set(xlabel="epoch", ylabel="token loss (nats)", yscale="log")
+    axes.set_title("Loss", pad=18)
+    axes.legend(loc="best")
+    return figure
+
+
+def window_picture(run: RunRecord) -> Figure | None:
+    """Share of each hidden state in the thought, over training; None for thoughts without weights."""
+    lines = [line for line in run.of("valid") if line.get("window_weights")]
+    if not lines:
+        return None
+    weights = [list(column) for column in zip(*(line["window_weights"] for line in lines), strict=True)]
+    epochs = [line["epoch"] + 1 for line in lines]
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    for place, column in enumerate(weights):
+        name = "newest state" if place == 0 else f"{place} before"
+        axes.plot(
+            epochs, column, color=colour(place), marker=MARKS[place % len(MARKS)], markersize=4, label=name
+        )
+    shade_stages(axes, run)
+    axes.set(xlabel="epoch", ylabel="weight")
+    axes.set_title("Weights of the latent window", pad=18)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def stage_picture(groups: Sequence[Group]) -> Figure | None:
+    """Accuracy at the end of every stage, with 95 % intervals over the items."""
+    shown = [group for group in groups if len(group.first.stages) > 1]
+    if not shown:
+        return None
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    titles: dict[int, str] = {}
+    for place, group in enumerate(shown):
+        for result in group.first.stages:
+            lines = [s.line for run in group.runs for s in run.stages if s.number == result.number]
+            accuracy = Accuracy.of(lines)
+            errors = [[100 * (accuracy.value - accuracy.low)], [100 * (accuracy.high - accuracy.value)]]
+            axes.errorbar(
+                result.number + 0.12 * (place - (len(shown) - 1) / 2), 100 * accuracy.value, yerr=errors,
+                color=colour(place), marker=MARKS[place % len(MARKS)], capsize=3, linestyle="none",
+                label=group.label if result is group.first.stages[0] else None,
+            )  # fmt: skip
+            titles.setdefault(result.number, describe_stage(result.stage))
+    axes.set_xticks(sorted(titles), [f"stage {number}\n{titles[number]}" for number in sorted(titles)])
+    axes.set(ylabel="%", ylim=(-2, 104))
+    axes.set_title("Accuracy at the end of every stage, 95 % intervals")
+    if len(shown) > 1:
+        axes.legend(loc="best")
+    return figure
+
+
+def smoothed_losses(run: RunRecord) -> tuple[list[float], list[float]]:
+    """(epochs, losses) of training, means over equal runs of steps, at most MOST_POINTS of them."""
+    by_epoch: dict[int, list[Line]] = {}
+    for line in run.of("train"):
+        by_epoch.setdefault(int(line["epoch"]), []).append(line)
+    points = []
+    for epoch, lines in by_epoch.items():
+        whole = max(map(len, by_epoch.values()))
+        numbered = [(place, line["loss"]) for place, line in enumerate(lines) if math.isfinite(line["loss"])]
+        points += [(epoch + (place + 1) / whole + 0.5, loss) for place, loss in numbered]
+    width = -(-len(points) // MOST_POINTS) or 1
+    chunks = [points[start : start + width] for start in range(0, len(points), width)]
+    return [mean(x for x, _ in chunk) for chunk in chunks], [mean(y for _, y in chunk) for chunk in chunks]
+
+
+def _over_seeds(group: Group, name: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """(epochs from 1, lowest, mean, highest) of a number of the validation lines."""
+    values: dict[int, list[Any]] = {}
+    for run in group.runs:
+        for epoch, line in {int(line["epoch"]): line for line in run.of("valid")}.items():
+            values.setdefault(epoch, []).append(line[name])
+    epochs = sorted(values)
+    return (
+        [epoch + 1 for epoch in epochs],
+        [min(values[epoch]) for epoch in epochs],
+        [mean(values[epoch]) for epoch in epochs],
+        [max(values[epoch]) for epoch in epochs],
+    )

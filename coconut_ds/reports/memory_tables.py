@@ -1,0 +1,182 @@
+"""A profile as text, and beside its plan.
+
+    profile_text(profile, plan)      phases, ranks, what lasts, plan against measured
+    against_plan(profile, plan)      the comparison alone, for pictures
+
+Both come as the plain data of profile.json and plan.json; sizes are MiB.
+Knows: those two files.  Does not know: how they are made.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, STEP
+from coconut_ds.reports.tables import Table
+
+Json = Mapping[str, Any]
+LASTING = {  # row -> (kinds of a census, components of a plan)
+    "parameters": (("parameters",), ("parameters",)),
+    "optimizer": (("optimizer",), ("optimizer",)),
+    "gradients, staging": (("gradients", "other"), ("gradients", "communication")),
+}
+NOT_TENSORS = ("process", "start", "pinned")  # host items of a plan
+PASS = re.compile(r"(step \d+: )pass (\d+)(.*)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """MiB of one thing, planned and measured; `lasts`: from the first optimizer step on."""
+
+    name: str
+    planned: float | None
+    measured: float
+    lasts: bool
+
+
+def is_on_gpu(profile: Json) -> bool:
+    return str(profile["ranks"][0]["device"]).startswith("cuda")
+
+
+def heaviest(profile: Json) -> Json:
+    """The rank with the highest peak."""
+    return max(profile["ranks"], key=lambda rank: rank["peak_mib"])
+
+
+def states_level(rank: Json) -> float:
+    """What lasts on a rank's device: its tensors after the second step."""
+    device = str(rank["device"]).split(":")[0]
+    return sum(rank["states_mib"]["step 2"].get(device, {}).values())
+
+
+def against_plan(profile: Json, plan: Json | None) -> list[Row]:
+    """What lasts, and what each phase takes beyond it, on the heaviest rank.
+
+    Without a GPU everything lies in host memory, and the plan's host items count, too.
+    """
+    rank = heaviest(profile)
+    kinds = rank["states_mib"]["step 2"].get(str(rank["device"]).split(":")[0], {})
+    planned = list(plan["states"]) if plan else []
+    if plan and not is_on_gpu(profile):
+        planned += [item for item in plan["host_per_rank"] if item["component"] not in NOT_TENSORS]
+    rows = []
+    for name, (measured_kinds, components) in LASTING.items():
+        sizes = [item["mib"] for item in planned if item["component"] in components]
+        rows.append(
+            Row(name, sum(sizes) if plan else None, sum(kinds.get(k, 0) for k in measured_kinds), True)
+        )
+    lasting = states_level(rank)
+    phases = {phase["name"]: phase["mib"] for phase in plan["phases"]} if plan else {}
+    for name, belongs in (
+        (FORWARD_BACKWARD, lambda phase: phase.startswith("step 2") and "optimizer" not in phase),
+        (STEP, lambda phase: phase == "step 2: optimizer step"),
+        (EVALUATION, lambda phase: phase == "evaluation"),
+    ):
+        peak = max(phase["peak_mib"] for phase in rank["phases"] if belongs(phase["name"]))
+        rows.append(Row(name, phases.get(name), peak - lasting, False))
+    return rows
+
+
+def totals(rows: Sequence[Row]) -> Row:
+    """What lasts and the largest phase."""
+
+    def total(sizes: Sequence[tuple[float, bool]]) -> float:
+        return sum(size for size, lasts in sizes if lasts) + max(size for size, lasts in sizes if not lasts)
+
+    planned = None
+    if all(row.planned is not None for row in rows):
+        planned = total([(row.planned or 0.0, row.lasts) for row in rows])
+    return Row("total", planned, total([(row.measured, row.lasts) for row in rows]), True)
+
+
+def profile_text(profile: Json, plan: Json | None) -> str:
+    """What the terminal shows."""
+    ranks, where = profile["ranks"], "GPU" if is_on_gpu(profile) else "CPU"
+    lines = [
+        f"{profile['experiment']} with {profile['ds_config']}: {len(ranks)} ranks, {where}, MiB of tensors",
+        f"worst stage, {profile['stage']}: {profile['batch']}",
+        "",
+        _phases(profile).text(),
+        "",
+        _comparison(against_plan(profile, plan), profile).text(),
+    ]
+    at_peak = heaviest(profile)["at_peak"]
+    made = sorted(at_peak["made_in_mib"].items(), key=lambda item: -item[1])[:4]
+    lines += ["", f"at the peak, in '{at_peak['phase']}', alive from: " + _list(made)]
+    lines += _verdict(profile)
+    return "\n".join(lines)
+
+
+def _phases(profile: Json) -> Table:
+    on_gpu, ranks = is_on_gpu(profile), profile["ranks"]
+    head = ["phase", "seconds", "peak", "peak by rank" if len(ranks) > 1 else "", "end"]
+    head += ["reserved", "card", "pinned", "retries", "RSS"] if on_gpu else ["RSS"]
+    rows = []
+    for group in _joined([phase["name"] for phase in ranks[0]["phases"]]):
+        mine = [[rank["phases"][place] for place in group] for rank in ranks]
+        peaks = [max(phase["peak_mib"] for phase in phases) for phases in mine]
+        last = [phases[-1] for phases in mine]
+        cells = [
+            _group_name([phase["name"] for phase in mine[0]]),
+            f"{sum(phase['seconds'] for phase in mine[0]):.2f}",
+            f"{max(peaks):,.1f}",
+            " ".join(f"{peak:,.1f}" for peak in peaks) if len(ranks) > 1 else "",
+            f"{max(phase['end_mib'] for phase in last):,.1f}",
+        ]
+        names = ("reserved_peak", "device_used", "pinned", "retries", "rss") if on_gpu else ("rss",)
+        cells += [f"{max(phase['reading'][name] for phase in last):,.0f}" for name in names]
+        rows.append(cells)
+    return Table(head, rows)
+
+
+def _joined(names: Sequence[str]) -> list[list[int]]:
+    """Places of phases that make a line: the passes between the first and the last are one."""
+    groups: list[list[int]] = []
+    for place, name in enumerate(names):
+        fit, before = PASS.fullmatch(name), PASS.fullmatch(names[place - 1]) if place else None
+        is_inner = (
+            fit is not None and fit[2] != "0" and place + 1 < len(names) and PASS.fullmatch(names[place + 1])
+        )
+        if is_inner and before is not None and before[2] != "0":
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _group_name(names: Sequence[str]) -> str:
+    first, last = PASS.fullmatch(names[0]), PASS.fullmatch(names[-1])
+    if len(names) == 1 or first is None or last is None:
+        return names[0]
+    return f"{first[1]}pass {first[2]} to {last[2]}{first[3]}"
+
+
+def _comparison(rows: Sequence[Row], profile: Json) -> Table:
+    where = "" if is_on_gpu(profile) else ", GPU and host together"
+    title = f"PLAN AGAINST MEASURED, the heaviest rank{where}"
+    printed = []
+    for row in [*rows, totals(rows)]:
+        name = row.name if row.lasts else f"  + {row.name}"
+        planned = "-" if row.planned is None else f"{row.planned:,.1f}"
+        error = f"{100 * (row.planned / row.measured - 1):+.1f} %" if row.planned and row.measured else "-"
+        printed.append([name, planned, f"{row.measured:,.1f}", error])
+    return Table(["MiB", "plan", "measured", "error"], printed, title=title)
+
+
+def _verdict(profile: Json) -> list[str]:
+    budget, rank = profile["budget"], heaviest(profile)
+    if budget is None:
+        return ["no memory_budget to hold it to"]
+    allowed = budget["gpu_memory_mib"] - budget["reserved_mib"]
+    if not is_on_gpu(profile):
+        return [
+            f"budget of one GPU: {allowed:,.0f} MiB; these ranks ran on the CPU, states of the host included"
+        ]
+    free = allowed - rank["peak_mib"]
+    said = f"{free:,.0f} MiB to spare" if free >= 0 else f"{-free:,.0f} MiB TOO MUCH"
+    return [f"budget: {rank['peak_mib']:,.0f} of {allowed:,.0f} MiB, {said}"]
+
+
+def _list(made: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} {size:,.1f}" for name, size in made)

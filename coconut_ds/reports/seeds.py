@@ -1,0 +1,91 @@
+"""Which runs are the same experiment with other seeds.
+
+Two runs are, if their settings differ in the seed, in names and places, and in where they start from at most,
+and if they start from the same checkpoint, or each from its own seed's:
+
+    seed: 3   load_model_path: runs/cot-seed-3/best
+    seed: 4   load_model_path: runs/cot-seed-4/best
+
+A starting run is its seed's own if its folder says that seed; where the folder is gone, if its path does.
+Knows: run records.  Does not know: accuracies, tables.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coconut_ds.config.experiment import Experiment, load_experiment
+from coconut_ds.errors import ConfigError
+from coconut_ds.reports.run_records import RunRecord
+
+# Settings that do not make another experiment: names, places, how it runs.
+NOT_COMPARED = {
+    "project", "name", "save_path", "seed", "debug", "only_eval", "resume", "batch_size_eval",
+    "eval_max_items", "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes",
+    "save_steps", "allow_pickle",
+}  # fmt: skip
+STARTS = ("load_model_path", "model_id")
+
+
+def identity(run: RunRecord) -> dict[str, Any]:
+    """What makes a run another experiment, where it starts from included."""
+    return {**_settings(run.experiment), "memory": run.memory_split}
+
+
+def by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Runs of the same experiment together, each list in the order of the seeds."""
+    groups: list[list[RunRecord]] = []
+    for run in runs:
+        for members in groups:
+            if _same_but_starts(run, members[0]) and any(_same_starts(run, other) for other in members):
+                members.append(run)
+                break
+        else:
+            groups.append([run])
+    return [sorted(members, key=lambda run: run.experiment.seed) for members in groups]
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    return {key: value for key, value in asdict(experiment).items() if key not in NOT_COMPARED}
+
+
+def _same_but_starts(first: RunRecord, second: RunRecord) -> bool:
+    ours, theirs = identity(first), identity(second)
+    return all(ours[key] == theirs[key] for key in ours if key not in STARTS)
+
+
+def _same_starts(first: RunRecord, second: RunRecord) -> bool:
+    return all(_same_start(key, first.experiment, second.experiment) for key in STARTS)
+
+
+def _same_start(key: str, first: Experiment, second: Experiment) -> bool:
+    paths = getattr(first, key), getattr(second, key)
+    if paths[0] == paths[1]:
+        return True
+    if None in paths or first.seed == second.seed:
+        return False
+    origins = [_origin(path) for path in paths]
+    if None not in origins:
+        known = [origin for origin in origins if origin is not None]
+        own = [origin.seed for origin in known] == [first.seed, second.seed]
+        ours, theirs = map(_settings, known)
+        alike = all(ours[k] == theirs[k] for k in ours if k not in STARTS)
+        return own and alike and Path(paths[0]).name == Path(paths[1]).name
+    texts = [_without_seed(path, seed) for path, seed in zip(paths, (first.seed, second.seed), strict=True)]
+    return None not in texts and texts[0] == texts[1]
+
+
+def _origin(path: str) -> Experiment | None:
+    """The settings of the run that a checkpoint or its name (`best`) lies in."""
+    try:
+        return load_experiment(Path(path).parent / "experiment.yaml")
+    except ConfigError:
+        return None
+
+
+def _without_seed(path: str, seed: int) -> str | None:
+    """'runs/cot-seed-{}/best' from 'runs/cot-seed-3/best' and 3; None where it does not name the seed."""
+    text, count = re.subn(rf"(?<![A-Za-z])(seed|s)([-_=]?){seed}(?!\d)", r"\1\2{}", path)
+    return text if count else None

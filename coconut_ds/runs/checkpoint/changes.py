@@ -1,0 +1,282 @@
+"""What differs between the settings of a checkpoint and those of now, and whether one may go on.
+
+    settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "libraries": {...},
+                "code": "git commit"}
+
+Knows: which setting means what for a resume.  Does not know: checkpoint folders, ranks.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.errors import CheckpointError
+from coconut_ds.runs.base_record import BaseRecord
+from coconut_ds.runs.checkpoint.manifest import Manifest, hash_file
+from coconut_ds.runs.run_folder import code_version, library_versions
+
+
+class Severity(IntEnum):
+    HARMLESS = 0  # listed
+    NEEDS_ALLOW = 1  # changes what is learned; the user must say so
+    IMPOSSIBLE = 2  # the saved state does not fit
+
+
+@dataclass(frozen=True)
+class Change:
+    key: str
+    saved: Any
+    current: Any
+    severity: Severity
+    why: str
+
+    def __str__(self) -> str:
+        values = f"{self.key}: {_short(self.saved)} when saved, {_short(self.current)} now"
+        ways = {
+            Severity.HARMLESS: "",
+            Severity.NEEDS_ALLOW: f"; --allow {self.key}",
+            Severity.IMPOSSIBLE: "; impossible",
+        }
+        return values + (f" ({self.why}{ways[self.severity]})" if self.why else "")
+
+
+SHAPES = "the saved tensors have other shapes or names"
+SHARDS = "the shards are split in another way"
+LEARNS = "changes what is learned"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
+# Settings of the YAML that do not change what a resumed run learns.  All others need leave.
+HARMLESS_EXPERIMENT = {
+    "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval", "eval_max_items",
+    "ablate_after_stage", "grading",
+    "max_new_tokens", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps", "allow_pickle",
+    "train_path", "val_path", "test_path", "load_model_path",
+}  # fmt: skip
+IMPOSSIBLE_EXPERIMENT = {
+    "method": "another method is another run: give it a new 'name' and this checkpoint as 'load_model_path'",
+    "tuning": SHAPES,
+    "thought": SHAPES,
+    "lora_r": SHAPES,
+    "lora_target_modules": SHAPES,
+    "lora_use_dora": SHAPES,
+}
+# With the number of ranks they make the rows of an optimizer step; when that number changes, so may they.
+ROWS_EXPERIMENT = ("batch_size_training", "gradient_accumulation_steps")
+# In the DeepSpeed JSON too, but compared as settings of the YAML.
+OWNED_BY_YAML = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer.params.lr", "optimizer.params.weight_decay", "scheduler",
+}  # fmt: skip
+# Settings of the DeepSpeed JSON; what is not here only moves memory around.
+DS_RULES = {
+    "zero_optimization.stage": (Severity.IMPOSSIBLE, SHARDS),
+    "zero_optimization.round_robin_gradients": (Severity.IMPOSSIBLE, SHARDS),
+    "zero_optimization.parameter_alignment": (Severity.IMPOSSIBLE, SHARDS),
+    "zero_optimization.offload_optimizer.device": (
+        Severity.NEEDS_ALLOW,
+        "another optimizer kernel, other last digits",
+    ),
+    "fp16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
+    "bf16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
+    "optimizer.type": (Severity.IMPOSSIBLE, "the saved moments are another optimizer's"),
+    "optimizer": (Severity.NEEDS_ALLOW, LEARNS),
+    "fp16": (Severity.NEEDS_ALLOW, "the loss scale goes on from the saved one"),
+    "torch_autocast": (Severity.NEEDS_ALLOW, LEARNS),
+    "data_types": (Severity.NEEDS_ALLOW, LEARNS),
+}
+
+
+def settings_to_compare(
+    experiment: Experiment, ds_config: Mapping[str, Any], base: BaseRecord | None = None
+) -> dict[str, Any]:
+    """What a checkpoint remembers of a run; reads the data files once, for their sha256."""
+    paths = {"train": experiment.train_path, "val": experiment.val_path}
+    return {
+        "experiment": asdict(experiment),
+        "ds_config": dict(ds_config),
+        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path},
+        "base": asdict(base) if base else {},
+        "libraries": library_versions(),
+        "code": code_version(),
+    }
+
+
+def _with_older_base(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`current` with what an older checkpoint has instead of "base": one sha256 of a model folder's files.
+
+    Weights are in it only where a checkpoint leaves them out (LoRA).
+    """
+    if saved.get("base") or "base_model" not in saved.get("data", {}):
+        return current
+    folder = Path(current["experiment"]["model_id"])
+    if not folder.is_dir():
+        return current
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if current["experiment"].get("tuning") != "lora":
+        files = [path for path in files if path.suffix not in WEIGHT_SUFFIXES]
+    listed = "".join(f"{path.name} {hash_file(path)}\n" for path in files)
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    return {**current, "data": {**current["data"], "base_model": digest}}
+
+
+def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
+    """Every difference, the gravest first."""
+    changes = [
+        *_experiment_changes(saved, current),
+        *_ds_changes(saved.get("ds_config", {}), current.get("ds_config", {})),
+        *_data_changes(saved.get("data", {}), current.get("data", {})),
+        *_base_changes(saved.get("base"), current.get("base")),
+    ]
+    for key, old, new in _differences(saved.get("libraries", {}), current.get("libraries", {})):
+        grave = key == "deepspeed"
+        why = "its checkpoint format may differ" if grave else ""
+        changes.append(Change(key, old, new, Severity.NEEDS_ALLOW if grave else Severity.HARMLESS, why))
+    if saved.get("code") != current.get("code"):
+        changes.append(Change("code", saved.get("code"), current.get("code"), Severity.HARMLESS, ""))
+    return sorted(changes, key=lambda change: -change.severity)
+
+
+def refuse_changes(
+    manifest: Manifest, current: Mapping[str, Any], world_size: int, allow: Collection[str]
+) -> list[str]:
+    """One line a difference that is let through; raises CheckpointError that lists all when one is not."""
+    current = _with_older_base(manifest.settings, current)
+    changes = classify_changes(manifest.settings, current)
+    if manifest.world_size != world_size:
+        changes = _with_other_ranks(changes, manifest, current, world_size)
+    refused = [
+        change
+        for change in changes
+        if change.severity is Severity.IMPOSSIBLE
+        or (change.severity is Severity.NEEDS_ALLOW and change.key not in allow)
+    ]
+    if refused:
+        options = " ".join(
+            f"--allow {change.key}" for change in refused if change.severity is Severity.NEEDS_ALLOW
+        )
+        impossible = any(change.severity is Severity.IMPOSSIBLE for change in refused)
+        advice = (
+            "set it back, or give the run a new 'name' and this checkpoint as 'load_model_path'"
+            if impossible
+            else f"set it back, or go on with the new value: {options}"
+        )
+        lines = "".join(f"\n  {change}" for change in changes)
+        raise CheckpointError(f"the checkpoint was made with other settings:{lines}\n{advice}")
+    notes = [f"differs from the checkpoint: {change}" for change in changes]
+    if current.get("base") and not manifest.settings.get("base"):
+        notes.append(
+            "the checkpoint is of an older version and does not describe its base model: the content of "
+            "'load_model_path' and of a hub model cannot be compared"
+        )
+    return notes
+
+
+def _with_other_ranks(
+    changes: list[Change], manifest: Manifest, current: Mapping[str, Any], world_size: int
+) -> list[Change]:
+    """Changes for another number of ranks, where rows and micro-batches count only by their product."""
+    why = "the shards are divided anew, last digits differ"
+    found = [Change("world_size", manifest.world_size, world_size, Severity.NEEDS_ALLOW, why)]
+    old = _rows_per_step(manifest.settings, manifest.world_size)
+    new = _rows_per_step(current, world_size)
+    if old != new:
+        why = f"changes what is learned; {' x '.join(ROWS_EXPERIMENT)} x ranks would keep it"
+        found.append(Change("rows_per_step", old, new, Severity.NEEDS_ALLOW, why))
+    return found + [
+        replace(change, severity=Severity.HARMLESS, why="") if change.key in ROWS_EXPERIMENT else change
+        for change in changes
+    ]
+
+
+def _rows_per_step(settings: Mapping[str, Any], world_size: int) -> int:
+    return math.prod((settings["experiment"].get(key, 1) for key in ROWS_EXPERIMENT), start=world_size)
+
+
+def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
+    hashes = [
+        settings.get("base") or settings.get("data", {}).get("base_model") for settings in (saved, current)
+    ]
+    experiment = current.get("experiment", {})
+    for key, old, new in _differences(saved.get("experiment", {}), experiment):
+        if key in HARMLESS_EXPERIMENT or (
+            key == "model_id" and all(hashes)
+        ):  # a folder's content is compared
+            yield Change(key, old, new, Severity.HARMLESS, "")
+        elif key in IMPOSSIBLE_EXPERIMENT:
+            yield Change(key, old, new, Severity.IMPOSSIBLE, IMPOSSIBLE_EXPERIMENT[key])
+        elif key == "latent_window_size" and str(experiment.get("thought", "")).startswith("learnable"):
+            yield Change(key, old, new, Severity.IMPOSSIBLE, SHAPES)
+        elif key == "num_epochs" and experiment.get("lr_schedule") == "constant":
+            yield Change(key, old, new, Severity.HARMLESS, "")
+        else:
+            yield Change(key, old, new, Severity.NEEDS_ALLOW, LEARNS)
+
+
+def _ds_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
+    for key, old, new in _differences(dict(_flatten(saved)), dict(_flatten(current))):
+        if any(key == owned or key.startswith(owned + ".") for owned in OWNED_BY_YAML):
+            continue
+        fitting = [rule for rule in DS_RULES if key == rule or key.startswith(rule + ".")]
+        if fitting:
+            severity, why = DS_RULES[max(fitting, key=len)]
+            yield Change(key, old, new, severity, why)
+        else:
+            yield Change(key, old, new, Severity.HARMLESS, "")
+
+
+def _data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
+    whys = {
+        "train": (Severity.NEEDS_ALLOW, "the training file's content changed: its order is another one now"),
+        "val": (Severity.NEEDS_ALLOW, "the validation file's content changed: accuracies do not compare"),
+        "base_model": (Severity.IMPOSSIBLE, "the base model's files are others"),
+    }
+    for key, old, new in _differences(saved, current):
+        severity, why = whys.get(key, (Severity.NEEDS_ALLOW, "its content changed"))
+        yield Change(f"data.{key}", old, new, severity, why)
+
+
+def _base_changes(saved: Any, current: Any) -> Iterator[Change]:
+    if not saved or not current:
+        return
+    whys = {
+        "weights": "the frozen weights, of 'load_model_path' or 'model_id', are not those it was trained on",
+        "tokenizer": "text gets other token ids than in training",
+    }
+    try:
+        record = BaseRecord.read(saved)
+    except TypeError as error:
+        raise CheckpointError(f"the manifest does not describe a base model ({error})") from error
+    for part, old, new in record.differences(BaseRecord.read(current)):
+        why = whys.get(part, "the model computes something else with the same weights")
+        yield Change(f"base.{part}", old, new, Severity.IMPOSSIBLE, why)
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted({*saved, *current}):
+        old, new = _plain(saved.get(key)), _plain(current.get(key))
+        if old != new:
+            yield key, old, new
+
+
+def _plain(value: Any) -> Any:
+    """A value as it would come back from JSON."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

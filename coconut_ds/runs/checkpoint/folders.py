@@ -1,0 +1,226 @@
+"""The checkpoint folders of a run, as one process sees them: which there are, which are whole, which may go.
+
+Knows: names, pointers, retention.  Does not know: ranks, what is inside a shard.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from coconut_ds.errors import CheckpointError
+from coconut_ds.files import read_bytes, replace_text, sync_folder
+from coconut_ds.runs.checkpoint.manifest import Manifest
+from coconut_ds.runs.checkpoint.stages import BEST_OF_STAGE, TrainedStage, best_of, best_per_stage, described
+
+NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
+DRAFT = ".tmp-"
+MOST_POINTER = 256  # bytes of the files `latest` and `best`
+Say = Callable[[str], None]
+
+
+def checkpoint_name(epoch: int, step_in_epoch: int = 0) -> str:
+    """`checkpoint_3` after epoch 3 (counted from 1), `checkpoint_3_step_0000420` 420 steps later."""
+    return f"checkpoint_{epoch}" + (f"_step_{step_in_epoch:07d}" if step_in_epoch else "")
+
+
+def position_of(name: str) -> tuple[int, int] | None:
+    """(epochs done, steps of the next) for a checkpoint's name, else None; a later checkpoint is greater."""
+    match = NAME.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+class CheckpointFolders:
+    def __init__(self, run_folder: Path, say: Say = print) -> None:
+        """`say` gets one line for every checkpoint that is skipped or set aside."""
+        self.run_folder = run_folder
+        self._say = say
+        self._verified: set[str] = set()
+
+    def names(self) -> list[str]:
+        """Every checkpoint's name, oldest first; complete when it got its name, maybe damaged since."""
+        if not self.run_folder.is_dir():
+            return []
+        found = [
+            entry.name for entry in self.run_folder.iterdir() if entry.is_dir() and position_of(entry.name)
+        ]
+        return sorted(found, key=_age)
+
+    def latest(self) -> str | None:
+        """The newest checkpoint that verifies; damaged ones are skipped, with the reason said."""
+        pointed = self.pointed_at("latest")
+        for name in reversed(self.names()):
+            try:
+                self.check(name)
+            except CheckpointError as error:
+                self._say(f"skipped {name}: {error}")
+                continue
+            if pointed is not None and pointed != name:
+                self._say(
+                    f"{self.run_folder / 'latest'} names {pointed}; the newest whole checkpoint is {name}"
+                )
+            return name
+        return None
+
+    def named(self, word: str) -> str | None:
+        """The checkpoint that 'latest', 'best', 'best_stage_2' or its own name names; None: none yet.
+
+        Raises CheckpointError when there is no best of that stage, or a best one does not verify.
+        """
+        if word == "latest":
+            return self.latest()
+        if word == "best":
+            name = self.pointed_at("best")
+        elif match := BEST_OF_STAGE.fullmatch(word):
+            per_stage = best_per_stage(self.manifests())
+            name = per_stage.get(int(match[1]))
+            if name is None:
+                there = ", ".join(f"best_stage_{number}" for number in per_stage) or "none"
+                raise CheckpointError(f"{self.run_folder}: there is no {word}; there are: {there}")
+        else:
+            return word
+        if name is not None:
+            self.check(name)
+        return name
+
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifests of all end-of-epoch checkpoints that can be read, oldest first."""
+        found = {}
+        for name in self.names():
+            if _age(name)[1] == 0:
+                with suppress(CheckpointError):
+                    found[name] = Manifest.read(self.run_folder / name)
+        return found
+
+    def misleading_best(self) -> str | None:
+        """In words, that `best` is not of the newest stage (runs of older versions); None where it is."""
+        manifests, name = self.manifests(), self.pointed_at("best")
+        newest = best_of(manifests)
+        if name not in manifests or newest is None:
+            return None
+        at, reached = TrainedStage.of(manifests[name]), TrainedStage.of(manifests[newest])
+        if at == reached:
+            return None
+        return (
+            f"{self.run_folder / 'best'} is {name}: {described(manifests[name])}. The newest stage is "
+            f"{reached.number}; its best checkpoint is best_stage_{reached.number} ({newest})"
+        )
+
+    def check(self, name: str) -> Manifest:
+        """Verify every file of one checkpoint (once a process); raises CheckpointError with what is wrong."""
+        folder = self.run_folder / name
+        if position_of(name) is None or not folder.is_dir():
+            there = ", ".join(self.names()) or "none"
+            raise CheckpointError(f"{folder}: there is no such checkpoint; there are: {there}")
+        manifest = Manifest.read(folder)
+        if (manifest.state.epoch, manifest.state.step_in_epoch) != position_of(name):
+            raise CheckpointError(f"{folder} was renamed: its manifest is of epoch {manifest.state.epoch}")
+        if name not in self._verified:
+            manifest.verify(folder)
+            self._verified.add(name)
+        return manifest
+
+    def pointed_at(self, pointer: str) -> str | None:
+        with suppress(OSError, UnicodeDecodeError):
+            name = read_bytes(self.run_folder / pointer, MOST_POINTER).decode("utf-8").strip()
+            return name if position_of(name) else None
+        return None
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a checkpoint, 0 when its manifest cannot be read."""
+        with suppress(CheckpointError):
+            return Manifest.read(self.run_folder / name).size
+        return 0
+
+    def judged(self, manifest: Manifest) -> Manifest:
+        """`manifest` with its stage, that stage's best accuracy so far, and whether it improved on it."""
+        at, state = TrainedStage.of(manifest), manifest.state
+        same_stage = [other.state for other in self.manifests().values() if TrainedStage.of(other) == at]
+        others = [other.accuracy for other in same_stage if other.epoch != state.epoch]
+        known = [accuracy for accuracy in others if accuracy is not None]
+        accuracy = None if state.step_in_epoch else state.accuracy
+        best = max([*known, *([] if accuracy is None else [accuracy])], default=None)
+        improved = accuracy is not None and all(accuracy > other for other in known)
+        return replace(manifest, state=replace(state, stage=at.number, best_accuracy=best), improved=improved)
+
+    def publish(self, draft: Path, name: str) -> None:
+        """Give a finished draft its name, and point `latest` (and `best`) where they belong."""
+        final = self.run_folder / name
+        if final.exists():
+            self._remove(name)
+        draft.rename(final)
+        sync_folder(self.run_folder)
+        self._verified.add(name)
+        replace_text(self.run_folder / "latest", name + "\n")
+        self._point_best()
+
+    def _point_best(self) -> None:
+        best = best_of(self.manifests())
+        if best is None:
+            (self.run_folder / "best").unlink(missing_ok=True)
+        elif best != self.pointed_at("best"):
+            replace_text(self.run_folder / "best", best + "\n")
+
+    def retire(self, newest: str, *, keep: int | None, only_improving: bool) -> None:
+        """Remove what the settings do not keep; never the newest, never the best of a stage."""
+        manifests = self.manifests()
+        epochs = [name for name, manifest in manifests.items() if manifest.improved or not only_improving]
+        kept = set(epochs if keep is None else epochs[-keep:])
+        kept |= {newest, *best_per_stage(manifests).values()}
+        for name in self.names():
+            if name not in kept:
+                self._remove(name)
+
+    def set_aside_after(self, name: str) -> None:
+        """Rename checkpoints newer than `name`, from which a run goes on: they are not its own."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for newer in self.names():
+            if _age(newer) > _age(name):
+                (self.run_folder / newer).rename(self.run_folder / f"superseded-{stamp}-{newer}")
+                self._say(f"set aside {newer}: it is newer than {name}, from which this run goes on")
+        self._point_best()
+        replace_text(self.run_folder / "latest", name + "\n")
+
+    def sweep(self) -> None:
+        """Remove the drafts of runs that died while saving."""
+        if self.run_folder.is_dir():
+            for entry in self.run_folder.iterdir():
+                if entry.name.startswith(DRAFT) and entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def _remove(self, name: str) -> None:
+        # Out of sight in one step first: a crash must not leave half a checkpoint under its name.
+        gone = self.run_folder / f"{DRAFT}old-{time.time_ns()}-{name}"
+        (self.run_folder / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def misleading_best(path: Path) -> str | None:
+    """In words, that RUN/best is not of the run's newest stage; None where it is, and for any other path."""
+    return CheckpointFolders(path.parent).misleading_best() if path.name == "best" else None
+
+
+def followed(path: Path) -> Path:
+    """The checkpoint that RUN/best, RUN/latest or RUN/best_stage_2 names; any other path as it is.
+
+    Raises CheckpointError where it names none.
+    """
+    folders = CheckpointFolders(path.parent)
+    if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < MOST_POINTER:
+        name = folders.pointed_at(path.name)
+        if name is None:
+            content = read_bytes(path, MOST_POINTER).decode("utf-8", errors="replace").strip()
+            raise CheckpointError(f"{path} names {content!r}, which is not a checkpoint beside it")
+        return path.parent / name
+    if BEST_OF_STAGE.fullmatch(path.name) and folders.names():
+        return path.parent / str(folders.named(path.name))
+    return path
+
+
+def _age(name: str) -> tuple[int, int]:
+    position = position_of(name)
+    assert position is not None
+    return position

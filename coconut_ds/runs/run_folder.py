@@ -1,0 +1,361 @@
+"""The run folder `save_path/name`: settings, environment, metrics.jsonl, samples.jsonl, wandb.
+
+    experiment.yaml  ds_config.json  environment.json     written at every start that is not refused
+    metrics.jsonl  samples.jsonl                          one JSON object a line, flushed line by line
+    .lock                                                 held while a run writes here
+
+Only the main rank writes; the other ranks hold a `Run` whose methods do nothing.  `debug` saves nothing.
+Knows: files, the lock, wandb.  Does not know: models, stages, checkpoints (they tell it where to cut a file).
+"""
+
+import errno
+import fcntl
+import netrc
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from coconut_ds.config.experiment import Experiment, experiment_to_yaml
+from coconut_ds.errors import ConfigError
+from coconut_ds.files import (
+    NOT_SUPPORTED,
+    cannot_write,
+    json_text,
+    make_folder,
+    open_append,
+    replace_text,
+    sync,
+)
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+MOST_SAMPLES = 100  # rows of the table that wandb shows
+LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "coconut_ds")
+SETTINGS_FROM_ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "DS_ALLOW_DEPRECATED_FP16",
+    "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
+)  # fmt: skip
+
+
+class RunLock:
+    """An exclusive lock on a folder; the system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make `folder` and lock it.
+
+        Raises ConfigError, naming the other process, when a run already writes to `folder`, and when nothing
+        can be written there.  A file system without locks is a warning.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open_append(folder / ".lock", "a+")  # held until release()
+            self._lock(folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+    def _lock(self, folder: Path) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (*NOT_SUPPORTED, errno.ENOLCK):
+                warnings.warn(
+                    f"{folder}: this file system has no locks ({error.strerror}); start no second run with "
+                    "this 'name' while this one runs",
+                    stacklevel=2,
+                )
+                return
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigError(
+                f"{folder}: another run is writing here ({holder}); stop it, or give this one another 'name'"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class JsonLines:
+    """A file of one JSON object a line, which can be cut back to a byte position it once had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] = open_append(path)  # held until close()
+        self._end_broken_line()
+
+    def _end_broken_line(self) -> None:
+        if self.position:
+            with open(self.path, "rb") as reader:
+                reader.seek(-1, os.SEEK_END)
+                if reader.read(1) != b"\n":  # killed in the middle of a line
+                    self._file.write(b"\n")
+
+    @property
+    def position(self) -> int:
+        return self.path.stat().st_size
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Raises OSError when the line cannot be written; then nothing of it is left."""
+        line = json_text(record, default=str, ensure_ascii=False).encode() + b"\n"
+        start = self.position
+        written = self._file.write(line)
+        if written < len(line):  # what a disk does that is full after some of it
+            self._file.truncate(start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def cut(self, position: int) -> None:
+        """Forget what was written after `position`; a file that is shorter than that stays as it is."""
+        if position < self.position:
+            self._file.truncate(position)
+            sync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Run:
+    """One training or evaluation run; use it as a context manager."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        ds_config: Mapping[str, Any],
+        *,
+        is_main: bool = True,
+        devices: Sequence[str] = (),
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """`ds_config` is what DeepSpeed reads, resolved; `devices` one description a rank.
+
+        Raises ConfigError when the folder cannot be written, or another run is writing to it.
+        """
+        self.experiment = experiment
+        self.ds_config = ds_config
+        self.folder = run_folder(experiment)
+        self.writes = is_main and not experiment.debug
+        self.devices, self.command = devices, command or sys.argv
+        self.problem: str | None = None  # why a line could not be written
+        self._wandb: Any = None
+        self._lock: RunLock | None = None
+        self._lines: dict[str, JsonLines] = {}
+        self._samples: deque[dict[str, Any]] = deque(maxlen=MOST_SAMPLES)
+        if self.writes:
+            self._open()
+
+    def _open(self) -> None:
+        self._lock = RunLock(self.folder)
+        try:
+            self._lines = {name: JsonLines(self.folder / name) for name in (METRICS, SAMPLES)}
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+    def write_settings(self) -> None:
+        """Write the settings and the environment of this start, once it is not refused any more.
+
+        Raises ConfigError when the folder cannot be written.
+        """
+        if not self.writes:
+            return
+        environment = describe_environment(self.devices, self.command)
+        try:
+            replace_text(self.folder / "experiment.yaml", experiment_to_yaml(self.experiment))
+            settings = json_text(self.ds_config, indent=2, default=str)
+            replace_text(self.folder / "ds_config.json", settings + "\n")
+            replace_text(self.folder / "environment.json", json_text(environment, indent=2) + "\n")
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+    def log(self, kind: str, **numbers: Any) -> None:
+        """Append {"time", "kind", numbers...} to metrics.jsonl, and tell wandb when it is there."""
+        if not self.writes:
+            return
+        self._append(METRICS, {"time": round(time.time(), 3), "kind": kind, **numbers})
+        if self._wandb is not None:
+            try:
+                self._wandb.log(wandb_numbers(kind, numbers))
+            except Exception as error:  # wandb's own errors share no base class
+                self._stop_wandb(error)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """A line that cannot be written ends all writing: the ranks end together at the next step."""
+        try:
+            self._lines[name].append(record)
+        except OSError as error:
+            self.problem = str(cannot_write(self.folder / name, error))
+            self.writes = False
+
+    def _stop_wandb(self, error: Exception) -> None:
+        warnings.warn(f"wandb stopped ({error}); metrics go on in {self.folder / METRICS}", stacklevel=3)
+        self._wandb = None
+
+    def sample(self, **fields: Any) -> None:
+        """Append one decoded problem to samples.jsonl."""
+        if self.writes:
+            self._append(SAMPLES, fields)
+            self._samples.append(fields)
+
+    @property
+    def has_wandb(self) -> bool:
+        return self._wandb is not None
+
+    def show_samples(self) -> None:
+        """Send the newest samples to wandb as one table, which replaces the last."""
+        if self._wandb is None or not self._samples:
+            return
+        columns: list[str | int] = list(self._samples[-1])
+        try:
+            import wandb
+
+            rows = [[str(sample.get(str(column), "")) for column in columns] for sample in self._samples]
+            self._wandb.log({"samples": wandb.Table(columns=columns, data=rows)})
+        except Exception as error:
+            self._stop_wandb(error)
+
+    def attach(self, path: Path, kind: str) -> None:
+        """Send a file to wandb as an artifact of this run."""
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log_artifact(str(path), name=f"{self.experiment.name}-{kind}", type=kind)
+        except Exception as error:
+            self._stop_wandb(error)
+
+    def positions(self) -> dict[str, int]:
+        """Length in bytes of every line file now, for a checkpoint to remember."""
+        return {name: lines.position for name, lines in self._lines.items()}
+
+    def rewind(self, positions: Mapping[str, int]) -> None:
+        """Cut the line files back to `positions`, so that no step appears twice after a resume."""
+        for name, lines in self._lines.items():
+            lines.cut(positions.get(name, 0))
+
+    def start_wandb(self, wandb_id: str | None = None) -> str | None:
+        """Start wandb, going on with the run `wandb_id` where given, and return its id.
+
+        Offline unless the user is logged in (WANDB_API_KEY, netrc) or WANDB_MODE says otherwise.  A wandb
+        that does not start is a warning: metrics.jsonl has everything.
+        """
+        if not self.writes or os.environ.get("WANDB_MODE") == "disabled":
+            return wandb_id
+        try:
+            import wandb
+
+            make_folder(self.folder / "wandb")
+            self._wandb = wandb.init(
+                project=self.experiment.project,
+                name=self.experiment.name,
+                dir=str(self.folder),
+                id=wandb_id,
+                resume="allow" if wandb_id else None,
+                mode=os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "offline"),  # type: ignore[arg-type]
+                settings=wandb.Settings(init_timeout=30, silent=True),
+            )
+            self._wandb.define_metric("*", step_metric="step")
+            return str(self._wandb.id)
+        except Exception as error:  # no network, a full disk, a version: none of it is worth losing a run
+            warnings.warn(
+                f"wandb did not start ({error}); metrics go to {self.folder / METRICS}", stacklevel=2
+            )
+            self._wandb = None
+            return wandb_id
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+        for lines in self._lines.values():
+            lines.close()
+        if self._lock is not None:
+            self._lock.release()
+        self._lock, self._lines, self.writes = None, {}, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run_folder(experiment: Experiment) -> Path:
+    """`save_path/name`; raises ConfigError for a name that would leave `save_path`."""
+    name = experiment.name
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name + experiment.save_path:
+        raise ConfigError(f"name: {name!r} must be the name of one folder, without '/' or '..'")
+    return Path(experiment.save_path) / name
+
+
+def library_versions() -> dict[str, str]:
+    installed = {}
+    for name in LIBRARIES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def code_version() -> str | None:
+    """The git commit of the code, with '-dirty' after local changes; None outside a repository."""
+    where = Path(__file__).parent
+    command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def describe_environment(devices: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
+    """What one needs to know to run it again; no credentials."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(command),
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": library_versions(),
+        "code": code_version(),
+        "devices": list(devices),
+        "settings": {name: os.environ[name] for name in SETTINGS_FROM_ENVIRONMENT if name in os.environ},
+    }
+
+
+def wandb_numbers(kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """A log line as wandb draws it: 'train/loss' over 'step', every window weight a curve of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in numbers.items():
+        if name == "step":
+            flat[name] = value
+        elif isinstance(value, list | tuple):
+            flat |= {f"{kind}/{name}/{place}": item for place, item in enumerate(value)}
+        else:
+            flat[f"{kind}/{name}"] = value
+    return flat
+
+
+def is_logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,1 @@
+"""The training loop, the setup of a run, and sweeps over settings."""

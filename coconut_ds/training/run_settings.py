@@ -1,0 +1,54 @@
+"""The two settings files of a run, with what they leave open filled in from the model and the machine.
+
+Knows: command lines, the model's configuration, this machine's memory.  Does not know: data, weights, ranks.
+"""
+
+import argparse
+
+import psutil
+import torch
+
+from coconut_ds.config.arguments import is_main_process, print_notes, read_experiment
+from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget, load_ds_config
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.model.loading import load_config
+
+MIB, GIB = 2**20, 2**30
+RESERVED_MIB = 800  # CUDA context, NCCL and cuBLAS workspaces, as in ds_configs/
+# What the shipped files are made for, where there is no GPU to ask.
+NAMED_DEVICE, NAMED_GPUS, NAMED_MIB = "GTX 1080 Ti", 2, 11_264
+
+
+def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:
+    """Both files of a command line.  Raises ConfigError."""
+    experiment = read_experiment(args)
+    return experiment, read_ds_config(args.deepspeed_config, experiment)
+
+
+def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
+    """The JSON of a run of `experiment`; the main process prints the notes on it.  Raises ConfigError."""
+    ds_config = load_ds_config(path)
+    notes = list(ds_config.notes)
+    hidden_size = None
+    if ds_config.needs_hidden_size:
+        hidden_size = load_config(experiment.model_id).get_text_config().hidden_size
+    budget = ds_config.memory_budget
+    if budget is None:
+        budget = default_budget()
+        notes.append(
+            f"{path}: memory_budget: is missing; that of a {budget.device} is used: "
+            f"{budget.gpu_memory_mib:,} MiB per GPU, {budget.reserved_mib} of them reserved"
+        )
+    if is_main_process():
+        print_notes(notes)
+    return ds_config.for_run(experiment, budget, hidden_size)
+
+
+def default_budget() -> MemoryBudget:
+    """This machine's GPUs less a reserve; without one, the two cards of ds_configs/, as a warning only."""
+    host_memory_gib = round(psutil.virtual_memory().total / GIB, 1)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, gpus = properties.name, torch.cuda.device_count()
+        return MemoryBudget(device, gpus, properties.total_memory // MIB, RESERVED_MIB, host_memory_gib, {})
+    return MemoryBudget(NAMED_DEVICE, NAMED_GPUS, NAMED_MIB, RESERVED_MIB, host_memory_gib, {}, "warn")

@@ -1,0 +1,100 @@
+"""Set a run up and see it through: data, ranks, budget, engine, run folder, then the loop (trainer.py).
+
+Knows: everything above it in the house.  Does not know: the command line.
+"""
+
+import warnings
+
+import torch
+
+from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import Layout
+from coconut_ds.data.run_data import Material
+from coconut_ds.engine.distributed import Collectives
+from coconut_ds.engine.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
+from coconut_ds.engine.signals import Signals
+from coconut_ds.engine.watchdog import Watchdog
+from coconut_ds.errors import ConfigError
+from coconut_ds.evaluation.evaluate import Evaluation
+from coconut_ds.failures import lost_ranks_explained, phase
+from coconut_ds.memory.budget import hold_to_budget
+from coconut_ds.model.build import build_module, load_material
+from coconut_ds.model.lora import parameter_groups
+from coconut_ds.runs.run_folder import Run
+from coconut_ds.training.trainer import Options, Trainer
+
+
+def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
+    """Train or continue one run; gives the last evaluation. Called on every rank.
+
+    Raises UserError for everything the user can mend, before a model is loaded where possible.
+    """
+    with Signals() as signals, lost_ranks_explained():
+        with signals.nothing_to_save():
+            ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
+            material = load_material(experiment)
+            ranks = start_distributed(ds_config.precision, options.stuck_seconds)
+        seconds = 0 if experiment.debug else options.stuck_seconds
+        with (
+            open_run(experiment, ds_config, ranks) as run,
+            Watchdog(run.folder, ranks.rank, ranks.world_size, seconds) as watchdog,
+        ):
+            watchdog.beat("planning", patience=10)
+            with signals.nothing_to_save():
+                guard = hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan)
+            with guard:
+                watchdog.beat("starting the engine", patience=10)
+                engine = start_engine(experiment, ds_config, material, ranks)
+                trainer = Trainer(experiment, material, engine, run, signals, options, watchdog)
+                result = trainer.run_all()
+            watchdog.beat("writing the report", patience=10)
+            send_report(run)
+        engine.close()
+    return result
+
+
+def send_report(run: Run) -> None:
+    """The report of a finished run as a wandb artifact, where wandb is on."""
+    if run.has_wandb:
+        from coconut_ds.reports.run_page import report_of  # matplotlib takes a second
+
+        try:
+            run.attach(report_of(run.folder), "report")
+        except (OSError, ValueError) as error:  # the training itself is done and saved
+            warnings.warn(f"no report for wandb: {error}", stacklevel=2)
+
+
+def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -> Run:
+    """The locked run folder; the main rank's ConfigError is raised on all ranks. Collective."""
+    together = Collectives(ranks)
+    devices = together.gather(describe(ranks))
+    settings = ds_config.resolved_file(experiment, ranks.world_size)
+    run, problem = None, None
+    try:
+        run = Run(experiment, settings, is_main=ranks.is_main, devices=devices)
+    except ConfigError as error:
+        problem = str(error)
+    problem = together.broadcast_object(problem)
+    if run is None or problem is not None:
+        raise ConfigError(problem)
+    return run
+
+
+@phase("initialise")
+def start_engine(
+    experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
+) -> Engine:
+    """Build the model and wrap it. Collective."""
+    module = build_module(experiment, material.vocabulary, ds_config.latent_memory)
+    layout = Layout.of(experiment, ranks.world_size, ranks.rank)
+    total_steps = max(1, layout.num_steps(len(material.train)) * experiment.num_epochs)
+    schedule = Schedule(experiment.lr_schedule, int(experiment.warmup_ratio * total_steps), total_steps)
+    settings = ds_config.resolve(experiment, ranks.world_size)
+    engine = Engine(module, parameter_groups(module, experiment), settings, ranks, schedule)
+    torch.manual_seed(experiment.seed + ranks.rank)  # dropout differs from rank to rank
+    return engine
+
+
+def describe(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"

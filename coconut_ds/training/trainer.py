@@ -1,0 +1,356 @@
+"""One run in progress: for every epoch its stage, its steps, an evaluation, a checkpoint.
+
+Knows: everything above it in the house.  Does not know: how a run is set up, the command line.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import Batch, Layout, training_steps
+from coconut_ds.data.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
+from coconut_ds.data.run_data import Material, TestSet
+from coconut_ds.engine.divergence import LossGuard
+from coconut_ds.engine.engine import Engine
+from coconut_ds.engine.signals import Request, Requests, Signals
+from coconut_ds.engine.watchdog import Watchdog
+from coconut_ds.errors import ConfigError, StopRequested
+from coconut_ds.evaluation.ablation import Comparison
+from coconut_ds.evaluation.evaluate import Evaluation, evaluate
+from coconut_ds.memory.peak import PeakMeter
+from coconut_ds.model.build import write_model
+from coconut_ds.reports.run_records import read_run
+from coconut_ds.reports.verdict import verdicts
+from coconut_ds.reports.window_figure import draw_window_weights
+from coconut_ds.runs.checkpoint import (
+    LONGEST_REASONING,
+    Checkpoints,
+    TrainState,
+    misleading_best,
+    settings_to_compare,
+)
+from coconut_ds.runs.run_folder import Run
+
+NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the experiment."""
+
+    checkpoint: str | None = None  # resume from this checkpoint instead of the newest
+    allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
+    max_minutes: float | None = None  # save and stop after so long
+    stuck_seconds: float = 300.0  # end when nothing moves for so long; 0: never
+    skip_plan: bool = False  # start without checking the plan against the memory budget
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        material: Material,
+        engine: Engine,
+        run: Run,
+        signals: Signals,
+        options: Options,
+        watchdog: Watchdog,
+    ) -> None:
+        self.experiment = experiment
+        self.material = material
+        self.engine = engine
+        self.run = run
+        self.options = options
+        self.layout = Layout.of(experiment, engine.world_size, engine.rank)
+        self.peak = PeakMeter(engine.device)
+        self.checkpoints = Checkpoints(
+            run.folder,
+            engine,
+            self.settings() if engine.is_main else {},
+            keep=experiment.keep_checkpoints,
+            only_improving=experiment.save_only_improve,
+            expected_bytes=engine.checkpoint_bytes(),
+            say=self.say,
+        )
+        self.state = TrainState(epoch=experiment.resume)
+        self.saved_at: tuple[int, int] | None = None  # (epoch, step) of the newest checkpoint
+        self.requests = Requests(
+            signals,
+            engine,
+            run.folder,
+            save_minutes=experiment.save_minutes,
+            save_steps=experiment.save_steps,
+            max_minutes=options.max_minutes,
+            failed=lambda: run.problem is not None,
+        )
+        self.watchdog = watchdog
+        self.guard = LossGuard(run.folder, engine.rank)
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the run."""
+        settings = settings_to_compare(self.experiment, self.run.ds_config, self.engine.module.base_record)
+        if self.experiment.icot_tokens_per_epoch is not None:
+            lengths = [sum(map(len, problem.steps)) for problem in self.material.valid.tokenized]
+            settings[LONGEST_REASONING] = max(lengths, default=0)
+        return settings
+
+    def run_all(self) -> Evaluation | None:
+        """Every epoch that is left, then the test set."""
+        self.resume()
+        start = self.experiment.load_model_path
+        if start and (note := misleading_best(Path(start))):
+            self.say(f"load_model_path: {note}")
+        result = None
+        for epoch in range(self.state.epoch, self.experiment.num_epochs):
+            if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
+                self.engine.reset_optimizer()
+            self.train_epoch(epoch)
+            result = self.validate(epoch)
+            self.ablate(epoch, result)
+            self.save(result)
+        if self.material.test is not None:
+            # The weights' own epoch: a finished run may be started again with fewer num_epochs.
+            epoch = max(self.state.epoch - 1, 0)
+            if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
+                self.say(early)
+            result = self.evaluate(self.material.test, stage_at(epoch, self.experiment), "test", epoch)
+        self.check_written()
+        if self.run.writes:
+            for line in verdicts(read_run(self.run.folder)):
+                self.say(line)
+        return result
+
+    def resume(self) -> None:
+        if self.experiment.debug:
+            return
+        self.watchdog.beat("loading a checkpoint", patience=10)
+        state = self.checkpoints.load(self.options.checkpoint, allow=self.options.allow)
+        if state is not None:
+            self.state = state
+            self.saved_at = (state.epoch, state.step_in_epoch)
+        self.write_settings()
+        self.run.rewind(self.state.positions)
+        wandb_id = self.run.start_wandb(self.state.wandb_id)
+        self.state = replace(self.state, wandb_id=wandb_id)
+
+    def resets_optimizer(self, epoch: int) -> bool:
+        match self.experiment.reset_optimizer:
+            case "every_epoch":
+                return epoch > 0
+            case "stage_switch":
+                return is_stage_switch(epoch, self.experiment)
+        return False
+
+    def train_epoch(self, epoch: int) -> None:
+        """The steps of one epoch, from where the state stands."""
+        stage = stage_at(epoch, self.experiment)
+        first, done = self.state.step_in_epoch, self.state.samples_in_epoch
+        steps = training_steps(
+            self.material.train, epoch, self.experiment, self.material.vocabulary, self.layout, done
+        )
+        total = first + self.layout.num_steps(len(self.material.train) - done)
+        self.engine.train()  # transformers load a model in evaluation mode
+        self.peak.start()
+        with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:
+            for micro_batches in steps:
+                numbers = self.step(micro_batches)
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{numbers['tokens_per_s']:.0f}")
+                bar.update()
+                number = stage_number(epoch, self.experiment)
+                self.run.log("train", step=self.state.global_step, epoch=epoch, stage=number, **numbers)
+                match self.requests.poll(self.state.global_step):
+                    case Request.SAVE:
+                        self.write_checkpoint()
+                    case Request.STOP:
+                        self.stop()
+                    case Request.FAIL:
+                        self.check_written()
+        if self.state.step_in_epoch > first:
+            self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
+
+    def step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step; gives what is worth a log line."""
+        started = time.perf_counter()
+        number = self.state.global_step + 1
+        shares = []
+        for batch in micro_batches:
+            self.watchdog.beat(f"step {number}, forward")
+            share = self.engine.loss(batch.to(self.engine.device))
+            self.watchdog.beat(f"step {number}, backward")
+            shares.append(self.engine.backward(share))
+        self.watchdog.beat(f"step {number}, optimizer")
+        applied = self.engine.step()
+        losses = torch.stack(shares)
+        (loss,) = self.engine.sum_over_ranks([float(losses.sum())])
+        self.guard.check(number, loss, applied, micro_batches, losses.tolist())
+        tokens = micro_batches[0].loss_denominator
+        samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
+        samples = int(self.engine.sum_over_ranks([samples])[0])
+        self.state = replace(
+            self.state,
+            step_in_epoch=self.state.step_in_epoch + 1,
+            samples_in_epoch=self.state.samples_in_epoch + samples,
+            global_step=self.state.global_step + 1,
+            samples_seen=self.state.samples_seen + samples,
+            tokens_seen=self.state.tokens_seen + tokens,
+            skipped_steps=self.state.skipped_steps + (not applied),
+        )
+        seconds = time.perf_counter() - started
+        numbers = {"loss": loss, "lr": self.engine.learning_rate, "tokens_per_s": tokens / seconds}
+        if self.engine.gradient_norm is not None:
+            numbers["gradient_norm"] = self.engine.gradient_norm
+        if self.engine.loss_scale is not None:
+            numbers["loss_scale"] = self.engine.loss_scale
+        return numbers
+
+    def validate(self, epoch: int) -> Evaluation:
+        return self.evaluate(self.material.valid, stage_at(epoch, self.experiment), "valid", epoch)
+
+    def ablate(self, epoch: int, intact: Evaluation) -> None:
+        """After the last epoch of a stage with latents: validate with something else in their place."""
+        names, stage = self.experiment.ablate_after_stage, stage_at(epoch, self.experiment)
+        goes_on = epoch + 1 < self.experiment.num_epochs and not is_stage_switch(epoch + 1, self.experiment)
+        if not names or goes_on or stage.num_latents == 0:
+            return
+        for name in names:
+            result = evaluate(
+                self.engine,
+                self.material.valid,
+                stage,
+                self.experiment,
+                self.material.vocabulary,
+                self.progress,
+                self.keep_going,
+                ablation=name,
+            )
+            comparison = Comparison.between(name, intact.predictions, result.predictions)
+            numbers = {**result.numbers(), **comparison.against_intact()}
+            self.run.log("ablation", step=self.state.global_step, epoch=epoch, ablation=name, **numbers)
+            self.say(f"  {comparison}")
+
+    def evaluate(self, test_set: TestSet, stage: Stage, name: str, epoch: int) -> Evaluation:
+        """Measure, log, and say it in a line."""
+        result = evaluate(
+            self.engine,
+            test_set,
+            stage,
+            self.experiment,
+            self.material.vocabulary,
+            self.progress,
+            self.keep_going,
+        )
+        weights = self.engine.module.thought.window_weights()
+        extra = {} if weights is None else {"window_weights": weights}
+        number = stage_number(epoch, self.experiment)
+        self.run.log(
+            name,
+            step=self.state.global_step,
+            epoch=epoch,
+            stage=number,
+            at=str(stage),
+            **result.numbers(),
+            **extra,
+        )
+        if weights is not None and self.run.writes:
+            try:
+                draw_window_weights(self.run.folder)
+            except OSError as error:  # its numbers are in metrics.jsonl
+                warnings.warn(f"no picture of the window's weights: {error}", stacklevel=2)
+        for prediction in result.predictions[:NUM_SHOWN]:
+            self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
+        self.run.show_samples()
+        self.say(
+            f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
+            f"accuracy {100 * result.accuracy:.1f} % ({result.grading} grading)  "
+            f"CoT match {100 * result.cot_match:.1f} %  "
+            f"{self.peak.summary()}"
+        )
+        self.check_written()
+        return result
+
+    def save(self, result: Evaluation) -> None:
+        """Close the epoch and write its checkpoint."""
+        self.state = replace(
+            self.state,
+            epoch=self.state.epoch + 1,
+            step_in_epoch=0,
+            samples_in_epoch=0,
+            accuracy=result.accuracy,
+        )
+        self.write_checkpoint()
+
+    def write_checkpoint(self) -> None:
+        position = (self.state.epoch, self.state.step_in_epoch)
+        if self.experiment.debug or position == self.saved_at:
+            return
+        self.check_written()
+        self.watchdog.beat("saving a checkpoint", patience=10)
+        state = replace(self.state, positions=self.run.positions())
+        started = time.perf_counter()
+        name = self.checkpoints.save(state, self.write_model)
+        self.run.log("save", step=state.global_step, name=name, seconds=time.perf_counter() - started)
+        self.saved_at = position
+        self.requests.saved()
+
+    def write_settings(self) -> None:
+        """Record what this start runs with; raises the main rank's ConfigError on all ranks. Collective."""
+        problem = None
+        try:
+            self.run.write_settings()
+        except ConfigError as error:
+            problem = str(error)
+        self.raise_from_main(problem)
+
+    def check_written(self) -> None:
+        """End all ranks when a line of the main rank's files could not be written. Collective."""
+        self.raise_from_main(self.run.problem)
+
+    def raise_from_main(self, problem: str | None) -> None:
+        problem = self.engine.broadcast_object(problem)
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def keep_going(self) -> None:
+        """Called between the batches of an evaluation."""
+        self.watchdog.beat("evaluation, agreeing")
+        match self.requests.poll():
+            case Request.STOP:
+                self.stop()
+            case Request.FAIL:
+                self.check_written()
+        self.watchdog.beat("evaluation, a batch")
+
+    def stop(self) -> NoReturn:
+        """Save, and end on all ranks alike."""
+        reason = self.requests.reason()
+        if self.experiment.only_eval:
+            raise StopRequested(f"{reason}; the evaluation has no result")
+        self.write_checkpoint()
+        what = "nothing is saved with debug" if self.experiment.debug else "the same command goes on"
+        raise StopRequested(f"{reason}; after step {self.state.global_step}; {what}")
+
+    def write_model(self, folder: Path) -> None:
+        with self.engine.full_weights() as module:
+            if self.engine.is_main:
+                write_model(module, self.material.vocabulary, folder)
+
+    def progress(self, batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+        return iter(tqdm(batches, desc=name, leave=False, disable=None if self.engine.is_main else True))
+
+    def bar(self, title: str, total: int, first: int) -> tqdm:
+        return tqdm(
+            desc=title, total=total, initial=first, leave=False, disable=None if self.engine.is_main else True
+        )
+
+    def say(self, line: str) -> None:
+        if self.engine.is_main:
+            tqdm.write(line)

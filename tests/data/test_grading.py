@@ -1,0 +1,58 @@
+"""The rule that answers are graded by: from the card or the experiment, and named beside every accuracy."""
+
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.data.curriculum import Stage
+from coconut_ds.data.problems import Card, Problem
+from coconut_ds.data.run_data import TestSet
+from coconut_ds.evaluation.evaluate import grade, grading_of, summarise
+from coconut_ds.evaluation.measure import Measurement
+from coconut_ds.training.trainer import Trainer
+
+SMALLEST = {"name": "run", "model_id": "gpt2", "method": "coconut", "train_path": "a", "val_path": "b"}
+HALF = TestSet([Problem("q", (), "0.5")], [], Card("math", grading="latex"))
+
+
+def result(grading):
+    return summarise([grade(0, r"### \frac{1}{2}", 3, HALF, grading)], 0.25, grading)
+
+
+@pytest.mark.parametrize("chosen, rule", [(None, "latex"), ("exact", "exact"), ("latex", "latex")])
+def test_the_experiment_s_rule_goes_before_the_card_s(chosen, rule):
+    assert grading_of(validate_experiment(SMALLEST | {"grading": chosen}, "test"), HALF.card) == rule
+
+
+@pytest.mark.parametrize("grading, accuracy", [("latex", 1.0), ("exact", 0.0)])
+def test_numbers_and_lines_name_the_rule(grading, accuracy):
+    evaluation = result(grading)
+    assert evaluation.accuracy == accuracy and evaluation.numbers()["grading"] == grading
+    line = str(Measurement("checkpoint_1", "test", Stage(3, 6), None, evaluation))
+    assert f"({grading} grading)" in line
+
+
+def test_the_line_of_training_names_the_rule():
+    said = []
+    trainer = SimpleNamespace(
+        engine=SimpleNamespace(
+            module=SimpleNamespace(thought=SimpleNamespace(window_weights=lambda: None)),
+        ),
+        experiment=validate_experiment(SMALLEST, "test"),
+        material=SimpleNamespace(vocabulary=None),
+        progress=None,
+        keep_going=None,
+        state=SimpleNamespace(global_step=1),
+        run=SimpleNamespace(
+            log=lambda *_, **numbers: said.append(numbers["grading"]),
+            sample=lambda **_: None,
+            show_samples=lambda: None,
+        ),
+        peak=SimpleNamespace(summary=lambda: ""),
+        say=said.append,
+    )
+    with patch("coconut_ds.training.trainer.evaluate", lambda *_: result("latex")):
+        Trainer.evaluate(trainer, HALF, Stage(3, 6), "valid", 0)
+    assert said[0] == "latex" and "accuracy 100.0 % (latex grading)" in said[1]

@@ -1,0 +1,26 @@
+"""The learning rate over a run is that of transformers' schedules of the same names."""
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from coconut_ds.engine.engine import Schedule
+
+NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def rates(build):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler, found = build(optimizer), []
+    for _ in range(25):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7])
+def test_rates_are_those_of_transformers(name, warmup_steps):
+    theirs = rates(lambda optimizer: get_scheduler(NAMES[name], optimizer, warmup_steps, 20))
+    assert rates(Schedule(name, warmup_steps, 20).build) == pytest.approx(theirs, abs=1e-12)

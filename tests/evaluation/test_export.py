@@ -1,0 +1,171 @@
+"""Exported folders: read by plain transformers and PEFT with equal logits, asked with latents, explained."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import coconut_ds
+from coconut_ds.__main__ import main
+from coconut_ds.data.tokenizer import load_vocabulary
+from coconut_ds.errors import CheckpointError
+from coconut_ds.evaluation.evaluate import Prediction, summarise
+from coconut_ds.evaluation.export import read_back_difference
+from coconut_ds.evaluation.measure import Measurement, write_down
+from coconut_ds.evaluation.saved_models import find_one
+from tests.run_folders import make_run
+
+QUESTIONS = ["3+4+2+7=?", "1+1+1+1=?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def full(tiny_experiment, folder):
+    return make_run(tiny_experiment, folder, name="full", thought="mlp_projection", max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_experiment, folder):
+    keys = {"name": "lora", "tuning": "lora", "thought": "learnable_window", "max_new_tokens": 6}
+    return make_run(tiny_experiment, folder, **keys)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=torch.tensor([[3, 4, 5, 20, 22, 21, 6]])).logits
+
+
+def test_stock_transformers_reads_a_fully_tuned_model(full, tmp_path):
+    assert main(["export", str(full), "--output", str(tmp_path / "out")]) == 0
+    own = find_one(str(full)).build(load_vocabulary(str(full / "checkpoint_4" / "model"))).causal_lm
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(stock), logits(own))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<|latent|>") == len(tokenizer) - 1
+
+
+@pytest.mark.parametrize("run", ["full", "lora"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_exported_model_answers_with_latents_as_the_run_does(request, tmp_path, run, merge):
+    source = request.getfixturevalue(run)
+    if run == "full" and merge:
+        assert main(["export", str(source), "--output", str(tmp_path / "out"), "--merge"]) == 2
+        return
+    assert main(["export", str(source), "--output", str(tmp_path / "out"), *["--merge"] * merge]) == 0
+    inside = coconut_ds.CoconutForCausalLM.from_pretrained(source)
+    outside = coconut_ds.CoconutForCausalLM.from_pretrained(tmp_path / "out")
+    assert outside.trained.stage == inside.trained.stage
+    for num_latents in (None, 0, 5):
+        answers = outside.generate(QUESTIONS, num_latents)
+        assert answers == inside.generate(QUESTIONS, num_latents)
+        assert [outside.generate(question, num_latents) for question in QUESTIONS] == answers
+
+
+def test_merged_lora_is_a_plain_model_with_the_same_logits(lora, tmp_path):
+    assert main(["export", str(lora), "--output", str(tmp_path / "out"), "--merge"]) == 0
+    trained = find_one(str(lora))
+    own = trained.build(load_vocabulary(trained.experiment.model_id)).causal_lm
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(stock), logits(own), atol=1e-5, rtol=1e-5)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_plain_peft_reads_the_adapter_as_the_card_says(lora, tmp_path):
+    assert main(["export", str(lora), "--output", str(tmp_path / "out")]) == 0
+    trained = find_one(str(lora))
+    own = trained.build(load_vocabulary(trained.experiment.model_id)).causal_lm
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(trained.experiment.model_id)
+    base.resize_token_embeddings(len(tokenizer))
+    stock = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(stock), logits(own), atol=1e-5, rtol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "THIS_FOLDER")' in card and "library_name: peft" in card
+
+
+def test_half_precision(full, tmp_path):
+    assert main(["export", str(full), "--output", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
+    predictions = [Prediction(i, "### 1", "1", "1", i < 3, False, 2) for i in range(4)]
+    trained = find_one(str(full))
+    evaluation = summarise(predictions, 0.5, "exact")
+    write_down(Measurement(trained.name, "test", trained.stage, None, evaluation), full)
+    memory = {"kind": "memory", "gpu_peak_mib": 812.4, "epoch": 0}
+    (full / "metrics.jsonl").write_text(
+        "".join(json.dumps(memory | {"gpu_peak_mib": m}) + "\n" for m in (5, 812.4))
+    )
+    assert main(["export", str(full), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "| test, 4 items | 3 | 75.0 % [30.1, 95.4] | 2.0 |",
+        "made by preprocessing/arithmetic.py",
+        "| thought | mlp_projection |",
+        "| gpu peak | 812 |",
+        "library_name: transformers",
+    ):
+        assert part in card
+    record = json.loads((tmp_path / "out" / "coconut.json").read_text())
+    assert (record["thought"], record["method"], record["c_thought"], record["num_latents"]) == (
+        "mlp_projection", "coconut", 1, 3,
+    )  # fmt: skip
+
+
+def test_a_folder_that_reads_back_wrong_is_refused(full, tmp_path):
+    vocabulary = load_vocabulary(str(full / "checkpoint_4" / "model"))
+    module = find_one(str(full)).build(vocabulary)
+    with pytest.raises(CheckpointError, match="its logits differ"):
+        read_back_difference(module, vocabulary, full / "checkpoint_1" / "model", "fp32")
+
+
+def test_zero_is_explained_with_this_runs_paths(full, tmp_path, capsys):
+    assert main(["export", str(full), "--to", "zero", "--output", str(tmp_path / "state")]) == 0
+    command = (
+        f"python -m deepspeed.utils.zero_to_fp32 {full / 'checkpoint_4'} {tmp_path / 'state'} --tag engine"
+    )
+    assert command in capsys.readouterr().out
+
+
+def test_nothing_is_uploaded_without_the_flag_and_a_failed_upload_says_what_to_do(
+    full, tmp_path, capsys, monkeypatch
+):
+    asked = []
+
+    class Hub:
+        def create_repo(self, repository, private, exist_ok):
+            asked.append((repository, private))
+            raise OSError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert main(["export", str(full), "--output", str(tmp_path / "a")]) == 0
+    assert asked == []
+    assert main(["export", str(full), "--output", str(tmp_path / "b"), "--push", "me/it", "--private"]) == 2
+    assert asked == [("me/it", True)]
+    assert "no route to the hub" in capsys.readouterr().err
+    assert (tmp_path / "b" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--output", "HERE"], "there is something already"),
+        (["--output", "NEW", "--checkpoint", "checkpoint_7"], "there is no such checkpoint"),
+        (["--output", "NEW", "--private"], "only with --push"),
+        (["--output", "NEW", "--to", "zero", "--merge"], "belong to --to hf"),
+        (["--output", "/proc/nothing/here"], "cannot be written"),
+    ],
+)
+def test_wrong_use(full, tmp_path, capsys, arguments, text):
+    (tmp_path / "something").write_text("")
+    places = {"HERE": str(tmp_path), "NEW": str(tmp_path / "new")}
+    assert main(["export", str(full), *[places.get(word, word) for word in arguments]]) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

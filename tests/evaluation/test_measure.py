@@ -1,0 +1,201 @@
+"""eval of a run folder: the right weights and stage, exact totals, files; on two ranks as on one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from coconut_ds.trained import ds_config_of, find_one, find_trained
+
+from coconut_ds.__main__ import main
+from coconut_ds.data.curriculum import ALL_STEPS, Stage
+from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.evaluation import measure
+from tests.launched.start import ROOT, environment
+from tests.run_folders import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_experiment, tmp_path_factory):
+    return make_run(tiny_experiment, tmp_path_factory.mktemp("runs"), batch_size_eval=5, max_new_tokens=8)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_checkpoint_knows_its_stage(run):
+    first, last = find_trained(str(run), ["best_stage_0", "best"])
+    assert (first.name, first.stage) == ("checkpoint_1", Stage(0, 0))
+    assert (last.name, last.stage) == ("checkpoint_4", Stage(3, 3))
+    assert find_trained(str(run / "checkpoint_1"))[0].stage == first.stage
+    assert [t.name for t in find_trained(str(run), ["all"])] == ["checkpoint_1", "checkpoint_4"]
+    assert find_one(str(run), num_latents=5).stage == Stage(3, 5)
+
+
+def test_a_yaml_names_weights_and_epoch(run, tiny_experiment, tmp_path):
+    config = tmp_path / "eval.yaml"
+    values = tiny_experiment | {"only_eval": True, "load_model_path": str(run / "checkpoint_4"), "resume": 3}
+    config.write_text(yaml.safe_dump(values))
+    assert find_one(str(config)).stage == Stage(3, 3)
+
+
+def test_another_stage_than_trained_at_needs_leave_and_is_said(run, tiny_experiment, tmp_path, capsys):
+    """By epoch and path, by the curriculum's settings or --latents; whatever names the weights."""
+    config = tmp_path / "eval.yaml"
+    for word in ("best", "checkpoint_4", "best_stage_3", "latest"):
+        values = tiny_experiment | {"only_eval": True, "load_model_path": str(run / word), "resume": 9}
+        config.write_text(yaml.safe_dump(values))
+        with pytest.raises(ConfigError, match=r"another stage \(3 steps hidden.*--allow stage"):
+            find_one(str(config))
+        assert find_one(str(config), allow=["stage"]).stage == Stage(ALL_STEPS, 3)
+        assert "(all steps hidden, 3 latents) than it was trained at" in capsys.readouterr().err
+    for command in (["eval"], ["generate", "--prompt", "1+1=?"], ["export", "--output", str(tmp_path / "x")]):
+        assert main([command[0], str(config), *command[1:]]) == 2
+        assert "--allow stage" in capsys.readouterr().err
+    (more,) = find_trained(str(run), ["best"], num_latents=5)
+    assert more.notes == [
+        "at another stage (3 steps hidden, 5 latents) than it was trained at (3 steps hidden, 3 latents)"
+    ]
+    assert find_one(str(run), "best").notes == []
+
+
+def test_the_best_of_a_stage_is_a_name_like_any_other(run):
+    names = {"best": "checkpoint_4", "best_stage_3": "checkpoint_4", "best_stage_0": "checkpoint_1"}
+    for word, name in names.items():
+        assert find_one(str(run), word).name == name
+        assert find_one(str(run / word)).name == name
+
+
+def test_best_of_an_older_version_says_what_it_is(tiny_experiment, tmp_path, capsys):
+    old = make_run(tiny_experiment, tmp_path)
+    (old / "best").write_text("checkpoint_1\n")
+    find_one(str(old), "best")
+    expected = "best is checkpoint_1: epoch 1, stage 0 (0 steps hidden, 0 latents). The newest stage is 3"
+    assert expected in capsys.readouterr().err
+    config = tmp_path / "eval.yaml"
+    values = tiny_experiment | {"only_eval": True, "load_model_path": str(old / "best"), "resume": 0}
+    config.write_text(yaml.safe_dump(values))
+    find_one(str(config))
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        (("nowhere",), ConfigError, "no such run folder"),
+        (("RUN", ["checkpoint_9"]), CheckpointError, "there are: checkpoint_1, checkpoint_4"),
+        (("RUN/checkpoint_1", ["best"]), ConfigError, "a checkpoint already"),
+        (
+            ("RUN", ["best_stage_2"]),
+            CheckpointError,
+            "no best_stage_2; there are: best_stage_0, best_stage_3",
+        ),
+        (("RUN", [], ["c_thought=2"]), ConfigError, "was trained at another stage .* --allow stage"),
+        (("RUN", [], ["lrr=1"]), ConfigError, "'lrr' is not a setting"),
+        (("RUN", [], [], -1), ConfigError, "give 0 or more"),
+        (("RUN/checkpoint_1/model",), ConfigError, "not a run folder"),
+    ],
+)
+def test_wrong_targets_are_explained(run, arguments, error, text):
+    target, *rest = arguments
+    with pytest.raises(error, match=text):
+        find_trained(target.replace("RUN", str(run)), *rest)
+
+
+def test_the_run_folder_splits_memory_for_any_number_of_ranks(run):
+    config = ds_config_of(run)
+    assert config.resolve(find_one(str(run)).experiment, 3)["train_batch_size"] == 24
+
+
+def evaluate(run, *arguments, ranks=1):
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    command += ["coconut_ds", "eval", str(run), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_rank(run):
+    """All checkpoints, with two ablations."""
+    output = evaluate(
+        run, "--checkpoint", "checkpoint_4", "--ablate", "zero,none", "--json", str(run / "all.json")
+    )
+    return output, lines(run / "predictions.jsonl"), json.loads((run / "all.json").read_text())
+
+
+@pytest.mark.slow
+def test_files_and_output(one_rank, run):
+    output, predictions, numbers = one_rank
+    assert [(n["ablation"], n["num_items"]) for n in numbers] == [("intact", 24), ("zero", 24), ("none", 24)]
+    assert len(predictions) == 3 * 24
+    for n in numbers:
+        mine = [p for p in predictions if p["ablation"] == n["ablation"]]
+        assert [p["index"] for p in mine] == list(range(24))
+        assert sum(p["correct"] for p in mine) == n["num_correct"]
+        assert n["accuracy_low"] <= n["accuracy"] <= n["accuracy_high"]
+        assert n["seconds_per_item"] > 0
+    assert {n["latents"] for n in numbers} == {3}  # as trained; the ablation says what it did to them
+    assert "lost" in output
+    assert len(lines(run / "evaluations.jsonl")) >= 3
+
+
+def test_results_that_cannot_be_written_are_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="the results were not written .Not a directory"):
+        measure._keep(None, tmp_path / "file" / "run")
+
+
+def intact(run, split):
+    found = [p for p in lines(run / "predictions.jsonl") if (p["ablation"], p["split"]) == ("intact", split)]
+    return {p["index"]: p for p in found}
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_token_by_token_as_one(one_rank, run):
+    """Batches of 5 on one rank against one prompt at a time on two, where a rank runs dry."""
+    expected = {p["index"]: p for p in one_rank[1] if p["ablation"] == "intact"}
+    evaluate(run, "--checkpoint", "checkpoint_4", "--set", "batch_size_eval=1", ranks=2)
+    assert intact(run, "valid") == expected
+    assert len(expected) == 24
+    assert len({p["completion"] for p in expected.values()}) > 2
+
+
+@pytest.mark.slow
+def test_ragged_latents_answer_the_same_in_any_company(run, tiny_experiment, tmp_path):
+    """With pad_latent_to_max false every row has as many latents as its problem has steps."""
+    problems = json.loads(Path(tiny_experiment["val_path"]).read_text())[:9]
+    for index, problem in enumerate(problems):
+        problem["steps"] = problem["steps"][: index % 4]
+    path = tmp_path / "ragged.json"
+    path.write_text(json.dumps(problems))
+    common = ("--split", str(path), "--set", "pad_latent_to_max=false", "--set")
+    evaluate(run, *common, "batch_size_eval=1")
+    expected = intact(run, str(path))
+    evaluate(run, *common, "batch_size_eval=4", ranks=2)
+    assert intact(run, str(path)) == expected
+    assert len(expected) == 9
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--ablate", "zeros"], "'zeros' is not an ablation"),
+        (["--checkpoint", "checkpoint_1", "--ablate", "zero"], "has no latents at its stage"),
+        (["--ablate", "zero:7"], "there are only 3 latent slots"),
+        (["--ablate", "swap", "--set", "batch_size_eval=1"], "needs another row"),
+        (["--split", "nothing.json"], "neither valid, test or train, nor a file"),
+        (["--split", "test"], "names no test_path"),
+        (["--deepspeed_config", "nothing.json"], "nothing.json"),
+    ],
+)
+def test_wrong_use_is_one_message_and_exit_code_2(run, capsys, arguments, text):
+    assert main(["eval", str(run), *arguments]) == 2
+    assert text in capsys.readouterr().err

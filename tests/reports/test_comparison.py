@@ -1,0 +1,295 @@
+"""Runs side by side: seeds together, intervals, paired tests, three ways to print."""
+
+import html
+import json
+import math
+
+import pytest
+import scipy.stats
+
+from coconut_ds.__main__ import main
+from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
+from coconut_ds.reports.comparison import (
+    Accuracy,
+    best_table,
+    group_runs,
+    paired_tests,
+    stage_table,
+    student_t,
+    summary_table,
+)
+from coconut_ds.reports.run_records import read_run
+from coconut_ds.reports.tables import Table
+from coconut_ds.reports.verdict import verdicts
+
+BASE = {"model_id": "gpt2", "train_path": "t_train.json", "val_path": "t_valid.json", "num_epochs": 3}
+STAGED = {"c_thought": 2, "epochs_per_stage": 1, "max_latent_stage": 2}
+DS_CONFIG = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "fp16": {"enabled": True},
+}
+PLAN = {
+    "budget": {
+        "device": "card", "gpus": 2, "gpu_memory_mib": 11264, "reserved_mib": 800, "host_memory_gib": 32,
+        "components_mib": {"activations": 6000}, "on_exceed": "error",
+    },
+    "fits": True, "verdict": "fits", "states": [], "host_per_rank": [], "phases": [],
+    "stages": [{"first_epoch": 0, "gpu_mib": 100.0}],
+}  # fmt: skip
+
+
+def validation(epoch, correct, **more):
+    numbers = {"num_correct": correct, "num_items": 100, "accuracy": correct / 100, "mean_tokens": 2.0}
+    numbers |= {"loss": 1.0, "cot_match": 0.0}
+    return {"kind": "valid", "time": 10.0 * epoch, "epoch": epoch, "stage": epoch, **numbers, **more}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run folder with `correct[epoch]` of 100 items right, and `test` of its test items."""
+
+    def make(name, correct, test=None, answers=None, old=False, chance=None, **settings):
+        folder = tmp_path / name
+        (folder / "memory").mkdir(parents=True)
+        experiment = validate_experiment(
+            {**BASE, "name": name, "save_path": str(tmp_path), **settings}, "test"
+        )
+        (folder / "experiment.yaml").write_text(experiment_to_yaml(experiment))
+        (folder / "ds_config.json").write_text(json.dumps(DS_CONFIG))
+        (folder / "memory" / "plan.json").write_text(json.dumps(PLAN))
+        lines = []
+        for epoch, number in enumerate(correct):
+            times = [100.0 * epoch + 2 * step for step in range(5)]
+            lines += [
+                {"kind": "train", "time": time, "epoch": epoch, "loss": 1.0, "step": 1} for time in times
+            ]
+            lines.append({"kind": "memory", "epoch": epoch, "gpu_allocated_peak_mib": 100.0 * (epoch + 1)})
+            lines.append(validation(epoch, number, **({} if chance is None else {"chance": chance})))
+        if test is not None:
+            at = {} if old else {"at": "as logged"}
+            lines.append({**validation(len(correct) - 1, test, **at), "kind": "test"})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "ti')
+        if answers is not None:
+            key = {"checkpoint": "checkpoint_3", "split": "test", "latents": 4, "ablation": "intact"}
+            predictions = [{**key, "index": i, "correct": right} for i, right in enumerate(answers)]
+            predictions.append({**key, "ablation": "zero", "index": 0, "correct": not answers[0]})
+            (folder / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
+        return read_run(folder)
+
+    return make
+
+
+def test_student_t_is_scipys():
+    for degrees in (1, 2, 3, 4, 7, 8, 29, 120):
+        assert student_t(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-9)
+    assert student_t(5, 0.9) == pytest.approx(scipy.stats.t.ppf(0.95, 5), rel=1e-9)
+
+
+def test_several_seeds_get_an_interval_over_seeds():
+    values = [0.30, 0.36, 0.33]
+    accuracy = Accuracy.of([validation(0, round(100 * value)) for value in values])
+    low, high = scipy.stats.t.interval(0.95, 2, loc=0.33, scale=0.03 / math.sqrt(3))
+    assert (accuracy.value, accuracy.low, accuracy.high) == pytest.approx((0.33, low, high))
+
+
+def test_one_seed_gets_an_interval_over_its_items():
+    accuracy = Accuracy.of([validation(0, 100)])
+    assert accuracy.value == accuracy.high == 1.0
+    assert accuracy.low == pytest.approx(0.963, abs=1e-3)
+
+
+def test_seeds_are_one_line_and_methods_are_several(make_run):
+    runs = [
+        make_run(f"c{seed}", [10, 50, 60 + seed], 70, method="coconut", seed=seed, **STAGED)
+        for seed in (1, 0)
+    ]
+    runs.append(make_run("n", [5, 6, 7], 8, method="no_cot"))
+    groups = group_runs(runs)
+    assert [(group.label, group.seeds) for group in groups] == [("coconut", [0, 1]), ("no_cot", [0])]
+    coconut, no_cot = summary_table(groups).rows
+    assert coconut[:7] == ["coconut", "last_hidden", "full", "t", "ZeRO-2, offload, fp16", "0, 1", "test"]
+    assert no_cot[1] == "-"  # nothing fills latents that are not there
+    # two tokens and four latents; 5 steps of 2 s; the third epoch's peak; the card without its reserve
+    assert coconut[8:] == ["6.0", "10.0", "300", "10,464"]
+    assert no_cot[8] == "2.0"
+
+
+def start(tmp_path, name, seed, **settings):
+    """A run folder to start from."""
+    (tmp_path / name).mkdir()
+    values = {**BASE, "name": name, "save_path": str(tmp_path), "method": "cot", "seed": seed, **settings}
+    text = experiment_to_yaml(validate_experiment(values, "test"))
+    (tmp_path / name / "experiment.yaml").write_text(text)
+    return f"{tmp_path}/{name}/best"
+
+
+@pytest.mark.parametrize(
+    "starts, seeds",
+    [
+        (["runs/cot-seed-3/best", "runs/cot-seed-4/best", "runs/cot-seed-5/best"], [[3, 4, 5]]),
+        (["runs/cot/best"] * 3, [[3, 4, 5]]),  # one start for all
+        (["runs/seed3/checkpoint_3", "runs/seed4/checkpoint_3", "runs/seed5/checkpoint_5"], [[3, 4], [5]]),
+        (["runs/cot-lr3/best", "runs/cot-lr4/best", "runs/cot-seed-5/best"], [[3], [4], [5]]),
+        (["runs/cot-seed-3/best", "runs/cot-seed-3/best", None], [[3, 4], [5]]),
+    ],
+)
+def test_a_seeds_own_start_is_the_seeds(make_run, starts, seeds):
+    runs = [
+        make_run(f"c{seed}", [1, 2, 3], method="coconut", seed=seed, load_model_path=path, **STAGED)
+        for seed, path in zip((3, 4, 5), starts, strict=True)
+    ]
+    assert [group.seeds for group in group_runs(runs)] == seeds
+
+
+def test_the_starting_runs_own_settings_count_where_they_are_known(make_run, tmp_path):
+    starts = {
+        3: start(tmp_path, "first", 3),
+        4: start(tmp_path, "second", 4),
+        5: start(tmp_path, "cot-seed-5", 5, lr=0.5),
+        6: start(tmp_path, "cot-seed-6", 3),  # named after another seed than it has
+    }
+    runs = [
+        make_run(f"c{seed}", [1, 2, 3], method="coconut", seed=seed, load_model_path=path, **STAGED)
+        for seed, path in starts.items()
+    ]
+    assert [group.seeds for group in group_runs(runs)] == [[3, 4], [5], [6]]
+    other = make_run("o", [1, 2, 3], method="coconut", seed=3, load_model_path=starts[4], **STAGED)
+    assert [group.seeds for group in group_runs([runs[0], other])] == [[3], [3]]
+
+
+def test_the_stage_table_names_what_is_hidden(make_run):
+    ours = make_run("c", [10, 50, 60], 70, method="coconut", **STAGED)
+    theirs = make_run("n", [5, 6, 7], 8, method="no_cot")
+    table = stage_table(group_runs([ours, theirs]))
+    assert table.head == ["accuracy", "coconut", "no_cot"]
+    assert table.rows == [
+        ["validation, stage 0: all steps as text", "10.0 %", ""],
+        ["validation, stage 1: 1 step in 2 latents", "50.0 %", ""],
+        ["validation, stage 2: 2 steps in 4 latents", "60.0 %", ""],
+        ["validation, at the end", "60.0 %", "7.0 %"],
+        ["test: each run at its final stage", "70.0 %", "8.0 %"],
+    ]
+    longer = make_run("l", [10, 50, 60, 65], 71, method="coconut", **(STAGED | {"num_epochs": 4}))
+    assert stage_table(group_runs([longer, theirs])).rows[-1][0] == "test: all steps in 4 latents"
+
+
+def test_tests_of_older_versions_at_a_stage_the_run_was_not_trained_at_do_not_count(make_run):
+    """They hid every step, from a CoT run too."""
+    run = make_run("cot", [80, 90, 95], 8, old=True, method="cot")
+    assert (run.split, run.result["accuracy"]) == ("valid", 0.95)
+    assert [line["accuracy"] for line in run.untrained_tests] == [0.08]
+    new = make_run("new", [80, 90, 95], 94, method="cot")
+    assert (new.split, new.result["accuracy"], new.untrained_tests) == ("test", 0.94, [])
+    same = make_run("c", [10, 50, 60], 70, old=True, method="coconut", **STAGED)
+    assert same.split == "test"
+
+
+def test_labels_say_what_differs(make_run):
+    runs = [make_run(f"lr{lr}", [1, 2, 3], method="coconut", lr=lr, **STAGED) for lr in (1e-3, 1e-4)]
+    assert [group.label for group in group_runs(runs)] == ["coconut, lr 0.001", "coconut, lr 0.0001"]
+    far = make_run("far", [1, 2, 3], method="coconut", lr=0.5, weight_decay=0.5, warmup_ratio=0.5, **STAGED)
+    assert group_runs([runs[0], far])[1].label == "far"
+
+
+def test_methods_are_paired_item_by_item(make_run):
+    right, wrong = [True] * 12, [False] * 12
+    ours = make_run("c", [1, 2, 3], 4, answers=[*right, True, True], method="coconut", **STAGED)
+    theirs = make_run("n", [1, 2, 3], 4, answers=[*wrong, True, False], method="no_cot")
+    (test,) = paired_tests(group_runs([ours, theirs]))
+    assert (test.split, test.num_items, test.only_first, test.only_second) == ("test", 14, 13, 0)
+    assert test.p_value == pytest.approx(scipy.stats.binomtest(0, 13).pvalue)
+
+
+def test_a_run_without_predictions_is_not_paired(make_run):
+    ours = make_run("c", [1, 2, 3], 4, answers=[True], method="coconut", **STAGED)
+    assert paired_tests(group_runs([ours, make_run("n", [1, 2, 3], 4, method="no_cot")])) == []
+
+
+def test_report_prints_text_latex_markdown_and_json(make_run, capsys):
+    folders = [
+        str(make_run("c", [1, 2, 3], 70, method="coconut", **STAGED).folder),
+        str(make_run("n", [1, 2, 3], 8, method="no_cot").folder),
+    ]
+    assert main(["report", *folders]) == 0
+    printed = capsys.readouterr().out
+    assert "70.0 % [60.4, 78.1]" in printed and f"run folders: {folders[0]}, {folders[1]}" in printed
+    main(["report", *folders, "--latex"])
+    latex = capsys.readouterr().out
+    assert latex.count(r"\begin{tabular}") == 2 and r"no\_cot & 3.0 \%" not in latex
+    assert r"70.0 \% & 8.0 \%" in latex
+    main(["report", *folders, "--markdown"])
+    assert "| test: each run at its final stage | 70.0 % | 8.0 % |" in capsys.readouterr().out
+    main(["report", *folders, "--json"])
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert [group["accuracy"]["value"] for group in groups] == [0.7, 0.08]
+
+
+@pytest.mark.parametrize("arguments", [[], ["/nowhere"]])
+def test_report_says_what_is_no_run_folder(arguments, capsys):
+    assert main(["report", *arguments]) == 2
+    assert "run folder" in capsys.readouterr().err
+
+
+def test_latex_escapes_what_it_must():
+    table = Table(["a_b", "x"], [["50 % & {more}", "1 ± 2"]])
+    assert r"50 \% \& \{more\} & 1 $\pm$ 2 \\" in table.latex()
+
+
+QUICKSTART = {"method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 3}
+
+
+@pytest.mark.parametrize(
+    "correct, settings, said",
+    [
+        ([100, 100, 100, 48], QUICKSTART, "Stage 3 was not learned: 48.0 % (95 % interval 38.5 to 57.7)"),
+        ([100, 100, 100, 20], QUICKSTART, "after 1 epoch, 100.0 % at stage 2. What may help"),
+        ([100, 100, 11, 12], QUICKSTART, "is not above chance (10.0 %); 11.0 % at stage 2"),
+        ([100, 100, 11], QUICKSTART, "100.0 % at stage 1, so far (3 of 4 epochs). What may help"),
+        ([60, 60, 60, 45], QUICKSTART, "Stage 3 is less accurate than the stage before: 45.0 %"),
+        ([60, 60, 60, 55], QUICKSTART, None),
+        ([98, 97, 99, 99], QUICKSTART, None),
+        ([9, 9, 9, 9], {"method": "cot"}, "cot was not learned: 9.0 %"),
+        ([9, 9, 9, 90], {"method": "cot"}, None),
+        ([9, 9, 9, 9], {"method": "no_cot"}, "As the baseline without steps and latents"),
+        ([90, 80, 70, 60], {"method": "icot", "icot_tokens_per_epoch": 8}, None),
+    ],
+)
+def test_a_run_that_did_not_learn_says_so_last(make_run, capsys, correct, settings, said):
+    run = make_run("r", correct, chance=0.1, **({"num_epochs": 4} | settings))
+    lines = verdicts(run)
+    assert main(["report", str(run.folder), "--no-page"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    if said is None:
+        assert lines == [] and last.startswith("run folders:")
+    else:
+        assert said in lines[0] and last == lines[0]
+
+
+def test_the_page_says_what_was_not_learned(make_run, capsys):
+    run = make_run("r", [100, 100, 100, 48], chance=0.1, **({"num_epochs": 4} | QUICKSTART))
+    assert main(["report", str(run.folder)]) == 0
+    (line,) = verdicts(run)
+    page = (run.folder / "memory" / "report.html").read_text()
+    assert f'<p class="verdict over">{html.escape(line)}</p>' in page
+
+
+def test_not_above_no_cot_is_said_last(make_run, capsys):
+    ours = make_run("c", [100, 100, 100, 14], 14, chance=0.05, num_epochs=4, **QUICKSTART)
+    theirs = make_run("n", [12, 12, 12, 13], 13, chance=0.05, num_epochs=4, method="no_cot")
+    assert main(["report", str(ours.folder), str(theirs.folder)]) == 0
+    *_, before, last = capsys.readouterr().out.splitlines()
+    assert before.startswith("c: Stage 3 was not learned: 14.0 %")
+    assert last.startswith("coconut is not above no_cot: 14.0 % [8.5, 22.1] against 13.0 %")
+
+
+def test_the_best_of_every_stage_and_its_checkpoint(make_run):
+    run = make_run(
+        "c", [10, 90, 80, 70, 75], method="coconut", **(STAGED | {"epochs_per_stage": 2, "num_epochs": 5})
+    )
+    (run.folder / "checkpoint_5").mkdir()
+    assert best_table([run, make_run("n", [1], method="no_cot")]).rows == [
+        ["c", "best_stage_0", "-", "90.0 %"],
+        ["c", "best_stage_1", "-", "80.0 %"],
+        ["c", "best_stage_2", "checkpoint_5", "75.0 %"],
+    ]

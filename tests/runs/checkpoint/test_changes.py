@@ -1,0 +1,136 @@
+"""Which difference between saved and current settings stops a resume."""
+
+from typing import Any
+
+import pytest
+
+from coconut_ds.errors import CheckpointError
+from coconut_ds.runs.checkpoint import Severity, TrainState, classify_changes
+from coconut_ds.runs.checkpoint.changes import refuse_changes
+from coconut_ds.runs.checkpoint.manifest import Manifest
+
+SAVED: dict[str, Any] = {
+    "experiment": {
+        "method": "coconut", "model_id": "/here", "thought": "last_hidden", "latent_window_size": 3,
+        "lora_target_modules": ("q", "v"), "lr": 1e-4, "lr_schedule": "constant", "num_epochs": 10,
+        "batch_size_training": 4, "save_path": "runs",
+    },
+    "ds_config": {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 10, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}},
+    },
+    "data": {"train": "aaa", "val": "bbb", "base_model": "ccc"},
+    "libraries": {"torch": "2.13.0", "deepspeed": "0.19.8"},
+    "code": "1234",
+}  # fmt: skip
+
+
+def with_(path: str, value: Any) -> dict[str, Any]:
+    """SAVED with the setting at dotted `path` replaced."""
+    head, _, rest = path.partition(".")
+
+    def put(tree: dict[str, Any], key: str, rest: str) -> dict[str, Any]:
+        if not rest:
+            return {**tree, key: value}
+        return {**tree, key: put(tree[key], *rest.split(".", 1), *([] if "." in rest else [""]))}
+
+    return put(SAVED, head, rest)
+
+
+@pytest.mark.parametrize(
+    "path, value, severity",
+    [
+        ("experiment.save_path", "/elsewhere", Severity.HARMLESS),
+        ("experiment.num_epochs", 20, Severity.HARMLESS),
+        ("experiment.lr", 3e-4, Severity.NEEDS_ALLOW),
+        ("experiment.batch_size_training", 8, Severity.NEEDS_ALLOW),
+        ("experiment.latent_window_size", 4, Severity.NEEDS_ALLOW),
+        ("experiment.model_id", "/moved", Severity.HARMLESS),
+        ("experiment.method", "cot", Severity.IMPOSSIBLE),
+        ("experiment.thought", "mlp_projection", Severity.IMPOSSIBLE),
+        ("experiment.lora_target_modules", ["q"], Severity.IMPOSSIBLE),
+        ("ds_config.zero_optimization.reduce_bucket_size", 20, Severity.HARMLESS),
+        ("ds_config.zero_optimization.offload_optimizer.device", "none", Severity.NEEDS_ALLOW),
+        ("ds_config.zero_optimization.stage", 3, Severity.IMPOSSIBLE),
+        ("ds_config.optimizer.params.betas", [0.9, 0.99], Severity.NEEDS_ALLOW),
+        ("ds_config.optimizer.type", "Lion", Severity.IMPOSSIBLE),
+        ("data.train", "xxx", Severity.NEEDS_ALLOW),
+        ("data.base_model", "xxx", Severity.IMPOSSIBLE),
+        ("libraries.torch", "2.14.0", Severity.HARMLESS),
+        ("libraries.deepspeed", "0.20.0", Severity.NEEDS_ALLOW),
+        ("code", "5678", Severity.HARMLESS),
+    ],
+)
+def test_one_change(path: str, value: Any, severity: Severity) -> None:
+    (change,) = classify_changes(SAVED, with_(path, value))
+    assert change.severity is severity
+    assert path.endswith(change.key) and repr(value)[:40] in str(change)
+
+
+def test_nothing_changed_also_after_a_trip_through_json() -> None:
+    assert classify_changes(SAVED, SAVED) == []
+    assert classify_changes(SAVED, with_("experiment.lora_target_modules", ["q", "v"])) == []
+
+
+def test_what_the_yaml_owns_is_named_once() -> None:
+    current = with_("ds_config.train_micro_batch_size_per_gpu", 8)
+    current["experiment"] = {**SAVED["experiment"], "batch_size_training": 8}
+    assert [change.key for change in classify_changes(SAVED, current)] == ["batch_size_training"]
+
+
+def test_a_model_that_was_not_hashed_needs_leave() -> None:
+    saved = {**SAVED, "data": {}}
+    current = {**with_("experiment.model_id", "gpt2"), "data": {}}
+    assert [change.severity for change in classify_changes(saved, current)] == [Severity.NEEDS_ALLOW]
+
+
+def test_a_schedule_that_ends_makes_num_epochs_matter() -> None:
+    saved = with_("experiment.lr_schedule", "cosine")
+    current = {**saved, "experiment": {**saved["experiment"], "num_epochs": 20}}
+    assert [change.severity for change in classify_changes(saved, current)] == [Severity.NEEDS_ALLOW]
+
+
+def test_a_window_that_is_learned_cannot_change_its_width() -> None:
+    saved = with_("experiment.thought", "learnable_window")
+    current = {**saved, "experiment": {**saved["experiment"], "latent_window_size": 4}}
+    assert [change.severity for change in classify_changes(saved, current)] == [Severity.IMPOSSIBLE]
+
+
+def test_all_differences_are_listed_and_the_command_line_is_given() -> None:
+    manifest = Manifest(TrainState(), SAVED, 2, False, {})
+    current = with_("experiment.lr", 3e-4)
+    current["data"] = {**SAVED["data"], "val": "xxx"}
+    with pytest.raises(CheckpointError, match="--allow lr --allow data.val") as caught:
+        refuse_changes(manifest, current, 2, [])
+    assert "0.0003 now" in str(caught.value) and "validation file" in str(caught.value)
+    with pytest.raises(CheckpointError, match="--allow data.val"):
+        refuse_changes(manifest, current, 2, ["lr"])
+    assert len(refuse_changes(manifest, current, 2, ["lr", "data.val"])) == 2
+
+
+def test_leave_does_not_help_what_is_impossible() -> None:
+    manifest = Manifest(TrainState(), SAVED, 2, False, {})
+    with pytest.raises(CheckpointError, match="load_model_path"):
+        refuse_changes(manifest, with_("experiment.method", "cot"), 2, ["method"])
+    with pytest.raises(CheckpointError, match="world_size: 2 when saved, 1 now"):
+        refuse_changes(manifest, SAVED, 1, [])
+
+
+def with_accumulation(number: int) -> dict[str, Any]:
+    return {**SAVED, "experiment": {**SAVED["experiment"], "gradient_accumulation_steps": number}}
+
+
+def test_other_ranks_with_the_same_rows_a_step_need_one_leave() -> None:
+    manifest = Manifest(TrainState(), with_accumulation(2), 2, False, {})
+    with pytest.raises(CheckpointError, match="new value: --allow world_size$"):
+        refuse_changes(manifest, with_accumulation(4), 1, [])
+    lines = refuse_changes(manifest, with_accumulation(4), 1, ["world_size"])
+    assert len(lines) == 2 and "gradient_accumulation_steps: 2 when saved, 4 now" in lines[1]
+
+
+def test_other_ranks_with_other_rows_a_step_change_what_is_learned() -> None:
+    manifest = Manifest(TrainState(), with_accumulation(2), 2, False, {})
+    with pytest.raises(CheckpointError, match="rows_per_step: 16 when saved, 8 now .*--allow rows_per_step"):
+        refuse_changes(manifest, with_accumulation(2), 1, ["world_size"])
+    assert len(refuse_changes(manifest, with_accumulation(2), 1, ["world_size", "rows_per_step"])) == 2

@@ -1,0 +1,92 @@
+"""Every thought and every method, tuned fully and by LoRA, on two ranks: learn, save, load."""
+
+import json
+import math
+
+import pytest
+
+from coconut_ds.config.experiment import Method
+from coconut_ds.thoughts import available_thoughts
+from tests.launched.start import start
+
+TUNINGS = ("full", "lora")
+DS_CONFIGS = ("zero2", "zero2_offload", "zero3_offload")
+VARIANTS = [
+    f"{thought}-{tuning}-{ds_config}"
+    for thought in available_thoughts()
+    for tuning in TUNINGS
+    for ds_config in DS_CONFIGS
+]
+BF16 = [f"{thought}-lora-zero2_offload_bf16" for thought in available_thoughts()]
+METHODS = [str(method) for method in Method]
+LAST_STAGE = 3
+
+pytestmark = pytest.mark.slow
+
+
+def variant_case(name, experiment):
+    thought, tuning, ds_config = name.split("-")
+    return {
+        "name": name,
+        "experiment": experiment | {"thought": thought, "tuning": tuning, "thought_lr": 0.05},
+        "ds_config": f"ds_configs/{ds_config}.json",
+        "epoch": LAST_STAGE,
+    }
+
+
+def method_case(name, experiment):
+    return {
+        "name": name,
+        "experiment": experiment | {"method": name},
+        "ds_config": "ds_configs/zero2_offload.json",
+        "epoch": LAST_STAGE,
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tiny_experiment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matrix")
+    experiment = tiny_experiment | {"lr": 0.01, "uniform_prob": 0.0}
+    cases = [variant_case(name, experiment) for name in (*VARIANTS, *BF16)]
+    cases += [method_case(name, experiment) for name in METHODS]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = start("tests.launched.matrix", folder / "cases.json", folder / "out.json", ranks=2, timeout=540)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *BF16, *METHODS])
+def test_learns_one_batch_and_goes_on_from_a_checkpoint(results, name):
+    losses = results[name]["losses"]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    straight, resumed = results[name]["straight"], results[name]["resumed"]
+    assert resumed[0] == straight[0] < losses[0]
+    # DeepSpeed's CPU Adam multiplies up the powers of beta as it goes and starts a resumed run from pow().
+    assert resumed[1:] == pytest.approx(straight[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in (*VARIANTS, *BF16) if "-lora-" in name])
+def test_lora_trains_and_saves_no_weight_of_the_base(results, name):
+    trainable = results[name]["trainable"]
+    assert trainable
+    assert all("lora_" in n or "trainable_tokens_delta" in n or n.startswith("thought.") for n in trainable)
+    if "zero3" not in name:
+        # The tied head names the marker rows a second time; nothing frozen may be in the file.
+        saved = {n.replace("lm_head.", "transformer.wte.") for n in results[name]["saved"]}
+        assert saved == set(trainable)
+        assert results[name]["frozen"] == []
+
+
+@pytest.mark.parametrize("thought, tuning", [(t, u) for t in available_thoughts() for u in TUNINGS])
+def test_splitting_memory_changes_no_loss(results, thought, tuning):
+    first, *others = (results[f"{thought}-{tuning}-{ds_config}"]["losses"] for ds_config in DS_CONFIGS)
+    for losses in others:
+        assert losses == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("ds_config", DS_CONFIGS)
+def test_window_weights_move_and_are_logged(results, ds_config):
+    weights = results[f"learnable_window-full-{ds_config}"]["weights"]
+    assert sum(weights) == pytest.approx(1)
+    assert weights[0] != pytest.approx(1 - 4e-4, abs=1e-6)

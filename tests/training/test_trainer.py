@@ -1,0 +1,106 @@
+"""The loop around the epochs, in this process: which stage is tested, what is said at the end."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.runs.checkpoint import Manifest, TrainedStage
+from tests.plain_engine import PlainEngine, plain_trainer
+
+CHEAP = {
+    "num_epochs": 3,
+    "max_latent_stage": 2,
+    "eval_max_items": 6,
+    "max_new_tokens": 4,
+    "batch_size_training": 48,
+    "uniform_prob": 0.0,
+}
+METHODS = [
+    {"method": "coconut"},
+    {"method": "coconut", "num_epochs": 5},  # every step hidden
+    {"method": "coconut", "num_epochs": 2},  # ends before the last stage
+    {"method": "cot"},
+    {"method": "no_cot"},
+    {"method": "no_thoughts"},
+    {"method": "icot"},
+    {"method": "icot", "icot_tokens_per_epoch": 2},
+    {"method": "pause"},
+    {"method": "pause_as_thought"},
+    {"method": "without_curriculum"},
+]
+
+
+def lines_of(run, kind):
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
+def test_one_file_as_validation_and_test_set_gives_the_same_numbers(tiny_experiment, tmp_path, settings):
+    """Whatever the method: the test is at the stage that the last epoch trained."""
+    values = tiny_experiment | CHEAP | {"test_path": tiny_experiment["val_path"], "save_path": str(tmp_path)}
+    with plain_trainer(values, **settings) as trainer:
+        result = trainer.run_all()
+        best = trainer.checkpoints.folders.named("best")
+        valid, (test,) = lines_of(trainer.run, "valid")[-1], lines_of(trainer.run, "test")
+    assert result.loss == test["loss"] > 0
+    assert TrainedStage.of(Manifest.read(trainer.run.folder / best)).number == test["stage"]
+    keys = ("loss", "accuracy", "cot_match", "num_items", "mean_tokens", "at", "stage", "epoch")
+    assert {key: test[key] for key in keys} == {key: valid[key] for key in keys}
+
+
+def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_experiment, tmp_path, capsys):
+    values = tiny_experiment | CHEAP | {"test_path": tiny_experiment["val_path"], "save_path": str(tmp_path)}
+    with plain_trainer(values, num_epochs=2) as trainer:
+        trainer.run_all()
+    printed = capsys.readouterr().out
+    assert (
+        "num_epochs: 2 ends in stage 1 of 2: the test is at that stage (1 steps hidden, 1 latents)" in printed
+    )
+    assert "tiny: Stage 1 was not learned: 0.0 % (95 % interval" in printed.splitlines()[-1]
+
+
+ONE_EPOCH = CHEAP | {"num_epochs": 1, "max_latent_stage": 1, "eval_max_items": 2}
+
+
+@pytest.mark.parametrize("kind", ["train", "memory", "valid", "save"])
+def test_a_metrics_file_that_cannot_be_written_ends_the_run_with_a_message(
+    tiny_experiment, tmp_path, monkeypatch, kind
+):
+    """Whichever line it is, and also the last one of the run."""
+    with plain_trainer(tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}) as trainer:
+        metrics = trainer.run._lines["metrics.jsonl"]
+        real = metrics.append
+
+        def full(record):
+            if record["kind"] == kind:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(record)
+
+        monkeypatch.setattr(metrics, "append", full)
+        with pytest.raises(
+            ConfigError, match=r"metrics.jsonl: cannot write here \(No space left on device\)"
+        ):
+            trainer.run_all()
+
+
+def test_the_first_checkpoint_needs_the_room_that_the_engine_says(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(PlainEngine, "expected_bytes", 2**60)
+    with plain_trainer(tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}) as trainer:
+        with pytest.raises(CheckpointError, match=f"a checkpoint needs {2**40} MiB"):
+            trainer.run_all()
+        assert not list(trainer.run.folder.glob("checkpoint_*"))
+
+
+def test_a_start_that_is_refused_leaves_the_settings_of_the_run_as_they_were(tiny_experiment, tmp_path):
+    values = tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}
+    with plain_trainer(values) as trainer:
+        trainer.run_all()
+        settings = trainer.run.folder / "experiment.yaml"
+    written = settings.read_text()
+    with plain_trainer(values, lr=0.5) as trainer, pytest.raises(CheckpointError, match="--allow lr"):
+        trainer.run_all()
+    assert settings.read_text() == written

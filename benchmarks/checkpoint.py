@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.synthetic import engine_around, experiment_like, problems_like, vocabulary_of
 from benchmarks.train_step import SIZES, make_model
-from coconut_ds.data.batching import Layout, training_steps
+from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.engine.engine import Engine, finish_distributed
 from coconut_ds.runs.checkpoint import Checkpoints, TrainState
 
@@ -32,7 +32,7 @@ def one_step(engine: Engine) -> None:
     experiment = experiment_like("gsm", batch_size_training=1)
     size = engine.module.causal_lm.config.vocab_size
     problems = problems_like("gsm", 1, size)
-    for batch in next(training_steps(problems, 1, experiment, vocabulary_of(size), Layout(1, 1, 1, 0))):
+    for batch in next(training_steps(problems, 1, experiment, vocabulary_of(size), BatchConfig(1, 1, 1, 0))):
         engine.backward(engine.loss(batch))
     engine.step()
 

@@ -60,7 +60,7 @@ def measure(case: str, ds_config: str, steps: int) -> dict[str, Any]:
     base = AutoModelForCausalLM.from_config(config)
     experiment = experiment_like("gsm", batch_size_training=shape.rows)
     batch = make_batch(shape, vocabulary)
-    markers = vocabulary_of(vocabulary).marker_ids
+    markers = vocabulary_of(vocabulary).special_token_ids
     bare = bare_loop(coconut_around(copy.deepcopy(base), experiment, LatentMemory(), markers), batch)
     engine = engine_around(base, experiment, ds_config)
 

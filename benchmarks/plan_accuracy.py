@@ -9,7 +9,7 @@ Measured are the CPU allocator's own events (torch.profiler), so memory that an 
 back inside counts too; planned is the trace of the same model without storage.  Gradients are dropped on
 arrival in both.
 
-Knows: phantoms and real models of random weights.  Does not know: ZeRO.
+Knows: fake models and real models of random weights.  Does not know: ZeRO.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.config.methods import Method, thought_names
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.tokenizer import Vocabulary
-from coconut_ds.memory.fake_model import DTYPES, build_phantom
+from coconut_ds.memory.fake_model import DTYPES, build_fake_model
 from coconut_ds.memory.fake_trace import record
-from coconut_ds.memory.largest_batches import StageOfRun, TextShape, stages_of, worst_batch
+from coconut_ds.memory.largest_batches import StageOfRun, TextShape, largest_batch, stages_of
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import add_adapters
@@ -132,13 +132,13 @@ def compare(case: Case, config: PretrainedConfig) -> Comparison:
     no_tokenizer: Any = None
     vocabulary = Vocabulary(no_tokenizer, size, size + 1, size + 2, eos_id=0, pad_id=0)
     text = replace(TEXT, question=case.question)
-    batch = worst_batch([text.problem()], stage_of(case, experiment), experiment, vocabulary, case.rows)
+    batch = largest_batch([text.problem()], stage_of(case, experiment), experiment, vocabulary, case.rows)
     batch = with_padding(batch)
     settings = LatentMemory(recompute=case.recompute)
-    phantom = build_phantom(
-        experiment, config, size + 3, vocabulary.marker_ids, settings, case.precision, "cpu"
+    fake_model = build_fake_model(
+        experiment, config, size + 3, vocabulary.special_token_ids, settings, case.precision, "cpu"
     )
-    planned = record(phantom, batch).peak
+    planned = record(fake_model, batch).peak
     model = real_model(experiment, config, size + 3, vocabulary, settings).to(DTYPES[case.precision])
     return Comparison(case, planned, measured_peak(model, batch))
 
@@ -165,7 +165,7 @@ def real_model(
     if not experiment.method.has_latents:
         thought.requires_grad_(False)
     if experiment.tuning == "lora":
-        base = add_adapters(base, experiment, vocabulary.marker_ids)
+        base = add_adapters(base, experiment, vocabulary.special_token_ids)
     return Coconut(base, thought, settings).train()
 
 

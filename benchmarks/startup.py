@@ -33,7 +33,7 @@ OUT = "COCONUT_DS_STARTUP_OUT"
 PHASES = {
     "data": "load_material",
     "distributed": "start_distributed",
-    "plan": "hold_to_budget",
+    "plan": "enforce_memory_budget",
     "model": "build_module",
     "engine": "Engine",
 }

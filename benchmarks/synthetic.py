@@ -15,7 +15,7 @@ from typing import Any
 
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, validate_experiment
-from coconut_ds.data.batching import Layout
+from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.engine.engine import Engine, Schedule, start_distributed
 from coconut_ds.model.coconut import Coconut
@@ -89,17 +89,17 @@ def experiment_like(name: str, **changes: Any) -> Experiment:
     return validate_experiment(values, "benchmarks")
 
 
-def layout_alone(experiment: Experiment) -> Layout:
-    return Layout(experiment.batch_size_training, experiment.gradient_accumulation_steps, 1, 0)
+def layout_alone(experiment: Experiment) -> BatchConfig:
+    return BatchConfig(experiment.batch_size_training, experiment.gradient_accumulation_steps, 1, 0)
 
 
 def coconut_around(
-    base: Any, experiment: Experiment, latent_memory: Any, marker_ids: Sequence[int]
+    base: Any, experiment: Experiment, latent_memory: Any, special_token_ids: Sequence[int]
 ) -> Coconut:
     """The trainable module around `base`, with adapters where the experiment says so."""
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
     if experiment.tuning == "lora":
-        base = add_adapters(base, experiment, tuple(marker_ids))
+        base = add_adapters(base, experiment, tuple(special_token_ids))
     return Coconut(base, thought, latent_memory).train()
 
 
@@ -107,7 +107,7 @@ def engine_around(base: Any, experiment: Experiment, ds_config: str = "zero2_off
     """A one-process engine under ds_configs/NAME.json; several may follow one another in a process."""
     config = load_ds_config(ROOT / "ds_configs" / f"{ds_config}.json")
     ranks = start_distributed(config.precision)
-    markers = vocabulary_of(base.config.vocab_size).marker_ids
+    markers = vocabulary_of(base.config.vocab_size).special_token_ids
     module = coconut_around(base, experiment, config.latent_memory, markers)
     settings = config.resolve(experiment, 1)
     schedule = Schedule("constant", 0, 1)

@@ -27,7 +27,7 @@ chorpus hilpus storpus yerpus boompus gwompus rorpus quimpus
 NAMES = tuple(_NAMES.split())
 CONCEPTS = tuple(_CONCEPTS.split())
 
-_MOST_GRAPHS = 50_000  # drawn for one problem; 8 hops need some 200
+_MAX_GRAPHS = 50_000  # drawn for one problem; 8 hops need some 200
 
 Adjacency = list[list[int]]
 
@@ -58,7 +58,7 @@ def draw_problem(rng: random.Random, recipe: Recipe) -> dict[str, Any]:
 
     Raises DataError when the recipe asks for something that hardly any graph has.
     """
-    for _ in range(_MOST_GRAPHS):
+    for _ in range(_MAX_GRAPHS):
         graph = _draw_graph(rng, recipe)
         query = _draw_query(rng, graph, recipe)
         if query is None:
@@ -72,7 +72,7 @@ def draw_problem(rng: random.Random, recipe: Recipe) -> dict[str, Any]:
             parents = [[index[parent] for parent in graph.parents[node]] for node in kept]
             return _word(rng, parents, index[root], index[target], index[decoy])
     raise DataError(
-        f"none of {_MOST_GRAPHS:,} graphs had a problem of {recipe.min_hops} to {recipe.max_hops} hops"
+        f"none of {_MAX_GRAPHS:,} graphs had a problem of {recipe.min_hops} to {recipe.max_hops} hops"
         f"{' with a decoy as deep' if recipe.depth_matched else ''}; allow fewer hops or other decoys"
     )
 

@@ -10,7 +10,7 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.engine.distributed import Ranks, ReadingEngine
 from coconut_ds.engine.signals import Signals
 from coconut_ds.engine.watchdog import Watchdog
-from coconut_ds.model.build import build_module, load_material
+from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
 from tests.runs.checkpoint.fake_shards import FakeShards
@@ -75,8 +75,8 @@ class PlainEngine(ReadingEngine):
 def plain_trainer(values, **changes):
     """A Trainer of the experiment `values | changes`, ready for `run_all`."""
     experiment = validate_experiment({**values, **changes}, "test")
-    material = load_material(experiment)
-    engine = PlainEngine(build_module(experiment, material.vocabulary, LatentMemory()))
+    run_data = load_run_data(experiment)
+    engine = PlainEngine(build_module(experiment, run_data.vocabulary, LatentMemory()))
     with Signals() as signals, Run(experiment, {}) as run:
         watchdog = Watchdog(run.folder, 0, 1, 0)
-        yield Trainer(experiment, material, engine, run, signals, Options(stuck_seconds=0), watchdog)
+        yield Trainer(experiment, run_data, engine, run, signals, Options(stuck_seconds=0), watchdog)

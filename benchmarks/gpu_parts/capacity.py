@@ -16,12 +16,12 @@ from benchmarks.gpu_parts.models import LAST_STAGE, config_of, longest_batch, mo
 from benchmarks.synthetic import experiment_like, vocabulary_of
 from benchmarks.train_step import allocate_gradients, variant
 from coconut_ds.config.deepspeed import LatentMemory
-from coconut_ds.memory.fake_model import build_phantom
+from coconut_ds.memory.fake_model import build_fake_model
 from coconut_ds.memory.fake_trace import record
 
 VARIANTS = ("textbook", "coconut_ds", "coconut_ds+recompute")
 MODEL = "gpt2"
-MOST_ROWS = 2048
+MAX_ROWS = 2048
 TINY_ROWS = 3
 
 
@@ -72,7 +72,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
 def largest(fits: Any) -> int:
     """The most rows that fit, to about a sixteenth."""
     low, high = 0, 1
-    while high <= MOST_ROWS and fits(high):
+    while high <= MAX_ROWS and fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
@@ -85,9 +85,9 @@ def planned(dataset: str, stage: int, rows: int, precision: str, name: str, sett
     config = config_of(MODEL, setting)
     size = config.vocab_size
     memory = LatentMemory(recompute="layers" if name.endswith("+recompute") else "none")
-    markers = vocabulary_of(size).marker_ids
-    phantom = build_phantom(
+    markers = vocabulary_of(size).special_token_ids
+    fake_model = build_fake_model(
         experiment_like(dataset), config, size, markers, memory, precision, setting.device
     )
     cpu = Setting("cpu", setting.tiny, setting.gib)
-    return record(phantom, longest_batch(dataset, stage, rows, size, cpu)).peak
+    return record(fake_model, longest_batch(dataset, stage, rows, size, cpu)).peak

@@ -39,7 +39,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     base = model_of(model, Setting("cpu", setting.tiny, setting.gib))
     size = base.config.vocab_size
     parameters = sum(p.numel() for p in base.parameters())
-    markers = vocabulary_of(size).marker_ids
+    markers = vocabulary_of(size).special_token_ids
     module = coconut_around(base, experiment, LatentMemory(recompute="layers"), markers)
     found: dict[str, Any] = {
         "parameters": parameters,

@@ -24,7 +24,7 @@ from benchmarks.gpu_parts import Setting
 from benchmarks.record import ROOT
 
 METHODS = ("coconut", "cot", "no_cot")
-MOST_NODES = 64
+MAX_NODES = 64
 STOPPED = 75  # exit code of a run that saved and ended when its minutes were over
 SHARED = Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
 SIZES = {"train": 14_785, "valid": 257, "test": 419}
@@ -104,7 +104,7 @@ def make_task(folder: Path, setting: Setting) -> None:
 
 def symbols(problem: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """One generated problem in node numbers; the numbers are drawn, so that none tells a depth."""
-    number = dict(enumerate(draw.sample(range(MOST_NODES), len(problem["idx_to_symbol"]))))
+    number = dict(enumerate(draw.sample(range(MAX_NODES), len(problem["idx_to_symbol"]))))
     edges = [f"{number[a]} {number[b]}" for a, b in problem["edges"]]
     draw.shuffle(edges)
     pair = [number[problem["target"]], number[problem["neg_target"]]]
@@ -135,7 +135,7 @@ def write_model(folder: Path, setting: Setting) -> None:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    words = ["<|endoftext|>", "\n", "|", "[Q]", "[R]", "###", "<<", *map(str, range(MOST_NODES))]
+    words = ["<|endoftext|>", "\n", "|", "[Q]", "[R]", "###", "<<", *map(str, range(MAX_NODES))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

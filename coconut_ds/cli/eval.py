@@ -23,7 +23,7 @@ import argparse
 
 from coconut_ds.config.arguments import add_allow_stage, add_ds_config_argument, add_overrides
 from coconut_ds.evaluation.ablation import parse_ablations
-from coconut_ds.evaluation.measure import Wanted, measure
+from coconut_ds.evaluation.measure import EvalOptions, measure
 from coconut_ds.evaluation.saved_models import ds_config_of, find_trained
 from coconut_ds.files import json_text, open_output
 from coconut_ds.training.run_settings import read_ds_config
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = Wanted(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
+    wanted = EvalOptions(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
     models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     own = models[0].folder
     if args.deepspeed_config:

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
     shape = found.experiment
     print(
         f"{shape.batch_size_training} rows x {shape.gradient_accumulation_steps} micro-batches x "
-        f"{found.plan.ranks} GPUs; up to {found.most_rows} rows would fit"
+        f"{found.plan.ranks} GPUs; up to {found.max_rows} rows would fit"
     )
     print(found.plan.verdict())
-    for lever in found.levers:
-        print(f"needs in the JSON: {lever}")
+    for memory_option in found.memory_options:
+        print(f"needs in the JSON: {memory_option}")
     if args.output:
         write(found, Path(args.output))
     else:
@@ -55,7 +55,7 @@ def write(found: Fit, path: Path) -> None:
     """The experiment, and the JSON where levers changed it."""
     path.write_text(experiment_to_yaml(found.experiment), encoding="utf-8")
     print(f"wrote {path}")
-    if found.levers:
+    if found.memory_options:
         beside = path.with_suffix(".ds_config.json")
         beside.write_text(json_text(as_json(found.ds_config), indent=2) + "\n", encoding="utf-8")
         print(f"wrote {beside}")

@@ -15,7 +15,7 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment, experiment_to_yaml
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import final_stage
-from coconut_ds.data.run_data import Material, TestSet
+from coconut_ds.data.run_data import RunData, TestSet
 from coconut_ds.engine.distributed import Collectives
 from coconut_ds.engine.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
@@ -24,10 +24,10 @@ from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.allocations import recorder_for
 from coconut_ds.memory.guard import MemoryGuard
-from coconut_ds.memory.largest_batches import shape_of, stages_of, worst_batch
+from coconut_ds.memory.largest_batches import largest_batch, shape_of, stages_of
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profiler import BETWEEN, INITIALISE, PhaseMeter, profile_steps
-from coconut_ds.model.build import load_material, write_model
+from coconut_ds.model.build import load_run_data, write_model
 from coconut_ds.reports.memory_tables import profile_text
 from coconut_ds.runs.run_folder import RunLock, run_folder
 from coconut_ds.training.run_settings import read_settings
@@ -60,24 +60,24 @@ def run(args: argparse.Namespace) -> int:
 def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) -> str | None:
     """Profile on every rank; the main rank writes the files and gives the text.  Collective."""
     folder = run_folder(experiment) / "memory"
-    material = load_material(experiment)
+    run_data = load_run_data(experiment)
     ranks = start_distributed(ds_config.precision)
     lock = _lock(folder.parent, ranks)
     picture = folder / f"snapshot_rank_{ranks.rank}.pickle" if snapshot else None
     meter = PhaseMeter(ranks.device, recorder_for(ranks.device, picture))
     meter.begin(INITIALISE)
-    engine = start_engine(experiment, ds_config, material, ranks)
+    engine = start_engine(experiment, ds_config, run_data, ranks)
     meter.begin(BETWEEN)
-    plan = engine.broadcast_object(_plan(experiment, ds_config, material, ranks) if ranks.is_main else None)
-    batch = _batch(experiment, material, plan)
+    plan = engine.broadcast_object(_plan(experiment, ds_config, run_data, ranks) if ranks.is_main else None)
+    batch = _batch(experiment, run_data, plan)
     with MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan):
         mine = profile_steps(
             engine,
             meter,
             batch,
             experiment.gradient_accumulation_steps,
-            lambda: _evaluate(engine, experiment, material),
-            lambda where: write_model(engine.module, material.vocabulary, where),
+            lambda: _evaluate(engine, experiment, run_data),
+            lambda where: write_model(engine.module, run_data.vocabulary, where),
             folder,
         )
     everybody = engine.gather(mine.to_json())
@@ -88,7 +88,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
             "ds_config": ds_config.path,
             "budget": plan["budget"],
             "batch": str(shape_of(batch)),
-            "stage": _governing(plan)["stage"],
+            "stage": _peak_phase(plan)["stage"],
             "ranks": everybody,
         }
         _write(folder, experiment, ds_config.resolve(experiment, ranks.world_size), plan, result)
@@ -114,34 +114,34 @@ def _lock(folder: Path, ranks: Ranks) -> RunLock | None:
 
 
 def _plan(
-    experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
+    experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
 ) -> dict[str, Any]:
-    valid = list(material.valid.tokenized)
-    train = list(material.train) or valid
-    planner = Planner.from_material(experiment, train, valid, material.vocabulary, ranks.device.type)
+    valid = list(run_data.valid.tokenized)
+    train = list(run_data.train) or valid
+    planner = Planner.from_run_data(experiment, train, valid, run_data.vocabulary, ranks.device.type)
     return planner.plan(experiment, ds_config, ranks.world_size).to_json()
 
 
-def _governing(plan: dict[str, Any]) -> dict[str, Any]:
+def _peak_phase(plan: dict[str, Any]) -> dict[str, Any]:
     """The stage that takes the most."""
     return max(plan["stages"], key=lambda stage: stage["gpu_mib"])
 
 
-def _batch(experiment: Experiment, material: Material, plan: dict[str, Any]) -> Batch:
-    at = next(at for at in stages_of(experiment) if at.epoch == _governing(plan)["first_epoch"])
-    return worst_batch(
-        list(material.train), at, experiment, material.vocabulary, experiment.batch_size_training
+def _batch(experiment: Experiment, run_data: RunData, plan: dict[str, Any]) -> Batch:
+    at = next(at for at in stages_of(experiment) if at.epoch == _peak_phase(plan)["first_epoch"])
+    return largest_batch(
+        list(run_data.train), at, experiment, run_data.vocabulary, experiment.batch_size_training
     )
 
 
-def _evaluate(engine: Engine, experiment: Experiment, material: Material) -> None:
+def _evaluate(engine: Engine, experiment: Experiment, run_data: RunData) -> None:
     """One evaluation batch a rank, of the longest problems, at the final stage."""
-    valid = material.valid
+    valid = run_data.valid
     lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
     most = experiment.batch_size_eval * engine.world_size
     chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:most]
     hardest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
-    evaluate(engine, hardest, final_stage(experiment), experiment, material.vocabulary)
+    evaluate(engine, hardest, final_stage(experiment), experiment, run_data.vocabulary)
 
 
 def _write(

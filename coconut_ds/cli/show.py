@@ -13,7 +13,7 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment, experiment_to_yaml
 from coconut_ds.config.methods import has_published_keys
 from coconut_ds.config.schemas.parsing import read_yaml
-from coconut_ds.data.batching import Layout
+from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
@@ -75,7 +75,7 @@ def _batch_lines(
     world_size = gpus or (budget.gpus if budget else 2)
     if ds_config is not None:
         ds_config.resolve(experiment, world_size)  # a disagreement between the two files shows here
-    layout = Layout.of(experiment, world_size, rank=0)
+    layout = BatchConfig.of(experiment, world_size, rank=0)
     yield (
         f"{layout.rows} rows per GPU x {layout.accumulation} accumulated x {world_size} GPUs "
         f"= {layout.rows_per_step} rows per optimizer step, the effective batch"
@@ -87,7 +87,7 @@ def _batch_lines(
 
 
 def _published_batch_line(experiment: Experiment) -> str:
-    layout = Layout.of(experiment, PUBLISHED_GPUS, rank=0)
+    layout = BatchConfig.of(experiment, PUBLISHED_GPUS, rank=0)
     return (
         f"the published code runs such files on {PUBLISHED_GPUS} GPUs: an effective batch of "
         f"{layout.rows_per_step}; with fewer GPUs, raise gradient_accumulation_steps to keep it"

@@ -9,7 +9,7 @@ With `only_eval: true` in CONFIG it evaluates `load_model_path` on `val_path`, a
 import argparse
 
 from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments
-from coconut_ds.evaluation.measure import Wanted, measure
+from coconut_ds.evaluation.measure import EvalOptions, measure
 from coconut_ds.evaluation.saved_models import find_trained
 from coconut_ds.training.run_settings import read_settings
 from coconut_ds.training.train import train
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
     if experiment.only_eval:
-        measure(find_trained(args.config, overrides=args.overrides, allow=args.allow), ds_config, Wanted())
+        measure(
+            find_trained(args.config, overrides=args.overrides, allow=args.allow), ds_config, EvalOptions()
+        )
     else:
         options = Options(
             args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds, args.skip_plan

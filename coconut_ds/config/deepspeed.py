@@ -189,36 +189,36 @@ def _fill(block: dict[str, Any], key: str, number: float, source: str, inside: s
         )
 
 
-def _contradictions(sound: Mapping[str, Any]) -> Iterator[str]:
+def _contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
     """Problems that join several keys; `sound` holds the blocks that the schema accepts."""
-    fp16, bf16 = sound.get("fp16", {}), sound.get("bf16", {})
-    precision = next((kind for kind in ("fp16", "bf16") if _enabled(sound, kind)), "fp32")
+    fp16, bf16 = valid.get("fp16", {}), valid.get("bf16", {})
+    precision = next((kind for kind in ("fp16", "bf16") if _enabled(valid, kind)), "fp32")
     if fp16.get("enabled") is True and bf16.get("enabled") is True:
         yield "fp16, bf16: both are enabled; keep one (fp16 for RTX 20xx, bf16 for Ampere and newer)"
-    stated = sound.get("data_types", {}).get("param_dtype", precision)
+    stated = valid.get("data_types", {}).get("param_dtype", precision)
     if stated != precision:
         yield f"data_types.param_dtype: is {stated}, but the file trains in {precision}; delete it"
     if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
         yield "bf16.bf16_optimizer_states: needs bf16_master_weights_and_grads: true as well"
-    if sound.get("tensorboard", {}).get("enabled") and find_spec("tensorboard") is None:
+    if valid.get("tensorboard", {}).get("enabled") and find_spec("tensorboard") is None:
         yield "tensorboard.enabled: the tensorboard package is not installed; pip install it, or write false"
-    params = sound.get("optimizer", {}).get("params", {})
+    params = valid.get("optimizer", {}).get("params", {})
     if params.get("torch_adam") and "bias_correction" in params:
         yield "optimizer.params.bias_correction: torch's AdamW always corrects the bias; delete it"
-    if "zero_optimization" in sound:
-        yield from _offload_contradictions(sound, params)
-        yield from _zero_contradictions(sound)
-    if "memory_budget" in sound:
-        yield from _budget_contradictions(sound["memory_budget"])
+    if "zero_optimization" in valid:
+        yield from _offload_contradictions(valid, params)
+        yield from _zero_contradictions(valid)
+    if "memory_budget" in valid:
+        yield from _budget_contradictions(valid["memory_budget"])
 
 
-def _offload_contradictions(sound: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
-    offloads = _offloads(sound, "offload_optimizer")
+def _offload_contradictions(valid: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
+    offloads = _offloads(valid, "offload_optimizer")
     if offloads and not params.get("torch_adam", False):
         return  # DeepSpeed's CPU Adam
     for key in ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads"):
         block, name = key.split(".")
-        if sound.get(block, {}).get(name):
+        if valid.get(block, {}).get(name):
             yield (
                 f"{key}: needs DeepSpeed's CPU Adam; "
                 "add offload_optimizer with device cpu and leave torch_adam out"
@@ -230,23 +230,23 @@ def _offload_contradictions(sound: Mapping[str, Any], params: Mapping[str, Any])
         )
 
 
-def _zero_contradictions(sound: Mapping[str, Any]) -> Iterator[str]:
+def _zero_contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed asserts only when it wraps the model (runtime/engine.py, runtime/zero/)."""
-    zero = sound["zero_optimization"]
+    zero = valid["zero_optimization"]
     if zero["stage"] == 1 and zero.get("overlap_comm"):
         yield 'zero_optimization.overlap_comm: cannot be true at stage 1; write false, or "stage": 2'
     if zero["stage"] >= 2 and zero.get("reduce_scatter", True):
         for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
-            if sound.get(key, plain) != plain:
+            if valid.get(key, plain) != plain:
                 yield (
                     f"{key}: cannot be combined with reduce_scatter at stage {zero['stage']}; delete it, or "
                     'write "reduce_scatter": false in zero_optimization'
                 )
     if zero.get("compute_grad_norm") is False:
-        dtype = sound.get("data_types", {}).get("grad_accum_dtype")
-        if _offloads(sound, "offload_optimizer"):
+        dtype = valid.get("data_types", {}).get("grad_accum_dtype")
+        if _offloads(valid, "offload_optimizer"):
             yield "zero_optimization.compute_grad_norm: cannot be false with offload_optimizer; delete it"
-        elif zero["stage"] == 1 and _enabled(sound, "bf16") and dtype in (None, "fp32"):
+        elif zero["stage"] == 1 and _enabled(valid, "bf16") and dtype in (None, "fp32"):
             yield "zero_optimization.compute_grad_norm: false needs stage 2 in bf16; delete it"
 
 

@@ -171,27 +171,27 @@ def _check(values: Mapping[str, Any], where: str, published: bool) -> tuple[Expe
     given = {key: _as_meant(value, schema["properties"].get(key, {})) for key, value in values.items()}
     problems = violations(given, schema, "a setting")
     broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
-    sound = {key: value for key, value in given.items() if key not in broken and key in schema["properties"]}
+    valid = {key: value for key, value in given.items() if key not in broken and key in schema["properties"]}
     standard = defaults(schema, published)
-    settings = standard | sound
-    problems += [text for keys, text in contradictions(sound, settings) if not broken.intersection(keys)]
+    settings = standard | valid
+    problems += [text for keys, text in contradictions(valid, settings) if not broken.intersection(keys)]
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
-    method = method_of(sound)
+    method = method_of(valid)
     assert method is not None
-    notes = without_effect(method, sound, standard, settings)
-    return _record(method, settings), _notes_on_defaults(sound, standard, schema) + notes
+    notes = without_effect(method, valid, standard, settings)
+    return _record(method, settings), _notes_on_defaults(valid, standard, schema) + notes
 
 
 def _notes_on_defaults(
-    sound: Mapping[str, Any], standard: Mapping[str, Any], schema: Mapping[str, Any]
+    valid: Mapping[str, Any], standard: Mapping[str, Any], schema: Mapping[str, Any]
 ) -> list[str]:
     """A line for each default that is another one because the file is the published code's."""
     return [
         f"{key} is {shown(value)}, the published code's value, because the file has no 'method:' "
         f"(with it: {shown(ours)}); write '{key}: {shown(value)}' or '{key}: {shown(ours)}'"
         for key, value in standard.items()
-        if key not in sound and value != (ours := schema["properties"][key]["default"])
+        if key not in valid and value != (ours := schema["properties"][key]["default"])
     ]
 
 

@@ -48,12 +48,12 @@ LATENT_VARIANTS = {
 }
 
 
-def method_of(sound: Mapping[str, Any]) -> Method | None:
+def method_of(valid: Mapping[str, Any]) -> Method | None:
     """The one method that the settings name; None where they name none or several."""
-    named = sound.get("method")
+    named = valid.get("method")
     if named is not None:
         return Method.NO_THOUGHTS if named == "without_thought" else Method(named)
-    chosen = [key for key in METHOD_BOOLEANS if sound.get(key)]
+    chosen = [key for key in METHOD_BOOLEANS if valid.get(key)]
     return Method(chosen[0]) if len(chosen) == 1 else None
 
 

@@ -13,26 +13,26 @@ from coconut_ds.config.methods import LATENT_VARIANTS, METHOD_BOOLEANS, Method, 
 from coconut_ds.config.schemas import did_you_mean, shown
 
 
-def contradictions(sound: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+def contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
     """(keys the rule looks at, problem) for every rule that joins several keys."""
-    yield from _method_contradictions(sound)
-    method = method_of(sound)
+    yield from _method_contradictions(valid)
+    method = method_of(valid)
     if method is not None:
-        yield from _latent_contradictions(method, sound, settings)
-    yield from _thought_contradictions(sound)
+        yield from _latent_contradictions(method, valid, settings)
+    yield from _thought_contradictions(valid)
     if method is None or method.has_latents:
-        yield from _window_contradictions(sound, settings)
+        yield from _window_contradictions(valid, settings)
     yield from _running_contradictions(settings)
     yield from _name_problems(settings)
 
 
-def _method_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+def _method_contradictions(valid: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
     keys = {"method", *METHOD_BOOLEANS}
-    chosen = [key for key in METHOD_BOOLEANS if sound.get(key)]
-    named = sound.get("method")
+    chosen = [key for key in METHOD_BOOLEANS if valid.get(key)]
+    named = valid.get("method")
     if len(chosen) > 1:
         yield keys, f"{', '.join(chosen)}: {len(chosen)} methods are true; exactly one may be"
-    elif named is not None and chosen and chosen[0] != method_of(sound):
+    elif named is not None and chosen and chosen[0] != method_of(valid):
         yield keys, f"method: says {named}, but '{chosen[0]}: true' says otherwise; keep one of them"
     elif named is None and not chosen:
         yield (
@@ -42,7 +42,7 @@ def _method_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str],
 
 
 def _latent_contradictions(
-    method: Method, sound: Mapping[str, Any], settings: Mapping[str, Any]
+    method: Method, valid: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Iterator[tuple[set[str], str]]:
     keys = {"method", *METHOD_BOOLEANS}
     if method.has_latents:
@@ -52,40 +52,40 @@ def _latent_contradictions(
                     keys | {key},
                     f"{key}: is 0, which leaves method {method} without latents; give at least 1",
                 )
-    variant = sound.get("latent_variant")
+    variant = valid.get("latent_variant")
     if variant not in (None, "basic", "coconut") and method.is_pause:
         text = (
             f"latent_variant: is {variant}, but method {method} always uses thought pause; remove it "
             "(LoRA is 'tuning: lora')"
         )
         yield keys | {"latent_variant"}, text
-    if method.is_pause and sound.get("thought") not in (None, "pause"):
+    if method.is_pause and valid.get("thought") not in (None, "pause"):
         yield (
             keys | {"thought"},
-            f"thought: is {sound['thought']}, but method {method} always uses pause; remove it",
+            f"thought: is {valid['thought']}, but method {method} always uses pause; remove it",
         )
 
 
-def _thought_contradictions(sound: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    thought, names = sound.get("thought"), thought_names()
+def _thought_contradictions(valid: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+    thought, names = valid.get("thought"), thought_names()
     if thought is not None and thought not in names:
         text = (
             f"thought: must be one of {', '.join(names)}, got {shown(thought)}{did_you_mean(thought, names)}"
         )
         yield {"thought"}, text
-    variant = sound.get("latent_variant")
+    variant = valid.get("latent_variant")
     for key, meant in zip(("thought", "tuning"), LATENT_VARIANTS.get(str(variant), ()), strict=False):
-        if sound.get(key) not in (None, meant):
-            text = f"{key}: is {sound[key]}, but latent_variant {variant} means {meant}; keep one of the two"
+        if valid.get(key) not in (None, meant):
+            text = f"{key}: is {valid[key]}, but latent_variant {variant} means {meant}; keep one of the two"
             yield {key, "latent_variant"}, text
 
 
 def _window_contradictions(
-    sound: Mapping[str, Any], settings: Mapping[str, Any]
+    valid: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Iterator[tuple[set[str], str]]:
     keys = {"thought", "latent_variant", "latent_window_size", "latent_window_weights"}
     weights, size = settings["latent_window_weights"], settings["latent_window_size"]
-    if "fixed_window" not in (sound.get("thought"), sound.get("latent_variant")):
+    if "fixed_window" not in (valid.get("thought"), valid.get("latent_variant")):
         return
     if len(weights) != size:
         yield (

@@ -158,7 +158,7 @@ def refuse_long_prompts(lengths: Sequence[int], num_positions: int | None, name:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchConfig:
     """Who works on what: rows per micro-batch and rank, micro-batches per step, ranks."""
 
     rows: int
@@ -171,7 +171,7 @@ class Layout:
         return self.rows * self.accumulation * self.world_size
 
     @classmethod
-    def of(cls, experiment: Experiment, world_size: int, rank: int) -> "Layout":
+    def of(cls, experiment: Experiment, world_size: int, rank: int) -> "BatchConfig":
         """The layout that an experiment trains with."""
         accumulation = experiment.gradient_accumulation_steps
         return cls(experiment.batch_size_training, accumulation, world_size, rank)
@@ -192,7 +192,7 @@ def training_steps(
     epoch: int,
     experiment: Experiment,
     vocabulary: Vocabulary,
-    layout: Layout,
+    layout: BatchConfig,
     first_sample: int = 0,
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of every optimizer step of an epoch, from `first_sample` on.
@@ -222,7 +222,7 @@ def evaluation_batches(
     stage: Stage,
     experiment: Experiment,
     vocabulary: Vocabulary,
-    layout: Layout,
+    layout: BatchConfig,
     prompts: bool,
 ) -> Iterator[Batch]:
     """Yield this rank's batches of every problem once; prompts alone to generate from, or with their labels.
@@ -239,7 +239,7 @@ def evaluation_batches(
 
 
 def _shares(
-    samples: Sequence[Sample], rows: int, layout: Layout
+    samples: Sequence[Sample], rows: int, layout: BatchConfig
 ) -> Iterator[tuple[list[Sample | None], int]]:
     """This rank's rows of each micro-batch, and the latent columns all ranks agree on.
 

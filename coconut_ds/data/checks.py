@@ -15,7 +15,7 @@ from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
 
 _CHUNK = 2_000
-_MOST_NAMED = 10  # items that a finding lists by number
+_MAX_NAMED = 10  # items that a finding lists by number
 _UNKNOWN_LENGTH = 1_000_000  # tokenizers without a limit state a huge one
 
 
@@ -53,7 +53,7 @@ class DataReport:
     errors: Sequence[str]
 
     @property
-    def is_sound(self) -> bool:
+    def is_valid(self) -> bool:
         return not self.leaks and not self.errors and not any(file.findings for file in self.files)
 
     def table(self) -> str:
@@ -197,14 +197,14 @@ def _leaks(holders: Mapping[bytes, Mapping[str, int]]) -> list[str]:
                 pairs.setdefault((first, second), []).append((index, other))
     return [
         f"{len(shared)} questions are in {first} and in {second}: items "
-        + ", ".join(f"{a} = {b}" for a, b in shared[:_MOST_NAMED])
-        + (", ..." if len(shared) > _MOST_NAMED else "")
+        + ", ".join(f"{a} = {b}" for a, b in shared[:_MAX_NAMED])
+        + (", ..." if len(shared) > _MAX_NAMED else "")
         for (first, second), shared in pairs.items()
     ]
 
 
 def _named(items: Sequence[int]) -> str:
-    return "items " + ", ".join(map(str, items[:_MOST_NAMED])) + (", ..." if len(items) > _MOST_NAMED else "")
+    return "items " + ", ".join(map(str, items[:_MAX_NAMED])) + (", ..." if len(items) > _MAX_NAMED else "")
 
 
 def _padded(text: str, width: int) -> str:

@@ -28,7 +28,7 @@ def first_items(test_set: TestSet, most: int | None) -> TestSet:
 
 
 @dataclass(frozen=True)
-class Material:
+class RunData:
     """What a run reads from disk before any model."""
 
     vocabulary: Vocabulary

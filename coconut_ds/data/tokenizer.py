@@ -18,7 +18,7 @@ from coconut_ds.data.problems import Problem
 from coconut_ds.errors import ConfigError, DataError, first_line
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
-MARKER_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
+NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
 # For every `from_pretrained`: code beside a model is never run, and nobody is asked whether it may.
 DATA_ONLY: Any = {"trust_remote_code": False}
@@ -36,14 +36,14 @@ class Vocabulary:
     pad_id: int
 
     @property
-    def marker_ids(self) -> tuple[int, int, int]:
+    def special_token_ids(self) -> tuple[int, int, int]:
         return self.start_id, self.end_id, self.latent_id
 
     @property
-    def marker_source_ids(self) -> list[int]:
+    def new_row_source_ids(self) -> list[int]:
         """Ids whose embedding rows the markers start from; none where the tokenizer does not know `<<`."""
         try:
-            ids = self.tokenizer.encode(MARKER_SOURCE, add_special_tokens=False)
+            ids = self.tokenizer.encode(NEW_ROW_SOURCE, add_special_tokens=False)
         except Exception:  # what a vocabulary without an unknown token raises has no narrower type
             return []
         return [] if self.tokenizer.unk_token_id in ids else ids
@@ -57,7 +57,12 @@ class Vocabulary:
             rules = json.loads(backend.to_str())
             for changing in ("truncation", "padding"):  # set by the newest call, not by the tokenizer
                 rules.pop(changing, None)
-        described = [rules, self.tokenizer.init_kwargs.get("add_bos_token"), *self.marker_ids, self.eos_id]
+        described = [
+            rules,
+            self.tokenizer.init_kwargs.get("add_bos_token"),
+            *self.special_token_ids,
+            self.eos_id,
+        ]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.batching import PADDING_ROW, Batch, Layout, evaluation_batches, refuse_long_prompts
+from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches, refuse_long_prompts
 from coconut_ds.data.chance import chance_of
 from coconut_ds.data.curriculum import Stage, render
 from coconut_ds.data.problems import Card, cot_matches, is_correct, split_completion
@@ -79,7 +79,7 @@ def evaluate(
     """
     ablator = Ablator(ablation, experiment.seed) if ablation else None
     stage = ablated_stage(stage, ablation) if ablation else stage
-    layout = Layout(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
+    layout = BatchConfig(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
     # Every rank looks at every prompt, so that all of them stop and none waits for another.
     refuse_long_prompts(
         [render(problem, stage, experiment, vocabulary).num_prompt for problem in test_set.tokenized],

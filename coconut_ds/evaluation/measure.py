@@ -41,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalOptions:
     """What to measure of every model."""
 
     split: str = "valid"  # "valid", "test" or a file
@@ -97,7 +97,7 @@ class Measurement:
 
 
 def measure(
-    models: Sequence[Trained], ds_config: DeepSpeedConfig | None, wanted: Wanted
+    models: Sequence[Trained], ds_config: DeepSpeedConfig | None, wanted: EvalOptions
 ) -> list[Measurement]:
     """Measure every model, print the results as they come, and write them down. Called on every rank.
 
@@ -123,7 +123,7 @@ def measure(
     return results
 
 
-def _material(trained: Trained, wanted: Wanted) -> tuple[Vocabulary, TestSet]:
+def _material(trained: Trained, wanted: EvalOptions) -> tuple[Vocabulary, TestSet]:
     experiment = trained.experiment
     for name in wanted.ablations:
         if trained.stage.num_latents == 0:
@@ -186,7 +186,7 @@ def _measurements(
     trained: Trained,
     vocabulary: Vocabulary,
     test_set: TestSet,
-    wanted: Wanted,
+    wanted: EvalOptions,
 ) -> Iterator[Measurement]:
     def progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
         return iter(tqdm(batches, desc=name, leave=False, disable=None if engine.is_main else True))

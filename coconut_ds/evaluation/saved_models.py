@@ -51,7 +51,7 @@ FROM_EXPERIMENT = (
 
 # Blocks of a ds_config.json that name files which DeepSpeed writes; a received folder does not choose them.
 WRITES_FILES = ("flops_profiler", "tensorboard", "csv_monitor")
-MOST_LATENTS = 1_000  # of a received folder; more must be asked for
+MAX_LATENTS = 1_000  # of a received folder; more must be asked for
 COUNT = {"type": "integer", "minimum": 0, "maximum": ALL_STEPS}
 EXPORT_SHAPE = jsonschema.Draft202012Validator(
     {
@@ -147,10 +147,10 @@ def find_trained(
             _refuse_other_stage(trained)
     found = [trained.with_latents(num_latents) for trained in found]
     for trained in found:
-        if num_latents is None and trained.stage.num_latents > MOST_LATENTS:
+        if num_latents is None and trained.stage.num_latents > MAX_LATENTS:
             raise ConfigError(
                 f"{trained.name}: its stage has {trained.stage.num_latents} latents, more than "
-                f"{MOST_LATENTS}; if that is meant, say --latents {trained.stage.num_latents}"
+                f"{MAX_LATENTS}; if that is meant, say --latents {trained.stage.num_latents}"
             )
     return found
 

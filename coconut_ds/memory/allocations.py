@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from coconut_ds.files import make_folder
 
-MOST_GPU_EVENTS = 4_000_000
+MAX_GPU_EVENTS = 4_000_000
 POINTS_A_PHASE = 48
 BEFORE, BETWEEN_PHASES = "before", "between phases"
 
@@ -84,7 +84,7 @@ class GpuRecorder:
 
     def start(self) -> None:
         context = "all" if self._snapshot else None
-        torch.cuda.memory._record_memory_history("all", context, "python", MOST_GPU_EVENTS)
+        torch.cuda.memory._record_memory_history("all", context, "python", MAX_GPU_EVENTS)
 
     def stop(self) -> list[Change]:
         if self._snapshot is not None:

@@ -1,6 +1,6 @@
 """Hold a run to its memory budget before it starts: check its plan, limit its GPU.
 
-    guard = hold_to_budget(...)      BudgetError before a model is loaded, if the plan does not fit
+    guard = enforce_memory_budget(...)      BudgetError before a model is loaded, if the plan does not fit
 
 Writes RUN/memory/plan.json.
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.run_data import Material
+from coconut_ds.data.run_data import RunData
 from coconut_ds.engine.distributed import Ranks
 from coconut_ds.errors import BudgetError, ConfigError, UserError
 from coconut_ds.files import json_text, make_folder, replace_text
@@ -31,11 +31,11 @@ from coconut_ds.memory.planner import Planner
 AMPLE = 0.5
 
 
-def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks) -> Plan:
+def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks) -> Plan:
     """Plan a run that is about to start, with the changes that would help if memory may become short."""
-    valid = list(material.valid.tokenized)
-    planner = Planner.from_material(
-        experiment, longest_tokenized(material.train) or valid, valid, material.vocabulary, ranks.device.type
+    valid = list(run_data.valid.tokenized)
+    planner = Planner.from_run_data(
+        experiment, longest_tokenized(run_data.train) or valid, valid, run_data.vocabulary, ranks.device.type
     )
     plan = planner.plan(experiment, ds_config, ranks.world_size)
     if plan.budget is not None and plan.fits and plan.gpu_bytes < AMPLE * plan.budget.gpu_memory_mib * MIB:
@@ -84,10 +84,10 @@ def limit_gpu(budget: MemoryBudget, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
-def hold_to_budget(
+def enforce_memory_budget(
     experiment: Experiment,
     ds_config: DeepSpeedConfig,
-    material: Material,
+    run_data: RunData,
     ranks: Ranks,
     skip_plan: bool = False,
 ) -> MemoryGuard:
@@ -99,7 +99,7 @@ def hold_to_budget(
     folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
     if ranks.is_main and not skip_plan and ds_config.memory_budget is not None:
         try:
-            made = check_plan(experiment, ds_config, material, ranks)
+            made = check_plan(experiment, ds_config, run_data, ranks)
             plan = made.to_json()
             refuse_or_warn(made)
         except UserError as error:

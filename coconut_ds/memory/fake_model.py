@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Phantom:
+class FakeModel:
     """A model without storage, and the mode in which it runs."""
 
     model: Coconut
@@ -89,15 +89,15 @@ def looking_like_cuda() -> Iterator[None]:
         del FakeTensor.is_cuda
 
 
-def build_phantom(
+def build_fake_model(
     experiment: Experiment,
     config: PretrainedConfig,
     vocabulary_size: int,
-    marker_ids: Sequence[int],
+    special_token_ids: Sequence[int],
     latent_memory: LatentMemory,
     precision: str = "fp32",
     device: str = "cuda",
-) -> Phantom:
+) -> FakeModel:
     """The experiment's model in training mode.  Raises ConfigError where it cannot have a technique."""
     dtype = DTYPES[precision]
     with torch.device("meta"):
@@ -110,14 +110,14 @@ def build_phantom(
         if not experiment.method.has_latents:
             thought.requires_grad_(False)
         if experiment.tuning == "lora":
-            base = add_adapters(base, experiment, marker_ids)
+            base = add_adapters(base, experiment, special_token_ids)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in (base, thought):
         _exchange_tensors(module, mode, dtype)
     with mode:
         model = Coconut(base, thought, latent_memory)
     model.train()
-    return Phantom(model, mode, device)
+    return FakeModel(model, mode, device)
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:

@@ -1,6 +1,6 @@
 """Every tensor that one forward and backward makes and drops, in order, and where each gradient arrives.
 
-    trace = record(phantom, batch)          one run of the real code without storage
+    trace = record(fake_model, batch)       one run of the real code without storage
     trace.events                            (+bytes, kind), (-bytes, kind), ... and Arrival(parameter)
 
 How ZeRO keeps the gradients is replayed over the same trace afterwards (gradient_path.py), so one run serves
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from coconut_ds.data.batching import Batch
-from coconut_ds.memory.fake_model import Phantom
+from coconut_ds.memory.fake_model import FakeModel
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.coconut import Coconut
 
@@ -139,14 +139,14 @@ class StorageLog(TorchDispatchMode):
         self._note_sum()
 
 
-def record(phantom: Phantom, batch: Batch) -> Trace:
+def record(fake_model: FakeModel, batch: Batch) -> Trace:
     """One forward and backward of a micro-batch, every gradient dropped on arrival."""
-    model = phantom.model
-    batch = phantom.batch(batch)
+    model = fake_model.model
+    batch = fake_model.batch(batch)
     events: list[Event] = []
     trainable = [p for p in model.parameters() if p.requires_grad]
     shapes = {tuple(p.shape) for p in trainable} | {tuple(reversed(p.shape)) for p in trainable}
-    vocabulary_size = phantom.vocabulary_size
+    vocabulary_size = fake_model.vocabulary_size
     is_backward = False
 
     def kind_of(tensor: Tensor) -> str:
@@ -155,10 +155,10 @@ def record(phantom: Phantom, batch: Batch) -> Trace:
             return GRADIENTS
         return LOSS if vocabulary_size in shape[-1:] else ACTIVATIONS
 
-    log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of, phantom.workspace)
+    log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of, fake_model.workspace)
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
         log.overlook(tensor)
-    with phantom.running(), _dropping_gradients(trainable, events), log:
+    with fake_model.running(), _dropping_gradients(trainable, events), log:
         loss = model(batch)
         is_backward = True
         events.append(BackwardBegins())
@@ -167,21 +167,21 @@ def record(phantom: Phantom, batch: Batch) -> Trace:
     return Trace(list(events), tuple(p.numel() for p in trainable))
 
 
-def record_evaluation(phantom: Phantom, batch: Batch, max_new_tokens: int = 0) -> Trace:
+def record_evaluation(fake_model: FakeModel, batch: Batch, max_new_tokens: int = 0) -> Trace:
     """One forward without gradients; with `max_new_tokens`, answers of that length to a batch of prompts."""
-    model = phantom.model
-    batch = phantom.batch(batch)
+    model = fake_model.model
+    batch = fake_model.batch(batch)
     events: list[Event] = []
-    size = phantom.vocabulary_size
+    size = fake_model.vocabulary_size
     log = StorageLog(
         lambda bytes_, kind: events.append((bytes_, kind)),
         lambda tensor: LOSS if size in tensor.shape[-1:] else ACTIVATIONS,
-        phantom.workspace,
+        fake_model.workspace,
     )
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
         log.overlook(tensor)
     model.eval()
-    with phantom.running(), torch.no_grad(), log:
+    with fake_model.running(), torch.no_grad(), log:
         result = _last_logits(model, batch, max_new_tokens) if max_new_tokens else model(batch)
         del result
     model.train()

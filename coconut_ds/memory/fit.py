@@ -21,7 +21,7 @@ from coconut_ds.memory.planner import Planner, with_rows
 
 
 @dataclass(frozen=True)
-class Lever:
+class MemoryOption:
     """A change of the DeepSpeed JSON that makes room."""
 
     name: str
@@ -34,10 +34,8 @@ class Fit:
 
     experiment: Experiment
     ds_config: DeepSpeedConfig
-    levers: tuple[str, ...]  # what had to change in the JSON, in order
-    most_rows: (
-        int  # the largest micro-batch that fits; the experiment's is the largest that divides the batch
-    )
+    memory_options: tuple[str, ...]  # what had to change in the JSON, in order
+    max_rows: int  # the largest micro-batch that fits; the experiment's is the largest that divides the batch
     plan: Plan
 
     @property
@@ -66,32 +64,34 @@ def fit(
     total = experiment.batch_size_training * experiment.gradient_accumulation_steps
     used: tuple[str, ...] = ()
     smallest: Plan | None = None
-    for lever in levers(ds_config, precisions):
-        used += (lever.name,) if lever.name else ()
-        most = _most_rows(planner, experiment, lever.ds_config, ranks, total)
+    for memory_option in memory_options(ds_config, precisions):
+        used += (memory_option.name,) if memory_option.name else ()
+        most = _max_rows(planner, experiment, memory_option.ds_config, ranks, total)
         if most == 0:
-            smallest = planner.plan(with_rows(experiment, 1), lever.ds_config, ranks)
+            smallest = planner.plan(with_rows(experiment, 1), memory_option.ds_config, ranks)
             continue
         rows = max(count for count in range(1, most + 1) if total % count == 0)
         chosen = with_rows(experiment, rows)
-        return Fit(chosen, lever.ds_config, used, most, planner.plan(chosen, lever.ds_config, ranks))
+        return Fit(
+            chosen, memory_option.ds_config, used, most, planner.plan(chosen, memory_option.ds_config, ranks)
+        )
     assert smallest is not None
     raise BudgetError(
-        f"not even one row fits {ds_config.path}'s budget, with {', '.join(used) or 'no lever left'}: "
+        f"not even one row fits {ds_config.path}'s budget, with {', '.join(used) or 'no option left'}: "
         f"{smallest.verdict()}. Use a smaller model, tuning: lora, or zero3_offload.json"
     )
 
 
-def levers(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> Iterator[Lever]:
+def memory_options(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> Iterator[MemoryOption]:
     """The JSON as it is, then with one lever after another, each kept."""
-    yield Lever("", ds_config)
+    yield MemoryOption("", ds_config)
     zero = dict(ds_config.stock["zero_optimization"])
     if ds_config.latent_memory.recompute == "none":
         ds_config = replace(ds_config, latent_memory=replace(ds_config.latent_memory, recompute="layers"))
-        yield Lever("recompute: layers", ds_config)
+        yield MemoryOption("recompute: layers", ds_config)
     if zero.get("reduce_bucket_size", 5e8) > SMALLEST_BUCKET or zero.get("overlap_comm"):
         ds_config = _with_zero(ds_config, reduce_bucket_size=SMALLEST_BUCKET, overlap_comm=False)
-        yield Lever(f"reduce_bucket_size: {SMALLEST_BUCKET}", ds_config)
+        yield MemoryOption(f"reduce_bucket_size: {SMALLEST_BUCKET}", ds_config)
     if not ds_config.offload_optimizer:
         offload = {"device": "cpu", "pin_memory": True}
         ds_config = _with_zero(ds_config, stage=max(2, ds_config.zero_stage), offload_optimizer=offload)
@@ -100,13 +100,13 @@ def levers(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> Iterator[
         }
         optimizer = {**ds_config.stock["optimizer"], "params": params}
         ds_config = replace(ds_config, stock={**ds_config.stock, "optimizer": optimizer})
-        yield Lever("offload_optimizer: cpu", ds_config)
+        yield MemoryOption("offload_optimizer: cpu", ds_config)
     if ds_config.precision == "fp32" and precisions:
         ds_config = replace(ds_config, stock={**ds_config.stock, precisions[0]: {"enabled": True}})
-        yield Lever(precisions[0], ds_config)
+        yield MemoryOption(precisions[0], ds_config)
 
 
-def _most_rows(
+def _max_rows(
     planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int | None, total: int
 ) -> int:
     """The most rows, up to `total`, whose plan fits; 0 where none does."""
@@ -117,7 +117,7 @@ def _most_rows(
     def nearly_fits(rows: int) -> bool:
         return planner.plan(with_rows(experiment, rows), ds_config, ranks, quick_at=epoch).fits
 
-    epoch = planner.plan(with_rows(experiment, 1), ds_config, ranks).governing_stage.epoch
+    epoch = planner.plan(with_rows(experiment, 1), ds_config, ranks).peak_stage.epoch
     low, high = 0, total
     while low < high:
         middle = (low + high + 1) // 2

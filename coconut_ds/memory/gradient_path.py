@@ -14,7 +14,7 @@ from coconut_ds.memory.fake_trace import GRADIENTS, Arrival, BackwardBegins, Eve
 from coconut_ds.memory.zero import COMMUNICATION, Partition, Sizes, ZeroSettings
 
 # Of more ranks than these, a sample is replayed.
-MOST_RANKS = 8
+MAX_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
     """
     assert sizes.flat == trace.parameter_sizes
     partitions = Partition.of_every_rank(sizes, zero)
-    step = -(-len(partitions) // MOST_RANKS)
+    step = -(-len(partitions) // MAX_RANKS)
     return max((replay_on(trace, sizes, zero, p) for p in partitions[::step]), key=lambda peak: peak.size)
 
 

@@ -131,7 +131,7 @@ class MemoryGuard:
         lines.append("  reached: " + ", ".join(f"{name} {value:,.0f} MiB" for name, value in reached.items()))
         if self.plan is not None:
             lines.append(
-                f"  planned: {self.plan['gpu_mib']:,.0f} MiB, governed by {self.plan['governing_phase']}"
+                f"  planned: {self.plan['gpu_mib']:,.0f} MiB, peak phase {self.plan['governing_phase']}"
             )
         lines += [f"  {item['mib']:>9,.1f} MiB  {item['count']} x {item['what']}" for item in largest[:5]]
         for change in (self.plan or {}).get("changes", []):

@@ -28,7 +28,7 @@ from coconut_ds.memory.plan import BatchShape
 from coconut_ds.model.build import DEBUG_TRAIN_ITEMS
 
 # Of a larger file only the problems with the most characters in some part are tokenised.
-MOST_TOKENISED = 4000
+MAX_TOKENISED = 4000
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ SHAPE_HINT = (
 )
 
 
-def longest(problems: Sequence[Problem], most: int = MOST_TOKENISED) -> list[Problem]:
+def longest(problems: Sequence[Problem], most: int = MAX_TOKENISED) -> list[Problem]:
     """The problems that can matter: those with the most characters in the question, the steps or all."""
     sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
     return [problems[i] for i in _longest(sizes, most)]
 
 
 def longest_tokenized(
-    problems: Sequence[TokenizedProblem], most: int = MOST_TOKENISED
+    problems: Sequence[TokenizedProblem], most: int = MAX_TOKENISED
 ) -> list[TokenizedProblem]:
     """The same of tokenized problems; of a large cached file only these are held."""
     sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
@@ -121,7 +121,7 @@ def _longest(sizes: Sequence[tuple[int, int, int, int]], most: int) -> list[int]
     return sorted({i for measure in measures for i in heapq.nlargest(share, range(len(sizes)), key=measure)})
 
 
-def worst_batch(
+def largest_batch(
     problems: Sequence[TokenizedProblem],
     at: StageOfRun,
     experiment: Experiment,
@@ -129,7 +129,7 @@ def worst_batch(
     rows: int,
 ) -> Batch:
     """A micro-batch of `rows` rows that no micro-batch of this stage exceeds in columns."""
-    stages = {problem: _worst_stage(problem, at.stage, experiment) for problem in problems}
+    stages = {problem: _largest_stage(problem, at.stage, experiment) for problem in problems}
 
     def after(problem: TokenizedProblem) -> int:
         stage = stages[problem]
@@ -156,12 +156,12 @@ def evaluated_stages(experiment: Experiment) -> list[StageOfRun]:
     return stages if stages and last.stage in [at.stage for at in stages] else [*stages, last]
 
 
-def worst_evaluation_batch(
+def largest_evaluation_batch(
     problems: Sequence[TokenizedProblem], at: StageOfRun, experiment: Experiment, vocabulary: Vocabulary
 ) -> Batch:
     """A batch of the loss at a stage; no batch of it has more columns or labels."""
     unmixed = replace(experiment, uniform_prob=0.0)  # evaluation draws no other stages
-    return worst_batch(problems, at, unmixed, vocabulary, experiment.batch_size_eval)
+    return largest_batch(problems, at, unmixed, vocabulary, experiment.batch_size_eval)
 
 
 def longest_prompts(
@@ -181,7 +181,7 @@ def _mixes(experiment: Experiment) -> bool:
     return experiment.uniform_prob > 0 and experiment.method.has_stages
 
 
-def _worst_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> Stage:
+def _largest_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> Stage:
     """Of the stages one sample may be drawn at, the one with the longest text."""
     if not _mixes(experiment) or stage.hidden_tokens:
         return stage

@@ -34,7 +34,7 @@ def cheapest_changes(
 ) -> tuple[Change, ...]:
     """The first `most` changes that help; where the plan does not fit, those that make it fit come first."""
     found: list[Change] = []
-    enough, epoch = 0, plan.governing_stage.epoch
+    enough, epoch = 0, plan.peak_stage.epoch
     for proposal in proposals(experiment, ds_config, plan):
         try:
             changed = planner.plan(proposal.experiment, proposal.ds_config, plan.ranks, quick_at=epoch)
@@ -55,7 +55,7 @@ def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) ->
     """From what costs nothing to what changes what is learned."""
     zero = ds_config.stock["zero_optimization"]
     latent = ds_config.latent_memory
-    if plan.governing.name == EVALUATION and experiment.batch_size_eval > 1:
+    if plan.peak_phase.name == EVALUATION and experiment.batch_size_eval > 1:
         rows = experiment.batch_size_eval // 2
         yield Proposal(
             "evaluate fewer rows at a time", f"--set batch_size_eval={rows}",

@@ -19,11 +19,11 @@ from coconut_ds.memory.fake_trace import ACTIVATIONS, GRADIENTS, LOSS, Trace, pe
 from coconut_ds.memory.gradient_path import replay
 from coconut_ds.memory.largest_batches import (
     evaluated_stages,
+    largest_batch,
+    largest_evaluation_batch,
     longest_prompts,
     shape_of,
     stages_of,
-    worst_batch,
-    worst_evaluation_batch,
 )
 from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, BatchShape, Phase, StagePlan
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings
@@ -31,7 +31,7 @@ from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings
 # The caching allocator's blocks do not fit together exactly.  An assumption, to be checked on a GPU.
 FRAGMENTATION = 0.05
 # Stages that come so close to the largest are run on the whole model too, at most so many.
-NEAR, MOST_EXACT = 0.95, 2
+NEAR, MAX_EXACT = 0.95, 2
 
 
 class Source(Protocol):
@@ -89,7 +89,7 @@ class PlannedRun:
         if quick_at is not None:
             places = [at for at in places if at.epoch <= quick_at][-1:]
         found = [
-            (at, worst_batch(planner.train, at, self.experiment, planner.vocabulary, rows)) for at in places
+            (at, largest_batch(planner.train, at, self.experiment, planner.vocabulary, rows)) for at in places
         ]
         scaled = [
             self.scaled(batch) if len(found) > 1 or quick_at is not None else None for _, batch in found
@@ -100,7 +100,7 @@ class PlannedRun:
         else:
             top = max(size or 0 for size in scaled)
             near = [place for place, size in enumerate(scaled) if (size or 0) >= NEAR * top]
-            for place in sorted(near, key=lambda place: scaled[place] or 0, reverse=True)[:MOST_EXACT]:
+            for place in sorted(near, key=lambda place: scaled[place] or 0, reverse=True)[:MAX_EXACT]:
                 batch = found[place][1]
                 is_known = quick_at is None or planner.remembers(self.experiment, self.ds_config, batch)
                 exact[place] = self.exact_phase(batch) if is_known else self.quick_phase(scaled[place] or 0)
@@ -200,7 +200,7 @@ class PlannedRun:
         losses = [
             (self._evaluated(batch, 0), f"stage of epoch {at.epoch + 1}, {shape_of(batch)}")
             for at in evaluated_stages(self.experiment)
-            for batch in [worst_evaluation_batch(planner.valid, at, self.experiment, planner.vocabulary)]
+            for batch in [largest_evaluation_batch(planner.valid, at, self.experiment, planner.vocabulary)]
         ]
         loss, where = max(losses)
         prompts = longest_prompts(planner.valid, self.experiment, planner.vocabulary)

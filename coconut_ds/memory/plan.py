@@ -1,6 +1,6 @@
 """A plan: what a run will take on each GPU and on the host, item by item, against its budget.
 
-    plan.gpu_bytes   the most that one GPU holds, in the governing phase of the governing stage
+    plan.gpu_bytes   the most that one GPU holds, in the peak phase of the peak stage
     plan.fits        whether that and the reserve stay within the card, and the host within its memory
 
 Knows: items, phases, stages, budgets.  Does not know: how the numbers come about (planner.py, zero.py).
@@ -80,7 +80,7 @@ class Plan:
     ranks: int
     budget: MemoryBudget | None
     states: tuple[Item, ...]  # on every GPU, from the first optimizer step on
-    phases: tuple[Phase, ...]  # of the governing stage
+    phases: tuple[Phase, ...]  # of the peak stage
     stages: tuple[StagePlan, ...]
     host: tuple[Item, ...]  # of one rank
     notes: tuple[str, ...] = ()
@@ -91,15 +91,15 @@ class Plan:
         return sum(item.size for item in self.states)
 
     @property
-    def governing(self) -> Phase:
+    def peak_phase(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.size)
 
     @property
     def gpu_bytes(self) -> int:
-        return self.states_bytes + self.governing.size
+        return self.states_bytes + self.peak_phase.size
 
     @property
-    def governing_stage(self) -> StagePlan:
+    def peak_stage(self) -> StagePlan:
         return max(self.stages, key=lambda stage: stage.gpu_bytes)
 
     @property
@@ -128,8 +128,8 @@ class Plan:
 
     @property
     def items(self) -> list[Item]:
-        """The states and the governing phase: they add up to `gpu_bytes`."""
-        return [*self.states, *self.governing.items]
+        """The states and the peak phase: they add up to `gpu_bytes`."""
+        return [*self.states, *self.peak_phase.items]
 
     def components(self) -> dict[str, int]:
         """Bytes of each component at the moment of its own maximum."""
@@ -199,7 +199,7 @@ class Plan:
             "fits": self.fits,
             "gpu_mib": round(self.gpu_bytes / MIB, 2),
             "states_mib": round(self.states_bytes / MIB, 2),
-            "governing_phase": self.governing.name,
+            "governing_phase": self.peak_phase.name,
             "host_gib": round(self.host_bytes / GIB, 3),
             "components_mib": {name: round(size / MIB, 2) for name, size in self.components().items()},
             "states": [item(value) for value in self.states],

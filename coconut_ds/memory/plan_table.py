@@ -22,8 +22,8 @@ def full_text(plan: Plan) -> str:
     ]
     available = plan.available_bytes
     lines += [_item(item, available) for item in plan.states]
-    lines += [f"  {plan.governing.name}, stage from epoch {plan.governing_stage.epoch + 1}:"]
-    lines += [_item(item, available) for item in plan.governing.items]
+    lines += [f"  {plan.peak_phase.name}, stage from epoch {plan.peak_stage.epoch + 1}:"]
+    lines += [_item(item, available) for item in plan.peak_phase.items]
     lines += [_row("total", plan.gpu_bytes, available)]
     if plan.budget is not None:
         lines += [f"  {'outside of the allocator (reserved_mib)':<{NAME}}{plan.budget.reserved_mib:>8,.0f}"]
@@ -55,7 +55,7 @@ def side_by_side(plans: Sequence[Plan]) -> str:
     for component in COMPONENTS:
         row(component, [_of_component(plan.items, component) for plan in plans])
     row("total", [f"{plan.gpu_bytes / MIB:,.0f}" for plan in plans])
-    row("governed by", [plan.governing.name.replace("forward and backward", "backward") for plan in plans])
+    row("governed by", [plan.peak_phase.name.replace("forward and backward", "backward") for plan in plans])
     row("budget", ["-" if p.available_bytes is None else f"{p.available_bytes / MIB:,.0f}" for p in plans])
     row("host GiB, all ranks", [f"{plan.host_bytes / GIB:.1f}" for plan in plans])
     row("verdict", ["-" if p.budget is None else "fits" if p.fits else "DOES NOT FIT" for p in plans])
@@ -103,7 +103,7 @@ def _row(title: str, size: int, available: int | None) -> str:
 def _phases(plan: Plan) -> list[str]:
     lines = ["PHASES, states included"]
     for phase in plan.phases:
-        mark = "  <- governs" if phase is plan.governing else ""
+        mark = "  <- governs" if phase is plan.peak_phase else ""
         lines.append(f"  {phase.name:<{NAME}}{(plan.states_bytes + phase.size) / MIB:>8,.0f}{mark}")
     return lines
 

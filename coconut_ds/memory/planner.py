@@ -1,6 +1,6 @@
 """Make plans: states from formulas, phases from runs of the model; a run made once is remembered.
 
-Knows: phantoms, traces, ZeRO's formulas, worst batches.  Does not know: the command line, tables.
+Knows: fake models, traces, ZeRO's formulas, the largest batches.  Does not know: the command line, tables.
 """
 
 import os
@@ -14,7 +14,7 @@ from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
-from coconut_ds.memory.fake_model import Phantom, build_phantom, has_equal_layers, with_layers
+from coconut_ds.memory.fake_model import FakeModel, build_fake_model, has_equal_layers, with_layers
 from coconut_ds.memory.fake_trace import Trace, record, record_evaluation
 from coconut_ds.memory.largest_batches import TextShape, read_lengths, shape_of
 from coconut_ds.memory.phases import PlannedRun
@@ -51,7 +51,7 @@ class Planner:
     max_new_tokens: int
     notes: tuple[str, ...] = ()
     device: str = "cuda"
-    _phantoms: dict[Any, Phantom] = field(default_factory=dict, repr=False)
+    _fake_models: dict[Any, FakeModel] = field(default_factory=dict, repr=False)
     _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -59,10 +59,10 @@ class Planner:
         """Read the model's configuration and the data's lengths.  Raises ConfigError, DataError."""
         config = load_config(experiment.model_id)
         train, valid, vocabulary = read_lengths(experiment, shape)
-        return cls.from_material(experiment, train, valid, vocabulary, device, config)
+        return cls.from_run_data(experiment, train, valid, vocabulary, device, config)
 
     @classmethod
-    def from_material(
+    def from_run_data(
         cls,
         experiment: Experiment,
         train: list[TokenizedProblem],
@@ -114,8 +114,8 @@ class Planner:
         sizes = self._sizes(experiment, ds_config)
         states = gpu_states(sizes, zero)
         run = PlannedRun(self, experiment, ds_config, sizes, zero)
-        stages, governing = run.stages(sum(item.size for item in states), quick_at)
-        phases = [governing, Phase(STEP, tuple(step_items(sizes, zero)))]
+        stages, peak_phase = run.stages(sum(item.size for item in states), quick_at)
+        phases = [peak_phase, Phase(STEP, tuple(step_items(sizes, zero)))]
         if self.valid:
             phases.append(run.evaluation())
         return Plan(
@@ -150,7 +150,7 @@ class Planner:
         """Forward and backward of `batch`, run or remembered."""
         key = self._trace_key(experiment, ds_config, batch, layers)
         if key not in self._traces:
-            self._traces[key] = record(self._phantom(experiment, ds_config, layers), batch)
+            self._traces[key] = record(self._fake_model(experiment, ds_config, layers), batch)
         return self._traces[key]
 
     def remembers(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
@@ -168,8 +168,8 @@ class Planner:
         """Forward of `batch` without gradients, or answers to it; run or remembered."""
         key = ("evaluation", max_new_tokens, *self._trace_key(experiment, ds_config, batch, layers))
         if key not in self._traces:
-            phantom = self._phantom(experiment, ds_config, layers)
-            self._traces[key] = record_evaluation(phantom, batch, max_new_tokens)
+            fake_model = self._fake_model(experiment, ds_config, layers)
+            self._traces[key] = record_evaluation(fake_model, batch, max_new_tokens)
         return self._traces[key]
 
     def _trace_key(
@@ -177,23 +177,23 @@ class Planner:
     ) -> tuple[Any, ...]:
         return (*self._key(experiment, ds_config), layers, shape_of(batch))
 
-    def _phantom(self, experiment: Experiment, ds_config: DeepSpeedConfig, layers: int) -> Phantom:
+    def _fake_model(self, experiment: Experiment, ds_config: DeepSpeedConfig, layers: int) -> FakeModel:
         key = (*self._key(experiment, ds_config), layers)
-        if key not in self._phantoms:
-            phantom = build_phantom(
+        if key not in self._fake_models:
+            fake_model = build_fake_model(
                 experiment,
                 with_layers(self.config, layers),
                 self.vocabulary_size,
-                self.vocabulary.marker_ids,
+                self.vocabulary.special_token_ids,
                 ds_config.latent_memory,
                 ds_config.precision,
                 self.device,
             )
             if ds_config.zero_stage == 3:
-                for parameter in phantom.model.parameters():
+                for parameter in fake_model.model.parameters():
                     parameter.ds_id = 0  # type: ignore[attr-defined]  # what techniques know ZeRO-3's by
-            self._phantoms[key] = phantom
-        return self._phantoms[key]
+            self._fake_models[key] = fake_model
+        return self._fake_models[key]
 
     def _key(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> tuple[Any, ...]:
         """What changes a trace, the batch apart."""
@@ -211,7 +211,7 @@ class Planner:
         )
 
     def _sizes(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> Sizes:
-        model = self._phantom(experiment, ds_config, self.num_layers).model
+        model = self._fake_model(experiment, ds_config, self.num_layers).model
         groups = parameter_groups(model, experiment)
         return Sizes(
             groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),

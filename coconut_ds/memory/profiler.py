@@ -30,7 +30,7 @@ INITIALISE, EVALUATION, CHECKPOINT = "initialise", "evaluation", "checkpoint"
 BETWEEN = ""  # the name of what is no phase: counting tensors
 NUM_STEPS = 2
 # More of them repeat what the second one shows.
-MOST_MICRO_BATCHES = 2
+MAX_MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def profile_steps(
 
     batch: the micro-batch that every step repeats.  folder: where the checkpoint may go for a moment.
     """
-    micro_batches = min(accumulation, MOST_MICRO_BATCHES)
+    micro_batches = min(accumulation, MAX_MICRO_BATCHES)
     denominator = batch.loss_denominator * len(batch.target_ids_N) * engine.world_size * micro_batches
     batch = replace(batch, loss_denominator=denominator)
     meter.begin(BETWEEN)

@@ -15,7 +15,7 @@ from coconut_ds.config.arguments import is_main_process, print_notes
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.positions import LengthCheck, limit_of
-from coconut_ds.data.run_data import Material, load_test_set
+from coconut_ds.data.run_data import RunData, load_test_set
 from coconut_ds.data.token_cache import cache_folder, cached_tokens
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary
 from coconut_ds.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ from coconut_ds.thoughts import ThoughtSettings, build_thought
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
 
 
-def load_material(experiment: Experiment) -> Material:
+def load_run_data(experiment: Experiment) -> RunData:
     """Read and tokenise every file the experiment names; the main process prints notes on their lengths.
 
     Raises ConfigError for the tokenizer, DataError for the data and for examples longer than the model.
@@ -66,7 +66,7 @@ def load_material(experiment: Experiment) -> Material:
         notes = check.refuse(train, valid.tokenized, test.tokenized if test else ())
         if is_main_process():
             print_notes(notes)
-    return Material(vocabulary, train, valid, test)
+    return RunData(vocabulary, train, valid, test)
 
 
 def length_check(experiment: Experiment, vocabulary: Vocabulary) -> LengthCheck | None:
@@ -102,7 +102,7 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
             raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
         module = Coconut(base, thought, latent_memory)
     else:
-        adapted = add_adapters(base, experiment, vocabulary.marker_ids, record)
+        adapted = add_adapters(base, experiment, vocabulary.special_token_ids, record)
         module = Coconut(adapted, thought, latent_memory)
     module.base_record = record
     if adapter is not None:

@@ -70,7 +70,7 @@ def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
         base.is_quantized = False
         vars(base.config).pop("quantization_config", None)
     refuse_non_finite(dict(base.named_parameters()), _files_of(where, extra))
-    add_markers(base, vocabulary)
+    add_special_token_rows(base, vocabulary)
     return base
 
 
@@ -104,11 +104,11 @@ def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
 def new_base(config: PretrainedConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     """A causal LM with random weights, its vocabulary grown by the markers."""
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **DATA_ONLY)
-    add_markers(base, vocabulary)
+    add_special_token_rows(base, vocabulary)
     return base
 
 
-def add_markers(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
+def add_special_token_rows(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Grow embedding and head to the tokenizer's size; marker rows start as a copy of the row of `<<`.
 
     Source: run.py of the Coconut release.  The mean is taken where `<<` is several tokens, and over the
@@ -117,11 +117,13 @@ def add_markers(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
     size, rows = len(vocabulary.tokenizer), len(_vocabulary_weights(base)[0])
     if rows < size:
         base.resize_token_embeddings(size, mean_resizing=False)
-    sources = vocabulary.marker_source_ids or sorted({*range(min(rows, size))} - {*vocabulary.marker_ids})
+    sources = vocabulary.new_row_source_ids or sorted(
+        {*range(min(rows, size))} - {*vocabulary.special_token_ids}
+    )
     with torch.no_grad():
         for weight_VD in _vocabulary_weights(base):
             source_D = weight_VD[sources].mean(dim=0)
-            weight_VD[list(vocabulary.marker_ids)] = source_D
+            weight_VD[list(vocabulary.special_token_ids)] = source_D
 
 
 def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -22,7 +22,7 @@ from coconut_ds.reports.seeds import identity as identity_of
 from coconut_ds.reports.tables import Table
 
 IN_COLUMNS = ("method", "thought", "tuning")
-MOST_PAIRS, MOST_WORDS, MOST_LETTERS = 15, 2, 120
+MAX_PAIRS, MAX_WORDS, MAX_LETTERS = 15, 2, 120
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             words.append(str(identity["tuning"]))
         same_method = [i for i in identities if all(i[key] == identity[key] for key in IN_COLUMNS)]
         more = [key for key in shown if key != "method" and any(i[key] != identity[key] for i in same_method)]
-        if len(more) > MOST_WORDS:
+        if len(more) > MAX_WORDS:
             words = [members[0].experiment.name]
         else:
             words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
-        found.append(Group(tuple(members), ", ".join(word[:MOST_LETTERS] for word in words)))
+        found.append(Group(tuple(members), ", ".join(word[:MAX_LETTERS] for word in words)))
     return found
 
 
@@ -264,7 +264,7 @@ class PairedTest:
 
 def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
     """Every two groups whose runs have predictions (`eval` writes them) of the same set."""
-    pairs = itertools.islice(itertools.combinations(groups, 2), MOST_PAIRS)
+    pairs = itertools.islice(itertools.combinations(groups, 2), MAX_PAIRS)
     return [test for first, second in pairs if (test := _paired(first, second)) is not None]
 
 

@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
     "legend.edgecolor": "none",
     "svg.hashsalt": "coconut_ds",
 }
-MOST_POINTS = 400
+MAX_POINTS = 400
 
 matplotlib.rcParams.update(STYLE)  # axes take their looks when they are made; nothing else here draws
 
@@ -193,7 +193,7 @@ def smoothed_losses(run: RunRecord) -> tuple[list[float], list[float]]:
         whole = max(map(len, by_epoch.values()))
         numbered = [(place, line["loss"]) for place, line in enumerate(lines) if math.isfinite(line["loss"])]
         points += [(epoch + (place + 1) / whole + 0.5, loss) for place, loss in numbered]
-    width = -(-len(points) // MOST_POINTS) or 1
+    width = -(-len(points) // MAX_POINTS) or 1
     chunks = [points[start : start + width] for start in range(0, len(points), width)]
     return [mean(x for x, _ in chunk) for chunk in chunks], [mean(y for _, y in chunk) for chunk in chunks]
 

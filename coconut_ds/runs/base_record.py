@@ -38,7 +38,7 @@ class BaseRecord:
         """The record of a model that has its final weights and the special-token rows, but no adapters."""
         config = json.loads(base.config.to_json_string(use_diff=True))
         return cls(
-            weights_digest(base, vocabulary.marker_ids) if with_weights else None,
+            weights_digest(base, vocabulary.special_token_ids) if with_weights else None,
             {key: value for key, value in config.items() if key not in IGNORED_KEYS},
             vocabulary.digest(),
         )
@@ -69,7 +69,7 @@ class BaseRecord:
             yield "tokenizer", self.tokenizer, current.tokenizer
 
 
-def weights_digest(base: PreTrainedModel, marker_ids: Sequence[int]) -> str:
+def weights_digest(base: PreTrainedModel, special_token_ids: Sequence[int]) -> str:
     """A short hash of every tensor but the special-token rows, which are made here and may train.
 
     Per tensor: name, shape, evenly spread elements, and the sum of all elements' bits, which any change of
@@ -79,7 +79,7 @@ def weights_digest(base: PreTrainedModel, marker_ids: Sequence[int]) -> str:
     modules: tuple[Any, Any] = (base.get_input_embeddings(), base.get_output_embeddings())
     vocabulary = {module.weight.data_ptr() for module in modules}
     for name, value in sorted(base.state_dict().items()):
-        rows = marker_ids if value.data_ptr() in vocabulary else ()
+        rows = special_token_ids if value.data_ptr() in vocabulary else ()
         for part in _without_rows(value, rows):
             flat = part.detach().cpu().flatten()
             sample = flat[:: max(1, flat.numel() // SAMPLES)].float()

@@ -17,7 +17,7 @@ from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.files import parse_json, read_json
 
 MOST = 1e15  # no number of a record is larger; pictures cannot draw the largest floats
-MOST_LINE = 1 << 20  # characters
+MAX_LINE = 1 << 20  # characters
 MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
 # Numbers that the lines of metrics.jsonl must have, by kind.  A loss may be NaN.
 REQUIRED = {
@@ -208,7 +208,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as reader:
-        while text := reader.readline(MOST_LINE):
+        while text := reader.readline(MAX_LINE):
             try:
                 value = parse_json(text)
             except ValueError:

@@ -39,7 +39,7 @@ from coconut_ds.files import (
 )
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-MOST_SAMPLES = 100  # rows of the table that wandb shows
+MAX_SAMPLES = 100  # rows of the table that wandb shows
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "coconut_ds")
 SETTINGS_FROM_ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "DS_ALLOW_DEPRECATED_FP16",
@@ -153,7 +153,7 @@ class Run:
         self._wandb: Any = None
         self._lock: RunLock | None = None
         self._lines: dict[str, JsonLines] = {}
-        self._samples: deque[dict[str, Any]] = deque(maxlen=MOST_SAMPLES)
+        self._samples: deque[dict[str, Any]] = deque(maxlen=MAX_SAMPLES)
         if self.writes:
             self._open()
 

@@ -9,8 +9,8 @@ import torch
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.batching import Layout
-from coconut_ds.data.run_data import Material
+from coconut_ds.data.batching import BatchConfig
+from coconut_ds.data.run_data import RunData
 from coconut_ds.engine.distributed import Collectives
 from coconut_ds.engine.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
 from coconut_ds.engine.signals import Signals
@@ -18,8 +18,8 @@ from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.failures import lost_ranks_explained, phase
-from coconut_ds.memory.budget import hold_to_budget
-from coconut_ds.model.build import build_module, load_material
+from coconut_ds.memory.budget import enforce_memory_budget
+from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.model.lora import parameter_groups
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
@@ -33,7 +33,7 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     with Signals() as signals, lost_ranks_explained():
         with signals.nothing_to_save():
             ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
-            material = load_material(experiment)
+            run_data = load_run_data(experiment)
             ranks = start_distributed(ds_config.precision, options.stuck_seconds)
         seconds = 0 if experiment.debug else options.stuck_seconds
         with (
@@ -42,11 +42,11 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
         ):
             watchdog.beat("planning", patience=10)
             with signals.nothing_to_save():
-                guard = hold_to_budget(experiment, ds_config, material, ranks, options.skip_plan)
+                guard = enforce_memory_budget(experiment, ds_config, run_data, ranks, options.skip_plan)
             with guard:
                 watchdog.beat("starting the engine", patience=10)
-                engine = start_engine(experiment, ds_config, material, ranks)
-                trainer = Trainer(experiment, material, engine, run, signals, options, watchdog)
+                engine = start_engine(experiment, ds_config, run_data, ranks)
+                trainer = Trainer(experiment, run_data, engine, run, signals, options, watchdog)
                 result = trainer.run_all()
             watchdog.beat("writing the report", patience=10)
             send_report(run)
@@ -83,12 +83,12 @@ def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -
 
 @phase("initialise")
 def start_engine(
-    experiment: Experiment, ds_config: DeepSpeedConfig, material: Material, ranks: Ranks
+    experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
 ) -> Engine:
     """Build the model and wrap it. Collective."""
-    module = build_module(experiment, material.vocabulary, ds_config.latent_memory)
-    layout = Layout.of(experiment, ranks.world_size, ranks.rank)
-    total_steps = max(1, layout.num_steps(len(material.train)) * experiment.num_epochs)
+    module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
+    layout = BatchConfig.of(experiment, ranks.world_size, ranks.rank)
+    total_steps = max(1, layout.num_steps(len(run_data.train)) * experiment.num_epochs)
     schedule = Schedule(experiment.lr_schedule, int(experiment.warmup_ratio * total_steps), total_steps)
     settings = ds_config.resolve(experiment, ranks.world_size)
     engine = Engine(module, parameter_groups(module, experiment), settings, ranks, schedule)

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.batching import Batch, Layout, training_steps
+from coconut_ds.data.batching import Batch, BatchConfig, training_steps
 from coconut_ds.data.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
-from coconut_ds.data.run_data import Material, TestSet
+from coconut_ds.data.run_data import RunData, TestSet
 from coconut_ds.engine.divergence import LossGuard
 from coconut_ds.engine.engine import Engine
 from coconut_ds.engine.signals import Request, Requests, Signals
@@ -58,7 +58,7 @@ class Trainer:
     def __init__(
         self,
         experiment: Experiment,
-        material: Material,
+        run_data: RunData,
         engine: Engine,
         run: Run,
         signals: Signals,
@@ -66,11 +66,11 @@ class Trainer:
         watchdog: Watchdog,
     ) -> None:
         self.experiment = experiment
-        self.material = material
+        self.run_data = run_data
         self.engine = engine
         self.run = run
         self.options = options
-        self.layout = Layout.of(experiment, engine.world_size, engine.rank)
+        self.layout = BatchConfig.of(experiment, engine.world_size, engine.rank)
         self.peak = PeakMeter(engine.device)
         self.checkpoints = Checkpoints(
             run.folder,
@@ -99,7 +99,7 @@ class Trainer:
         """What a checkpoint remembers of the run."""
         settings = settings_to_compare(self.experiment, self.run.ds_config, self.engine.module.base_record)
         if self.experiment.icot_tokens_per_epoch is not None:
-            lengths = [sum(map(len, problem.steps)) for problem in self.material.valid.tokenized]
+            lengths = [sum(map(len, problem.steps)) for problem in self.run_data.valid.tokenized]
             settings[LONGEST_REASONING] = max(lengths, default=0)
         return settings
 
@@ -117,12 +117,12 @@ class Trainer:
             result = self.validate(epoch)
             self.ablate(epoch, result)
             self.save(result)
-        if self.material.test is not None:
+        if self.run_data.test is not None:
             # The weights' own epoch: a finished run may be started again with fewer num_epochs.
             epoch = max(self.state.epoch - 1, 0)
             if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
                 self.say(early)
-            result = self.evaluate(self.material.test, stage_at(epoch, self.experiment), "test", epoch)
+            result = self.evaluate(self.run_data.test, stage_at(epoch, self.experiment), "test", epoch)
         self.check_written()
         if self.run.writes:
             for line in verdicts(read_run(self.run.folder)):
@@ -155,9 +155,9 @@ class Trainer:
         stage = stage_at(epoch, self.experiment)
         first, done = self.state.step_in_epoch, self.state.samples_in_epoch
         steps = training_steps(
-            self.material.train, epoch, self.experiment, self.material.vocabulary, self.layout, done
+            self.run_data.train, epoch, self.experiment, self.run_data.vocabulary, self.layout, done
         )
-        total = first + self.layout.num_steps(len(self.material.train) - done)
+        total = first + self.layout.num_steps(len(self.run_data.train) - done)
         self.engine.train()  # transformers load a model in evaluation mode
         self.peak.start()
         with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:
@@ -213,7 +213,7 @@ class Trainer:
         return numbers
 
     def validate(self, epoch: int) -> Evaluation:
-        return self.evaluate(self.material.valid, stage_at(epoch, self.experiment), "valid", epoch)
+        return self.evaluate(self.run_data.valid, stage_at(epoch, self.experiment), "valid", epoch)
 
     def ablate(self, epoch: int, intact: Evaluation) -> None:
         """After the last epoch of a stage with latents: validate with something else in their place."""
@@ -224,10 +224,10 @@ class Trainer:
         for name in names:
             result = evaluate(
                 self.engine,
-                self.material.valid,
+                self.run_data.valid,
                 stage,
                 self.experiment,
-                self.material.vocabulary,
+                self.run_data.vocabulary,
                 self.progress,
                 self.keep_going,
                 ablation=name,
@@ -244,7 +244,7 @@ class Trainer:
             test_set,
             stage,
             self.experiment,
-            self.material.vocabulary,
+            self.run_data.vocabulary,
             self.progress,
             self.keep_going,
         )
@@ -341,7 +341,7 @@ class Trainer:
     def write_model(self, folder: Path) -> None:
         with self.engine.full_weights() as module:
             if self.engine.is_main:
-                write_model(module, self.material.vocabulary, folder)
+                write_model(module, self.run_data.vocabulary, folder)
 
     def progress(self, batches: Iterable[Batch], name: str) -> Iterator[Batch]:
         return iter(tqdm(batches, desc=name, leave=False, disable=None if self.engine.is_main else True))

@@ -9,7 +9,7 @@ import torch
 from coconut_ds.data.batching import (
     NO_LABEL,
     Batch,
-    Layout,
+    BatchConfig,
     collate,
     epoch_order,
     evaluation_batches,
@@ -86,7 +86,7 @@ def run_epoch(count, rows, accumulation, world_size, first_sample=0, **changes):
                 3,
                 settings,
                 VOCABULARY,
-                Layout(rows, accumulation, world_size, rank),
+                BatchConfig(rows, accumulation, world_size, rank),
                 first_sample,
             )
         )
@@ -145,7 +145,7 @@ def test_evaluation_counts_every_problem_once(world_size):
                 Stage(1, 2),
                 experiment(),
                 VOCABULARY,
-                Layout(4, 1, world_size, rank),
+                BatchConfig(4, 1, world_size, rank),
                 prompts=True,
             )
         )

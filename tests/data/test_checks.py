@@ -21,7 +21,7 @@ def test_sound_files_have_no_findings(tmp_path):
     train = write(tmp_path / "a_train.json", {}, {"question": "What is 3 + 3 ?"})
     test = write(tmp_path / "a_test.json", {"question": "What is 4 + 4 ?", "steps": ["one two", "three"]})
     report = check_data_files([train, test])
-    assert report.is_sound and [file.problems for file in report.files] == [2, 1]
+    assert report.is_valid and [file.problems for file in report.files] == [2, 1]
     assert report.files[1].lengths.total == [10] and report.files[1].steps == [2]
     assert "a_test.json" in report.table() and "2.0 (2)" in report.table()
 
@@ -31,7 +31,7 @@ def test_questions_in_two_splits_are_a_leak_even_when_written_otherwise(tmp_path
     valid = write(tmp_path / "a_valid.json", {"question": "what is  2 + 2 ?"})
     test = write(tmp_path / "a_test.json", {"question": "WHAT IS 2 + 2 ?"}, {"question": "new"})
     report = check_data_files([train, valid, test])
-    assert len(report.leaks) == 3 and not report.is_sound
+    assert len(report.leaks) == 3 and not report.is_valid
     assert f"1 questions are in {train} and in {valid}: items 1 = 0" in report.table()
 
 
@@ -48,14 +48,14 @@ def test_questions_in_two_splits_are_a_leak_even_when_written_otherwise(tmp_path
 def test_findings_name_the_items(tmp_path, item, finding):
     report = check_data_files([write(tmp_path / "a.json", {"question": "plain"}, item)])
     assert f"note: {tmp_path / 'a.json'}: {finding}" in report.table()
-    assert report.table().endswith("items 1") and not report.is_sound
+    assert report.table().endswith("items 1") and not report.is_valid
 
 
 def test_a_file_that_cannot_be_used_does_not_hide_the_others(tmp_path):
     good = write(tmp_path / "a.json", {})
     bad = write(tmp_path / "b.json", {"answer": 5})
     report = check_data_files([bad, good, tmp_path / "gsm_absent.json"])
-    assert len(report.files) == 1 and len(report.errors) == 2 and not report.is_sound
+    assert len(report.files) == 1 and len(report.errors) == 2 and not report.is_valid
     assert "error: " in report.table() and "gsm8k.py" in report.table()
     with pytest.raises(DataError, match="nothing to draw"):
         check_data_files([bad]).save_picture(tmp_path / "a.png")
@@ -77,7 +77,7 @@ def test_lengths_are_tokens_with_a_vocabulary_and_long_items_are_found(arithmeti
     problems = tokenize(read_problems(path), vocabulary)
     expected = [len(p.question) + sum(map(len, p.steps)) + len(p.answer) for p in problems]
     report = check_data_files([path], vocabulary)
-    assert report.files[0].lengths.total == expected and report.is_sound, report.table()
+    assert report.files[0].lengths.total == expected and report.is_valid, report.table()
     short = check_data_files([path], vocabulary, model_length=max(expected) - 1)
     assert "are longer than the model's" in short.table()
 

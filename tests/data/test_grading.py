@@ -41,7 +41,7 @@ def test_the_line_of_training_names_the_rule():
             module=SimpleNamespace(thought=SimpleNamespace(window_weights=lambda: None)),
         ),
         experiment=validate_experiment(SMALLEST, "test"),
-        material=SimpleNamespace(vocabulary=None),
+        run_data=SimpleNamespace(vocabulary=None),
         progress=None,
         keep_going=None,
         state=SimpleNamespace(global_step=1),

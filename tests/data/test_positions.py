@@ -12,7 +12,7 @@ from coconut_ds.data.curriculum import Stage, render
 from coconut_ds.data.positions import LengthCheck, Limit, limit_of, trained_stages
 from coconut_ds.data.tokenizer import TokenizedProblem, load_vocabulary
 from coconut_ds.errors import DataError
-from coconut_ds.model.build import load_material
+from coconut_ds.model.build import load_run_data
 from coconut_ds.model.loading import load_config
 from tests.conftest import ROOT
 
@@ -109,6 +109,6 @@ def test_a_model_without_a_stated_limit_takes_every_row():
 
 
 def test_cached_lengths_are_those_of_the_problems(tiny_experiment):
-    material = load_material(experiment_of(tiny_experiment))
-    expected = [sum(map(len, (p.question, *p.steps, p.answer))) for p in material.train]
-    assert material.train.num_tokens().tolist() == expected
+    run_data = load_run_data(experiment_of(tiny_experiment))
+    expected = [sum(map(len, (p.question, *p.steps, p.answer))) for p in run_data.train]
+    assert run_data.train.num_tokens().tolist() == expected

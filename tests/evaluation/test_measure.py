@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from coconut_ds.trained import ds_config_of, find_one, find_trained
 
 from coconut_ds.__main__ import main
 from coconut_ds.data.curriculum import ALL_STEPS, Stage
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation import measure
+from coconut_ds.evaluation.saved_models import ds_config_of, find_one, find_trained
 from tests.launched.start import ROOT, environment
 from tests.run_folders import make_run
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from coconut_ds.config.experiment import validate_experiment
-from coconut_ds.data.batching import Layout, training_steps
+from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.engine.engine import finish_distributed, start_distributed
-from coconut_ds.model.build import load_material
+from coconut_ds.model.build import load_run_data
 from coconut_ds.training.run_settings import read_ds_config
 from coconut_ds.training.train import start_engine
 
@@ -24,14 +24,14 @@ def losses_of(case, ranks):
     ds_config = read_ds_config(case["ds_config"], experiment)
     memory = replace(ds_config.latent_memory, **case.get("latent_memory", {}))
     ds_config = replace(ds_config, latent_memory=memory)
-    material = load_material(experiment)
-    engine = start_engine(experiment, ds_config, material, ranks)
+    run_data = load_run_data(experiment)
+    engine = start_engine(experiment, ds_config, run_data, ranks)
     engine.train()
     losses = []
     epoch = case.get("epoch", 0)
-    layout = Layout.of(experiment, ranks.world_size, ranks.rank)
+    layout = BatchConfig.of(experiment, ranks.world_size, ranks.rank)
     while len(losses) < case["steps"]:
-        for micro_batches in training_steps(material.train, epoch, experiment, material.vocabulary, layout):
+        for micro_batches in training_steps(run_data.train, epoch, experiment, run_data.vocabulary, layout):
             shares = [engine.backward(engine.loss(batch.to(engine.device))) for batch in micro_batches]
             engine.step()
             (loss,) = engine.sum_over_ranks([float(torch.stack(shares).double().sum())])

@@ -12,9 +12,9 @@ import torch
 
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
-from coconut_ds.data.batching import Layout, training_steps
+from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.engine.engine import finish_distributed, start_distributed
-from coconut_ds.model.build import load_material
+from coconut_ds.model.build import load_run_data
 from coconut_ds.model.lora import trainable_parameters
 from coconut_ds.training.train import start_engine
 
@@ -39,16 +39,16 @@ def saved_names(folder):
 def run_case(case, ranks, folder):
     experiment = validate_experiment(case["experiment"], case["name"])
     ds_config = load_ds_config(case["ds_config"])
-    material = load_material(experiment)
+    run_data = load_run_data(experiment)
     steps = training_steps(
-        material.train,
+        run_data.train,
         case["epoch"],
         experiment,
-        material.vocabulary,
-        Layout.of(experiment, ranks.world_size, ranks.rank),
+        run_data.vocabulary,
+        BatchConfig.of(experiment, ranks.world_size, ranks.rank),
     )
     micro_batches = next(steps)
-    engine = start_engine(experiment, ds_config, material, ranks)
+    engine = start_engine(experiment, ds_config, run_data, ranks)
     engine.train()
     trainable = trainable_parameters(engine.module)
     found = {"trainable": trainable, "losses": [step(engine, micro_batches) for _ in range(STEPS)]}
@@ -58,7 +58,7 @@ def run_case(case, ranks, folder):
     engine.barrier()
     if engine.zero_stage < 3:
         found["saved"], found["frozen"] = saved_names(folder)
-    fresh = start_engine(experiment, ds_config, material, ranks)
+    fresh = start_engine(experiment, ds_config, run_data, ranks)
     fresh.train()
     fresh.load_shards(folder)
     found["resumed"] = [step(fresh, micro_batches) for _ in range(MORE_STEPS)]

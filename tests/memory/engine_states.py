@@ -19,10 +19,10 @@ from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.engine.engine import Engine, start_distributed
-from coconut_ds.memory.fake_model import build_phantom
+from coconut_ds.memory.fake_model import build_fake_model
 from coconut_ds.memory.fake_trace import Trace, record
 from coconut_ds.memory.gradient_path import replay, replay_on
-from coconut_ds.memory.largest_batches import stages_of, worst_batch
+from coconut_ds.memory.largest_batches import largest_batch, stages_of
 from coconut_ds.memory.zero import (
     Partition,
     Sizes,
@@ -59,7 +59,7 @@ def main(out, tuning):
     )  # fmt: skip
     size = VOCABULARY_SIZE
     vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
-    batch = worst_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
+    batch = largest_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
     batch = with_padding(batch)
     results = {}
     for name in ("zero1", "zero2", "zero2_offload"):
@@ -86,10 +86,15 @@ def main(out, tuning):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as step_profiler:
             engine.step()
         zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
-        phantom = build_phantom(
-            experiment, small_gpt2(), size + 3, vocabulary.marker_ids, ds_config.latent_memory, device="cpu"
+        fake_model = build_fake_model(
+            experiment,
+            small_gpt2(),
+            size + 3,
+            vocabulary.special_token_ids,
+            ds_config.latent_memory,
+            device="cpu",
         )
-        trace, nothing = record(phantom, batch), Trace([], sizes.flat)
+        trace, nothing = record(fake_model, batch), Trace([], sizes.flat)
         more = max(
             replay_on(trace, sizes, zero, p).size - replay_on(nothing, sizes, zero, p).size
             for p in Partition.of_every_rank(sizes, zero)
@@ -108,7 +113,7 @@ def main(out, tuning):
         if ranks.is_main:
             Path(out).write_text(json.dumps(results))
         engine._engine.destroy()
-        del engine, model, phantom
+        del engine, model, fake_model
     dist.barrier()
     dist.destroy_process_group()
 

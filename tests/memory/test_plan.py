@@ -17,11 +17,11 @@ from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.memory.fit import fit
 from coconut_ds.memory.largest_batches import (
     TextShape,
+    largest_batch,
     longest,
     read_lengths,
     shape_of,
     stages_of,
-    worst_batch,
 )
 from coconut_ds.memory.options import cheapest_changes
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
@@ -76,7 +76,7 @@ def budget_of(ds_config, mib):
 
 def test_items_add_up_to_the_total(plan):
     assert sum(item.size for item in plan.items) == plan.gpu_bytes
-    assert plan.governing_stage.gpu_bytes == plan.states_bytes + plan.phases[0].size
+    assert plan.peak_stage.gpu_bytes == plan.states_bytes + plan.phases[0].size
     assert all(item.formula for item in [*plan.items, *plan.host])
 
 
@@ -92,7 +92,7 @@ def test_scaled_stages_come_close_to_exact_ones(planner, tiny_model, ds_config, 
     experiment = experiment_of(tiny_model)
     exact = [
         planner.trace(
-            experiment, ds_config, worst_batch(planner.train, at, experiment, planner.vocabulary, 4), 6
+            experiment, ds_config, largest_batch(planner.train, at, experiment, planner.vocabulary, 4), 6
         ).peak
         for at in stages_of(experiment)
     ]
@@ -145,18 +145,18 @@ def test_fit_is_the_largest_that_fits(planner, tiny_model, ds_config):
     wanted = planner.plan(with_rows(experiment, 5), ds_config).gpu_bytes
     tight = budget_of(ds_config, wanted // 2**20 + 1)
     found = fit(planner, experiment, tight)
-    assert found.plan.fits and found.levers == ()
-    assert planner.plan(with_rows(experiment, found.most_rows), tight).fits
-    assert not planner.plan(with_rows(experiment, found.most_rows + 1), tight).fits
+    assert found.plan.fits and found.memory_options == ()
+    assert planner.plan(with_rows(experiment, found.max_rows), tight).fits
+    assert not planner.plan(with_rows(experiment, found.max_rows + 1), tight).fits
     rows, steps = found.experiment.batch_size_training, found.experiment.gradient_accumulation_steps
-    assert rows * steps == 24 and rows <= found.most_rows < 24
+    assert rows * steps == 24 and rows <= found.max_rows < 24
 
 
 def test_fit_pulls_levers_where_one_row_is_too_much(planner, tiny_model, ds_config):
     experiment = experiment_of(tiny_model)
     one = planner.plan(with_rows(experiment, 1), ds_config).gpu_bytes
     found = fit(planner, experiment, budget_of(ds_config, one // 2**20))
-    assert found.levers[0] == "recompute: layers" and found.plan.fits
+    assert found.memory_options[0] == "recompute: layers" and found.plan.fits
 
 
 def test_fit_says_when_nothing_fits(planner, tiny_model, ds_config):
@@ -180,17 +180,17 @@ def test_the_worst_batch_has_the_longest_question_and_the_longest_rest(tiny_mode
     experiment = experiment_of(tiny_model)
     problems = [problem(9, [1]), problem(3, [8, 8]), problem(4, [2, 2, 2])]
     first, second, *_ = stages_of(experiment)
-    shape = shape_of(worst_batch(problems, first, experiment, VOCABULARY, 2))
+    shape = shape_of(largest_batch(problems, first, experiment, VOCABULARY, 2))
     assert shape.columns == 10 + 1 + 16 + 2
-    shape = shape_of(worst_batch(problems, second, experiment, VOCABULARY, 2))
+    shape = shape_of(largest_batch(problems, second, experiment, VOCABULARY, 2))
     assert (shape.prompt, shape.num_latents, shape.columns) == (10, 1, 10 + 1 + 1 + 8 + 2)
-    assert shape_of(worst_batch(problems, first, experiment, VOCABULARY, 1)).columns == 3 + 2 + 16 + 2
+    assert shape_of(largest_batch(problems, first, experiment, VOCABULARY, 1)).columns == 3 + 2 + 16 + 2
 
 
 def test_mixed_stages_count_the_longest_text_and_the_most_latents(tiny_model):
     mixed = experiment_of(tiny_model, uniform_prob=0.5)
     last = stages_of(mixed)[-1]
-    shape = shape_of(worst_batch([problem(5, [8, 8, 8])], last, mixed, VOCABULARY, 2))
+    shape = shape_of(largest_batch([problem(5, [8, 8, 8])], last, mixed, VOCABULARY, 2))
     assert shape.labels == 2 * (24 + 2)
     assert shape.num_latents == 2
 

@@ -13,8 +13,8 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.memory.largest_batches import (
     TextShape,
     evaluated_stages,
+    largest_evaluation_batch,
     longest_prompts,
-    worst_evaluation_batch,
 )
 from coconut_ds.memory.phases import PlannedRun
 from coconut_ds.memory.planner import Planner
@@ -53,7 +53,7 @@ def test_the_planned_evaluation_holds_every_stage(name):
     ds_config = load_ds_config(ROOT / "ds_configs/zero1.json")
     ds_config.resolve(experiment, 1)
     config, problems = CONFIGS[name], [TEXT.problem()]
-    planner = Planner.from_material(experiment, problems, problems, None, "cpu", config)
+    planner = Planner.from_run_data(experiment, problems, problems, None, "cpu", config)
     sizes, zero = Sizes((), 0, 0), ZeroSettings.of(ds_config, 1, False, "cpu")
     run = PlannedRun(planner, experiment, ds_config, sizes, zero)
     vocabulary = planner.vocabulary
@@ -64,7 +64,7 @@ def test_the_planned_evaluation_holds_every_stage(name):
     assert [at.stage.num_latents for at in stages] == [0, 2, 4]
     peaks = []
     for at in stages:
-        batch = with_padding(worst_evaluation_batch(problems, at, experiment, vocabulary))
+        batch = with_padding(largest_evaluation_batch(problems, at, experiment, vocabulary))
         peaks.append(measured(lambda batch=batch: model(batch)))
         assert peaks[-1] <= 1.005 * run._evaluated(batch, 0) <= (1 + WITHIN) * peaks[-1]
     prompts = with_padding(longest_prompts(problems, experiment, vocabulary))

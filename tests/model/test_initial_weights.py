@@ -72,7 +72,7 @@ def test_special_token_rows_come_from_existing_rows(tmp_path, kind, padding, tie
     expected = list(range(rows)) if source is None else vocabulary.tokenizer.convert_tokens_to_ids(source)
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         weight_VD = module.weight.detach()
-        for marker in vocabulary.marker_ids:
+        for marker in vocabulary.special_token_ids:
             torch.testing.assert_close(weight_VD[marker], weight_VD[expected].mean(dim=0))
 
 

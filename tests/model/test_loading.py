@@ -25,8 +25,8 @@ def tiny(vocabulary):
 
 def test_marker_rows_start_as_the_row_of_the_opening_brackets(vocabulary):
     weight = tiny(vocabulary).get_input_embeddings().weight
-    (source,) = vocabulary.marker_source_ids
-    assert all(torch.equal(weight[marker], weight[source]) for marker in vocabulary.marker_ids)
+    (source,) = vocabulary.new_row_source_ids
+    assert all(torch.equal(weight[marker], weight[source]) for marker in vocabulary.special_token_ids)
 
 
 def test_weights_without_marker_rows_leave_the_markers(vocabulary):

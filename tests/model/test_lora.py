@@ -26,7 +26,7 @@ from coconut_ds.data.batching import Batch
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model import lora
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.lora.special_token_rows import MarkerRows
+from coconut_ds.model.lora.special_token_rows import SpecialTokenRows
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 V, D = 40, 16
@@ -155,7 +155,7 @@ def test_marker_rows_equal_the_slow_way_of_peft(family):
     train(fast, steps=2)
     slow = copy.deepcopy(fast)
     for module in slow.modules():
-        if type(module) is MarkerRows:
+        if type(module) is SpecialTokenRows:
             module.__class__ = TrainableTokensLayer
     losses = [model(batch()) for model in (fast, slow)]
     for loss in losses:

@@ -100,9 +100,9 @@ def test_text_survives_the_tokenizer_and_its_answer_is_graded_right(made: Path):
 
 def test_markers_start_from_one_known_token(made: Path):
     vocabulary = load_vocabulary(str(made / "model"))
-    (source,) = vocabulary.marker_source_ids
+    (source,) = vocabulary.new_row_source_ids
     assert vocabulary.tokenizer.convert_ids_to_tokens(source) == "<<"
-    assert len({*vocabulary.marker_ids, vocabulary.eos_id, vocabulary.pad_id}) == 5
+    assert len({*vocabulary.special_token_ids, vocabulary.eos_id, vocabulary.pad_id}) == 5
 
 
 @given(text=st.text(alphabet="0123456789+=? \n<>#"))

@@ -24,7 +24,7 @@ from coconut_ds.engine.divergence import write_batches
 from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.errors import UserError
 from coconut_ds.memory.guard import MemoryGuard
-from coconut_ds.model.build import build_module, load_material
+from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.reports.window_figure import draw_window_weights
 from coconut_ds.runs.checkpoint import Checkpoints
 from coconut_ds.runs.run_folder import Run
@@ -265,8 +265,8 @@ def start_training(root: Path) -> None:
         folder = root / name
         experiment = load_named_experiment(folder / "experiment.yaml")
         actions = (
-            lambda e=experiment: load_material(e),
-            lambda e=experiment: build_module(e, load_material(e).vocabulary, LatentMemory()),
+            lambda e=experiment: load_run_data(e),
+            lambda e=experiment: build_module(e, load_run_data(e).vocabulary, LatentMemory()),
             lambda e=experiment: Run(e, {}).close(),
             lambda f=folder, e=experiment: Checkpoints(
                 f, FakeShards(torch.zeros(2)), {"experiment": asdict(e)}

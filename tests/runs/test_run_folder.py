@@ -17,7 +17,7 @@ import pytest
 
 from coconut_ds.config.experiment import Experiment, load_experiment, validate_experiment
 from coconut_ds.errors import ConfigError
-from coconut_ds.runs.run_folder import MOST_SAMPLES, Run, code_version, replace_text, run_folder
+from coconut_ds.runs.run_folder import MAX_SAMPLES, Run, code_version, replace_text, run_folder
 
 PUBLISHED = {
     "project": "coconut", "name": "first", "coconut": True, "c_thought": 1, "epochs_per_stage": 1,
@@ -267,7 +267,7 @@ def test_wandb_gets_curves_over_the_step_a_bounded_table_and_files(
     with Run(experiment, {}) as run:
         run._wandb = told
         run.log("valid", step=3, accuracy=0.5, window_weights=[0.75, 0.25])
-        for index in range(MOST_SAMPLES + 20):
+        for index in range(MAX_SAMPLES + 20):
             run.sample(kind="valid", index=index, predicted="7")
         run.show_samples()
         run.attach(tmp_path / "report.html", "report")
@@ -276,8 +276,8 @@ def test_wandb_gets_curves_over_the_step_a_bounded_table_and_files(
         "step": 3, "valid/accuracy": 0.5, "valid/window_weights/0": 0.75, "valid/window_weights/1": 0.25
     }  # fmt: skip
     assert isinstance(table["samples"], wandb.Table)
-    assert len(table["samples"].data) == MOST_SAMPLES
-    assert table["samples"].data[-1] == ["valid", str(MOST_SAMPLES + 19), "7"]
+    assert len(table["samples"].data) == MAX_SAMPLES
+    assert table["samples"].data[-1] == ["valid", str(MAX_SAMPLES + 19), "7"]
     assert told.artifacts == [(str(tmp_path / "report.html"), f"{experiment.name}-report", "report")]
 
 

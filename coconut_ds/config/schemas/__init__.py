@@ -21,7 +21,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-MOST_UNKNOWN = 20  # keys that are named; each is compared with all known ones
+MAX_UNKNOWN = 20  # keys that are named; each is compared with all known ones
 TYPE_WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -160,7 +160,7 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
     value: Any = error.instance
     if error.validator == "additionalProperties":
         unknown = [key for key in value if key not in rule["properties"]]
-        for key, hint in unknown_keys(unknown[:MOST_UNKNOWN], rule).items():
+        for key, hint in unknown_keys(unknown[:MAX_UNKNOWN], rule).items():
             yield f"{inside}{key}", f"{inside}{key}: is not {noun}{hint}"
     elif error.validator == "required":
         for key in rule["required"]:

@@ -24,8 +24,8 @@ from coconut_ds.evaluation.inspection.frontier import Frontier, frontiers, read_
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.model.coconut import Coconut
 
-MOST_SINGLE_TOKENS = 40  # a longer question is shown sentence by sentence
-MOST_ANSWER_TOKENS = 8  # columns of the answer that are shown as readers
+MAX_SINGLE_TOKENS = 40  # a longer question is shown sentence by sentence
+MAX_ANSWER_TOKENS = 8  # columns of the answer that are shown as readers
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspec
     answers = model.generate(together, most, vocabulary.eos_id)
     full = prompts[-1]
     free = None if model.num_positions is None else model.num_positions - len(full.tokens)
-    shown = tuple(answers[-1][:free][:MOST_ANSWER_TOKENS])
+    shown = tuple(answers[-1][:free][:MAX_ANSWER_TOKENS])
     batch = collate([replace(full, tokens=full.tokens + shown)], vocabulary.pad_id).to(device)
     latents_KD = record_latents(model, batch)[0]
     hidden_TD, attention_LTT = _read_at_once(model, batch, latents_KD)
@@ -204,14 +204,14 @@ def _embedding_norms(model: Coconut) -> tuple[float, float, float]:
 def _spans(asked: CoconutForCausalLM, prompt: Sample) -> tuple[list[str], list[tuple[int, int]]]:
     """Names and [start, stop) columns of the question's parts, of <start>, and of every latent."""
     texts = [asked.vocabulary.spell([token]) for token in prompt.tokens]
-    has_markers = prompt.num_prompt > prompt.first_latent
-    question = prompt.first_latent - has_markers
+    has_special_tokens = prompt.num_prompt > prompt.first_latent
+    question = prompt.first_latent - has_special_tokens
     names: list[str] = []
     columns: list[tuple[int, int]] = []
     start = 0
     for place in range(question):
         ends = texts[place].strip().endswith((".", "?", "!")) or place == question - 1
-        if question <= MOST_SINGLE_TOKENS or ends:
+        if question <= MAX_SINGLE_TOKENS or ends:
             names.append("".join(texts[start : place + 1]).strip() or "\u21b5")
             columns.append((start, place + 1))
             start = place + 1

@@ -29,7 +29,7 @@ code { background: #f0f3f6; border-radius: 3px; padding: 0 .25rem; white-space: 
 img { max-width: 100% } .note { color: #57606a } .p { color: #57606a; font-size: .85em }
 """
 LIGHT, DARK, GREY, RIGHT = "#d7e3f4", "#1f5fa8", "#9aa4af", "#c8452e"
-MOST_NODES = 12  # bars of a frontier's picture
+MAX_NODES = 12  # bars of a frontier's picture
 
 
 def page(title: str, inspections: Sequence[Inspection], match: StepMatch | None) -> str:
@@ -141,7 +141,7 @@ def _frontier_figure(frontiers: Sequence[Frontier]) -> Figure:
         1, len(frontiers), figsize=(min(3.2 * len(frontiers), 13), 3.6), layout="constrained", squeeze=False
     )
     for ax, frontier in zip(axes[0], frontiers, strict=True):
-        shown = frontier.candidates[:MOST_NODES][::-1]
+        shown = frontier.candidates[:MAX_NODES][::-1]
         colours = [
             (RIGHT if c.leads_to_answer else DARK) if c.distance == frontier.distance else GREY for c in shown
         ]

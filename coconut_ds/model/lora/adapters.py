@@ -61,7 +61,7 @@ def fingerprint(base: nn.Module) -> str:
 def add_adapters(
     base: PreTrainedModel,
     experiment: Experiment,
-    marker_ids: Sequence[int],
+    special_token_ids: Sequence[int],
     record: BaseRecord | None = None,
 ) -> "PeftModel":
     """Freeze `base`, add adapters and make the marker rows trainable; `base` has its final weights already.
@@ -72,7 +72,7 @@ def add_adapters(
     from peft import LoraConfig, TaskType, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-    from coconut_ds.model.lora.special_token_rows import MarkerRows
+    from coconut_ds.model.lora.special_token_rows import SpecialTokenRows
 
     origin = Origin.of(base, experiment, record)
     targets = experiment.lora_target_modules or default_target_modules(base)
@@ -85,7 +85,7 @@ def add_adapters(
         use_dora=experiment.lora_use_dora,
         target_modules=ALL_LINEAR if tuple(targets) == (ALL_LINEAR,) else list(targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-        trainable_token_indices=list(marker_ids),
+        trainable_token_indices=list(special_token_ids),
     )
     try:
         adapted = get_peft_model(base, config)
@@ -93,7 +93,7 @@ def add_adapters(
         raise ConfigError(f"lora_target_modules {list(targets)}: {error}") from error
     for module in adapted.modules():
         if type(module) is TrainableTokensLayer:
-            MarkerRows.take_over(module)
+            SpecialTokenRows.take_over(module)
     assert_tied(adapted)
     adapted.origin = origin  # type: ignore[assignment]
     return adapted

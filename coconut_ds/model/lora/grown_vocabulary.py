@@ -29,16 +29,16 @@ def take_vocabulary(base: "PeftModel", weights: dict[str, Tensor], file: Path) -
     causal_lm: Any = base.get_base_model()
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     adapter = embedding.token_adapter
-    (marker_ids,) = adapter.token_indices.values()
+    (special_token_ids,) = adapter.token_indices.values()
     given = {name: _take(causal_lm, module, weights) for name, module in (("in", embedding), ("out", head))}
     frozen = {"in": adapter.base_layer.weight, "out": _frozen_weight(head)}
     for name, given_VD in given.items():
         if given_VD is not None:
-            _compare_rows(given_VD, frozen[name].detach(), marker_ids, file)
+            _compare_rows(given_VD, frozen[name].detach(), special_token_ids, file)
     if given["out"] is not None and frozen["out"] is not frozen["in"]:
         with torch.no_grad():
-            frozen["out"][marker_ids] = given["out"][marker_ids].to(frozen["out"])
-    return None if given["in"] is None else given["in"][marker_ids].to(frozen["in"])
+            frozen["out"][special_token_ids] = given["out"][special_token_ids].to(frozen["out"])
+    return None if given["in"] is None else given["in"][special_token_ids].to(frozen["in"])
 
 
 def _take(causal_lm: Any, module: Any, weights: dict[str, Tensor]) -> Tensor | None:
@@ -52,15 +52,15 @@ def _frozen_weight(head: Any) -> Tensor:
     return (head if adapter is None else adapter.base_layer).weight
 
 
-def _compare_rows(given_VD: Tensor, own_VD: Tensor, marker_ids: list[int], file: Path) -> None:
-    if given_VD.shape[1:] != own_VD.shape[1:] or len(given_VD) <= max(marker_ids):
+def _compare_rows(given_VD: Tensor, own_VD: Tensor, special_token_ids: list[int], file: Path) -> None:
+    if given_VD.shape[1:] != own_VD.shape[1:] or len(given_VD) <= max(special_token_ids):
         raise CheckpointError(
             f"{file}: its embedding is {tuple(given_VD.shape)}, this model's {tuple(own_VD.shape)}; "
             "is model_id the model that it was trained on?"
         )
     rows = min(len(given_VD), len(own_VD))
     same_V = (given_VD[:rows] == own_VD[:rows].to(given_VD.dtype)).all(dim=1)
-    same_V[list(marker_ids)] = True
+    same_V[list(special_token_ids)] = True
     if not bool(same_V.all()):
         raise CheckpointError(
             f"{file}: {int((~same_V).sum())} rows of its frozen embedding are not this model's own; "

@@ -12,7 +12,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 
-class MarkerRows(TrainableTokensLayer):
+class SpecialTokenRows(TrainableTokensLayer):
     """PEFT's trainable token rows without a copy, or a gradient, of the whole embedding.
 
     PEFT copies the V x D matrix with the rows put in on every call, and autograd then fills a V x D gradient.
@@ -21,7 +21,7 @@ class MarkerRows(TrainableTokensLayer):
     """
 
     base_layer: nn.Module
-    marker_ids_K: Tensor
+    special_token_ids_K: Tensor
 
     @classmethod
     def take_over(cls, layer: TrainableTokensLayer) -> None:
@@ -43,17 +43,17 @@ class MarkerRows(TrainableTokensLayer):
         return self._score(x, rows_KD - self.trainable_tokens_original[adapter].to(rows_KD))
 
     def _look_up(self, ids_BT: Tensor, rows_KD: Tensor) -> Tensor:
-        hits_BTK = ids_BT[..., None] == self.marker_ids_K
-        marker_BTD = nn.functional.embedding(hits_BTK.int().argmax(-1), rows_KD)
+        hits_BTK = ids_BT[..., None] == self.special_token_ids_K
+        special_BTD = nn.functional.embedding(hits_BTK.int().argmax(-1), rows_KD)
         frozen_BTD = self.base_layer(ids_BT)
-        return torch.where(hits_BTK.any(-1, keepdim=True), marker_BTD.to(frozen_BTD.dtype), frozen_BTD)
+        return torch.where(hits_BTK.any(-1, keepdim=True), special_BTD.to(frozen_BTD.dtype), frozen_BTD)
 
     def _score(self, hidden_ND: Tensor, change_KD: Tensor) -> Tensor:
         """Tied head: the logits of the frozen matrix plus what the rows' change adds to their columns."""
         logits_NV = self.base_layer(hidden_ND)
         change_NK = nn.functional.linear(hidden_ND, change_KD.to(hidden_ND.dtype))
         # In place: a linear layer's backward does not need its output.
-        return logits_NV.index_add_(-1, self.marker_ids_K, change_NK.to(logits_NV.dtype))
+        return logits_NV.index_add_(-1, self.special_token_ids_K, change_NK.to(logits_NV.dtype))
 
 
 def _drop_second_name(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

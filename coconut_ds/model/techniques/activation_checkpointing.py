@@ -73,7 +73,7 @@ class ConcatenatingCache(DynamicCache):
         return self.layers[layer_idx].keys, self.layers[layer_idx].values
 
 
-def install_recompute(model: PreTrainedModel, deferral: Deferral | None) -> None:
+def install_activation_checkpointing(model: PreTrainedModel, deferral: Deferral | None) -> None:
     """Route every decoder layer of `model` through `_recomputed`.
 
     Raises ConfigError where the model has no such layers, or where Hugging Face's own switch is on.

@@ -14,7 +14,7 @@ from coconut_ds.data.batching import Batch
 from coconut_ds.errors import ConfigError
 from coconut_ds.model.techniques.activation_checkpointing import (
     ConcatenatingCache,
-    install_recompute,
+    install_activation_checkpointing,
     refuse_native_checkpointing,
 )
 from coconut_ds.model.techniques.deferred_grads import install_deferral
@@ -37,7 +37,7 @@ class Techniques:
         if settings.fused_activations:
             fuse_activations(causal_lm)
         if settings.recompute == "layers":
-            install_recompute(causal_lm, self.deferral)
+            install_activation_checkpointing(causal_lm, self.deferral)
         elif settings.recompute != "none":
             raise ConfigError(f'latent_memory.recompute: "none" or "layers", not {settings.recompute!r}')
 

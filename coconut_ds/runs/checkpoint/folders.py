@@ -18,7 +18,7 @@ from coconut_ds.runs.checkpoint.stages import BEST_OF_STAGE, TrainedStage, best_
 
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
 DRAFT = ".tmp-"
-MOST_POINTER = 256  # bytes of the files `latest` and `best`
+MAX_POINTER = 256  # bytes of the files `latest` and `best`
 Say = Callable[[str], None]
 
 
@@ -125,7 +125,7 @@ class CheckpointFolders:
 
     def pointed_at(self, pointer: str) -> str | None:
         with suppress(OSError, UnicodeDecodeError):
-            name = read_bytes(self.run_folder / pointer, MOST_POINTER).decode("utf-8").strip()
+            name = read_bytes(self.run_folder / pointer, MAX_POINTER).decode("utf-8").strip()
             return name if position_of(name) else None
         return None
 
@@ -209,10 +209,10 @@ def followed(path: Path) -> Path:
     Raises CheckpointError where it names none.
     """
     folders = CheckpointFolders(path.parent)
-    if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < MOST_POINTER:
+    if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < MAX_POINTER:
         name = folders.pointed_at(path.name)
         if name is None:
-            content = read_bytes(path, MOST_POINTER).decode("utf-8", errors="replace").strip()
+            content = read_bytes(path, MAX_POINTER).decode("utf-8", errors="replace").strip()
             raise CheckpointError(f"{path} names {content!r}, which is not a checkpoint beside it")
         return path.parent / name
     if BEST_OF_STAGE.fullmatch(path.name) and folders.names():

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = "COCONUT_DS_STARTUP_OUT"
 # Functions of coconut_ds.training.train, by the phase they make up.
 PHASES = {
-    "data": "load_material",
+    "data": "load_run_data",
     "distributed": "start_distributed",
     "plan": "enforce_memory_budget",
     "model": "build_module",

@@ -57,11 +57,15 @@ def write_run(folder, experiment, lines):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+MEASURED = {"num_items": 8, "num_correct": 4, "mean_tokens": 2.0, "loss": 0.5}
 LINES = [
-    {"time": 60.0, "kind": "valid", "epoch": 0, "stage": 0, "accuracy": 0.5},
-    {"time": 90.0, "kind": "valid", "epoch": 1, "stage": 0, "accuracy": 0.75},
-    {"time": 240.0, "kind": "valid", "epoch": 2, "stage": 1, "accuracy": 0.625},
-    {"time": 270.0, "kind": "test", "epoch": 2, "stage": 1, "accuracy": 0.875},
+    MEASURED | {"time": time, "kind": kind, "epoch": epoch, "stage": stage, "accuracy": accuracy}
+    for time, kind, epoch, stage, accuracy in (
+        (60.0, "valid", 0, 0, 0.5),
+        (90.0, "valid", 1, 0, 0.75),
+        (240.0, "valid", 2, 1, 0.625),
+        (270.0, "test", 2, 1, 0.875),
+    )
 ]
 
 

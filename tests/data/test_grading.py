@@ -52,6 +52,7 @@ def test_the_line_of_training_names_the_rule():
         ),
         peak=SimpleNamespace(summary=lambda: ""),
         say=said.append,
+        check_written=lambda: None,
     )
     with patch("coconut_ds.training.trainer.evaluate", lambda *_: result("latex")):
         Trainer.evaluate(trainer, HALF, Stage(3, 6), "valid", 0)

@@ -28,7 +28,7 @@ class SpecialTokenRows(TrainableTokensLayer):
         """Turn PEFT's layer into this one, in place."""
         layer.__class__ = cls
         (ids,) = layer.token_indices.values()
-        layer.register_buffer("marker_ids_K", torch.tensor(ids), persistent=False)
+        layer.register_buffer("special_token_ids_K", torch.tensor(ids), persistent=False)
         if layer.tied_adapter:
             layer.register_state_dict_post_hook(_drop_second_name)
 

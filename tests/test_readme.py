@@ -62,3 +62,12 @@ def test_commands_name_what_exists(line):
             assert (ROOT / word).exists(), word
     if "coconut_ds" in words:
         assert words[words.index("coconut_ds") + 1] in COMMANDS
+
+
+@pytest.mark.parametrize(
+    "name", re.findall(r"`(\w[\w/]*\.py(?:::\w+)?)`", (ROOT / "docs" / "defects.md").read_text())
+)
+def test_defects_name_tests_that_exist(name):
+    file, _, function = name.partition("::")
+    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    assert not function or f"def {function}(" in text

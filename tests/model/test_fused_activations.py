@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 
 from coconut_ds.memory.live_bytes import LiveBytes
 from coconut_ds.model.techniques.deferred_grads import install_deferral
-from coconut_ds.model.techniques.fused_activations import Recipe, fuse_activations, recipe_of
+from coconut_ds.model.techniques.fused_activations import Recomputation, fuse_activations, recomputation_of
 from tests.model.cases import ARCHITECTURES, gpt2, make_model
 
 MODULES = {
@@ -55,20 +55,20 @@ def test_same_values_in_bf16(name):
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "layer_norm", "rms_norm", "dropout"])
-def test_the_recipe_gives_the_output_bit_by_bit(name):
+def test_recomputed_output_is_equal_bit_by_bit(name):
     _, fused = pair(name)
     output = fused(torch.randn(3, 5, 16, requires_grad=True))
-    recipe = recipe_of(output)
-    assert torch.equal(recipe.function(*recipe.inputs), output)
-    assert not any(x.requires_grad for x in recipe.inputs)
+    recomputation = recomputation_of(output)
+    assert torch.equal(recomputation.function(*recomputation.inputs), output)
+    assert not any(x.requires_grad for x in recomputation.inputs)
 
 
-def test_a_recipe_leaves_its_tensors_to_whoever_saves_them():
+def test_a_recomputation_holds_no_tensor_in_its_function():
     """A tensor inside the function would stay through a checkpointed layer's forward."""
     fused = torch.nn.Sequential(NewGELUActivation(), torch.nn.Dropout(0.3))
     fuse_activations(fused)
-    cells = recipe_of(fused(torch.randn(4, 4))).function.__closure__
-    assert not any(isinstance(cell.cell_contents, (torch.Tensor, Recipe)) for cell in cells)
+    cells = recomputation_of(fused(torch.randn(4, 4))).function.__closure__
+    assert not any(isinstance(cell.cell_contents, (torch.Tensor, Recomputation)) for cell in cells)
 
 
 @pytest.mark.parametrize("p, training", [(0.3, False), (0.0, True), (1.0, True)])

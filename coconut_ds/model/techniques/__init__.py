@@ -1,1 +1,1 @@
-"""What keeps the memory of several passes at that of one, each switchable and exact."""
+"""Techniques that keep the memory of several passes at that of one, each switchable and exact."""

@@ -1,7 +1,4 @@
-"""What `latent_memory` switches on, installed into a model and handed to the latent loop.
-
-Knows: the techniques and which of them need each other.  Does not know: the loop, thoughts, DeepSpeed.
-"""
+"""Install the memory techniques that `latent_memory` selects into a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,10 +21,10 @@ from coconut_ds.model.techniques.supervised_loss import full_loss, supervised_lo
 
 
 class Techniques:
-    """The techniques of one model: every one is exact, and each works with any others on or off."""
+    """The techniques of one model. Each is exact and works with any of the others on or off."""
 
     def __init__(self, causal_lm: PreTrainedModel, settings: LatentMemory) -> None:
-        """Install them in place.  Raises ConfigError where the architecture cannot have one."""
+        """Install them in place.  Raises ConfigError if the architecture does not support one."""
         self.causal_lm = causal_lm
         self.settings = settings
         refuse_native_checkpointing(causal_lm)
@@ -43,7 +40,7 @@ class Techniques:
 
     @contextmanager
     def training_forward(self, batch: Batch) -> Iterator[SegmentedCache | ConcatenatingCache | None]:
-        """All passes of one loss happen inside; gives the cache they share, None to a single pass."""
+        """Enclose all passes of one loss; yields the cache they share, or None for a single pass."""
         refuse_native_checkpointing(self.causal_lm)
         cache: SegmentedCache | ConcatenatingCache | None = None
         if batch.num_latents:

@@ -1,21 +1,22 @@
-"""Deferred weight gradients: one weight-gradient product per layer and backward, however many passes.
+"""Deferred weight gradients: one weight-gradient product per layer and backward, for any number of passes.
 
-A weight used in P passes gets P gradients, and autograd hands on their sum only in the backward of the first
-pass.  Until then a full gradient of every weight sits in its buffers, and ZeRO-2 cannot reduce anything.
+A weight used in P passes gets P gradients, and autograd passes on their sum only in the backward of the first
+pass.  Until then its buffers hold a full gradient of every weight, and ZeRO-2 cannot reduce anything.
 Here the backward of every later pass puts its (input, output gradient) rows into the layer's queue, and the
-backward of the first pass makes the one product:
+backward of the first pass computes one product:
 
-    pass 0   y, token = x0 W^T         dW = dy0^T x0 + [dy1; dy2; ...]^T [x1; x2; ...]
-    pass 1   y        = x1 W^T, token  queue += (x1, dy1)
-    pass 2   y        = x2 W^T, token  queue += (x2, dy2)
+    pass 0   y, anchor = x0 W^T          dW = dy0^T x0 + [dy1; dy2; ...]^T [x1; x2; ...]
+    pass 1   y         = x1 W^T, anchor  queue += (x1, dy1)
+    pass 2   y         = x2 W^T, anchor  queue += (x2, dy2)
 
-The token is an empty tensor that leads from every later pass to the first: it puts the first pass's node
-behind theirs in the graph, also where nothing else does, and has no gradient.  So the weight receives exactly
-one gradient, through autograd, and its hooks fire layer by layer as in ordinary training.
+The anchor is an empty tensor that orders the backward: later passes take it as an input, so the first pass's
+node runs after theirs even where nothing else connects them.  It has no gradient.  The weight receives one
+gradient, through autograd, and its hooks fire layer by layer as in ordinary training.
 
-Knows: nn.Linear, transformers' Conv1D, nn.Embedding, autograd.  Does not know: passes' contents, DeepSpeed.
+Embeddings work the same way with (ids, output gradient) rows: one vocabulary-sized buffer serves all passes
+and a tied head.
 
-Shapes: M rows (all leading dimensions), I inputs, O outputs.
+Shapes: M rows (all leading dimensions) or looked-up ids, I inputs, O outputs, V vocabulary, D hidden size.
 """
 
 from typing import Any
@@ -25,13 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coconut_ds.model.techniques.deferred_rows import RowLookup
-from coconut_ds.model.techniques.fused_activations import recipe_of
-from coconut_ds.model.techniques.weight_queue import Deferral, WeightQueue, take
+from coconut_ds.model.techniques.backward_queue import Deferral, WeightQueue, take
+from coconut_ds.model.techniques.fused_activations import recomputation_of
 
 
 def install_deferral(model: nn.Module) -> Deferral:
-    """Make every plain linear and embedding layer of `model` a deferring one, in place; names stay."""
+    """Turn every plain linear and embedding layer of `model` into a deferring one, in place; names stay."""
     deferral = Deferral()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
@@ -39,7 +39,7 @@ def install_deferral(model: nn.Module) -> Deferral:
         if deferring is None or (isinstance(module, nn.Embedding) and not _is_plain(module)):
             continue
         if isinstance(module, nn.Linear) and id(module.weight) in looked_up:
-            # A tied head joins the embedding's queue through the supervised loss, or not at all.
+            # A tied head uses the embedding's queue, through the supervised loss only.
             continue
         module.__class__ = deferring
         module.__dict__["deferral"] = deferral
@@ -51,7 +51,7 @@ def _is_plain(embedding: nn.Embedding) -> bool:
 
 
 class DeferringLinear(nn.Linear):
-    """nn.Linear whose weight gradient waits for the first pass."""
+    """nn.Linear that computes its weight gradient in the backward of the first pass."""
 
     deferral: Deferral
 
@@ -62,7 +62,7 @@ class DeferringLinear(nn.Linear):
 
 
 class DeferringConv1D(Conv1D):
-    """transformers' Conv1D, a linear layer with its weight [I, O], whose weight gradient waits likewise."""
+    """The same for transformers' Conv1D, a linear layer with weight [I, O]."""
 
     deferral: Deferral
 
@@ -73,7 +73,7 @@ class DeferringConv1D(Conv1D):
 
 
 class DeferringEmbedding(nn.Embedding):
-    """nn.Embedding whose gradient is filled once; a tied head adds its part to the same buffer."""
+    """nn.Embedding that fills its gradient once; a tied head adds its part to the same buffer."""
 
     deferral: Deferral
 
@@ -81,7 +81,7 @@ class DeferringEmbedding(nn.Embedding):
         if not self.deferral.applies_to(self.weight):
             return super().forward(input)
         return _call(
-            self.deferral, self.weight, RowLookup, input, self.weight, None, padding_idx=self.padding_idx
+            self.deferral, self.weight, _RowLookup, input, self.weight, None, padding_idx=self.padding_idx
         )
 
 
@@ -102,23 +102,24 @@ def _call(
     **options: Any,
 ) -> Tensor:
     queue = deferral.open_queue(key)
-    recipe = recipe_of(input)
-    kept = () if recipe is None else recipe.inputs
-    options["recipe"] = None if recipe is None else recipe.function
-    if deferral.is_replay and function is _LinearProduct:
-        # Saves first: where these are the last tensors the backward needs, the product is never computed.
-        _Save.apply(weight, *(kept or (input,)))
+    recomputation = recomputation_of(input)
+    saved = () if recomputation is None else recomputation.inputs
+    options["recompute"] = None if recomputation is None else recomputation.function
+    if deferral.is_recomputing and function is _LinearProduct:
+        # Save first: if these are the last tensors that the backward needs, the product is never computed.
+        _Save.apply(weight, *(saved or (input,)))
         with torch.no_grad():
             return _product(input, weight, bias, options["transposed"]).requires_grad_()
-    if queue.token is None:
-        output, queue.token = function.apply(input, weight, bias, None, queue, options, *kept)
+    if queue.anchor is None:
+        output, queue.anchor = function.apply(input, weight, bias, None, queue, options, *saved)
         return output
     detached_bias = None if bias is None else bias.detach()
-    output, _ = function.apply(input, weight.detach(), detached_bias, queue.token, queue, options, *kept)
+    output, _ = function.apply(input, weight.detach(), detached_bias, queue.anchor, queue, options, *saved)
     return output
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    # y = x W^T + b; a Conv1D stores W^T
     if not transposed:
         return F.linear(x, weight, bias)
     x_MI = x.view(-1, x.shape[-1])
@@ -127,11 +128,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -
 
 
 class _Save(torch.autograd.Function):
-    """Hands tensors to whoever collects what a forward saves."""
+    """Save tensors for the saved-tensor hooks of activation checkpointing."""
 
     @staticmethod
-    def forward(ctx, weight, *kept):  # type: ignore[override]
-        ctx.save_for_backward(weight, *kept)
+    def forward(ctx, weight, *saved):  # type: ignore[override]
+        ctx.save_for_backward(weight, *saved)
         return weight.new_empty(0)
 
     @staticmethod
@@ -140,27 +141,28 @@ class _Save(torch.autograd.Function):
 
 
 class _LinearProduct(torch.autograd.Function):
-    """x_MI -> x W^T + b, and the token."""
+    """x_MI -> x W^T + b and the anchor."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, token, queue, options, *recipe_inputs):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, anchor, queue, options, *recompute_inputs):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        ctx.queue, ctx.transposed, ctx.is_first = queue, options["transposed"], token is None
-        ctx.recipe, ctx.num_nones = options["recipe"], 3 + len(recipe_inputs)
-        ctx.save_for_backward(weight, *(recipe_inputs or (x,)))
+        ctx.queue, ctx.transposed, ctx.is_first = queue, options["transposed"], anchor is None
+        ctx.recompute, ctx.num_nones = options["recompute"], 3 + len(recompute_inputs)
+        ctx.save_for_backward(weight, *(recompute_inputs or (x,)))
         return _product(x, weight, bias, options["transposed"]), x.new_empty(0)
 
     @staticmethod
     def backward(ctx, dy, _):  # type: ignore[override]
-        weight, *kept = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_token = ctx.needs_input_grad[:4]
+        weight, *saved = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_anchor = ctx.needs_input_grad[:4]
         dx = None
         if dy is not None:
             if needs_x:
+                # dx = dy W
                 dx = torch.matmul(dy, weight.t() if ctx.transposed else weight)
-            x = ctx.recipe(*kept) if ctx.recipe is not None else kept[0]
+            x = ctx.recompute(*saved) if ctx.recompute is not None else saved[0]
             pair = (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
-            if not ctx.is_first and needs_token:
+            if not ctx.is_first and needs_anchor:
                 ctx.queue.watch()
                 ctx.queue.pairs.append(pair)
                 _fold_when_large(ctx.queue, weight, ctx.transposed)
@@ -173,7 +175,7 @@ class _LinearProduct(torch.autograd.Function):
 
 
 def _fold_when_large(queue: WeightQueue, weight: Tensor, transposed: bool) -> None:
-    """A queue never takes more bytes than the gradient it stands for."""
+    """Turn the queued rows into a gradient once they take as many bytes as one."""
     if sum(x.numel() + dy.numel() for x, dy in queue.pairs) < weight.numel():
         return
     for x_MI, dy_MO in take(queue.pairs):
@@ -191,9 +193,9 @@ def _collect(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The whole gradient of a linear layer's weight and bias; empties the queue.
+    """The complete gradient of a linear layer's weight and bias; empties the queue.
 
-    The first pass's rows, many, are not copied; the later passes', few, are concatenated.
+    Concatenates the later passes' few rows; the first pass's many rows are not copied.
     """
     sums, queue.sums = queue.sums, []
     pairs = take(queue.pairs)
@@ -202,6 +204,7 @@ def _collect(
         pairs = [(torch.cat([x for x, _ in pairs]), torch.cat([dy for _, dy in pairs]))]
     parts += pairs
     dweight, dbias = sums if sums else (None, None)
+    # dW = sum over passes of dy^T x, db = column sums of dy
     for x_MI, dy_MO in parts:
         if needs_weight:
             factors = _factors(x_MI, dy_MO, transposed)
@@ -212,4 +215,58 @@ def _collect(
 
 
 def _factors(x_MI: Tensor, dy_MO: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    # dW = dy^T x; of a Conv1D, dW^T = x^T dy
     return (x_MI.t(), dy_MO) if transposed else (dy_MO.t(), x_MI)
+
+
+class _RowLookup(torch.autograd.Function):
+    """ids -> rows of the embedding and the anchor."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, _bias, anchor, queue, options):  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.queue, ctx.padding_idx, ctx.is_first = queue, options["padding_idx"], anchor is None
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight), weight.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, dy, _):  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        if dy is not None and (ctx.is_first or ctx.needs_input_grad[3]):
+            ctx.queue.watch()
+            ctx.queue.pairs.append((ids.reshape(-1), dy.reshape(-1, dy.shape[-1])))
+        if not ctx.is_first or ctx.queue.is_empty:
+            return (None,) * 6
+        pairs, additions = take(ctx.queue.pairs), take(ctx.queue.additions)
+        # dW[ids[m]] += dy[m], on top of a tied head's dlogits^T hidden
+        dweight_VD = None
+        for add in additions:
+            dweight_VD = add(dweight_VD)
+        if pairs:
+            ids_M, rows_MD = torch.cat([ids for ids, _ in pairs]), torch.cat([rows for _, rows in pairs])
+            if dweight_VD is None:
+                padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+                dweight_VD = torch.ops.aten.embedding_dense_backward(
+                    rows_MD, ids_M, ctx.shape[0], padding, False
+                )
+            else:
+                _add_rows_(dweight_VD, ids_M, rows_MD, ctx.padding_idx)
+        return None, dweight_VD, None, None, None, None
+
+
+def _add_rows_(target_VD: Tensor, ids_M: Tensor, rows_MD: Tensor, padding_idx: int | None) -> None:
+    """target[ids[m]] += rows[m], in place, without the rows of `padding_idx`.
+
+    The embedding's backward kernel first sums the rows of each id. With no repeated index left, the result
+    does not depend on the order of atomic additions, and 16-bit rows are rounded once.
+    """
+    if padding_idx is not None:
+        rows_MD = rows_MD.masked_fill((ids_M == padding_idx)[:, None], 0)
+    sorted_M, order_M = ids_M.sort(stable=True)
+    is_new_M = torch.ones_like(sorted_M)
+    is_new_M[1:] = sorted_M[1:] != sorted_M[:-1]
+    slot_M = is_new_M.cumsum(0) - 1
+    sums_MD = torch.ops.aten.embedding_dense_backward(rows_MD[order_M], slot_M, len(ids_M), -1, False)
+    slot_ids_M = torch.zeros_like(sorted_M).scatter_(0, slot_M, sorted_M)
+    target_VD.index_add_(0, slot_ids_M, sums_MD.to(target_VD.dtype))

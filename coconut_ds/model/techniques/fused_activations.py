@@ -1,15 +1,13 @@
-"""Activations, norms and dropout that keep their input, or a mask, for the backward and nothing else.
+"""Activations, norms and dropout that save only their input, or a mask, for the backward.
 
-GPT-2's `gelu_new` is written in Python and keeps about six tensors of the MLP's width, a third of all
-activation bytes; torch's tanh GELU is the same function in one operation.  Llama's gate and RMS norm are such
-chains too.
+GPT-2's `gelu_new` is written in Python and saves about six tensors of the MLP's width, a third of all
+activation bytes; torch's tanh GELU is the same function in one operation.  Llama's gated MLP and RMS norm are
+such chains too.
 
-Their outputs are cheap to compute again, so the layer behind need not keep them: an output carries the recipe
-it was made with, and a deferring layer saves the recipe's inputs, which are saved anyway, in its place:
+Their outputs are cheap to recompute, so the next layer need not save them: each output carries a function
+that recomputes it, and a deferring layer saves that function's inputs, which are saved anyway:
 
-    before   u -> gelu keeps u -> a -> c_proj keeps a          now   c_proj keeps (gelu, u)
-
-Knows: transformers' activation, norm and MLP modules.  Does not know: models, configurations.
+    before   u -> gelu saves u -> a -> c_proj saves a          now   c_proj saves (gelu, u)
 """
 
 from collections.abc import Callable
@@ -25,98 +23,104 @@ from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-# The names in configurations that mean the tanh approximation of GELU.
+# Names in configurations that mean the tanh approximation of GELU.
 TANH_GELU_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to compute a tensor again; the inputs are cut from the graph."""
+class Recomputation:
+    """A function and its inputs, detached, that recompute a layer's output."""
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
 
 
-def recipe_of(output: Tensor) -> Recipe | None:
-    """The recipe of a tensor that one of this module's layers made."""
-    return getattr(output, "_recipe", None)
+def recomputation_of(output: Tensor) -> Recomputation | None:
+    """How to recompute `output`; None unless a layer of this module returned it."""
+    return getattr(output, "_recomputation", None)
 
 
-def _with_recipe(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    output._recipe = Recipe(function, tuple(x.detach() for x in inputs))  # type: ignore[attr-defined]
+def _recomputable(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    inputs = tuple(x.detach() for x in inputs)
+    output._recomputation = Recomputation(function, inputs)  # type: ignore[attr-defined]
     return output
 
 
 def fuse_activations(model: nn.Module) -> int:
-    """Exchange such modules of `model` in place; gives their number.  No parameter and no name changes."""
+    """Replace such modules of `model` in place and return their number; parameters and names stay."""
     tanh_gelus = {NewGELUActivation, *(type(ACT2FN[name]) for name in TANH_GELU_NAMES if name in ACT2FN)}
-    exchanged = 0
+    replaced = 0
     for module in model.modules():
         fused = FusedTanhGelu if type(module) in tanh_gelus else FUSED.get(type(module))
         if fused is FusedGatedMlp and not isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))):
             continue
         if fused is not None:
             module.__class__ = fused
-            exchanged += 1
-    return exchanged
+            replaced += 1
+    return replaced
 
 
 class FusedTanhGelu(nn.Module):
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    """GELU's tanh approximation."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
         function = partial(F.gelu, approximate="tanh")
-        return _with_recipe(function(input), function, input)
+        return _recomputable(function(input), function, input)
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm with a recipe."""
+    """nn.LayerNorm with a recomputable output."""
 
     def forward(self, input: Tensor) -> Tensor:
         shape, eps = self.normalized_shape, self.eps
 
         def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+            # weight * (x - mean(x)) / sqrt(var(x) + eps) + bias
             return F.layer_norm(x, shape, weight, bias, eps)
 
         parts = [part for part in (self.weight, self.bias) if part is not None]
-        return _with_recipe(function(input, *parts), function, input, *parts)
+        return _recomputable(function(input, *parts), function, input, *parts)
 
 
 class FusedDropout(nn.Dropout):
-    """nn.Dropout that draws the same numbers and keeps a mask of bytes (torch's on the CPU: of floats).
+    """nn.Dropout with the same random numbers and a mask of bytes (torch's mask on the CPU holds floats).
 
-    Its recipe goes through its input's: an adapter behind an activation and a dropout keeps neither's output.
+    Recomputation starts from the inputs of the layer before: a LoRA adapter after an activation and a dropout
+    saves neither's output.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.inplace or not 0 < self.p < 1:
             return super().forward(input)
+        # y = x * mask / (1 - p), mask ~ Bernoulli(1 - p)
         output, mask = torch.native_dropout(input, self.p, True)
         scale = 1 / (1 - self.p)
-        source = recipe_of(input) or Recipe(_itself, (input,))
-        make = source.function  # not `source`: its tensors would outlive a checkpointed layer
+        source = recomputation_of(input) or Recomputation(_itself, (input,))
+        recompute_input = source.function  # not `source`: its tensors would outlive a checkpointed layer
 
         def function(mask: Tensor, *inputs: Tensor) -> Tensor:
-            return (make(*inputs) * mask).mul_(scale)
+            return (recompute_input(*inputs) * mask).mul_(scale)
 
-        return _with_recipe(output, function, mask, *source.inputs)
+        return _recomputable(output, function, mask, *source.inputs)
 
 
 class FusedRmsNorm(LlamaRMSNorm):
-    """weight * x / sqrt(mean(x^2) + eps), normalised in fp32."""
+    """RMS norm, normalized in fp32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         eps = self.variance_epsilon
         output = _RmsNorm.apply(hidden_states, self.weight, eps)
-        return _with_recipe(output, partial(_rms_norm, eps=eps), hidden_states, self.weight)
+        return _recomputable(output, partial(_rms_norm, eps=eps), hidden_states, self.weight)
 
 
 class FusedGatedMlp(LlamaMLP):
-    """down(silu(gate(x)) * up(x))."""
+    """Llama's MLP with the SiLU gate as one operation."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # down(silu(gate(x)) * up(x))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(_with_recipe(_SiluGate.apply(gate, up), _silu_gate, gate, up))
+        return self.down_proj(_recomputable(_SiluGate.apply(gate, up), _silu_gate, gate, up))
 
 
 FUSED: dict[type, type] = {
@@ -132,10 +136,12 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _scale_of(x: Tensor, eps: float) -> Tensor:
+    # s = 1 / sqrt(mean(x^2) + eps)
     return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # y = w * n, n = x s
     return weight * (x.float() * _scale_of(x, eps)).to(x.dtype)
 
 
@@ -151,9 +157,11 @@ class _RmsNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         scale = _scale_of(x, ctx.eps)
         normal = x.float() * scale
+        # dw = sum over rows of dy * n
         dweight = None
         if ctx.needs_input_grad[1]:
             dweight = (dy * normal.to(x.dtype)).sum(tuple(range(dy.dim() - 1)))
+        # dn = dy * w,  dx = s (dn - n mean(dn * n))
         dnormal = (dy * weight).float()
         mean = (dnormal * normal).mean(-1, keepdim=True)
         dx = dnormal.sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
@@ -173,6 +181,7 @@ class _SiluGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
         gate, up = ctx.saved_tensors
+        # y = silu(g) u:  du = dy silu(g),  dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
         dup = dy * F.silu(gate)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, dup

@@ -1,13 +1,15 @@
-"""The attention of a later pass over segments, and the gradients that it defers.
+"""Attention of a later pass over the segments of a KV cache, with deferred gradients of keys and values.
 
-A later pass's backward computes dq and leaves (q, dout, log-sum-exp, delta) of its rows in the layer's
-records; the backward of the pass that made a segment turns all records of later passes into its dK and dV at
-once.  As in flash attention, probabilities are computed again, never saved.
+A later pass's backward computes dQ and puts (q, dout, log-sum-exp, delta) of its rows into the layer's
+records.  The backward of the pass that wrote a segment then computes dK and dV from all later records at once.
+As in flash attention, probabilities are recomputed, never saved.  D is the dropout factor, 0 or 1 / (1 - p):
 
-Knows: tensors and autograd.  Does not know: transformers, caches, masks' meaning.
+    S  = scale Q K^T + mask    P  = exp(S - norm), norm = log sum exp(S)    O = (P * D) V
+    dP = (dO V^T) * D          dS = P * (dP - delta), delta = rowsum(dO * O)
+    dQ = scale dS K            dK = scale dS^T Q                            dV = (P * D)^T dO
 
 Shapes: B rows, H query heads, K key-value heads (H = K * G), S query columns, T key columns, E head size.
-Queries of the G heads of a group are folded into rows: q_BKRE with R = G * S.
+The G query heads of a group are folded into rows: q_BKRE with R = G * S.
 """
 
 from collections.abc import Iterator
@@ -24,13 +26,13 @@ BLOCK_ELEMENTS = 1 << 22
 
 @dataclass
 class Record:
-    """What one later pass's attention left for the segments it read; rows R = G * S."""
+    """What one later pass leaves for the segments it read; rows R = G * S."""
 
     pass_index: int
     query_BKRE: Tensor
     dout_BKRE: Tensor
-    norm_BKR1: Tensor  # log sum exp of the scores
-    delta_BKR1: Tensor  # sum of dout * out
+    norm_BKR1: Tensor  # log sum exp(S)
+    delta_BKR1: Tensor  # rowsum(dO * O)
     mask_BKRT: Tensor | None  # additive; columns are all columns of the cache
     keep_BKRT: Tensor | None  # dropout: True where the probability was kept
     scale: float
@@ -38,7 +40,7 @@ class Record:
 
 
 class Records(BackwardQueue):
-    """One layer's records, filled and emptied in the backward."""
+    """One layer's records, filled and emptied during the backward."""
 
     setting = "segmented_cache"
 
@@ -56,42 +58,47 @@ class Records(BackwardQueue):
 
 @dataclass(frozen=True)
 class Segments:
-    """All keys (or, as the second half of the pair, values) that one pass's attention reads.
+    """All keys and values that one pass's attention reads.
 
-    past: detached keys and values of earlier passes; tokens lead to their segments' nodes in the graph.
+    past: detached keys and values of earlier passes.
+    anchors: empty tensors, one per earlier pass; as inputs of the attention they order the backward, so that
+        a segment's node runs after the attention of every later pass.
     """
 
     past: tuple[tuple[Tensor, Tensor], ...]
     key_BKSE: Tensor
     value_BKSE: Tensor
-    tokens: tuple[Tensor, ...]
+    anchors: tuple[Tensor, ...]
     records: Records
 
 
 class SegmentAttention(torch.autograd.Function):
-    """softmax(q [K_0 | K_1 | ... | K_own]^T) [V_0; V_1; ...; V_own] of a later pass."""
+    """softmax(scale q [K_0; K_1; ...; K_own]^T + mask) [V_0; V_1; ...; V_own] of a later pass."""
 
     @staticmethod
-    def forward(ctx, query_BHSE, key, value, mask, keep, dropout, scale, segments, *tokens):  # type: ignore[override]
+    def forward(ctx, query_BHSE, key, value, mask, keep, dropout, scale, segments, *anchors):  # type: ignore[override]
         past = segments.past
         columns = sum(k.shape[2] for k, _ in past) + key.shape[2]
         query = _fold(query_BHSE, key.shape[1])
         mask_R, keep_R = _mask_rows(mask, query_BHSE, key.shape[1]), _keep_rows(keep, key.shape[1])
-        # Memory as [B, S, H, E], which is what the layer reshapes it to.
+        # Laid out as [B, S, H, E], to which the layer reshapes it.
         B, H, S, E = query_BHSE.shape
         out_BSHE = query_BHSE.new_empty(B, S, H, E)
         out = out_BSHE.view(B, S, key.shape[1], H // key.shape[1], E).permute(0, 2, 3, 1, 4)
         outs, norms = [], []
         tail = _join([*past[1:], (key, value)])
         for rows in _row_blocks(query, columns):
+            # S = scale Q K^T + mask
             scores = torch.cat(
                 [query[:, :, rows] @ k.mT for k in (*(k for k, _ in past[:1]), tail[0])], dim=-1
             )
             scores = scores.float().mul_(scale)
             if mask_R is not None:
                 scores += mask_R[:, :, rows]
+            # P = softmax(S) = exp(S - norm), norm = log sum exp(S)
             norm = scores.logsumexp(-1, keepdim=True)
             weights = scores.sub_(norm).exp_()
+            # O = (P * D) V, D = keep / (1 - dropout)
             if keep_R is not None:
                 weights.mul_(keep_R[:, :, rows]).mul_(1 / (1 - dropout))
             weights = weights.to(query.dtype)
@@ -149,19 +156,19 @@ class SegmentAttention(torch.autograd.Function):
 
 
 class SegmentGate(torch.autograd.Function):
-    """From a segment's keys and values to a token; back, from later passes' records to their gradients."""
+    """Forward: a segment's keys and values -> anchor.  Backward: later passes' records -> their gradients."""
 
     @staticmethod
-    def forward(ctx, key, value, records, place):  # type: ignore[override]
+    def forward(ctx, key, value, records, position):  # type: ignore[override]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(key, value)
-        ctx.records, ctx.place = records, place
+        ctx.records, ctx.position = records, position
         return key.new_empty(0)
 
     @staticmethod
     def backward(ctx, _):  # type: ignore[override]
         key, value = ctx.saved_tensors
-        pass_index, first_column, is_last_to_run = ctx.place
+        pass_index, first_column, is_last_to_run = ctx.position
         later = [record for record in ctx.records.items if record.pass_index > pass_index]
         if is_last_to_run:
             ctx.records.clear()
@@ -171,10 +178,11 @@ class SegmentGate(torch.autograd.Function):
 
 
 def _query_gradient(record: Record, key: Tensor, value: Tensor, first: int) -> Tensor:
-    """The part of dq that came through the segment whose first column is `first`."""
+    """The part of dQ that comes through the segment whose first column is `first`."""
     dquery = torch.empty_like(record.query_BKRE)
     for rows in _row_blocks(record.query_BKRE, key.shape[2]):
         _, dscores = _score_gradients(record, rows, key, value, first)
+        # dQ = scale dS K
         dquery[:, :, rows] = dscores @ key
     return dquery
 
@@ -187,6 +195,7 @@ def _segment_gradients(
     joined = _join_records(records, first, key.shape[2])
     for rows in _row_blocks(joined.query_BKRE, key.shape[2]):
         weights, dscores = _score_gradients(joined, rows, key, value, 0)
+        # dK = scale dS^T Q,  dV = (P * D)^T dO
         dkey += dscores.mT @ joined.query_BKRE[:, :, rows]
         dvalue += weights.mT @ joined.dout_BKRE[:, :, rows]
     return dkey, dvalue
@@ -195,24 +204,27 @@ def _segment_gradients(
 def _score_gradients(
     record: Record, rows: slice, key: Tensor, value: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
-    """(probabilities after dropout, d scores * scale) of some rows against one segment; the keys' dtype."""
+    """(P * D, scale dS) of some rows against one segment, in the keys' dtype."""
     columns = slice(first, first + key.shape[2])
+    # P = exp(S - norm), S = scale Q K^T + mask
     scores = (record.query_BKRE[:, :, rows] @ key.mT).float().mul_(record.scale)
     if record.mask_BKRT is not None:
         scores += record.mask_BKRT[:, :, rows, columns]
     weights = scores.sub_(record.norm_BKR1[:, :, rows]).exp_()
+    # dP = (dO V^T) * D, D = keep / (1 - dropout)
     dweights = (record.dout_BKRE[:, :, rows] @ value.mT).float()
     kept = weights
     if record.keep_BKRT is not None:
         factor = record.keep_BKRT[:, :, rows, columns] * (1 / (1 - record.dropout))
         dweights.mul_(factor)
         kept = weights * factor
+    # dS = P * (dP - delta), delta = rowsum(dO * O)
     dscores = dweights.sub_(record.delta_BKR1[:, :, rows]).mul_(weights).mul_(record.scale)
     return kept.to(key.dtype), dscores.to(key.dtype)
 
 
 def _join_records(records: list[Record], first: int, length: int) -> Record:
-    """One record whose rows are those of all and whose columns are one segment's."""
+    """Join the rows of all records; columns are those of one segment."""
     columns = slice(first, first + length)
     masks = [None if r.mask_BKRT is None else r.mask_BKRT[..., columns] for r in records]
     if any(mask is not None for mask in masks):
@@ -243,7 +255,7 @@ def _fold(x_BHSE: Tensor, kv_heads: int) -> Tensor:
 
 
 def _mask_rows(mask_B1ST: Tensor | None, query_BHSE: Tensor, kv_heads: int) -> Tensor | None:
-    """The mask's rows as many times as there are query heads in a group, [B, 1, G*S, T]."""
+    """The mask's rows, repeated for the query heads of a group: [B, 1, G*S, T]."""
     groups = query_BHSE.shape[1] // kv_heads
     if mask_B1ST is None or groups == 1:
         return mask_B1ST
@@ -262,7 +274,7 @@ def _row_blocks(query_BKRE: Tensor, columns: int) -> Iterator[slice]:
 
 
 def _join(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Short segments side by side, for the moment of one product."""
+    """Join short segments, for one product only."""
     if len(pairs) == 1:
         return pairs[0]
     return torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2)

@@ -1,12 +1,10 @@
-"""A KV cache in segments, one per pass, and the attention that reads it without joining them.
+"""A KV cache in segments, one per pass, as a transformers cache and attention implementation.
 
-A cache that concatenates gives every pass its own full-length keys and values to save for the backward.  Here
-the question's keys and values are saved once and every later pass refers to them:
+With a concatenating cache, every pass saves its own full-length keys and values for the backward.  Here the
+question's keys and values are saved once and every later pass refers to them:
 
-    keys      [ question | L0 | L1 | L2, answer ]     one tensor per pass, contiguous, never copied again
-    scores    q K0^T | q K1^T | q K2^T                one softmax over all, then the sum of p_i V_i
-
-Knows: transformers' Cache and attention interfaces.  Does not know: models' layers, weights, batches.
+    keys      [ question | L0 | L1 | L2, answer ]     one contiguous tensor per pass, never copied
+    scores    q K0^T | q K1^T | q K2^T                one softmax over all, then the sum of P_i V_i
 
 Shapes: B rows, H query heads, K key-value heads, S query columns, T key columns, E head size.
 """
@@ -30,13 +28,13 @@ ATTENTION = "coconut_segments"
 def install_segmented_attention(model: PreTrainedModel) -> None:
     """Have `model` attend through `segmented_attention`; its saved configuration is not touched.
 
-    Raises ConfigError where the architecture has no exchangeable attention.
+    Raises ConfigError if the architecture's attention cannot be replaced.
     """
     AttentionInterface.register(ATTENTION, segmented_attention)
     AttentionMaskInterface.register(ATTENTION, segmented_mask)
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
-            f"latent_memory.segmented_cache: {type(model).__name__} does not let its attention be exchanged "
+            f"latent_memory.segmented_cache: {type(model).__name__} does not let its attention be replaced "
             "(no support for transformers' AttentionInterface); set segmented_cache to false"
         )
     model.set_attn_implementation(ATTENTION)
@@ -50,7 +48,7 @@ class SegmentedLayer(CacheLayerMixin):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.past: list[tuple[Tensor, Tensor]] = []
-        self.tokens: list[Tensor] = []
+        self.anchors: list[Tensor] = []
         self.records = Records()
         self.length = 0
 
@@ -58,12 +56,12 @@ class SegmentedLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def read(self, key_BKSE: Tensor, value_BKSE: Tensor, num_past: int) -> Segments:
-        """What a pass after `num_past` others attends to; changes nothing."""
+        """Return what a pass after `num_past` others attends to; the cache stays as it is."""
         return Segments(
             tuple(self.past[:num_past]),
             key_BKSE.contiguous(),
             value_BKSE.contiguous(),
-            tuple(self.tokens[:num_past]),
+            tuple(self.anchors[:num_past]),
             self.records,
         )
 
@@ -71,9 +69,9 @@ class SegmentedLayer(CacheLayerMixin):
         """Append a segment for the passes to come."""
         if not self.is_initialized:
             self.lazy_initialization(key_BKSE, value_BKSE)
-        is_last_to_run = not any(token.requires_grad for token in self.tokens)
-        place = (len(self.past), self.length, is_last_to_run)
-        self.tokens.append(SegmentGate.apply(key_BKSE, value_BKSE, self.records, place))
+        is_last_to_run = not any(anchor.requires_grad for anchor in self.anchors)
+        position = (len(self.past), self.length, is_last_to_run)
+        self.anchors.append(SegmentGate.apply(key_BKSE, value_BKSE, self.records, position))
         self.past.append((key_BKSE.detach(), value_BKSE.detach()))
         self.length += key_BKSE.shape[2]
 
@@ -111,9 +109,9 @@ class SegmentedCache(Cache):
         self._layer(layer_index).write(key, value)
 
     def forget_graph(self) -> None:
-        """Let go of the graph at the end of the forward; what the backward needs, its nodes have."""
+        """Release the graph at the end of the forward; its nodes keep what the backward needs."""
         for layer in self.layers:
-            layer.tokens.clear()
+            layer.anchors.clear()
 
     def _layer(self, layer_index: int) -> SegmentedLayer:
         while len(self.layers) <= layer_index:
@@ -130,9 +128,9 @@ def segmented_mask(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Additive mask [B, 1, S, T] made once per pass and shared by all layers, or None: plainly causal.
+    """Additive mask [B, 1, S, T], built once per pass and shared by all layers; None if purely causal.
 
-    A query that may see nothing, one in the left padding, sees itself: a softmax over nothing is NaN.
+    A query in the left padding sees only itself: a softmax over nothing would be NaN.
     """
     skip = allow_is_causal_skip and (attention_mask is None or q_length == kv_length)
     allowed = sdpa_mask(
@@ -168,16 +166,16 @@ def segmented_attention(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        # No cache, or an empty one: the same as a first pass.
+        # No cache, or an empty one, as in a first pass.
         key = Segments((), key, value, (), Records())
     elif query.untyped_storage().nbytes() > query.numel() * query.element_size():
-        # A view of the fused projection would keep all three of its parts.  The output gets the query's
-        # layout: with a column's heads side by side the layer behind need not copy it.
+        # A view would keep the complete fused projection alive.  The output takes the query's layout, so with
+        # the heads of a column side by side the next layer need not copy it.
         query = query.transpose(1, 2).contiguous().transpose(1, 2)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ConfigError(
-            f"latent_memory.segmented_cache: {type(module).__name__} changes its scores (soft capping or "
-            "attention sinks), which this attention does not know; set segmented_cache to false"
+            f"latent_memory.segmented_cache: {type(module).__name__} uses soft capping or attention sinks, "
+            "which segmented attention does not support; set segmented_cache to false"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not key.past and (dropout == 0 or query.is_cuda):
@@ -188,11 +186,12 @@ def segmented_attention(
 
 
 def _long_pass(query: Tensor, own: Segments, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
-    """The first pass, through torch's fused kernels."""
+    """Attention of the first pass, through torch's fused kernels."""
     key, value, groups = own.key_BKSE, own.value_BKSE, query.shape[1] // own.key_BKSE.shape[1]
     if groups > 1 and mask is not None and query.is_cuda:
-        # With a mask and unequal numbers of heads CUDA falls back to a kernel that saves all probabilities.
+        # With a mask and grouped heads, CUDA falls back to a kernel that saves all probabilities.
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    # O = softmax(scale Q K^T + mask) V
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -208,6 +207,7 @@ def _long_pass(query: Tensor, own: Segments, mask: Tensor | None, dropout: float
 def _attend(
     query_BHSE: Tensor, segments: Segments, mask: Tensor | None, dropout: float, scale: float
 ) -> Tensor:
+    """Attention of a later pass, over all segments."""
     columns = sum(k.shape[2] for k, _ in segments.past) + segments.key_BKSE.shape[2]
     if mask is None and query_BHSE.shape[2] > 1:
         shape = (query_BHSE.shape[2], columns)
@@ -226,5 +226,5 @@ def _attend(
         dropout,
         scale,
         segments,
-        *segments.tokens,
+        *segments.anchors,
     )

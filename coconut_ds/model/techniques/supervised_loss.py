@@ -1,11 +1,9 @@
 """Cross-entropy of the supervised positions, chunk by chunk, without the [rows, tokens, vocabulary] logits.
 
-The head's gradient is vocabulary-sized.  Where embedding and head are tied, autograd would keep it from the
-first moment of the backward to the last, and add the embedding's, as large, to it.  Here the head leaves its
-part in the embedding's queue as a recipe (hidden states and logit gradients, or what is needed to compute
-them again), and one buffer is filled at the very end, when all activations are gone.
-
-Knows: the head's weight, targets, the embedding's queue.  Does not know: passes, layers, labels' layout.
+With tied embeddings, the head and the embedding share one weight, and its gradient is vocabulary-sized.
+Autograd would hold the head's part through the complete backward and then add the embedding's, as large.
+Here the head's part is postponed: it is queued (as logit gradients if they are small, otherwise as the inputs
+needed to recompute them) and added when the embedding's backward runs, after all activations are freed.
 
 Shapes: N supervised positions, D hidden size, V vocabulary.
 """
@@ -17,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coconut_ds.model.techniques.backward_queue import Deferral, WeightQueue, is_partitioned
 from coconut_ds.model.techniques.deferred_grads import DeferringLinear
-from coconut_ds.model.techniques.weight_queue import Deferral, WeightQueue, is_partitioned
 
 
 def supervised_loss(
     hidden_ND: Tensor, target_ids_N: Tensor, head: nn.Module, chunk_tokens: int, deferral: Deferral | None
 ) -> Tensor:
-    """Sum of the token losses, an fp32 scalar; logits of at most `chunk_tokens` positions exist at a time."""
+    """Sum of the token losses, an fp32 scalar; at most `chunk_tokens` positions have logits at a time."""
     if (
         not isinstance(head, nn.Linear)
         or type(head) not in (nn.Linear, DeferringLinear)
@@ -34,13 +32,13 @@ def supervised_loss(
         return _loss_through_module(hidden_ND, target_ids_N, head, chunk_tokens)
     weight = head.weight
     queue = deferral.queue_of(weight) if deferral is not None and deferral.applies_to(weight) else None
-    token = None if queue is None else queue.token
+    anchor = None if queue is None else queue.anchor
     matrix = weight if queue is None else weight.detach()
-    return _HeadLoss.apply(hidden_ND, matrix, head.bias, token, queue, target_ids_N, chunk_tokens)
+    return _HeadLoss.apply(hidden_ND, matrix, head.bias, anchor, queue, target_ids_N, chunk_tokens)
 
 
 def full_loss(hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Module) -> Tensor:
-    """The plain way: logits of every column in fp32, shifted, summed over the labels that are not -100."""
+    """Sum of the token losses, from fp32 logits of every column; labels of -100 do not count."""
     logits_BTV = head(hidden_BTD).float()
     return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum")
 
@@ -48,7 +46,7 @@ def full_loss(hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Module) -> Tensor:
 def _loss_through_module(
     hidden_ND: Tensor, target_ids_N: Tensor, head: nn.Module, chunk_tokens: int
 ) -> Tensor:
-    """For heads that are more than a matrix (adapters, trainable rows, ZeRO-3): call the module."""
+    """Call the head as a module: for adapters, trainable rows and ZeRO-3."""
 
     def loss_of(hidden_ND: Tensor, target_ids_N: Tensor) -> Tensor:
         return _LogitsLoss.apply(head(hidden_ND).float(), target_ids_N)
@@ -64,10 +62,11 @@ def _loss_through_module(
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """sum over n of -log softmax(logits)[target]; the logits become the softmax and that the gradient."""
+    """Cross-entropy from logits; one buffer holds the logits, then the softmax, then the gradient."""
 
     @staticmethod
     def forward(ctx, logits_NV, target_ids_N):  # type: ignore[override]
+        # loss = sum over n of log sum exp(z_n) - z_n[target_n], for logits z
         target_logits = logits_NV.gather(1, target_ids_N[:, None])[:, 0]
         norm_N = _softmax_(logits_NV)
         ctx.save_for_backward(logits_NV, target_ids_N)
@@ -80,15 +79,16 @@ class _LogitsLoss(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """sum over n of -log softmax(hidden W^T + b)[target]."""
+    """Cross-entropy from hidden states, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, token, queue, target_ids_N, chunk_tokens):  # type: ignore[override]
+    def forward(ctx, hidden_ND, weight_VD, bias_V, anchor, queue, target_ids_N, chunk_tokens):  # type: ignore[override]
         loss, probabilities = hidden_ND.new_zeros((), dtype=torch.float32), []
         norms = []
         for hidden, targets in zip(
             hidden_ND.split(chunk_tokens), target_ids_N.split(chunk_tokens), strict=True
         ):
+            # z = hidden W^T + b,  loss = sum over n of log sum exp(z_n) - z_n[target_n]
             logits = F.linear(hidden, weight_VD, bias_V).float()
             target_logits = logits.gather(1, targets[:, None])[:, 0]
             norm_N = _softmax_(logits)
@@ -99,7 +99,7 @@ class _HeadLoss(torch.autograd.Function):
                 probabilities.clear()
             del logits
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_ids_N, *norms)
-        # A single chunk's softmax is kept and becomes the logit gradient in place; many are computed again.
+        # A single chunk keeps its softmax for the logit gradient; several chunks recompute theirs.
         ctx.probabilities, ctx.queue, ctx.chunk_tokens = probabilities, queue, chunk_tokens
         return loss
 
@@ -117,6 +117,7 @@ class _HeadLoss(torch.autograd.Function):
             softmax = kept.pop() if kept else _softmax(hidden, weight_VD, bias_V, norm_N)
             dlogits = _logit_gradient_(softmax, targets, dloss).to(hidden.dtype)
             del softmax
+            # dhidden = dz W,  db = column sums of dz,  dW = dz^T hidden
             if needs_hidden:
                 dhidden.append(dlogits @ weight_VD)
             if needs_bias:
@@ -126,8 +127,8 @@ class _HeadLoss(torch.autograd.Function):
                 if len(chunks) == 1 and 2 * len(hidden) <= hidden.shape[1]:
                     queue.additions.append(partial(_add_product, dlogits, hidden))
                 else:
-                    recipe = partial(_recompute_product, hidden, weight_VD, bias_V, targets, norm_N, dloss)
-                    queue.additions.append(recipe)
+                    inputs = (hidden, weight_VD, bias_V, targets, norm_N, dloss)
+                    queue.additions.append(partial(_recompute_product, *inputs))
             elif needs_weight:
                 dweight = _add_product(dlogits, hidden, dweight)
             del dlogits
@@ -135,7 +136,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _softmax_(logits_NV: Tensor) -> Tensor:
-    """Turn logits into probabilities in place; gives log(sum(exp(logits))), norm_N."""
+    """Turn logits into probabilities in place; returns log sum exp of the logits, norm_N."""
+    # m = max(z),  p = exp(z - m) / sum(exp(z - m)),  norm = log(sum(exp(z - m))) + m
     highest_N = logits_NV.amax(dim=1)
     total_N = logits_NV.sub_(highest_N[:, None]).exp_().sum(dim=1)
     logits_NV.div_(total_N[:, None])
@@ -143,16 +145,19 @@ def _softmax_(logits_NV: Tensor) -> Tensor:
 
 
 def _softmax(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, norm_N: Tensor) -> Tensor:
+    # p = exp(z - norm)
     return F.linear(hidden_ND, weight_VD, bias_V).float().sub_(norm_N[:, None]).exp_()
 
 
 def _logit_gradient_(softmax_NV: Tensor, target_ids_N: Tensor, dloss: Tensor) -> Tensor:
-    """(softmax - onehot(target)) * dloss, in place."""
+    """Turn the softmax into the gradient of the logits, in place."""
+    # dz = (softmax(z) - onehot(target)) * dloss
     minus_one_N1 = softmax_NV.new_full((len(target_ids_N), 1), -1)
     return softmax_NV.scatter_add_(1, target_ids_N[:, None], minus_one_N1).mul_(dloss)
 
 
 def _add_product(dlogits_NV: Tensor, hidden_ND: Tensor, dweight_VD: Tensor | None) -> Tensor:
+    # dW += dz^T hidden
     if dweight_VD is None:
         return torch.mm(dlogits_NV.t(), hidden_ND)
     return dweight_VD.addmm_(dlogits_NV.t(), hidden_ND)

@@ -78,7 +78,10 @@ def test_pictures_of_window_weights_have_gaps(tmp_path, written):
         VALUES | {"save_path": str(tmp_path), "thought": "learnable_window"}, "t"
     )
     (tmp_path / "experiment.yaml").write_text(experiment_to_yaml(experiment))
-    line = '{{"kind": "valid", "epoch": {}, "stage": 0, "window_weights": [{}, 0.5, 0.25]}}\n'
+    line = (
+        '{{"kind": "valid", "epoch": {}, "stage": 0, "num_items": 4, "num_correct": 2, "accuracy": 0.5, '
+        '"mean_tokens": 2.0, "window_weights": [{}, 0.5, 0.25]}}\n'
+    )
     (tmp_path / "metrics.jsonl").write_text(line.format(0, written) + line.format(1, 0.25))
     assert draw_window_weights(tmp_path).is_file()
     figure = window_picture(read_run(tmp_path))

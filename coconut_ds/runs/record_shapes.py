@@ -158,8 +158,12 @@ def metric_lines(path: Path) -> list[dict[str, Any]]:
 
 def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line whose numbers that are not finite, null or Infinity in the file, are all NaN."""
+
+    def number(value: Any) -> Any:
+        return math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+
     return {
-        key: math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+        key: [number(item) for item in value] if isinstance(value, list) else number(value)
         for key, value in line.items()
     }
 
@@ -178,7 +182,7 @@ def _is_metric(line: Mapping[str, Any]) -> bool:
         0 <= line["num_correct"] <= line["num_items"] and 0 <= line["accuracy"] <= 1
     ):
         return False
-    return isinstance(weights, list) and all(_is_number(weight) for weight in weights)
+    return isinstance(weights, list) and all(_is_number(weight, True) for weight in weights)
 
 
 def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:

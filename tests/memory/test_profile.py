@@ -179,6 +179,7 @@ def test_moments_appear_at_the_first_step(profile):
 @pytest.mark.slow
 def test_no_weights_are_left_and_the_report_shows_it(run_folder, capsys):
     assert sorted(path.name for path in run_folder.iterdir()) == [
+        ".lock",
         "ds_config.json",
         "experiment.yaml",
         "memory",

@@ -24,12 +24,12 @@ PACKAGE = Path(__file__).parents[1] / "coconut_ds"
 # json.dumps of text or settings: cache keys, digests, --set values, messages, YAML strings.
 OTHERS = {
     "files.py",
-    "token_cache.py",
-    "tokens.py",
-    "checkpoint/manifest.py",
-    "sweep.py",
-    "memory/changes.py",
-    "trained/model_card.py",
+    "data/token_cache.py",
+    "data/tokenizer.py",
+    "runs/checkpoint/manifest.py",
+    "training/sweep.py",
+    "memory/options.py",
+    "evaluation/model_card.py",
 }
 VALUES = {
     "name": "run", "model_id": "gpt2", "method": "coconut", "num_epochs": 2, "epochs_per_stage": 1,

@@ -1,7 +1,7 @@
 """Attention of a later pass over the segments of a KV cache, with deferred gradients of keys and values.
 
 A later pass's backward computes dQ and puts (q, dout, log-sum-exp, delta) of its rows into the layer's
-records.  The backward of the pass that wrote a segment then computes dK and dV from all later records at once.
+records.  The backward of the pass that wrote a segment computes dK and dV from all later records at once.
 As in flash attention, probabilities are recomputed, never saved.  D is the dropout factor, 0 or 1 / (1 - p):
 
     S  = scale Q K^T + mask    P  = exp(S - norm), norm = log sum exp(S)    O = (P * D) V

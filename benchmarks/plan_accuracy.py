@@ -50,7 +50,7 @@ class Case:
 
     model: str
     method: str  # a method, and for coconut its stage: "coconut stage 1", "coconut last stage"
-    recompute: str
+    activation_checkpointing: str
     thought: str
     tuning: str  # "full", "lora", "dora"
     rows: int
@@ -59,8 +59,9 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.model}, {self.tuning}, {self.method}, {self.thought}, recompute {self.recompute}, "
-            f"{self.rows} rows, {self.question} tokens, {self.precision}"
+            f"{self.model}, {self.tuning}, {self.method}, {self.thought}, "
+            f"checkpointing {self.activation_checkpointing}, {self.rows} rows, "
+            f"{self.question} tokens, {self.precision}"
         )
 
 
@@ -84,27 +85,31 @@ def cases(model: str, rows: tuple[int, ...]) -> Iterator[Case]:
     choices = itertools.product(
         ("full", "lora"), ("last_hidden", "learnable_window"), ("none", "layers"), METHODS, rows
     )
-    for tuning, thought, recompute, method, count in choices:
+    for tuning, thought, checkpointing, method, count in choices:
         if method == "cot" and thought != "last_hidden":
             continue  # no latents, so no thought
-        yield Case(model, method, recompute, thought, tuning, count)
+        yield Case(model, method, checkpointing, thought, tuning, count)
 
 
 def variations(model: str) -> Iterator[Case]:
     """One choice at a time for a small model: tunings and precisions, methods, thoughts, long questions."""
     plain = Case(model, "coconut last stage", "none", "last_hidden", "full", 2)
     choices = itertools.product(("full", "lora", "dora"), ("none", "layers"), ("fp32", "bf16"))
-    for tuning, recompute, precision in choices:
-        yield replace(plain, tuning=tuning, recompute=recompute, precision=precision)
+    for tuning, checkpointing, precision in choices:
+        yield replace(plain, tuning=tuning, activation_checkpointing=checkpointing, precision=precision)
     for method in Method:
         if method != Method.COCONUT:
             thought = "pause" if method.is_pause else "last_hidden"
             yield replace(plain, method=str(method), thought=thought)
-    for thought, recompute in itertools.product(thought_names(), ("none", "layers")):
+    for thought, checkpointing in itertools.product(thought_names(), ("none", "layers")):
         if thought not in ("last_hidden", "pause"):
-            yield replace(plain, thought=thought, recompute=recompute)
-    for question, tuning, recompute in itertools.product((512, 768), ("full", "lora"), ("none", "layers")):
-        yield replace(plain, question=question, tuning=tuning, recompute=recompute, rows=12)
+            yield replace(plain, thought=thought, activation_checkpointing=checkpointing)
+    for question, tuning, checkpointing in itertools.product(
+        (512, 768), ("full", "lora"), ("none", "layers")
+    ):
+        yield replace(
+            plain, question=question, tuning=tuning, activation_checkpointing=checkpointing, rows=12
+        )
 
 
 def experiment_of(case: Case) -> Experiment:
@@ -134,7 +139,7 @@ def compare(case: Case, config: PretrainedConfig) -> Comparison:
     text = replace(TEXT, question=case.question)
     batch = largest_batch([text.problem()], stage_of(case, experiment), experiment, vocabulary, case.rows)
     batch = with_padding(batch)
-    settings = LatentMemory(recompute=case.recompute)
+    settings = LatentMemory(activation_checkpointing=case.activation_checkpointing)
     fake_model = build_fake_model(
         experiment, config, size + 3, vocabulary.special_token_ids, settings, case.precision, "cpu"
     )

@@ -30,7 +30,7 @@ measure() {
     python -m benchmarks.record --results "$results" "$name" "$module" "${long[@]}"
 }
 
-steps=(--variants single_pass textbook coconut_ds coconut_ds+recompute)
+steps=(--variants single_pass textbook coconut_ds coconut_ds+checkpointing)
 measure train_step train_step --repeats 3 -- --size gpt2-tiny --repeats 3
 measure train_step_prosqa train_step --rows 4 --question 430 --answer 12 --repeats 3 "${steps[@]}" \
     -- --size gpt2-tiny --rows 4 --question 430 --answer 12 --repeats 3 "${steps[@]}"

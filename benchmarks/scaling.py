@@ -21,7 +21,7 @@ POINTS: dict[str, tuple[int, ...]] = {
     "rows": (1, 2, 4, 8),
     "question": (32, 64, 128, 256),
 }
-VARIANTS = ["single_pass", "textbook", "coconut_ds", "coconut_ds+recompute"]
+VARIANTS = ["single_pass", "textbook", "coconut_ds", "coconut_ds+checkpointing"]
 
 
 def main(arguments: list[str] | None = None) -> None:

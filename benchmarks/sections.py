@@ -14,7 +14,7 @@ STEP_NAMES = {
     "textbook": "textbook loop, as published",
     "single_pass": "one ordinary pass: the limit",
     "coconut_ds": "coconut_ds",
-    "coconut_ds+recompute": "coconut_ds + recomputation",
+    "coconut_ds+checkpointing": "coconut_ds + activation checkpointing",
 }
 SHAPES = {
     "train_step": "8 rows x 64 question tokens, 6 latents, 16 labels",
@@ -61,7 +61,16 @@ def step_text(result: Any) -> str:
 
 def plan_text(result: Any) -> str:
     records = result["records"]
-    keys = ("model", "tuning", "method", "thought", "recompute", "precision", "rows", "question")
+    keys = (
+        "model",
+        "tuning",
+        "method",
+        "thought",
+        "activation_checkpointing",
+        "precision",
+        "rows",
+        "question",
+    )
     units = {"rows": " rows", "question": " tokens"}
     rows = [
         (

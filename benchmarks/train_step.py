@@ -7,7 +7,7 @@ One JSON line per variant: seconds (median, least, most), least CPU seconds, pea
 gradients, tokens.  With --threads 1 the CPU seconds hold on a busy machine too.
   single_pass           the limit: the same tokens in one ordinary pass, no recurrence
   textbook              a plain faithful loop: benchmarks/textbook.py
-  coconut_ds            all techniques but recomputation;  coconut_ds+recompute: all of them
+  coconut_ds            all techniques but activation checkpointing;  coconut_ds+checkpointing: all of them
   coconut_ds-NAME       one technique switched off
 
 Knows: models, the loop, the techniques' switches.  Does not know: data, optimizers, DeepSpeed.
@@ -140,8 +140,8 @@ def variant(name: str, base: PreTrainedModel) -> Callable[[Batch], Tensor]:
         fuse_activations(model)
         return lambda batch: single_pass_loss(model, batch)
     settings = LatentMemory()
-    if name.endswith("+recompute"):
-        settings = replace(settings, recompute="layers")
+    if name.endswith("+checkpointing"):
+        settings = replace(settings, activation_checkpointing="layers")
     elif name != "coconut_ds":
         settings = replace(settings, **SWITCHES[name.removeprefix("coconut_ds-")])
     thought = build_thought("last_hidden", model.config.hidden_size, ThoughtSettings())
@@ -152,7 +152,7 @@ VARIANTS = (
     "single_pass",
     "textbook",
     "coconut_ds",
-    "coconut_ds+recompute",
+    "coconut_ds+checkpointing",
     *(f"coconut_ds-{name}" for name in SWITCHES),
 )
 

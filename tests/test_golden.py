@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not CASES, reason=f"no golden cases in {FOLDER};
 def all_latent_memories():
     """Every combination of the switches; a chunk of 4 tokens cuts every case's loss into several."""
     choices = {
-        field.name: {"loss_chunk_tokens": [4, 1024], "recompute": ["none", "layers"]}.get(
+        field.name: {"loss_chunk_tokens": [4, 1024], "activation_checkpointing": ["none", "layers"]}.get(
             field.name, [False, True]
         )
         for field in fields(LatentMemory)

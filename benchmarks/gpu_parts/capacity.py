@@ -19,7 +19,7 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory.fake_model import build_fake_model
 from coconut_ds.memory.fake_trace import record
 
-VARIANTS = ("textbook", "coconut_ds", "coconut_ds+recompute")
+VARIANTS = ("textbook", "coconut_ds", "coconut_ds+checkpointing")
 MODEL = "gpt2"
 MAX_ROWS = 2048
 TINY_ROWS = 3
@@ -84,7 +84,7 @@ def planned(dataset: str, stage: int, rows: int, precision: str, name: str, sett
     """Bytes of one step above weights and gradients, from a run without storage."""
     config = config_of(MODEL, setting)
     size = config.vocab_size
-    memory = LatentMemory(recompute="layers" if name.endswith("+recompute") else "none")
+    memory = LatentMemory(activation_checkpointing="layers" if name.endswith("+checkpointing") else "none")
     markers = vocabulary_of(size).special_token_ids
     fake_model = build_fake_model(
         experiment_like(dataset), config, size, markers, memory, precision, setting.device

@@ -19,7 +19,7 @@ ROWS = 2
 
 
 def cases(setting: Setting) -> list[str]:
-    exact = [f"{model} {name}" for model in MODELS for name in ("coconut_ds", "coconut_ds+recompute")]
+    exact = [f"{model} {name}" for model in MODELS for name in ("coconut_ds", "coconut_ds+checkpointing")]
     return [*exact, *(f"gpt2 {precision}" for precision in ("bf16", "fp16"))]
 
 

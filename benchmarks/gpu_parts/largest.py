@@ -40,7 +40,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     size = base.config.vocab_size
     parameters = sum(p.numel() for p in base.parameters())
     markers = vocabulary_of(size).special_token_ids
-    module = coconut_around(base, experiment, LatentMemory(recompute="layers"), markers)
+    module = coconut_around(base, experiment, LatentMemory(activation_checkpointing="layers"), markers)
     found: dict[str, Any] = {
         "parameters": parameters,
         "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),

@@ -21,7 +21,7 @@ from benchmarks.synthetic import PROSQA_TRAIN
 from benchmarks.train_step import allocate_gradients, variant
 from coconut_ds.data.batching import Batch
 
-VARIANTS = ("textbook", "coconut_ds", "coconut_ds+recompute")
+VARIANTS = ("textbook", "coconut_ds", "coconut_ds+checkpointing")
 ROWS = {"fp32": 8, "bf16": 32}
 BATCHES = 8
 

@@ -50,7 +50,7 @@ class LatentMemory:
     loss_chunk_tokens: int = 1024
     segmented_cache: bool = True
     deferred_weight_gradients: bool = True
-    recompute: str = "none"  # "none" | "layers"
+    activation_checkpointing: str = "none"  # "none" | "layers"
     fused_activations: bool = True
 
 

@@ -24,7 +24,7 @@ ADAM = ("adam", "adamw")
 def adapted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings in the schema's form, and what was changed."""
     result = _without_comments(values)
-    notes = [*_with_optimizer(result), *_with_stage(result)]
+    notes = [*_with_optimizer(result), *_with_stage(result), *_with_current_names(result)]
     schema = load_schema("ds_config")
     notes += _drop_without_effect(result, schema, schema["$defs"], "")
     return result, notes
@@ -66,6 +66,14 @@ def _with_stage(values: dict[str, Any]) -> Iterator[str]:
         why = "is 0" if "stage" in zero else "is missing"
         zero["stage"] = 1
         yield f"zero_optimization.stage: {why}; stage 1 is used, which shards the optimizer states"
+
+
+def _with_current_names(values: dict[str, Any]) -> Iterator[str]:
+    """`latent_memory.recompute`, the name of earlier versions; run folders and users' files have it."""
+    latent = values.get("latent_memory")
+    if isinstance(latent, dict) and "recompute" in latent and "activation_checkpointing" not in latent:
+        latent["activation_checkpointing"] = latent.pop("recompute")
+        yield "latent_memory.recompute: is now called activation_checkpointing"
 
 
 def _drop_without_effect(

@@ -41,7 +41,7 @@ READING = LatentMemory(
     supervised_logits_only=True,
     segmented_cache=False,
     deferred_weight_gradients=False,
-    recompute="none",
+    activation_checkpointing="none",
     fused_activations=False,
 )
 # What a run folder's ds_config.json took from the experiment of that day, and of its number of ranks.

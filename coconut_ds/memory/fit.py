@@ -1,6 +1,6 @@
 """The largest micro-batch within a budget, the effective batch kept; other levers where one row is too much.
 
-    fit(planner, experiment, ds_config)  ->  Fit(rows=4, steps=16, levers=("recompute",), ...)
+    fit(planner, experiment, ds_config)  ->  Fit(rows=4, steps=16, memory_options=(...), ...)
 
 The search is binary, on plans of shallow copies; the answer and its neighbour are planned in full.
 
@@ -86,9 +86,11 @@ def memory_options(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> I
     """The JSON as it is, then with one lever after another, each kept."""
     yield MemoryOption("", ds_config)
     zero = dict(ds_config.stock["zero_optimization"])
-    if ds_config.latent_memory.recompute == "none":
-        ds_config = replace(ds_config, latent_memory=replace(ds_config.latent_memory, recompute="layers"))
-        yield MemoryOption("recompute: layers", ds_config)
+    if ds_config.latent_memory.activation_checkpointing == "none":
+        ds_config = replace(
+            ds_config, latent_memory=replace(ds_config.latent_memory, activation_checkpointing="layers")
+        )
+        yield MemoryOption("activation_checkpointing: layers", ds_config)
     if zero.get("reduce_bucket_size", 5e8) > SMALLEST_BUCKET or zero.get("overlap_comm"):
         ds_config = _with_zero(ds_config, reduce_bucket_size=SMALLEST_BUCKET, overlap_comm=False)
         yield MemoryOption(f"reduce_bucket_size: {SMALLEST_BUCKET}", ds_config)

@@ -87,11 +87,11 @@ def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) ->
             f"--set gradient_accumulation_steps={fewer.gradient_accumulation_steps}",
             fewer, ds_config,
         )  # fmt: skip
-    if latent.recompute == "none":
+    if latent.activation_checkpointing == "none":
         yield Proposal(
-            "recompute layers in the backward (exact, about a third more time)",
-            '"latent_memory": {"recompute": "layers"}',
-            experiment, replace(ds_config, latent_memory=replace(latent, recompute="layers")),
+            "activation checkpointing (exact, about a third more time)",
+            '"latent_memory": {"activation_checkpointing": "layers"}',
+            experiment, replace(ds_config, latent_memory=replace(latent, activation_checkpointing="layers")),
         )  # fmt: skip
     if not ds_config.offload_optimizer:
         yield _zero(

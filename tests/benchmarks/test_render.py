@@ -30,7 +30,7 @@ def step_record(variant, time, peak):
 
 STEPS = result(
     *(step_record(*numbers) for numbers in [("textbook", 1.5, 400), ("single_pass", 1, 100)]),
-    *(step_record(*numbers) for numbers in [("coconut_ds", 1.1, 110), ("coconut_ds+recompute", 1.4, 80)]),
+    *(step_record(*numbers) for numbers in [("coconut_ds", 1.1, 110), ("coconut_ds+checkpointing", 1.4, 80)]),
     step_record("coconut_ds-segmented_cache", 1.2, 140),
 )
 QUICKSTART = result(
@@ -64,7 +64,7 @@ def test_numbers_of_the_json_reach_both_texts():
     page, block = render.page(results), sections.readme_block(results)
     assert "| without segmented_cache | 2.40 (1.20 to 3.60) | 1.20 | 140 | 1.40 | 0.35 |" in page
     assert "a processor, 2 cores, 8.0 GiB; python 3.11, torch 2.13; 2026-01-01, commit abc1234" in page
-    assert "| coconut_ds + recomputation | 80 MB | 1.40 |" in block
+    assert "| coconut_ds + activation checkpointing | 80 MB | 1.40 |" in block
     assert "| Coconut, 3 of 3 steps in latents | 98.5 % |" in block
     assert "| no CoT, test | 21.4 % |" in block
 

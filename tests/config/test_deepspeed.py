@@ -71,11 +71,32 @@ def test_smallest_file():
 
 
 def test_our_blocks_never_reach_deepspeed():
-    config = plain(memory_budget=BUDGET, latent_memory={"recompute": "layers"}, **{"$schema": "x"})
+    config = plain(
+        memory_budget=BUDGET, latent_memory={"activation_checkpointing": "layers"}, **{"$schema": "x"}
+    )
     assert set(config.stock) == set(PLAIN)
     assert config.memory_budget is not None and config.memory_budget.on_exceed == "error"
     assert config.memory_budget.components_mib["activations"] == 6000
-    assert config.latent_memory == LatentMemory(recompute="layers")
+    assert config.latent_memory == LatentMemory(activation_checkpointing="layers")
+
+
+@pytest.mark.parametrize("value", ["none", "layers"])
+def test_former_name_of_activation_checkpointing(value):
+    former = plain(latent_memory={"recompute": value, "segmented_cache": False})
+    assert former.latent_memory == LatentMemory(activation_checkpointing=value, segmented_cache=False)
+    assert former.notes == (
+        "ds_configs/x.json: latent_memory.recompute: is now called activation_checkpointing",
+    )
+    assert former.resolved_file(experiment(), 2) == (
+        plain(latent_memory={"activation_checkpointing": value, "segmented_cache": False}).resolved_file(
+            experiment(), 2
+        )
+    )
+
+
+def test_both_names_of_activation_checkpointing_are_refused():
+    with pytest.raises(ConfigError, match="latent_memory.recompute: is not a setting"):
+        plain(latent_memory={"recompute": "layers", "activation_checkpointing": "none"})
 
 
 def test_latent_memory_defaults_are_the_schema_s():
@@ -157,7 +178,7 @@ BAD = [
     ({"memory_breakdown": True}, "memory_breakdown: resets the peak-memory counters"),
     (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
-        'set "latent_memory": {"recompute": "layers"}',
+        'set "latent_memory": {"activation_checkpointing": "layers"}',
     ),
     (
         {"zero_optimization": {"offload_param": {"device": "cpu"}}},
@@ -244,8 +265,8 @@ BAD = [
     ({"memory_budget": {"device": "x"}}, "memory_budget.gpus: is missing"),
     ({"memory_budget": {**BUDGET, "on_exceed": "ignore"}}, "on_exceed: must be one of error, warn"),
     (
-        {"latent_memory": {"recompute": True}},
-        "latent_memory.recompute: must be one of none, layers, got true",
+        {"latent_memory": {"activation_checkpointing": True}},
+        "latent_memory.activation_checkpointing: must be one of none, layers, got true",
     ),
     ({"latent_memory": {"loss_chunk_tokens": 0}}, "loss_chunk_tokens: must be a whole number of at least 1"),
     (

@@ -24,7 +24,7 @@ CASES = {
     "plain": PLAIN,
     "deferred": LatentMemory(**(asdict(PLAIN) | {"deferred_weight_gradients": True})),
     "all": LatentMemory(),
-    "all+recompute": LatentMemory(recompute="layers"),
+    "all+checkpointing": LatentMemory(activation_checkpointing="layers"),
 }
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 2,

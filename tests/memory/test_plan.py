@@ -109,7 +109,9 @@ def test_more_rows_take_more(planner, tiny_model, ds_config, plan):
 
 
 def test_recomputation_takes_less(planner, tiny_model, ds_config, plan):
-    recomputing = replace(ds_config, latent_memory=replace(ds_config.latent_memory, recompute="layers"))
+    recomputing = replace(
+        ds_config, latent_memory=replace(ds_config.latent_memory, activation_checkpointing="layers")
+    )
     assert planner.plan(experiment_of(tiny_model), recomputing).gpu_bytes < plan.gpu_bytes
 
 
@@ -156,7 +158,7 @@ def test_fit_pulls_levers_where_one_row_is_too_much(planner, tiny_model, ds_conf
     experiment = experiment_of(tiny_model)
     one = planner.plan(with_rows(experiment, 1), ds_config).gpu_bytes
     found = fit(planner, experiment, budget_of(ds_config, one // 2**20))
-    assert found.memory_options[0] == "recompute: layers" and found.plan.fits
+    assert found.memory_options[0] == "activation_checkpointing: layers" and found.plan.fits
 
 
 def test_fit_says_when_nothing_fits(planner, tiny_model, ds_config):

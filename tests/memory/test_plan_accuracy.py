@@ -23,7 +23,7 @@ def errors(picked):
 @pytest.mark.slow
 def test_the_activation_peak_is_planned_within_3_percent():
     picked = [(case, config) for case, config in every_case() if case.model == "gpt2"][::3]
-    assert {(c.tuning, c.recompute) for c, _ in picked} == {
+    assert {(c.tuning, c.activation_checkpointing) for c, _ in picked} == {
         (t, r) for t in ("full", "lora") for r in ("none", "layers")
     }
     assert {c.method for c, _ in picked} == {"cot", "coconut stage 1", "coconut last stage"}
@@ -35,7 +35,7 @@ def test_the_activation_peak_is_planned_within_3_percent():
     [
         (OPT, {}),  # autograd adds up the gradients of its positions in place
         (GPT2, {"tuning": "lora"}),  # dropout's mask is converted
-        (LLAMA, {"tuning": "lora", "recompute": "layers"}),
+        (LLAMA, {"tuning": "lora", "activation_checkpointing": "layers"}),
         (OPT, {"tuning": "dora"}),
     ],
 )

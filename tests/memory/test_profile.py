@@ -106,7 +106,7 @@ def test_two_ways_of_counting_agree(tmp_path):
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
-    engine, _, _ = profiled(tmp_path, EQUAL_ROWS, recompute="layers")
+    engine, _, _ = profiled(tmp_path, EQUAL_ROWS, activation_checkpointing="layers")
     assert "loss" not in vars(engine.module.techniques)
     assert not engine.module.causal_lm.get_decoder()._forward_pre_hooks
     before = census(engine)["cpu"].get("other", 0)

@@ -25,7 +25,7 @@ PLAIN = LatentMemory(
     supervised_logits_only=False,
     segmented_cache=False,
     deferred_weight_gradients=False,
-    recompute="none",
+    activation_checkpointing="none",
     fused_activations=False,
 )
 

@@ -119,7 +119,10 @@ def test_frozen_weights_are_left_alone():
 def test_lora(architecture):
     targets = {"gpt2": ["c_attn", "c_proj"], "qwen2": ["q_proj", "down_proj"]}[architecture]
     results = []
-    for settings in (PLAIN, replace(TIED, segmented_cache=True, fused_activations=True, recompute="layers")):
+    for settings in (
+        PLAIN,
+        replace(TIED, segmented_cache=True, fused_activations=True, activation_checkpointing="layers"),
+    ):
         config = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
         base = get_peft_model(make_model(architecture), config)
         torch.manual_seed(3)
@@ -190,7 +193,7 @@ def test_a_partial_backward_is_refused():
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_no_graph_is_left_behind(recompute):
     """Neither after a backward nor after a forward that never gets one; without the garbage collector."""
-    settings = replace(TIED, segmented_cache=True, fused_activations=True, recompute=recompute)
+    settings = replace(TIED, segmented_cache=True, fused_activations=True, activation_checkpointing=recompute)
     coconut, batch = make_coconut("llama", settings), make_batch(RAGGED_ROWS)
     coconut(batch).backward()
     gc.collect()

@@ -172,9 +172,9 @@ def test_marker_rows_equal_the_slow_way_of_peft(family):
     "changes",
     [
         {},
-        {"recompute": "layers"},
+        {"activation_checkpointing": "layers"},
         {"loss_chunk_tokens": 3},
-        {"segmented_cache": False, "recompute": "layers"},
+        {"segmented_cache": False, "activation_checkpointing": "layers"},
     ],
 )
 def test_memory_levers_change_no_gradient_of_an_adapter(family, thought, changes):

@@ -37,7 +37,7 @@ def seeded_step(
 @pytest.mark.parametrize("settings", [PLAIN, LatentMemory()], ids=["alone", "with_all"])
 def test_dropout_is_reproduced(settings, architecture, rows):
     loss, expected = seeded_step(settings, architecture, rows)
-    again, recomputed = seeded_step(replace(settings, recompute="layers"), architecture, rows)
+    again, recomputed = seeded_step(replace(settings, activation_checkpointing="layers"), architecture, rows)
     assert torch.equal(loss, again)
     for name, gradient in expected.items():
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_dropout_with_deferral_is_the_same_dropout(architecture):
 def test_keeps_the_layers_inputs_and_the_cache_only():
     held = {}
     for recompute in ("none", "layers"):
-        coconut = make_coconut("llama", replace(LatentMemory(), recompute=recompute))
+        coconut = make_coconut("llama", replace(LatentMemory(), activation_checkpointing=recompute))
         with LiveBytes() as live:
             loss = coconut(make_batch(((40, 2, 4),) * 2))
             held[recompute] = live.current
@@ -78,7 +78,7 @@ def test_hugging_faces_switch_is_refused(architecture):
 
 @pytest.mark.parametrize("recompute", ["none", "layers"])
 def test_hugging_faces_switch_is_refused_later_too(recompute):
-    coconut = make_coconut("gpt2", replace(PLAIN, recompute=recompute))
+    coconut = make_coconut("gpt2", replace(PLAIN, activation_checkpointing=recompute))
     coconut.causal_lm.gradient_checkpointing_enable()
     with pytest.raises(ConfigError, match="drops the KV cache"):
         coconut(make_batch(RAGGED_ROWS))
@@ -86,4 +86,4 @@ def test_hugging_faces_switch_is_refused_later_too(recompute):
 
 def test_unknown_value_is_refused():
     with pytest.raises(ConfigError, match='"none" or "layers"'):
-        make_coconut("gpt2", replace(PLAIN, recompute="blocks"))
+        make_coconut("gpt2", replace(PLAIN, activation_checkpointing="blocks"))

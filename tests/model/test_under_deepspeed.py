@@ -17,7 +17,7 @@ def found(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", ["deferred", "all", "all+recompute"])
+@pytest.mark.parametrize("name", ["deferred", "all", "all+checkpointing"])
 def test_same_losses(found, name):
     assert found[name]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-6)
 
@@ -27,7 +27,7 @@ def test_deferral_frees_at_least_half_a_gradient_copy(found):
     assert saved >= 0.5 * found["deferred"]["gradient_bytes"]
 
 
-@pytest.mark.parametrize("name", ["deferred", "all", "all+recompute"])
+@pytest.mark.parametrize("name", ["deferred", "all", "all+checkpointing"])
 def test_hooks_fire_before_the_backward_is_over(found, name):
     """Every layer's weights are handed to DeepSpeed, once, before the first pass leaves the layer below."""
     events = found[name]["events"]

@@ -80,7 +80,7 @@ def install_activation_checkpointing(model: PreTrainedModel, deferral: Deferral 
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"latent_memory.recompute: {type(model).__name__} does not support activation checkpointing; "
+            f"latent_memory.activation_checkpointing: {type(model).__name__} does not support it; "
             'set it to "none"'
         )
     for layer in layers:
@@ -98,8 +98,8 @@ def refuse_native_checkpointing(model: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False) and not is_ours:
             raise ConfigError(
                 "Hugging Face's gradient checkpointing drops the KV cache, so latent passes would not see "
-                "the question. Do not call gradient_checkpointing_enable(); set latent_memory.recompute to "
-                '"layers" in the ds_config.'
+                "the question. Do not call gradient_checkpointing_enable(); set "
+                'latent_memory.activation_checkpointing to "layers" in the ds_config.'
             )
 
 

@@ -33,10 +33,13 @@ class Techniques:
             install_segmented_attention(causal_lm)
         if settings.fused_activations:
             fuse_activations(causal_lm)
-        if settings.recompute == "layers":
+        if settings.activation_checkpointing == "layers":
             install_activation_checkpointing(causal_lm, self.deferral)
-        elif settings.recompute != "none":
-            raise ConfigError(f'latent_memory.recompute: "none" or "layers", not {settings.recompute!r}')
+        elif settings.activation_checkpointing != "none":
+            raise ConfigError(
+                'latent_memory.activation_checkpointing must be "none" or "layers", '
+                f"got {settings.activation_checkpointing!r}"
+            )
 
     @contextmanager
     def training_forward(self, batch: Batch) -> Iterator[SegmentedCache | ConcatenatingCache | None]:

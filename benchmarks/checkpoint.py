@@ -54,7 +54,7 @@ def torch_save(engine: Engine, path: Path) -> float:
 
 def measure(engine: Engine, folder: Path) -> dict[str, Any]:
     """One save, one load, one torch.save."""
-    checkpoints = Checkpoints(folder, engine, {}, say=lambda _: None)
+    checkpoints = Checkpoints(folder, engine, {}, log=lambda _: None)
     state = TrainState(epoch=1, step_in_epoch=0)
     started = time.perf_counter()
     name = checkpoints.save(state, engine.module.causal_lm.save_pretrained)

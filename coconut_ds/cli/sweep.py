@@ -96,7 +96,7 @@ def summary(outcomes: list[Outcome]) -> str:
         parts += ["", stage_table(groups).text(), "", summary_table(groups).text(), ""]
         parts += [str(test) for test in paired_tests(groups)]
     parts += [
-        f"{outcome.state}: {outcome.point.experiment.name}: {outcome.said}"
+        f"{outcome.state}: {outcome.point.experiment.name}: {outcome.message}"
         for outcome in outcomes
         if outcome.state in (FAILED, STOPPED)
     ]

@@ -1,7 +1,4 @@
-"""What the ranks do together: exact totals, common decisions; and the engine of a program that only reads.
-
-Knows: torch.distributed.  Does not know: DeepSpeed, how a process group starts.
-"""
+"""Collectives over all ranks, and an engine for evaluation only.  Does not import DeepSpeed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from coconut_ds.model.coconut import Coconut
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """The rank of this process, the number of ranks, and its device."""
 
     rank: int
     world_size: int
@@ -29,7 +26,7 @@ class Ranks:
 
 
 class Collectives:
-    """The calls of an engine that concern all ranks; `ranks` says which one this is."""
+    """Collective operations; `ranks` identifies this process."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -87,7 +84,7 @@ class Collectives:
 
 
 class ReadingEngine(Collectives):
-    """A whole model on every rank, without gradients or an optimizer: what evaluation needs and no more."""
+    """The complete model on every rank, without gradients or an optimizer, for evaluation."""
 
     zero_stage = 0
 

@@ -1,8 +1,7 @@
-"""Stop when the numbers go bad, and keep the batch that did it.
+"""Stop when training diverges, and save the batch that caused it.
 
-Knows: losses, skipped steps.  Does not know: the loop, checkpoints.
-A loss that is not finite is the same on every rank once it is summed over them, so all stop at the same step.
-DeepSpeed skips a step whose gradients are not finite and goes on, in fp32 too; alone it would skip for ever.
+The loss is summed over ranks, so all ranks see a non-finite loss at the same step.  DeepSpeed skips a step
+with non-finite gradients, in fp32 too, and never stops skipping.
 """
 
 import math
@@ -21,7 +20,7 @@ MAX_SKIPPED = 40
 
 @dataclass
 class LossGuard:
-    """Looks at every step's numbers; `folder` is the run's."""
+    """Checks every step for divergence; `folder` is the run folder."""
 
     folder: Path
     rank: int
@@ -31,32 +30,32 @@ class LossGuard:
     def check(
         self, step: int, loss: float, applied: bool, batches: Sequence[Batch], losses: Sequence[float]
     ) -> None:
-        """Raise Diverged, on every rank alike, when there is no point in going on.
+        """Raise Diverged on every rank if training cannot continue.
 
-        `loss`: summed over ranks.  `applied`: false where gradients overflowed and the step was skipped.
-        `batches`, `losses`: this rank's micro-batches; they are written to a file.
+        `loss`: summed over ranks.  `applied`: false if gradients overflowed and the step was skipped.
+        `batches`, `losses`: this rank's micro-batches, which are then written to a file.
         """
         self._skipped = 0 if applied else self._skipped + 1
         if not math.isfinite(loss):
-            problem = f"the loss of step {step} is {loss}"
+            reason = f"the loss of step {step} is {loss}"
         elif self._skipped >= self.max_skipped:
-            problem = f"{self._skipped} steps in a row overflowed and were skipped, up to step {step}"
+            reason = f"{self._skipped} steps in a row overflowed and were skipped, up to step {step}"
         else:
             return
         file = self.folder / FOLDER / f"step_{step}_rank_{self.rank}.json"
         try:
             write_batches(file, batches, losses)
-            where = f"The batch of each rank: {file.parent}."
+            where = f"The batch of each rank is in {file.parent}."
         except OSError as error:
             where = f"The batch of this rank could not be written ({error})."
         raise Diverged(
-            f"{problem}. {where} The newest checkpoint is from before it; "
-            "before you go on from it, change something: a lower 'lr', a lower 'gradient_clipping', the data"
+            f"{reason}. {where} The newest checkpoint is from before that step. "
+            "Before you resume, lower 'lr' or 'gradient_clipping', or fix the data"
         )
 
 
 def write_batches(file: Path, batches: Sequence[Batch], losses: Sequence[float]) -> None:
-    """One JSON file: loss, problem numbers and token ids of every micro-batch."""
+    """Write one JSON file with the loss, problem numbers and token ids of every micro-batch."""
     make_folder(file.parent)
     records = [
         {

@@ -1,10 +1,10 @@
-"""Let the ranks meet before their process group starts, and say who is missing or whose port it is.
+"""Connect all ranks before the process group starts, and name missing ranks and ports in use.
 
-    rank 0 listens on MASTER_ADDR:MASTER_PORT, every rank claims its number there and waits for the others
-    a rank that does not come within `limit` seconds       RankLost on the others, with its number
-    a port that another program has                        ConfigError on every rank, with the remedy
+    rank 0 listens on MASTER_ADDR:MASTER_PORT; every rank registers there and waits for the others
+    a rank does not connect within `limit` seconds         RankLost on the others, with its number
+    another program uses the port                          ConfigError on every rank, with the fix
 
-torch alone waits ten minutes or more, names nobody, and waits without end for a server that does not answer.
+torch alone waits ten minutes or more, names no rank, and never times out on a server that does not answer.
 
     python -m coconut_ds.engine.rendezvous     prints a port that is free on this machine, for launch/*.sh
 """
@@ -24,16 +24,16 @@ from coconut_ds.errors import ConfigError, RankLost, port_in_use
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-# Below the ports that sockets get which ask for none: gloo's would take it before it is used.
+# Below the range of automatically assigned ports: gloo's sockets could take one of those first.
 PORTS = (20000, 32000)
-ANSWER_SECONDS = 15.0  # how long rank 0's store may take to answer, and then to name rank 0
-FAREWELL_SECONDS = 5.0  # how long rank 0 keeps its store for ranks that still read from it
+ANSWER_SECONDS = 15.0  # time for rank 0's store to answer, and then for rank 0 to register
+FAREWELL_SECONDS = 5.0  # how long rank 0 keeps its store open for ranks that still read from it
 POLL_SECONDS = 0.1
 FOREVER = 1e9
 
 
 def free_port() -> int:
-    """A port that no program of this machine listens on now."""
+    """A port that no program on this machine is listening on."""
     while True:
         port = random.randint(*PORTS)
         with socket.socket() as probe, suppress(OSError):
@@ -41,14 +41,14 @@ def free_port() -> int:
             return port
 
 
-def meet(rank: int, world_size: int, limit: float, problem: str | None = None) -> "TCPStore":
-    """Wait for all ranks; the store returned must live until the process group has started.  Collective.
+def meet(rank: int, world_size: int, limit: float, message: str | None = None) -> "TCPStore":
+    """Wait for all ranks. Keep the returned store until the process group has started.  Collective.
 
-    `limit` in seconds, 0: without end.  `problem`: why this rank cannot take part, raised as ConfigError on
-    all ranks.  Raises RankLost where a rank is missing, ConfigError where the port is another program's.
+    `limit` in seconds; 0 disables it.  `message`: why this rank cannot take part, raised as ConfigError on
+    all ranks.  Raises RankLost if a rank is missing, ConfigError if another program uses the port.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Under torchrun its agent has the store, through all restarts; else rank 0 has.
+    # Under torchrun the agent owns the store through all restarts; otherwise rank 0 does.
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + (limit or FOREVER)
     where = f"{address}:{port}"
@@ -59,27 +59,27 @@ def meet(rank: int, world_size: int, limit: float, problem: str | None = None) -
         store = _connect(address, port, world_size)
     prefix = f"coconut_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if store.add(f"{prefix}/claim_{rank}", 1) > 1:
-        raise port_in_use(address, port)  # by a rank of the same number, so of another run
+        raise port_in_use(address, port)  # another run has a rank with the same number here
     keys = [f"{prefix}/rank_{other}" for other in range(world_size)]
-    store.set(keys[rank], problem or "")
+    store.set(keys[rank], message or "")
     if not of_agent:
         answer = min(deadline, time.monotonic() + ANSWER_SECONDS)
         _wait(lambda: store.check(keys[:1]), answer, lambda: port_in_use(address, port))
 
-    def absent() -> RankLost:
+    def lost() -> RankLost:
         missing = [other for other in range(world_size) if not store.check([keys[other]])]
         return _missing(missing, world_size, limit, where)
 
-    _wait(lambda: store.check(keys), deadline, absent)
-    problems = [text for key in keys if (text := store.get(key).decode())]
-    if problems:
+    _wait(lambda: store.check(keys), deadline, lost)
+    messages = [text for key in keys if (text := store.get(key).decode())]
+    if messages:
         _leave(store, f"{prefix}/left", rank, world_size)
-        raise ConfigError(problems[0])
+        raise ConfigError(messages[0])
     return store
 
 
 def _listen(address: str, port: int, world_size: int) -> "TCPStore":
-    from torch.distributed import DistNetworkError, TCPStore  # printing a free port need not wait for torch
+    from torch.distributed import DistNetworkError, TCPStore  # printing a free port does not need torch
 
     try:
         return TCPStore(address, port, world_size, True, wait_for_workers=False, multi_tenant=True)
@@ -96,7 +96,7 @@ def _accepts(address: str, port: int) -> bool:
 
 
 def _connect(address: str, port: int, world_size: int) -> "TCPStore":
-    """The store behind a port that accepts connections.  A client would wait without end for an answer."""
+    """Connect to the store, in a thread: the client itself has no timeout for an answer."""
     from torch.distributed import DistError, TCPStore
 
     stores = []
@@ -124,13 +124,13 @@ def _wait(done: Callable[[], bool], deadline: float, failure: Callable[[], Excep
 def _missing(ranks: list[int], world_size: int, limit: float, where: str) -> RankLost:
     names = ", ".join(map(str, ranks))
     return RankLost(
-        f"rank {os.environ['RANK']}: rank {names} of {world_size} did not come to {where} within {limit:g} "
-        "s; look for its message, and start again. --stuck-seconds N waits longer."
+        f"rank {os.environ['RANK']}: rank {names} of {world_size} did not connect to {where} within "
+        f"{limit:g} s; look for its message, then start again. To wait longer: --stuck-seconds N."
     )
 
 
 def _leave(store: "TCPStore", key: str, rank: int, world_size: int) -> None:
-    """Have rank 0, whose process holds the store, end after the others."""
+    """Let rank 0, which owns the store, end after the others."""
     store.add(key, 1)
     deadline = time.monotonic() + FAREWELL_SECONDS
     while rank == 0 and store.add(key, 0) < world_size and time.monotonic() < deadline:

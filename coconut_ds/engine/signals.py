@@ -1,13 +1,12 @@
-"""Requests to save or to stop, from signals, files and clocks; every rank hears of each at the same step.
+"""Requests to save or stop, from signals, files and clocks; all ranks handle them at the same step.
 
     SIGTERM SIGINT SIGUSR1, `touch RUN/STOP`, --max-minutes     save and stop, exit code 75
     SIGTERM SIGINT SIGUSR1 before the model is loaded           exit at once, code 75: nothing to save
     the deepspeed launcher ended (it leaves its ranks alive)    save and stop, exit code 75
-    `touch RUN/SAVE`, save_minutes, save_steps                  save and go on
+    `touch RUN/SAVE`, save_minutes, save_steps                  save and continue
     a second SIGTERM or SIGINT                                  exit at once, nothing saved
 
-Knows: this process's signals, and how to agree over ranks.  Does not know: what saving is.
-A launcher signals its ranks one after another: a rank that acted alone would leave the others waiting.
+A launcher signals its ranks one after another; a rank that stopped alone would leave the others waiting.
 """
 
 import os
@@ -25,16 +24,16 @@ import psutil
 
 from coconut_ds.errors import StopRequested
 
-# Names the folder where launch/train.sh finds the process ids of the ranks.
+# Environment variable with the folder where launch/train.sh finds the ranks' process ids.
 PID_FOLDER = "COCONUT_PID_FOLDER"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Slurm sends SIGUSR1 and later SIGTERM for the same reason; a launcher repeats SIGTERM within moments.
-IMPATIENT = (signal.SIGTERM, signal.SIGINT)
-REPEATED_WITHIN_SECONDS = 2.0
+# A second one of these ends the process; SIGUSR1 does not count: Slurm sends it some time before SIGTERM.
+END_ON_REPEAT = (signal.SIGTERM, signal.SIGINT)
+REPEATED_WITHIN_SECONDS = 2.0  # launchers repeat SIGTERM; these count as one
 
 
 class Signals:
-    """From entering to leaving this context, a stop signal is remembered instead of ending the process."""
+    """Within this context, a stop signal is recorded instead of ending the process."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -44,7 +43,7 @@ class Signals:
     def __enter__(self) -> Self:
         if folder := os.environ.get(PID_FOLDER):
             Path(folder, str(os.getpid())).touch()
-        # A thread listens, because the main one may sit in a collective and run no handler for minutes.
+        # A thread listens: the main thread may wait in a collective and run no handler for minutes.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._old_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -62,7 +61,7 @@ class Signals:
 
     @contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """Within this context a stop signal ends the process at once, whatever the main thread computes."""
+        """Within this context a stop signal ends the process at once, even if the main thread is busy."""
         self._nothing_to_save = True
         try:
             yield
@@ -78,26 +77,26 @@ class Signals:
 
     def _note(self, number: signal.Signals) -> None:
         if self._nothing_to_save:
-            text = f"stopped: received {number.name} before training began; the same command starts again\n"
+            text = f"stopped: received {number.name} before training began; run the same command to restart\n"
             os.write(2, text.encode())
             os._exit(StopRequested.exit_code)
         now = time.monotonic()
-        if number in IMPATIENT:
+        if number in END_ON_REPEAT:
             if self._first and now - self._first > REPEATED_WITHIN_SECONDS:
-                os.write(2, f"second {number.name}: pid {os.getpid()} ends at once, nothing saved\n".encode())
+                os.write(2, f"second {number.name}: pid {os.getpid()} exits now, nothing saved\n".encode())
                 os._exit(128 + number)
             self._first = self._first or now
         self.received = self.received or number
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    """The wakeup descriptor has told the thread."""
+    """Do nothing: the thread reads the signal from the wakeup descriptor."""
 
 
 class Launcher:
-    """The `deepspeed` processes above this rank, if there are any.
+    """The `deepspeed` launcher processes above this rank, if any.
 
-    A signal can end either of them and leave the ranks alive (deepspeed/launcher/runner.py, launch.py).
+    A signal can end them and leave the ranks alive (deepspeed/launcher/runner.py, launch.py).
     """
 
     def __init__(self) -> None:
@@ -119,7 +118,7 @@ class Launcher:
 
 
 class Request(IntEnum):
-    """What is asked for; the greatest over all ranks is done."""
+    """What to do; the highest request over all ranks is carried out."""
 
     NOTHING = 0
     SAVE = 1
@@ -135,7 +134,7 @@ class Ranks(Protocol):
 
 
 class Requests:
-    """What all ranks together are asked to do; `poll` is collective: all ranks call it at the same places."""
+    """Requests to all ranks; `poll` is collective, so all ranks must call it at the same points."""
 
     def __init__(
         self,
@@ -149,9 +148,9 @@ class Requests:
         failed: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder`: where STOP and SAVE files count; those left over from an earlier run are removed.
+        """`folder`: where to look for STOP and SAVE files; files from an earlier run are removed.
 
-        `failed`: whether this rank cannot go on.
+        `failed`: whether this rank cannot continue.
         """
         self._signals, self._ranks, self._clock = signals, ranks, clock
         self._files = {Request.STOP: folder / "STOP", Request.SAVE: folder / "SAVE"}
@@ -165,18 +164,18 @@ class Requests:
                 file.unlink(missing_ok=True)
 
     def poll(self, step: int | None = None) -> Request:
-        """The strongest request of any rank; `step` is given when a step has just ended."""
+        """The highest request of any rank; pass `step` when a step has just ended. Collective."""
         (level,) = self._ranks.max_over_ranks([float(self._of_this_rank(step))])
         return Request(int(level))
 
     def saved(self) -> None:
-        """A checkpoint was written: `save_minutes` counts from here."""
+        """Record that a checkpoint was written: `save_minutes` counts from now."""
         self._saved = self._clock()
         if self._ranks.is_main:
             self._files[Request.SAVE].unlink(missing_ok=True)
 
     def reason(self) -> str:
-        """Why the run is to stop, as the ranks that were asked know it. Collective."""
+        """Why the run stops, from all ranks that know a reason. Collective."""
         if self._ranks.is_main:
             self._files[Request.STOP].unlink(missing_ok=True)
         return ", ".join(sorted({reason for reason in self._ranks.gather(self._reason) if reason}))
@@ -188,13 +187,13 @@ class Requests:
             self._reason = f"received {self._signals.received.name}"
             return Request.STOP
         if self._launcher.is_gone():
-            self._reason = "the deepspeed launcher was ended"
+            self._reason = "the deepspeed launcher ended"
             return Request.STOP
-        if not self._ranks.is_main:  # clocks and files are asked once
+        if not self._ranks.is_main:  # only the main rank checks clocks and files
             return Request.NOTHING
         now = self._clock()
         if self._max_minutes is not None and now - self._started >= 60 * self._max_minutes:
-            self._reason = f"--max-minutes {self._max_minutes:g} have passed"
+            self._reason = f"--max-minutes {self._max_minutes:g} reached"
             return Request.STOP
         if self._files[Request.STOP].exists():
             self._reason = f"found {self._files[Request.STOP]}"

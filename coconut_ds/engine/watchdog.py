@@ -1,11 +1,11 @@
-"""End a run that does not move any more, and say which rank it waits for.
+"""Abort a run that makes no progress, and name the rank that the others wait for.
 
     rank 1 stopped at beat 812 (step 40, 300 s ago); rank 0 waits at beat 813
     stack traces of all threads -> stderr and RUN/stuck/rank_0.txt; exit code 77
 
-Knows: the heartbeats of all ranks, as files in the run folder.  Does not know: what the work is, the time of
-day: a rank counts the seconds since it saw a beat change, and not those in which it was itself asleep.
-NCCL and gloo wait ten minutes or more, and then name neither the rank nor the place.
+Heartbeats are files in the run folder.  No clock is shared: a rank counts the seconds since it saw a beat
+change, without those in which it was itself suspended.  NCCL and gloo time out after ten minutes or more, and
+then name neither the rank nor the operation.
 """
 
 import faulthandler
@@ -25,19 +25,21 @@ from coconut_ds.errors import ConfigError, RankLost
 from coconut_ds.files import json_text, make_folder, open_append, replace_text
 
 HEARTBEATS, STACKS = ".heartbeats", "stuck"
-# Ranks that find it at the same time all write their stacks before the first one ends them all.
+# Several ranks may detect this at once; each needs time to write its stacks before one of them exits.
 LAST_WORDS_SECONDS = 2.0
-# A watch that comes this many periods late was suspended, stopped or starved, and the work with it.
+# A check that comes this many periods late means that this process was suspended or starved of CPU.
 ASLEEP_PERIODS = 10
 
 
 @contextmanager
 def ended_after(limit: float, doing: str) -> Iterator[None]:
-    """End this process with a message when the context takes longer than `limit` seconds (0: never)."""
+    """Abort this process if the context takes longer than `limit` seconds (0: never)."""
 
     def end() -> None:
         rank = os.environ.get("RANK", "0")
-        message = f"error: rank {rank}: {doing} took more than {limit:g} s; another rank died or is cut off\n"
+        message = (
+            f"error: rank {rank}: {doing} took more than {limit:g} s; another rank died or is unreachable\n"
+        )
         os.write(2, message.encode())
         os._exit(RankLost.exit_code)
 
@@ -70,7 +72,7 @@ class Watchdog:
         end: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit` in seconds, 0 for no watch.  `folder`: where the heartbeats and stacks of all ranks lie."""
+        """`limit` in seconds; 0 disables it.  `folder`: for the heartbeats and stacks of all ranks."""
         self.folder, self.rank, self.world_size, self.limit = folder, rank, world_size, limit
         self._end = end
         self._clock = clock
@@ -78,15 +80,15 @@ class Watchdog:
         self._patience = 1.0
         self._period = min(1.0, limit / 10)
         self._looked = clock()
-        self._changed: dict[int, tuple[int, float]] = {}  # rank -> its count, when this rank first saw that
+        self._changed: dict[int, tuple[int, float]] = {}  # rank -> its count, when this rank first saw it
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         if self.limit > 0:
-            with suppress(OSError):  # a full disk must not prevent the watch
+            with suppress(OSError):  # the watchdog must work on a full disk
                 make_folder(self.folder / HEARTBEATS)
-            self._publish(self._beat)  # not the one of an earlier run
+            self._publish(self._beat)  # replaces the heartbeat of an earlier run
             self._thread.start()
         return self
 
@@ -97,13 +99,13 @@ class Watchdog:
         if self.limit > 0:
             self._thread.join()
             self._heartbeat(self.rank).unlink(missing_ok=True)
-            with suppress(OSError):  # another rank is still there
+            with suppress(OSError):  # another rank is still running
                 (self.folder / HEARTBEATS).rmdir()
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
-        """This rank moves, and does `doing` next, which may take `patience` times the limit.
+        """Report progress: this rank does `doing` next, which may take `patience` times the limit.
 
-        All ranks beat at the same places, so the one with the fewest beats is the one they wait for.
+        All ranks beat at the same points, so the rank with the fewest beats is the one they wait for.
         """
         self._patience = patience
         self._beat = Beat(self._beat.count + 1, doing)
@@ -117,14 +119,14 @@ class Watchdog:
                 return
 
     def _is_stuck(self) -> bool:
-        """Look once: whether this rank has not moved for longer than it may."""
+        """Check once whether this rank has made no progress for too long."""
         now, beat = self._clock(), self._beat
-        if now - self._looked > ASLEEP_PERIODS * self._period:  # everybody gets the time to go on
+        if now - self._looked > ASLEEP_PERIODS * self._period:  # restart the time of all ranks
             self._changed = {rank: (count, now) for rank, (count, _) in self._changed.items()}
         self._looked = now
         self._publish(beat)
         idle = self._idle(self.rank, beat, now)
-        if idle > self.limit / 4:  # until then nobody is suspected, and no file of another rank is read
+        if idle > self.limit / 4:  # before that, do not read the files of other ranks
             for rank, other in self._beats().items():
                 self._idle(rank, other, now)
         return idle > self.limit * self._patience
@@ -141,7 +143,7 @@ class Watchdog:
         return self.folder / HEARTBEATS / f"rank_{rank}.json"
 
     def _publish(self, beat: Beat) -> None:
-        with suppress(OSError):  # a full disk must not end the watch
+        with suppress(OSError):  # the watchdog must work on a full disk
             replace_text(self._heartbeat(self.rank), json_text(asdict(beat)), durable=False)
 
     def _beats(self) -> dict[int, Beat]:
@@ -152,26 +154,27 @@ class Watchdog:
         return beats
 
     def describe(self) -> str:
-        """Which ranks stand where, the ones that are waited for first."""
+        """The last operation of every rank, the ones that the others wait for first."""
         now = self._clock()
         beats = self._beats()
         fewest = min((beat.count for beat in beats.values()), default=0)
         behind = [rank for rank, beat in beats.items() if beat.count == fewest]
-        places = [
+        states = [
             f"rank {rank}: {beat.doing} (beat {beat.count}), at least {self._idle(rank, beat, now):.0f} s ago"
             for rank, beat in sorted(beats.items(), key=lambda item: item[1].count)
         ]
         if len(behind) < len(beats):
-            head = f"waiting for rank {', '.join(map(str, behind))}, which stopped moving"
+            head = f"waiting for rank {', '.join(map(str, behind))}, which makes no progress"
         else:
-            head = "all ranks stopped at the same place"
-        return f"{head}. Last seen: " + "; ".join(places)
+            head = "all ranks stopped at the same point"
+        return f"{head}. Last seen: " + "; ".join(states)
 
     def _report(self, beat: Beat) -> None:
         idle = self._idle(self.rank, beat, self._clock())
         message = (
-            f"error: rank {self.rank}: nothing moved for {idle:.0f} s: {self.describe()}. "
-            f"Stack traces: {self.folder / STACKS}. Start again to go on from the newest checkpoint."
+            f"error: rank {self.rank}: no progress for {idle:.0f} s: {self.describe()}. "
+            f"Stack traces: {self.folder / STACKS}. "
+            "Run the same command to resume from the newest checkpoint."
         )
         print(message, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

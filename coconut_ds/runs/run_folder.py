@@ -149,7 +149,7 @@ class Run:
         self.folder = run_folder(experiment)
         self.writes = is_main and not experiment.debug
         self.devices, self.command = devices, command or sys.argv
-        self.problem: str | None = None  # why a line could not be written
+        self.write_error: str | None = None  # why a line could not be written
         self._wandb: Any = None
         self._lock: RunLock | None = None
         self._lines: dict[str, JsonLines] = {}
@@ -196,7 +196,7 @@ class Run:
         try:
             self._lines[name].append(record)
         except OSError as error:
-            self.problem = str(cannot_write(self.folder / name, error))
+            self.write_error = str(cannot_write(self.folder / name, error))
             self.writes = False
 
     def _stop_wandb(self, error: Exception) -> None:

@@ -1,7 +1,4 @@
-"""The two settings files of a run, with what they leave open filled in from the model and the machine.
-
-Knows: command lines, the model's configuration, this machine's memory.  Does not know: data, weights, ranks.
-"""
+"""Read the two settings files of a run; fill in missing values from the model and this machine."""
 
 import argparse
 
@@ -15,18 +12,18 @@ from coconut_ds.model.loading import load_config
 
 MIB, GIB = 2**20, 2**30
 RESERVED_MIB = 800  # CUDA context, NCCL and cuBLAS workspaces, as in ds_configs/
-# What the shipped files are made for, where there is no GPU to ask.
+# The GPUs that the shipped files are made for; used on machines without a GPU.
 NAMED_DEVICE, NAMED_GPUS, NAMED_MIB = "GTX 1080 Ti", 2, 11_264
 
 
 def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:
-    """Both files of a command line.  Raises ConfigError."""
+    """Read both files of a command line. Raises ConfigError."""
     experiment = read_experiment(args)
     return experiment, read_ds_config(args.deepspeed_config, experiment)
 
 
 def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
-    """The JSON of a run of `experiment`; the main process prints the notes on it.  Raises ConfigError."""
+    """Read the DeepSpeed JSON for `experiment`; the main process prints its notes. Raises ConfigError."""
     ds_config = load_ds_config(path)
     notes = list(ds_config.notes)
     hidden_size = None
@@ -36,8 +33,8 @@ def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
     if budget is None:
         budget = default_budget()
         notes.append(
-            f"{path}: memory_budget: is missing; that of a {budget.device} is used: "
-            f"{budget.gpu_memory_mib:,} MiB per GPU, {budget.reserved_mib} of them reserved"
+            f"{path}: memory_budget: missing; using {budget.device}: "
+            f"{budget.gpu_memory_mib:,} MiB per GPU, {budget.reserved_mib} reserved"
         )
     if is_main_process():
         print_notes(notes)
@@ -45,7 +42,7 @@ def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
 
 
 def default_budget() -> MemoryBudget:
-    """This machine's GPUs less a reserve; without one, the two cards of ds_configs/, as a warning only."""
+    """The budget of this machine's GPUs; without a GPU, that of ds_configs/, which only warns."""
     host_memory_gib = round(psutil.virtual_memory().total / GIB, 1)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

@@ -1,12 +1,11 @@
-"""Run a grid of experiments one after another; what is finished is skipped, what fails is reported.
+"""Run a grid of experiments one after another; skip finished runs and report failed ones.
 
     grid.yaml       config: configs/full/gsm_coconut.yaml
                     deepspeed_config: ds_configs/zero2_offload.json
                     set: [num_epochs=10]
                     grid: {method: [coconut, cot], seed: [0, 1, 2], deepspeed_config: [A.json, B.json]}
 
-Every run is named after the grid's values and trains in a process of its own, so a crash ends one run alone.
-Knows: settings, run folders, the launcher's command line.  Does not know: training.
+Every run is named after its grid values and trains in its own process, so a crash ends only that run.
 """
 
 import itertools
@@ -39,7 +38,7 @@ DS_CONFIG = "deepspeed_config"
 KEYS = ("config", DS_CONFIG, "set", "grid", "name")
 FINISHED, SKIPPED, FAILED, STOPPED = "finished", "already finished", "failed", "stopped"
 LOG = "sweep.log"
-PID_FOLDER = "COCONUT_PID_FOLDER"  # where ranks leave their process ids
+PID_FOLDER = "COCONUT_PID_FOLDER"  # where ranks write their process ids
 SAVE_SECONDS = 600
 
 
@@ -57,7 +56,7 @@ class Point:
         return run_folder(self.experiment)
 
     def is_finished(self) -> bool:
-        """Whether its folder holds the result of the last epoch, of these very settings."""
+        """Whether the run folder has the last epoch's result with exactly these settings."""
         if not (self.folder / "experiment.yaml").is_file():
             return False
         run = read_run(self.folder)
@@ -70,23 +69,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; `said` is its last words."""
+    """How a run ended."""
 
     point: Point
     state: str
     seconds: float = 0.0
-    said: str = ""
+    message: str = ""
 
 
 def read_grid(path: str | Path) -> dict[str, Any]:
-    """A grid file.  Raises ConfigError for keys that it cannot have."""
+    """Read a grid file. Raises ConfigError for unknown or missing keys."""
     values = read_yaml(path)
     unknown = sorted(values.keys() - set(KEYS))
     if unknown:
-        raise ConfigError(f"{path}: '{unknown[0]}' is not a key of a grid; there are {', '.join(KEYS)}")
+        raise ConfigError(f"{path}: '{unknown[0]}' is not a key of a grid; use one of {', '.join(KEYS)}")
     if "config" not in values or not isinstance(values.get("grid"), dict):
         raise ConfigError(
-            f"{path}: needs 'config', an experiment YAML, and 'grid', lists of values by setting"
+            f"{path}: needs 'config' (an experiment YAML) and 'grid' (a list of values per setting)"
         )
     return values
 
@@ -109,41 +108,41 @@ def points(
     axes: Mapping[str, Sequence[Any]],
     name: str | None = None,
 ) -> list[Point]:
-    """Every combination of the axes' values, checked; the first axis changes slowest.
+    """Check and return every combination of the axes' values; the first axis changes slowest.
 
-    Raises ConfigError with the problems of all combinations, and for two of the same name.
+    Raises ConfigError with the errors of all combinations, and for two combinations of the same name.
     """
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"grid: '{key}' needs a list of values, got {values!r}")
     base = name or load_experiment(config, overrides).name
-    found, problems = [], []
+    results, errors = [], []
     for combination in itertools.product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
         path = chosen.pop(DS_CONFIG, ds_config)
         if path is None:
-            raise ConfigError("name a --deepspeed_config, or put deepspeed_config into the grid")
+            raise ConfigError("give --deepspeed_config, or add deepspeed_config to the grid")
         words = [f"{key}-{_word(value)}" for key, value in chosen.items()]
         words += [Path(path).stem] if DS_CONFIG in axes else []
         more = [*overrides, f"name={'-'.join([base, *words])}"]
         more += [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
-        if "method" in chosen:  # the file's own boolean would name a second method
+        if "method" in chosen:  # a boolean in the file would select a second method
             more += _no_booleans(config, more)
         try:
             load_ds_config(path)
-            found.append(Point(config, path, tuple(more), load_experiment(config, more)))
+            results.append(Point(config, path, tuple(more), load_experiment(config, more)))
         except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-    names = [str(point.folder) for point in found]
-    if any(point.experiment.debug for point in found):
+            errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(dict.fromkeys(errors)))
+    names = [str(point.folder) for point in results]
+    if any(point.experiment.debug for point in results):
         raise ConfigError(
-            "debug: true saves nothing, so a sweep could not tell what is finished; set it to false"
+            "debug: true saves nothing, so a sweep cannot tell which runs are finished; set debug: false"
         )
     for twice in {path for path in names if names.count(path) > 1}:
         raise ConfigError(f"grid: two combinations would write to {twice}")
-    return found
+    return results
 
 
 def _no_booleans(config: str, overrides: Sequence[str]) -> list[str]:
@@ -157,7 +156,7 @@ def _word(value: Any) -> str:
 
 
 def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list[str]:
-    """The command line that trains a point: through the `deepspeed` launcher, or as one process."""
+    """The command line that trains a point, with the `deepspeed` launcher or as one process."""
     settings = [word for override in point.overrides for word in ("--set", override)]
     arguments = ["train", point.config, "--deepspeed_config", point.ds_config, *settings]
     if num_gpus == 1:
@@ -168,23 +167,23 @@ def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list
     return [launcher, *ranks, "--module", "coconut_ds", *arguments]
 
 
-def run_all(grid: Sequence[Point], num_gpus: int, say: Callable[[str], None] = print) -> list[Outcome]:
-    """Train every point that is not finished; a failure is noted and the next one begins.
+def run_all(grid: Sequence[Point], num_gpus: int, log: Callable[[str], None] = print) -> list[Outcome]:
+    """Train every point that is not finished; record failures and continue with the next point.
 
-    A run that was asked to stop (exit code 75, Ctrl-C) ends the sweep: the same command goes on from there.
+    A stopped run (exit code 75, Ctrl-C) ends the sweep; the same command resumes it.
     """
     outcomes: list[Outcome] = []
-    for place, point in enumerate(grid, 1):
-        title = f"[{place}/{len(grid)}] {point.experiment.name}"
+    for number, point in enumerate(grid, 1):
+        title = f"[{number}/{len(grid)}] {point.experiment.name}"
         if point.is_finished():
-            say(f"{title}: already finished")
+            log(f"{title}: already finished")
             outcomes.append(Outcome(point, SKIPPED))
             continue
-        say(f"{title}: {shlex.join(launch_command(point, num_gpus))}")
+        log(f"{title}: {shlex.join(launch_command(point, num_gpus))}")
         with _termination_as_interrupt():
             outcomes.append(_run(point, num_gpus))
-        said = f" ({outcomes[-1].said})" if outcomes[-1].said else ""
-        say(f"{title}: {outcomes[-1].state} after {outcomes[-1].seconds:.0f} s{said}")
+        message = f" ({outcomes[-1].message})" if outcomes[-1].message else ""
+        log(f"{title}: {outcomes[-1].state} after {outcomes[-1].seconds:.0f} s{message}")
         if outcomes[-1].state == STOPPED:
             break
     return outcomes
@@ -211,12 +210,12 @@ def _run(point: Point, num_gpus: int) -> Outcome:
     if code == 0 and point.is_finished():
         return Outcome(point, FINISHED, seconds)
     if code == StopRequested.exit_code:
-        return Outcome(point, STOPPED, seconds, "the same command goes on")
+        return Outcome(point, STOPPED, seconds, "run the same command to resume")
     return Outcome(point, FAILED, seconds, f"exit code {code}: {last_words(log)}; {log}")
 
 
 def _stop(process: subprocess.Popen[bytes], ids: Path) -> None:
-    """Have the ranks save and end; a launcher that is told itself would kill them instead."""
+    """Ask the ranks to save and end. A signal to the launcher would make it kill them instead."""
     ranks = _living(ids)
     if not ranks:
         os.killpg(process.pid, signal.SIGTERM)
@@ -231,7 +230,7 @@ def _stop(process: subprocess.Popen[bytes], ids: Path) -> None:
 
 
 def _living(ids: Path) -> list[int]:
-    """Processes that left a file of their id in the folder (signals.py) and still run."""
+    """Running processes that wrote a file named after their id into the folder (signals.py)."""
     return [int(path.name) for path in ids.iterdir() if Path("/proc", path.name).exists()]
 
 
@@ -248,7 +247,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 
 def last_words(log: Path) -> str:
-    """The line of a log that tells most: the last one that names an error."""
+    """The most informative line of a log: the last one that names an error."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    telling = [line for line in lines if "rror" in line and "exits with return code" not in line]
-    return (telling or [line for line in lines if line] or ["no output"])[-1][:200]
+    errors = [line for line in lines if "rror" in line and "exits with return code" not in line]
+    return (errors or [line for line in lines if line] or ["no output"])[-1][:200]

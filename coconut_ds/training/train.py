@@ -1,7 +1,4 @@
-"""Set a run up and see it through: data, ranks, budget, engine, run folder, then the loop (trainer.py).
-
-Knows: everything above it in the house.  Does not know: the command line.
-"""
+"""Set up a run (data, ranks, budget, engine, run folder), then run the training loop (trainer.py)."""
 
 import warnings
 
@@ -26,9 +23,9 @@ from coconut_ds.training.trainer import Options, Trainer
 
 
 def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) -> Evaluation | None:
-    """Train or continue one run; gives the last evaluation. Called on every rank.
+    """Start or resume one run and return its last evaluation. Called on every rank.
 
-    Raises UserError for everything the user can mend, before a model is loaded where possible.
+    Raises UserError for everything the user can fix, before a model is loaded where possible.
     """
     with Signals() as signals, lost_ranks_explained():
         with signals.nothing_to_save():
@@ -55,29 +52,29 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
 
 
 def send_report(run: Run) -> None:
-    """The report of a finished run as a wandb artifact, where wandb is on."""
+    """Upload the report of a finished run as a wandb artifact, if wandb is enabled."""
     if run.has_wandb:
-        from coconut_ds.reports.run_page import report_of  # matplotlib takes a second
+        from coconut_ds.reports.run_page import report_of  # matplotlib takes a second to import
 
         try:
             run.attach(report_of(run.folder), "report")
-        except (OSError, ValueError) as error:  # the training itself is done and saved
-            warnings.warn(f"no report for wandb: {error}", stacklevel=2)
+        except (OSError, ValueError) as error:  # training is already finished and saved
+            warnings.warn(f"cannot send the report to wandb: {error}", stacklevel=2)
 
 
 def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -> Run:
-    """The locked run folder; the main rank's ConfigError is raised on all ranks. Collective."""
-    together = Collectives(ranks)
-    devices = together.gather(describe(ranks))
+    """Open and lock the run folder. Raises the main rank's ConfigError on all ranks. Collective."""
+    collectives = Collectives(ranks)
+    devices = collectives.gather(describe(ranks))
     settings = ds_config.resolved_file(experiment, ranks.world_size)
-    run, problem = None, None
+    run, message = None, None
     try:
         run = Run(experiment, settings, is_main=ranks.is_main, devices=devices)
     except ConfigError as error:
-        problem = str(error)
-    problem = together.broadcast_object(problem)
-    if run is None or problem is not None:
-        raise ConfigError(problem)
+        message = str(error)
+    message = collectives.broadcast_object(message)
+    if run is None or message is not None:
+        raise ConfigError(message)
     return run
 
 

@@ -1,7 +1,4 @@
-"""One run in progress: for every epoch its stage, its steps, an evaluation, a checkpoint.
-
-Knows: everything above it in the house.  Does not know: how a run is set up, the command line.
-"""
+"""The training loop: for every epoch, the steps of its stage, an evaluation and a checkpoint."""
 
 import time
 import warnings
@@ -47,9 +44,9 @@ class Options:
 
     checkpoint: str | None = None  # resume from this checkpoint instead of the newest
     allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
-    max_minutes: float | None = None  # save and stop after so long
-    stuck_seconds: float = 300.0  # end when nothing moves for so long; 0: never
-    skip_plan: bool = False  # start without checking the plan against the memory budget
+    max_minutes: float | None = None  # save and stop after this time
+    stuck_seconds: float = 300.0  # abort after this time without progress; 0: never
+    skip_plan: bool = False  # do not check the plan against the memory budget
 
 
 class Trainer:
@@ -79,7 +76,7 @@ class Trainer:
             keep=experiment.keep_checkpoints,
             only_improving=experiment.save_only_improve,
             expected_bytes=engine.checkpoint_bytes(),
-            say=self.say,
+            log=self.print_line,
         )
         self.state = TrainState(epoch=experiment.resume)
         self.saved_at: tuple[int, int] | None = None  # (epoch, step) of the newest checkpoint
@@ -90,13 +87,13 @@ class Trainer:
             save_minutes=experiment.save_minutes,
             save_steps=experiment.save_steps,
             max_minutes=options.max_minutes,
-            failed=lambda: run.problem is not None,
+            failed=lambda: run.write_error is not None,
         )
         self.watchdog = watchdog
         self.guard = LossGuard(run.folder, engine.rank)
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the run."""
+        """The settings that a checkpoint records."""
         settings = settings_to_compare(self.experiment, self.run.ds_config, self.engine.module.base_record)
         if self.experiment.icot_tokens_per_epoch is not None:
             lengths = [sum(map(len, problem.steps)) for problem in self.run_data.valid.tokenized]
@@ -104,11 +101,11 @@ class Trainer:
         return settings
 
     def run_all(self) -> Evaluation | None:
-        """Every epoch that is left, then the test set."""
+        """Run the remaining epochs, then evaluate on the test set."""
         self.resume()
         start = self.experiment.load_model_path
         if start and (note := misleading_best(Path(start))):
-            self.say(f"load_model_path: {note}")
+            self.print_line(f"load_model_path: {note}")
         result = None
         for epoch in range(self.state.epoch, self.experiment.num_epochs):
             if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
@@ -118,15 +115,15 @@ class Trainer:
             self.ablate(epoch, result)
             self.save(result)
         if self.run_data.test is not None:
-            # The weights' own epoch: a finished run may be started again with fewer num_epochs.
+            # The epoch of the weights: a finished run may be started again with a smaller num_epochs.
             epoch = max(self.state.epoch - 1, 0)
             if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
-                self.say(early)
+                self.print_line(early)
             result = self.evaluate(self.run_data.test, stage_at(epoch, self.experiment), "test", epoch)
         self.check_written()
         if self.run.writes:
             for line in verdicts(read_run(self.run.folder)):
-                self.say(line)
+                self.print_line(line)
         return result
 
     def resume(self) -> None:
@@ -151,14 +148,14 @@ class Trainer:
         return False
 
     def train_epoch(self, epoch: int) -> None:
-        """The steps of one epoch, from where the state stands."""
+        """Run the remaining steps of one epoch."""
         stage = stage_at(epoch, self.experiment)
         first, done = self.state.step_in_epoch, self.state.samples_in_epoch
         steps = training_steps(
             self.run_data.train, epoch, self.experiment, self.run_data.vocabulary, self.layout, done
         )
         total = first + self.layout.num_steps(len(self.run_data.train) - done)
-        self.engine.train()  # transformers load a model in evaluation mode
+        self.engine.train()  # transformers loads models in evaluation mode
         self.peak.start()
         with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:
             for micro_batches in steps:
@@ -178,7 +175,7 @@ class Trainer:
             self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
 
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step; gives what is worth a log line."""
+        """Run one optimizer step and return its numbers for the log."""
         started = time.perf_counter()
         number = self.state.global_step + 1
         shares = []
@@ -216,10 +213,12 @@ class Trainer:
         return self.evaluate(self.run_data.valid, stage_at(epoch, self.experiment), "valid", epoch)
 
     def ablate(self, epoch: int, intact: Evaluation) -> None:
-        """After the last epoch of a stage with latents: validate with something else in their place."""
+        """After the last epoch of a stage with latents, validate with the latents replaced."""
         names, stage = self.experiment.ablate_after_stage, stage_at(epoch, self.experiment)
-        goes_on = epoch + 1 < self.experiment.num_epochs and not is_stage_switch(epoch + 1, self.experiment)
-        if not names or goes_on or stage.num_latents == 0:
+        next_is_same_stage = epoch + 1 < self.experiment.num_epochs and not is_stage_switch(
+            epoch + 1, self.experiment
+        )
+        if not names or next_is_same_stage or stage.num_latents == 0:
             return
         for name in names:
             result = evaluate(
@@ -235,10 +234,10 @@ class Trainer:
             comparison = Comparison.between(name, intact.predictions, result.predictions)
             numbers = {**result.numbers(), **comparison.against_intact()}
             self.run.log("ablation", step=self.state.global_step, epoch=epoch, ablation=name, **numbers)
-            self.say(f"  {comparison}")
+            self.print_line(f"  {comparison}")
 
     def evaluate(self, test_set: TestSet, stage: Stage, name: str, epoch: int) -> Evaluation:
-        """Measure, log, and say it in a line."""
+        """Evaluate, log the numbers and print one line."""
         result = evaluate(
             self.engine,
             test_set,
@@ -263,12 +262,12 @@ class Trainer:
         if weights is not None and self.run.writes:
             try:
                 draw_window_weights(self.run.folder)
-            except OSError as error:  # its numbers are in metrics.jsonl
-                warnings.warn(f"no picture of the window's weights: {error}", stacklevel=2)
+            except OSError as error:  # the numbers are in metrics.jsonl
+                warnings.warn(f"cannot plot the window weights: {error}", stacklevel=2)
         for prediction in result.predictions[:NUM_SHOWN]:
             self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
         self.run.show_samples()
-        self.say(
+        self.print_line(
             f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
             f"accuracy {100 * result.accuracy:.1f} % ({result.grading} grading)  "
             f"CoT match {100 * result.cot_match:.1f} %  "
@@ -278,7 +277,7 @@ class Trainer:
         return result
 
     def save(self, result: Evaluation) -> None:
-        """Close the epoch and write its checkpoint."""
+        """Finish the epoch and write its checkpoint."""
         self.state = replace(
             self.state,
             epoch=self.state.epoch + 1,
@@ -302,26 +301,26 @@ class Trainer:
         self.requests.saved()
 
     def write_settings(self) -> None:
-        """Record what this start runs with; raises the main rank's ConfigError on all ranks. Collective."""
-        problem = None
+        """Record the settings of this start. Raises the main rank's ConfigError on all ranks. Collective."""
+        message = None
         try:
             self.run.write_settings()
         except ConfigError as error:
-            problem = str(error)
-        self.raise_from_main(problem)
+            message = str(error)
+        self.raise_from_main(message)
 
     def check_written(self) -> None:
-        """End all ranks when a line of the main rank's files could not be written. Collective."""
-        self.raise_from_main(self.run.problem)
+        """Raise ConfigError on all ranks if the main rank could not write a log line. Collective."""
+        self.raise_from_main(self.run.write_error)
 
-    def raise_from_main(self, problem: str | None) -> None:
-        problem = self.engine.broadcast_object(problem)
-        if problem is not None:
-            raise ConfigError(problem)
+    def raise_from_main(self, message: str | None) -> None:
+        message = self.engine.broadcast_object(message)
+        if message is not None:
+            raise ConfigError(message)
 
     def keep_going(self) -> None:
-        """Called between the batches of an evaluation."""
-        self.watchdog.beat("evaluation, agreeing")
+        """Handle requests between the batches of an evaluation."""
+        self.watchdog.beat("evaluation, synchronizing")
         match self.requests.poll():
             case Request.STOP:
                 self.stop()
@@ -330,13 +329,13 @@ class Trainer:
         self.watchdog.beat("evaluation, a batch")
 
     def stop(self) -> NoReturn:
-        """Save, and end on all ranks alike."""
+        """Save a checkpoint and raise StopRequested on all ranks."""
         reason = self.requests.reason()
         if self.experiment.only_eval:
-            raise StopRequested(f"{reason}; the evaluation has no result")
+            raise StopRequested(f"{reason}; the evaluation was not finished")
         self.write_checkpoint()
-        what = "nothing is saved with debug" if self.experiment.debug else "the same command goes on"
-        raise StopRequested(f"{reason}; after step {self.state.global_step}; {what}")
+        advice = "debug: true saves nothing" if self.experiment.debug else "run the same command to resume"
+        raise StopRequested(f"{reason}; stopped after step {self.state.global_step}; {advice}")
 
     def write_model(self, folder: Path) -> None:
         with self.engine.full_weights() as module:
@@ -351,6 +350,6 @@ class Trainer:
             desc=title, total=total, initial=first, leave=False, disable=None if self.engine.is_main else True
         )
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         if self.engine.is_main:
             tqdm.write(line)

@@ -51,7 +51,7 @@ def test_the_line_of_training_names_the_rule():
             show_samples=lambda: None,
         ),
         peak=SimpleNamespace(summary=lambda: ""),
-        say=said.append,
+        print_line=said.append,
         check_written=lambda: None,
     )
     with patch("coconut_ds.training.trainer.evaluate", lambda *_: result("latex")):

@@ -52,7 +52,7 @@ def test_a_rank_that_does_not_come_is_named(there: int, missing: int, port: int)
     started = time.monotonic()
     (error,) = meet_all((there, None), limit=1.0)
     assert isinstance(error, RankLost) and time.monotonic() - started < 15
-    assert f"rank {missing} of 2 did not come to 127.0.0.1:{port} within 1 s" in str(error)
+    assert f"rank {missing} of 2 did not connect to 127.0.0.1:{port} within 1 s" in str(error)
 
 
 def test_what_one_rank_cannot_do_is_known_to_all() -> None:

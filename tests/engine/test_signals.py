@@ -126,7 +126,7 @@ def test_second_signal_ends_at_once_but_not_a_repeated_one() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
-    assert process.stderr is not None and "ends at once, nothing saved" in process.stderr.read()
+    assert process.stderr is not None and "exits now, nothing saved" in process.stderr.read()
 
 
 # The main thread computes in Python, as planning does.

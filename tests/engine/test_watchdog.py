@@ -31,7 +31,7 @@ def test_a_rank_that_sleeps_is_named_by_the_others(tmp_path: Path, monkeypatch, 
         assert ended.wait(timeout=10)
     assert codes == [RankLost.exit_code]
     said = capfd.readouterr().err
-    assert "waiting for rank 1, which stopped moving" in said
+    assert "waiting for rank 1, which makes no progress" in said
     assert "rank 1: step 1 (beat 1)" in said and "rank 0: step 2 (beat 2)" in said
     assert "most recent call first" in said and __file__ in said  # the stack of this very function
     assert "waiting for rank 1" in (tmp_path / "stuck/rank_0.txt").read_text()
@@ -50,7 +50,7 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
 
 def test_all_at_the_same_place(tmp_path: Path) -> None:
     with Watchdog(tmp_path, 0, 1, 60) as watchdog:
-        assert "all ranks stopped at the same place" in watchdog.describe()
+        assert "all ranks stopped at the same point" in watchdog.describe()
 
 
 def test_no_limit_no_watch(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_rank_that_stays_asleep_is_named_whatever_its_clock_says(tmp_path: Pat
     assert look([awake], clock, 299) == [False]
     assert look([awake], clock, 3) == [True]
     said = awake.describe()
-    assert "waiting for rank 1, which stopped moving" in said
+    assert "waiting for rank 1, which makes no progress" in said
     assert "rank 0: step 1 (beat 1), at least 301 s ago" in said
     # Others are looked at after a quarter of the limit.
     assert "rank 1: starting (beat 0), at least 225 s ago" in said

@@ -34,7 +34,7 @@ def test_a_rank_that_does_not_move_is_named(bench: Bench, reference: Numbers, ra
     running = bench.start("--stuck-seconds", "5", faults=[fault])
     running.processes[1 - rank].join(60)
     assert running.processes[1 - rank].exitcode == 77
-    assert f"waiting for rank {rank}, which stopped moving" in running.output, running.output
+    assert f"waiting for rank {rank}, which makes no progress" in running.output, running.output
     if how == "sleep":
         running.processes[rank].join(60)
         assert running.processes[rank].exitcode == 77

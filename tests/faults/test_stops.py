@@ -61,9 +61,9 @@ def test_signal_to_a_rank(bench: Bench, reference: Numbers, faults: Faults, reas
     [
         (signal_at("self", "TERM", rank=1), 75, "received SIGTERM"),
         (signal_at("parent", "TERM"), 1, "received SIGTERM"),
-        (signal_at("grandparent", "TERM"), -15, "the deepspeed launcher was ended"),
-        (signal_at("parent", "USR1"), 0, "the deepspeed launcher was ended"),
-        (signal_at("parent", "KILL"), 0, "the deepspeed launcher was ended"),
+        (signal_at("grandparent", "TERM"), -15, "the deepspeed launcher ended"),
+        (signal_at("parent", "USR1"), 0, "the deepspeed launcher ended"),
+        (signal_at("parent", "KILL"), 0, "the deepspeed launcher ended"),
     ],
     ids=["TERM rank", "TERM launcher", "TERM runner", "USR1 launcher", "KILL launcher"],
 )
@@ -108,7 +108,7 @@ def test_save_file_saves_and_goes_on(bench: Bench, reference: Numbers) -> None:
 def test_max_minutes(bench: Bench, reference: Numbers) -> None:
     ended = bench.train("--max-minutes", "0.0001")
     assert ended.codes == [75, 75] and bench.steps() == [1]
-    check_stopped_and_resumed(bench, reference, ended, "--max-minutes 0.0001 have passed")
+    check_stopped_and_resumed(bench, reference, ended, "--max-minutes 0.0001 reached")
 
 
 def test_stopped_again_and_again(bench: Bench, reference: Numbers) -> None:

@@ -173,7 +173,7 @@ def test_a_disk_that_fills_up_ends_the_writing_and_leaves_no_half_line(experimen
 
         run._lines["metrics.jsonl"]._file = Full()
         run.log("train", step=2)
-        assert "metrics.jsonl: cannot write here (No space left on device); make room" in str(run.problem)
+        assert "metrics.jsonl: cannot write here (No space left on device); make room" in str(run.write_error)
         run.log("train", step=3)
         run.sample(step=3)
         assert (run.folder / "metrics.jsonl").read_bytes() == content

@@ -125,7 +125,7 @@ def test_failures_are_reported_and_the_rest_goes_on(config, monkeypatch, capsys)
     monkeypatch.setattr(sweep, "launch_command", command)
     outcomes = sweep.run_all(grid, 2)
     assert [outcome.state for outcome in outcomes] == [sweep.SKIPPED, sweep.FAILED, sweep.FINISHED]
-    assert "exit code 3: ValueError: no luck" in outcomes[1].said
+    assert "exit code 3: ValueError: no luck" in outcomes[1].message
     assert started == grid[1:]
     text = summary(outcomes)
     assert "2 of 3 runs are finished" in text and "failed: base-seed-1" in text and "75.0 % [" in text

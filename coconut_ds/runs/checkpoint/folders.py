@@ -19,7 +19,7 @@ from coconut_ds.runs.checkpoint.stages import BEST_OF_STAGE, TrainedStage, best_
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
 DRAFT = ".tmp-"
 MAX_POINTER = 256  # bytes of the files `latest` and `best`
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def checkpoint_name(epoch: int, step_in_epoch: int = 0) -> str:
@@ -34,10 +34,10 @@ def position_of(name: str) -> tuple[int, int] | None:
 
 
 class CheckpointFolders:
-    def __init__(self, run_folder: Path, say: Say = print) -> None:
-        """`say` gets one line for every checkpoint that is skipped or set aside."""
+    def __init__(self, run_folder: Path, log: Log = print) -> None:
+        """`log` gets one line for every checkpoint that is skipped or set aside."""
         self.run_folder = run_folder
-        self._say = say
+        self._log = log
         self._verified: set[str] = set()
 
     def names(self) -> list[str]:
@@ -56,10 +56,10 @@ class CheckpointFolders:
             try:
                 self.check(name)
             except CheckpointError as error:
-                self._say(f"skipped {name}: {error}")
+                self._log(f"skipped {name}: {error}")
                 continue
             if pointed is not None and pointed != name:
-                self._say(
+                self._log(
                     f"{self.run_folder / 'latest'} names {pointed}; the newest whole checkpoint is {name}"
                 )
             return name
@@ -180,7 +180,7 @@ class CheckpointFolders:
         for newer in self.names():
             if _age(newer) > _age(name):
                 (self.run_folder / newer).rename(self.run_folder / f"superseded-{stamp}-{newer}")
-                self._say(f"set aside {newer}: it is newer than {name}, from which this run goes on")
+                self._log(f"set aside {newer}: it is newer than {name}, from which this run goes on")
         self._point_best()
         replace_text(self.run_folder / "latest", name + "\n")
 

@@ -19,7 +19,7 @@ from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
 from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.files import replace_text, sync_folder
 from coconut_ds.runs.checkpoint.changes import refuse_changes
-from coconut_ds.runs.checkpoint.folders import DRAFT, CheckpointFolders, Say, checkpoint_name
+from coconut_ds.runs.checkpoint.folders import DRAFT, CheckpointFolders, Log, checkpoint_name
 from coconut_ds.runs.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
 from coconut_ds.runs.checkpoint.random_state import restore_random_state, save_random_state
 
@@ -64,22 +64,22 @@ class Checkpoints:
         keep: int | None = None,
         only_improving: bool = False,
         expected_bytes: int = 0,
-        say: Say = print,
+        log: Log = print,
     ) -> None:
         """`settings` as in changes.py.  `keep`: at most so many end-of-epoch checkpoints (None: all).
 
         `only_improving`: of the end-of-epoch checkpoints keep those that improved the validation accuracy
         of their stage; the newest checkpoint of all stays besides, to resume from.  `expected_bytes`: size of
-        a checkpoint, for the first free-space check.  `say` gets one line for all the user should know, on
+        a checkpoint, for the first free-space check.  `log` gets one line for all the user should know, on
         the main rank.
         """
-        self.folders = CheckpointFolders(run_folder, say)
+        self.folders = CheckpointFolders(run_folder, log)
         self.engine = engine
         self.settings = settings
         self.keep = keep
         self.only_improving = only_improving
         self.expected_bytes = expected_bytes
-        self._say = say
+        self._log = log
 
     @property
     def run_folder(self) -> Path:
@@ -137,7 +137,7 @@ class Checkpoints:
             restore_random_state(random_file)
         self._on_main(lambda: self.folders.set_aside_after(name))
         if self.engine.is_main:
-            self._say(
+            self._log(
                 f"resumed from {folder}: {manifest.state.epoch} epochs, step {manifest.state.global_step}"
             )
         return manifest.state
@@ -162,7 +162,7 @@ class Checkpoints:
         needed = 2 * sum(path.stat().st_size for path in shards.iterdir())
         if lack := self._lack_of_space(needed):
             raise CheckpointError(f"{self.run_folder}: dividing {shards} anew {lack}; make room")
-        self._say(f"dividing {shards} anew, for world size {self.engine.world_size}")
+        self._log(f"dividing {shards} anew, for world size {self.engine.world_size}")
         converted.mkdir(parents=True)
         try:
             self.engine.convert_shards(shards, converted)
@@ -185,7 +185,7 @@ class Checkpoints:
             return None
         manifest = self.folders.check(name)
         for line in refuse_changes(manifest, self.settings, self.engine.world_size, allow):
-            self._say(line)
+            self._log(line)
         return name, manifest
 
     def _begin(self, draft: Path) -> None:

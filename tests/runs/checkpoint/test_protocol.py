@@ -30,7 +30,7 @@ class Bench:
     def fresh(self, *, settings=None, **options) -> Checkpoints:
         self.said.clear()
         self.engine = FakeShards(torch.zeros(4))
-        return Checkpoints(self.folder, self.engine, settings or SETTINGS, say=self.said.append, **options)
+        return Checkpoints(self.folder, self.engine, settings or SETTINGS, log=self.said.append, **options)
 
     def save(self, checkpoints: Checkpoints, epoch: int, step: int = 0, accuracy: float | None = None) -> str:
         global_step = 10 * epoch + step

@@ -23,7 +23,7 @@ ACCURACIES = (0.98, 0.97, 0.6, 0.7, 0.65, 0.3, 0.2, 0.25, 0.1, 0.12, 0.11, 0.12,
 def checkpoints(folder, settings=STAGED, extra=None, **options):
     experiment = validate_experiment({**BASE, "num_epochs": 20, **settings}, "test")
     saved = {"experiment": asdict(experiment), **(extra or {})}
-    return Checkpoints(folder, FakeShards(torch.zeros(1)), saved, say=lambda line: None, **options)
+    return Checkpoints(folder, FakeShards(torch.zeros(1)), saved, log=lambda line: None, **options)
 
 
 def save(made, accuracies=ACCURACIES, first=1):

@@ -32,7 +32,7 @@ from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.files import EXPORT_FILE, run_folder_of
 from coconut_ds.model.build import build_module
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.runs.checkpoint import CheckpointFolders, Manifest, followed, misleading_best, stage_of
+from coconut_ds.runs.checkpoint import CheckpointFolders, Manifest, misleading_best, resolve_pointer, stage_of
 from coconut_ds.runs.checkpoint.manifest import MANIFEST
 from coconut_ds.runs.run_folder import run_folder
 
@@ -126,7 +126,7 @@ def find_trained(
     Raises ConfigError and CheckpointError.
     """
     path = Path(target)
-    if not checkpoints and (path.parent / "experiment.yaml").is_file() and followed(path) != path:
+    if not checkpoints and (path.parent / "experiment.yaml").is_file() and resolve_pointer(path) != path:
         path, checkpoints = path.parent, (path.name,)
     if not path.exists():
         raise ConfigError(f"{target}: there is no such run folder or experiment YAML")
@@ -243,7 +243,7 @@ def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     # The YAML of a received folder may name any place as its `save_path`.
     folder = run_folder_of(path) or run_folder(experiment)
     trained = Trained(experiment, final_stage(experiment), name, folder)
-    checkpoint = followed(Path(name))
+    checkpoint = resolve_pointer(Path(name))
     if not (checkpoint / MANIFEST).is_file():
         return trained
     trained_at = stage_of(Manifest.read(checkpoint))

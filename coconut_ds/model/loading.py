@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
-from coconut_ds.runs.weight_files import described, is_weight, refuse_non_finite
+from coconut_ds.runs.weight_files import describe_tensor, is_weight, refuse_non_finite
 
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
@@ -143,7 +143,7 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
         if any(value.data_ptr() == weight_VD.data_ptr() for weight_VD in _vocabulary_weights(base))
     }
     misshapen = [
-        f"{name} {described(value)} instead of {tuple(own[name].shape)}"
+        f"{name} {describe_tensor(value)} instead of {tuple(own[name].shape)}"
         for name, value in given.items()
         if name in own and not _fits(value, own[name], name in vocabulary_names)
     ]

@@ -1,9 +1,7 @@
-"""What a model was before training, part by part, so that a later start can tell whether it is the same.
+"""A record of the base model (weights, configuration, tokenizer) that a resumed run is compared with.
 
-The record is made from what was read, not from files: a folder may move or hold another README, and a folder,
-a .gguf file and a snapshot of the hub's cache are compared alike.
-
-Knows: Hugging Face models, the vocabulary.  Does not know: checkpoints, settings.
+The record is made from the loaded model, not from its files: the model may move, and a folder, a .gguf file
+and a snapshot of the hub's cache compare equal.
 """
 
 import hashlib
@@ -19,15 +17,15 @@ from transformers import PreTrainedModel
 
 from coconut_ds.data.tokenizer import Vocabulary
 
-SAMPLES = 1024  # elements of each tensor that are hashed as they are
+SAMPLES = 1024  # elements of each tensor whose values are hashed
 CHUNK = 1 << 22  # elements summed at a time
-# Keys of a configuration that say nothing about what the model computes.
+# Configuration keys that do not affect what the model computes.
 IGNORED_KEYS = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """`weights` is None where a checkpoint holds all of them."""
+    """`weights` is None if checkpoints hold all weights."""
 
     weights: str | None
     config: Mapping[str, Any]
@@ -35,7 +33,7 @@ class BaseRecord:
 
     @classmethod
     def of(cls, base: PreTrainedModel, vocabulary: Vocabulary, with_weights: bool) -> Self:
-        """The record of a model that has its final weights and the special-token rows, but no adapters."""
+        """Record a model that has its final weights and the special-token rows, but no adapters."""
         config = json.loads(base.config.to_json_string(use_diff=True))
         return cls(
             weights_digest(base, vocabulary.special_token_ids) if with_weights else None,
@@ -45,7 +43,7 @@ class BaseRecord:
 
     @classmethod
     def read(cls, values: Any) -> Self:
-        """From JSON.  Raises TypeError where it is not a record."""
+        """Read a record from JSON. Raises TypeError if it is not one."""
         record = cls(**values)
         if not (
             isinstance(record.weights, str | None)
@@ -56,9 +54,9 @@ class BaseRecord:
         return record
 
     def differences(self, current: "BaseRecord") -> Iterator[tuple[str, Any, Any]]:
-        """(part, saved, current) of everything that differs.
+        """Yield (part, saved, current) for every difference.
 
-        Keys of the configuration that only one of the two has are another version's, and not compared.
+        Configuration keys that only one of the two has come from another version and are not compared.
         """
         if self.weights and current.weights and self.weights != current.weights:
             yield "weights", self.weights, current.weights
@@ -70,10 +68,10 @@ class BaseRecord:
 
 
 def weights_digest(base: PreTrainedModel, special_token_ids: Sequence[int]) -> str:
-    """A short hash of every tensor but the special-token rows, which are made here and may train.
+    """A short hash of all tensors, without the special-token rows, which are added here and may train.
 
-    Per tensor: name, shape, evenly spread elements, and the sum of all elements' bits, which any change of
-    one element changes and no order of additions does.
+    Per tensor: name, shape, evenly spaced elements, and the sum of all elements' bits. Changing one element
+    always changes that sum; the order of additions does not.
     """
     digest = hashlib.sha256()
     modules: tuple[Any, Any] = (base.get_input_embeddings(), base.get_output_embeddings())

@@ -1,9 +1,7 @@
-"""What the records of a run folder must look like before anything is computed from them.
+"""Schemas of the files that training, `profile` and `eval` write; checked before anything is computed.
 
-    metric_lines, evaluation_lines, prediction_lines      a line that is something else is left out
-    read_record(path, PLAN)                               a file that is something else is an error
-
-Knows: the files that training, `profile` and `eval` write.  Does not know: what they are used for.
+metric_lines, evaluation_lines, prediction_lines      invalid lines are skipped
+read_record(path, PLAN)                               an invalid file is an error
 """
 
 import math
@@ -16,10 +14,11 @@ import jsonschema
 from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.files import parse_json, read_json
 
-MOST = 1e15  # no number of a record is larger; pictures cannot draw the largest floats
+MAX_NUMBER = 1e15  # larger values are invalid; matplotlib cannot draw the largest floats
 MAX_LINE = 1 << 20  # characters
+REMEDY = "delete it, or create it again"
 MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
-# Numbers that the lines of metrics.jsonl must have, by kind.  A loss may be NaN.
+# Required numbers in metrics.jsonl, by kind of line.  A loss may be NaN.
 REQUIRED = {
     "train": ("epoch", "time", "loss"),
     "valid": MEASURED,
@@ -28,7 +27,7 @@ REQUIRED = {
 }
 OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr")
 
-NUMBER = {"type": "number", "minimum": -MOST, "maximum": MOST}
+NUMBER = {"type": "number", "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
 COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
 TEXT = {"type": "string"}
 NUMBERS = {"type": "object", "additionalProperties": NUMBER, "maxProperties": 1_000}
@@ -43,8 +42,8 @@ def _record(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
     }
 
 
-def _list(items: Any, least: int = 0, most: int = 10_000) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+def _list(items: Any, min_items: int = 0, max_items: int = 10_000) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": min_items, "maxItems": max_items}
 
 
 BUDGET = _record(
@@ -60,7 +59,7 @@ PLAN = _record(
         "states": _list(_record({"component": TEXT, "mib": NUMBER})),
         "host_per_rank": _list(_record({"component": TEXT, "mib": NUMBER})),
         "phases": _list(_record({"name": TEXT, "mib": NUMBER})),
-        "stages": _list(_record({"first_epoch": COUNT, "gpu_mib": NUMBER}), least=1),
+        "stages": _list(_record({"first_epoch": COUNT, "gpu_mib": NUMBER}), min_items=1),
     }
 )
 PHASE = {
@@ -69,7 +68,7 @@ PHASE = {
     "pattern": r"^(step \d{1,3}: )?"
     r"(initialise|embed|pass|loss|backward|reduce|optimizer|evaluation|checkpoint)( |$)",
 }
-CARD_READING = {"reserved_peak": NUMBER, "device_used": NUMBER, "pinned": NUMBER, "retries": NUMBER}
+GPU_READING = {"reserved_peak": NUMBER, "device_used": NUMBER, "pinned": NUMBER, "retries": NUMBER}
 RANK = _record(
     {
         "device": TEXT,
@@ -83,19 +82,19 @@ RANK = _record(
                         "start_seconds": NUMBER,
                         "peak_mib": NUMBER,
                         "end_mib": NUMBER,
-                        "reading": _record({"rss": NUMBER}, CARD_READING),
+                        "reading": _record({"rss": NUMBER}, GPU_READING),
                     }
                 ),
-                most=500,
+                max_items=500,
             ),
             "allOf": [
-                {"contains": {"properties": {"name": {"pattern": wanted}}}}
-                for wanted in ("^step 2: (?!optimizer)", "^step 2: optimizer step$", "^evaluation$")
+                {"contains": {"properties": {"name": {"pattern": pattern}}}}
+                for pattern in ("^step 2: (?!optimizer)", "^step 2: optimizer step$", "^evaluation$")
             ],
         },
         "states_mib": _record({"step 2": {"type": "object", "additionalProperties": NUMBERS}}),
         "at_peak": _record({"phase": TEXT, "made_in_mib": {**NUMBERS, "minProperties": 1}}),
-        "timeline": _list({**_list(NUMBER, 2, 2)}, most=200_000),
+        "timeline": _list({**_list(NUMBER, 2, 2)}, max_items=200_000),
     }
 )
 PROFILE = _record(
@@ -105,7 +104,7 @@ PROFILE = _record(
         "stage": TEXT,
         "batch": TEXT,
         "budget": MAYBE_BUDGET,
-        "ranks": _list(RANK, least=1, most=256),
+        "ranks": _list(RANK, min_items=1, max_items=256),
     }
 )
 ZERO = {
@@ -119,45 +118,44 @@ ENVIRONMENT = {
 }
 
 
-def read_record(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
-    """One JSON file of a run folder; None where it is missing.  ConfigError: of another shape."""
+def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read one JSON file of a run folder; None if it is missing. Raises ConfigError if it is invalid."""
     if not path.is_file():
         return None
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not JSON ({first_line(error)}); delete it or make it again") from None
-    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(value))
-    if problem is None and shape is PROFILE:
+        raise ConfigError(f"{path}: not JSON ({first_line(error)}); {REMEDY}") from None
+    invalid = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    if invalid is None and schema is PROFILE:
         names = [[phase["name"] for phase in rank["phases"]] for rank in value["ranks"]]
         readings = [phase["reading"] for rank in value["ranks"] for phase in rank["phases"]]
-        on_card = any(rank["device"].startswith("cuda") for rank in value["ranks"])
+        on_gpu = any(rank["device"].startswith("cuda") for rank in value["ranks"])
         if any(other != names[0] for other in names) or (
-            on_card and not all(reading.keys() >= CARD_READING.keys() for reading in readings)
+            on_gpu and not all(reading.keys() >= GPU_READING.keys() for reading in readings)
         ):
-            raise ConfigError(f"{path}: its ranks do not belong together; delete it or make it again")
-    if problem is not None:
+            raise ConfigError(f"{path}: its ranks are from different runs; {REMEDY}")
+    if invalid is not None:
         raise ConfigError(
-            f"{path}: {problem.json_path.removeprefix('$.')}: {problem.message[:200]}; "
-            "delete it or make it again"
+            f"{path}: {invalid.json_path.removeprefix('$.')}: {invalid.message[:200]}; {REMEDY}"
         )
     return value
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl whose numbers are there; a kind that nobody reads may hold anything."""
+    """The lines of metrics.jsonl with valid numbers; kinds that no report uses are not checked."""
     kept = [line for line in map(_with_nan, json_lines(path)) if _is_metric(line)]
     last: dict[str, Any] = next((line for line in reversed(kept) if "window_weights" in line), {})
     size = len(last.get("window_weights", ()))
     for line in kept:
-        if len(line.get("window_weights", ())) != size:  # of a run with another window
+        if len(line.get("window_weights", ())) != size:  # from a run with another window
             line.pop("window_weights", None)
     defaults = {"loss": math.nan, "cot_match": 0.0}
     return [defaults | line if line["kind"] in ("valid", "test") else line for line in kept]
 
 
 def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line whose numbers that are not finite, null or Infinity in the file, are all NaN."""
+    """The line with NaN for every null and every number that is not finite, also in lists."""
 
     def number(value: Any) -> Any:
         return math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
@@ -186,7 +184,7 @@ def _is_metric(line: Mapping[str, Any]) -> bool:
 
 
 def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of evaluations.jsonl that `eval` could have written."""
+    """The valid lines of evaluations.jsonl."""
     for line in json_lines(path):
         names = all(isinstance(line.get(name), str) for name in ("checkpoint", "split", "ablation"))
         numbers = all(
@@ -199,7 +197,7 @@ def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def prediction_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of predictions.jsonl that `eval` could have written."""
+    """The valid lines of predictions.jsonl."""
     for line in json_lines(path):
         names = all(isinstance(line.get(name), str) for name in ("checkpoint", "split"))
         numbers = all(type(line.get(name)) is int for name in ("index", "latents"))
@@ -208,7 +206,7 @@ def prediction_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; a line that a kill cut short, or that is no object, is left out."""
+    """The JSON objects of a file, one per line; truncated and other invalid lines are skipped."""
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as reader:
@@ -224,4 +222,4 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _is_number(value: Any, may_be_nan: bool = False) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= MOST or (may_be_nan and math.isnan(value))
+    return abs(value) <= MAX_NUMBER or (may_be_nan and math.isnan(value))

@@ -1,11 +1,10 @@
 """The run folder `save_path/name`: settings, environment, metrics.jsonl, samples.jsonl, wandb.
 
     experiment.yaml  ds_config.json  environment.json     written at every start that is not refused
-    metrics.jsonl  samples.jsonl                          one JSON object a line, flushed line by line
+    metrics.jsonl  samples.jsonl                          one JSON object per line, flushed line by line
     .lock                                                 held while a run writes here
 
-Only the main rank writes; the other ranks hold a `Run` whose methods do nothing.  `debug` saves nothing.
-Knows: files, the lock, wandb.  Does not know: models, stages, checkpoints (they tell it where to cut a file).
+Only the main rank writes; on the other ranks the methods of `Run` do nothing.  `debug: true` saves nothing.
 """
 
 import errno
@@ -48,13 +47,13 @@ SETTINGS_FROM_ENVIRONMENT = (
 
 
 class RunLock:
-    """An exclusive lock on a folder; the system lets go of it when the process ends, however it ends."""
+    """An exclusive lock on a folder; the system releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
-        """Make `folder` and lock it.
+        """Create `folder` and lock it.
 
-        Raises ConfigError, naming the other process, when a run already writes to `folder`, and when nothing
-        can be written there.  A file system without locks is a warning.
+        Raises ConfigError if another run (named in the message) writes to `folder`, or if nothing can be
+        written there.  Warns on a file system without locks.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +68,8 @@ class RunLock:
         except OSError as error:
             if error.errno in (*NOT_SUPPORTED, errno.ENOLCK):
                 warnings.warn(
-                    f"{folder}: this file system has no locks ({error.strerror}); start no second run with "
-                    "this 'name' while this one runs",
+                    f"{folder}: this file system has no locks ({error.strerror}); do not start a second run "
+                    "with this 'name' while this one runs",
                     stacklevel=2,
                 )
                 return
@@ -80,7 +79,7 @@ class RunLock:
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise ConfigError(
-                f"{folder}: another run is writing here ({holder}); stop it, or give this one another 'name'"
+                f"{folder}: another run is writing here ({holder}); stop it, or set another 'name'"
             ) from None
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
@@ -91,7 +90,7 @@ class RunLock:
 
 
 class JsonLines:
-    """A file of one JSON object a line, which can be cut back to a byte position it once had."""
+    """A file with one JSON object per line that can be truncated to an earlier byte position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,16 +109,16 @@ class JsonLines:
         return self.path.stat().st_size
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Raises OSError when the line cannot be written; then nothing of it is left."""
+        """Append one line. Raises OSError if it cannot be written; no partial line remains."""
         line = json_text(record, default=str, ensure_ascii=False).encode() + b"\n"
         start = self.position
         written = self._file.write(line)
-        if written < len(line):  # what a disk does that is full after some of it
+        if written < len(line):  # the disk became full in the middle of the line
             self._file.truncate(start)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def cut(self, position: int) -> None:
-        """Forget what was written after `position`; a file that is shorter than that stays as it is."""
+        """Truncate the file to `position`; a shorter file stays unchanged."""
         if position < self.position:
             self._file.truncate(position)
             sync(self._file.fileno())
@@ -140,9 +139,9 @@ class Run:
         devices: Sequence[str] = (),
         command: Sequence[str] | None = None,
     ) -> None:
-        """`ds_config` is what DeepSpeed reads, resolved; `devices` one description a rank.
+        """`ds_config`: DeepSpeed's resolved settings; `devices`: one description per rank.
 
-        Raises ConfigError when the folder cannot be written, or another run is writing to it.
+        Raises ConfigError if the folder cannot be written or another run is writing to it.
         """
         self.experiment = experiment
         self.ds_config = ds_config
@@ -165,9 +164,9 @@ class Run:
             raise cannot_write(self.folder, error) from error
 
     def write_settings(self) -> None:
-        """Write the settings and the environment of this start, once it is not refused any more.
+        """Write the settings and environment of this start; call it when the start can no longer be refused.
 
-        Raises ConfigError when the folder cannot be written.
+        Raises ConfigError if the folder cannot be written.
         """
         if not self.writes:
             return
@@ -181,7 +180,7 @@ class Run:
             raise cannot_write(self.folder, error) from error
 
     def log(self, kind: str, **numbers: Any) -> None:
-        """Append {"time", "kind", numbers...} to metrics.jsonl, and tell wandb when it is there."""
+        """Append {"time", "kind", numbers...} to metrics.jsonl, and log it to wandb if enabled."""
         if not self.writes:
             return
         self._append(METRICS, {"time": round(time.time(), 3), "kind": kind, **numbers})
@@ -192,7 +191,7 @@ class Run:
                 self._stop_wandb(error)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        """A line that cannot be written ends all writing: the ranks end together at the next step."""
+        """Append a line. If that fails, stop writing; all ranks then end at the next step."""
         try:
             self._lines[name].append(record)
         except OSError as error:
@@ -200,7 +199,9 @@ class Run:
             self.writes = False
 
     def _stop_wandb(self, error: Exception) -> None:
-        warnings.warn(f"wandb stopped ({error}); metrics go on in {self.folder / METRICS}", stacklevel=3)
+        warnings.warn(
+            f"wandb stopped ({error}); metrics are still written to {self.folder / METRICS}", stacklevel=3
+        )
         self._wandb = None
 
     def sample(self, **fields: Any) -> None:
@@ -214,7 +215,7 @@ class Run:
         return self._wandb is not None
 
     def show_samples(self) -> None:
-        """Send the newest samples to wandb as one table, which replaces the last."""
+        """Send the newest samples to wandb as one table, which replaces the previous one."""
         if self._wandb is None or not self._samples:
             return
         columns: list[str | int] = list(self._samples[-1])
@@ -236,19 +237,19 @@ class Run:
             self._stop_wandb(error)
 
     def positions(self) -> dict[str, int]:
-        """Length in bytes of every line file now, for a checkpoint to remember."""
+        """The current length in bytes of every JSON-lines file, to be stored in a checkpoint."""
         return {name: lines.position for name, lines in self._lines.items()}
 
     def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut the line files back to `positions`, so that no step appears twice after a resume."""
+        """Truncate the JSON-lines files to `positions`, so that no step appears twice after a resume."""
         for name, lines in self._lines.items():
             lines.cut(positions.get(name, 0))
 
     def start_wandb(self, wandb_id: str | None = None) -> str | None:
-        """Start wandb, going on with the run `wandb_id` where given, and return its id.
+        """Start wandb, or resume its run `wandb_id` if given, and return the run's id.
 
-        Offline unless the user is logged in (WANDB_API_KEY, netrc) or WANDB_MODE says otherwise.  A wandb
-        that does not start is a warning: metrics.jsonl has everything.
+        Offline unless the user is logged in (WANDB_API_KEY, netrc) or WANDB_MODE is set.  If wandb does not
+        start, this only warns: metrics.jsonl has everything.
         """
         if not self.writes or os.environ.get("WANDB_MODE") == "disabled":
             return wandb_id
@@ -267,7 +268,7 @@ class Run:
             )
             self._wandb.define_metric("*", step_metric="step")
             return str(self._wandb.id)
-        except Exception as error:  # no network, a full disk, a version: none of it is worth losing a run
+        except Exception as error:  # whatever fails in wandb must not end the run
             warnings.warn(
                 f"wandb did not start ({error}); metrics go to {self.folder / METRICS}", stacklevel=2
             )
@@ -294,10 +295,10 @@ class Run:
 
 
 def run_folder(experiment: Experiment) -> Path:
-    """`save_path/name`; raises ConfigError for a name that would leave `save_path`."""
+    """Return `save_path/name`. Raises ConfigError for a name that would leave `save_path`."""
     name = experiment.name
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name + experiment.save_path:
-        raise ConfigError(f"name: {name!r} must be the name of one folder, without '/' or '..'")
+        raise ConfigError(f"name: must be the name of one folder, without '/' or '..', got {name!r}")
     return Path(experiment.save_path) / name
 
 
@@ -312,7 +313,7 @@ def library_versions() -> dict[str, str]:
 
 
 def code_version() -> str | None:
-    """The git commit of the code, with '-dirty' after local changes; None outside a repository."""
+    """The git commit of the code, with '-dirty' if there are local changes; None outside a repository."""
     where = Path(__file__).parent
     command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -323,7 +324,7 @@ def code_version() -> str | None:
 
 
 def describe_environment(devices: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
-    """What one needs to know to run it again; no credentials."""
+    """What is needed to reproduce the run; no credentials."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(command),
@@ -340,13 +341,13 @@ def describe_environment(devices: Sequence[str], command: Sequence[str]) -> dict
 
 
 def wandb_numbers(kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """A log line as wandb draws it: 'train/loss' over 'step', every window weight a curve of its own."""
+    """A log line in wandb's form: 'train/loss' over 'step', and one curve per window weight."""
     flat: dict[str, Any] = {}
     for name, value in numbers.items():
         if name == "step":
             flat[name] = value
         elif isinstance(value, list | tuple):
-            flat |= {f"{kind}/{name}/{place}": item for place, item in enumerate(value)}
+            flat |= {f"{kind}/{name}/{index}": item for index, item in enumerate(value)}
         else:
             flat[f"{kind}/{name}"] = value
     return flat

@@ -157,7 +157,7 @@ def test_nothing_is_uploaded_without_the_flag_and_a_failed_upload_says_what_to_d
     "arguments, text",
     [
         (["--output", "HERE"], "there is something already"),
-        (["--output", "NEW", "--checkpoint", "checkpoint_7"], "there is no such checkpoint"),
+        (["--output", "NEW", "--checkpoint", "checkpoint_7"], "no such checkpoint"),
         (["--output", "NEW", "--private"], "only with --push"),
         (["--output", "NEW", "--to", "zero", "--merge"], "belong to --to hf"),
         (["--output", "/proc/nothing/here"], "cannot be written"),

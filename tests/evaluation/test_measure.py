@@ -86,12 +86,12 @@ def test_best_of_an_older_version_says_what_it_is(tiny_experiment, tmp_path, cap
     "arguments, error, text",
     [
         (("nowhere",), ConfigError, "no such run folder"),
-        (("RUN", ["checkpoint_9"]), CheckpointError, "there are: checkpoint_1, checkpoint_4"),
+        (("RUN", ["checkpoint_9"]), CheckpointError, "available: checkpoint_1, checkpoint_4"),
         (("RUN/checkpoint_1", ["best"]), ConfigError, "a checkpoint already"),
         (
             ("RUN", ["best_stage_2"]),
             CheckpointError,
-            "no best_stage_2; there are: best_stage_0, best_stage_3",
+            "no best_stage_2; available: best_stage_0, best_stage_3",
         ),
         (("RUN", [], ["c_thought=2"]), ConfigError, "was trained at another stage .* --allow stage"),
         (("RUN", [], ["lrr=1"]), ConfigError, "'lrr' is not a setting"),

@@ -105,12 +105,12 @@ def test_all_checkpoints_damaged(broken: Bench) -> None:
 def test_latest_points_nowhere(broken: Bench, alone: Numbers) -> None:
     (broken.run_folder / "latest").write_text("checkpoint_99\n")
     ended = broken.train(ranks=1)
-    assert ended.codes == [0] and "names checkpoint_99; the newest whole checkpoint is" in ended.output
+    assert ended.codes == [0] and "names checkpoint_99; the newest complete checkpoint is" in ended.output
     assert broken.numbers() == alone
 
 
 def test_asked_for_checkpoint(broken: Bench, alone: Numbers) -> None:
-    assert_refused(broken.train("--checkpoint", "checkpoint_7", ranks=1), "there is no such checkpoint")
+    assert_refused(broken.train("--checkpoint", "checkpoint_7", ranks=1), "no such checkpoint")
     damaged = newest(broken) / "model/model.safetensors"
     name = newest(broken).name
     content = damaged.read_bytes()
@@ -239,7 +239,10 @@ def test_disk_too_small_for_a_checkpoint(bench: Bench, small_disk: Path, alone: 
     }
     ended = bench.train(ranks=1, faults=[filler])
     assert_refused(
-        ended, "a checkpoint needs", "make room", "The newest checkpoint is still checkpoint_0_step_0000004"
+        ended,
+        "a checkpoint needs",
+        "free disk space",
+        "The newest checkpoint is still checkpoint_0_step_0000004",
     )
     (small_disk / "filler").unlink()
     assert bench.train(ranks=1).codes == [0]

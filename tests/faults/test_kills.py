@@ -25,7 +25,7 @@ PLACES = {
         "checkpoint_0_step_0000004",
     ),
     "saving: shards": (f"{ENGINE}.save_shards", 2, "after", "checkpoint_0_step_0000004"),
-    "saving: hashing": (f"{PROTOCOL}:settle_files", 2, "before", "checkpoint_0_step_0000004"),
+    "saving: hashing": (f"{PROTOCOL}:sync_and_hash", 2, "before", "checkpoint_0_step_0000004"),
 }
 ON_THE_MAIN_RANK = {
     "saving: model": ("coconut_ds.training.trainer:write_model", 2, "before", "checkpoint_0_step_0000004"),

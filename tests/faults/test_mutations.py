@@ -16,7 +16,7 @@ from coconut_ds.config.experiment import load_experiment
 from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import UserError
 from coconut_ds.runs.checkpoint import CheckpointFolders, TrainState
-from coconut_ds.runs.checkpoint.manifest import Manifest, settle_files
+from coconut_ds.runs.checkpoint.manifest import Manifest, sync_and_hash
 from coconut_ds.runs.run_folder import run_folder
 from tests.faults.conftest import EXPERIMENT
 from tests.faults.processes import ROOT
@@ -96,7 +96,7 @@ def test_manifest(folder: Path, seed: int) -> None:
     checkpoint = folder / "run" / "checkpoint_1"
     (checkpoint / "engine").mkdir(parents=True, exist_ok=True)
     (checkpoint / "engine/shard").write_text("shard")
-    files = settle_files(checkpoint, ["engine/shard"])
+    files = sync_and_hash(checkpoint, ["engine/shard"])
     Manifest(TrainState(1), {"experiment": {"lr": 1.0}}, 1, True, files).write(checkpoint)
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text())

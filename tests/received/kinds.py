@@ -15,7 +15,7 @@ from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
 from coconut_ds.data.token_cache import cached_tokens
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.evaluation.export import export_hf
-from coconut_ds.runs.checkpoint.manifest import MANIFEST, _digest, hash_file, list_files, settle_files
+from coconut_ds.runs.checkpoint.manifest import MANIFEST, _digest, hash_file, list_files, sync_and_hash
 from tests.reports.made_profile import plan, profile
 from tests.run_folders import make_run
 
@@ -70,7 +70,7 @@ def sign(checkpoint: Path, body: Any = None) -> None:
     if body is None:
         body = json.loads(path.read_text())
         names = [name for name in list_files(checkpoint) if name != MANIFEST]
-        body["files"] = {name: asdict(record) for name, record in settle_files(checkpoint, names).items()}
+        body["files"] = {name: asdict(record) for name, record in sync_and_hash(checkpoint, names).items()}
         body.pop("sha256")
     text = json.dumps({"sha256": _digest(body), **body})
     path.write_bytes(text.encode("utf-8", "surrogatepass"))

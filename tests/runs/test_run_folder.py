@@ -190,7 +190,10 @@ def test_a_file_system_without_locks_and_fsync(
     monkeypatch.setattr(fcntl, "flock", refuse)
     if number != errno.ENOLCK:
         monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.warns(UserWarning, match="has no locks.*start no second run"), Run(experiment, {}) as run:
+    with (
+        pytest.warns(UserWarning, match="has no locks.*do not start a second run"),
+        Run(experiment, {}) as run,
+    ):
         run.write_settings()
         run.log("train", step=1)
         run.rewind({})

@@ -25,7 +25,7 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.lora.adapters import Origin, assert_tied
 from coconut_ds.model.lora.grown_vocabulary import take_vocabulary
 from coconut_ds.runs.base_record import BaseRecord
-from coconut_ds.runs.weight_files import described, is_weight, read_safetensors, refuse_non_finite
+from coconut_ds.runs.weight_files import describe_tensor, is_weight, read_safetensors, refuse_non_finite
 from coconut_ds.thoughts.learnable_window import LearnableWindow
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _compare_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     faults = [f"missing {name}" for name in sorted(set(expected) - set(given))]
     faults += [f"unexpected {name}" for name in sorted(set(given) - set(expected))]
     faults += [
-        f"{name} is {described(given[name])} there and {tuple(value.shape)} here"
+        f"{name} is {describe_tensor(given[name])} there and {tuple(value.shape)} here"
         for name, value in expected.items()
         if name in given and not (is_weight(given[name]) and given[name].shape == value.shape)
     ]

@@ -1,9 +1,7 @@
-"""What differs between the settings of a checkpoint and those of now, and whether one may go on.
+"""Compare the settings of a checkpoint with the current ones, and decide whether the run may resume.
 
-    settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "libraries": {...},
-                "code": "git commit"}
-
-Knows: which setting means what for a resume.  Does not know: checkpoint folders, ranks.
+settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "libraries": {...},
+            "code": "git commit"}
 """
 
 import hashlib
@@ -22,8 +20,8 @@ from coconut_ds.runs.run_folder import code_version, library_versions
 
 
 class Severity(IntEnum):
-    HARMLESS = 0  # listed
-    NEEDS_ALLOW = 1  # changes what is learned; the user must say so
+    HARMLESS = 0  # listed only
+    NEEDS_ALLOW = 1  # changes what is learned; needs --allow KEY
     IMPOSSIBLE = 2  # the saved state does not fit
 
 
@@ -37,19 +35,19 @@ class Change:
 
     def __str__(self) -> str:
         values = f"{self.key}: {_short(self.saved)} when saved, {_short(self.current)} now"
-        ways = {
+        remedies = {
             Severity.HARMLESS: "",
             Severity.NEEDS_ALLOW: f"; --allow {self.key}",
             Severity.IMPOSSIBLE: "; impossible",
         }
-        return values + (f" ({self.why}{ways[self.severity]})" if self.why else "")
+        return values + (f" ({self.why}{remedies[self.severity]})" if self.why else "")
 
 
 SHAPES = "the saved tensors have other shapes or names"
-SHARDS = "the shards are split in another way"
+SHARDS = "the saved shards are split differently"
 LEARNS = "changes what is learned"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
-# Settings of the YAML that do not change what a resumed run learns.  All others need leave.
+# YAML settings that do not change what a resumed run learns.  All others need --allow.
 HARMLESS_EXPERIMENT = {
     "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval", "eval_max_items",
     "ablate_after_stage", "grading",
@@ -57,34 +55,34 @@ HARMLESS_EXPERIMENT = {
     "train_path", "val_path", "test_path", "load_model_path",
 }  # fmt: skip
 IMPOSSIBLE_EXPERIMENT = {
-    "method": "another method is another run: give it a new 'name' and this checkpoint as 'load_model_path'",
+    "method": "another method needs a new run: set a new 'name', and this checkpoint as 'load_model_path'",
     "tuning": SHAPES,
     "thought": SHAPES,
     "lora_r": SHAPES,
     "lora_target_modules": SHAPES,
     "lora_use_dora": SHAPES,
 }
-# With the number of ranks they make the rows of an optimizer step; when that number changes, so may they.
+# Their product with the number of ranks is the rows of a step; they may change together with that number.
 ROWS_EXPERIMENT = ("batch_size_training", "gradient_accumulation_steps")
-# In the DeepSpeed JSON too, but compared as settings of the YAML.
+# Also in the DeepSpeed JSON, but compared as YAML settings.
 OWNED_BY_YAML = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "optimizer.params.lr", "optimizer.params.weight_decay", "scheduler",
 }  # fmt: skip
-# Settings of the DeepSpeed JSON; what is not here only moves memory around.
+# Settings of the DeepSpeed JSON; all others only change where memory is used.
 DS_RULES = {
     "zero_optimization.stage": (Severity.IMPOSSIBLE, SHARDS),
     "zero_optimization.round_robin_gradients": (Severity.IMPOSSIBLE, SHARDS),
     "zero_optimization.parameter_alignment": (Severity.IMPOSSIBLE, SHARDS),
     "zero_optimization.offload_optimizer.device": (
         Severity.NEEDS_ALLOW,
-        "another optimizer kernel, other last digits",
+        "another optimizer kernel: results differ in the last digits",
     ),
     "fp16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
     "bf16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
-    "optimizer.type": (Severity.IMPOSSIBLE, "the saved moments are another optimizer's"),
+    "optimizer.type": (Severity.IMPOSSIBLE, "the saved moments belong to another optimizer"),
     "optimizer": (Severity.NEEDS_ALLOW, LEARNS),
-    "fp16": (Severity.NEEDS_ALLOW, "the loss scale goes on from the saved one"),
+    "fp16": (Severity.NEEDS_ALLOW, "the saved loss scale is used"),
     "torch_autocast": (Severity.NEEDS_ALLOW, LEARNS),
     "data_types": (Severity.NEEDS_ALLOW, LEARNS),
 }
@@ -93,7 +91,7 @@ DS_RULES = {
 def settings_to_compare(
     experiment: Experiment, ds_config: Mapping[str, Any], base: BaseRecord | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint remembers of a run; reads the data files once, for their sha256."""
+    """The settings that a checkpoint records; reads the data files once, for their sha256."""
     paths = {"train": experiment.train_path, "val": experiment.val_path}
     return {
         "experiment": asdict(experiment),
@@ -106,9 +104,9 @@ def settings_to_compare(
 
 
 def _with_older_base(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`current` with what an older checkpoint has instead of "base": one sha256 of a model folder's files.
+    """`current` with what older checkpoints have instead of "base": one sha256 of a model folder's files.
 
-    Weights are in it only where a checkpoint leaves them out (LoRA).
+    It includes weights only if the checkpoint does not hold them (LoRA).
     """
     if saved.get("base") or "base_model" not in saved.get("data", {}):
         return current
@@ -124,7 +122,7 @@ def _with_older_base(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Ma
 
 
 def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
-    """Every difference, the gravest first."""
+    """Every difference, the most severe first."""
     changes = [
         *_experiment_changes(saved, current),
         *_ds_changes(saved.get("ds_config", {}), current.get("ds_config", {})),
@@ -132,9 +130,10 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         *_base_changes(saved.get("base"), current.get("base")),
     ]
     for key, old, new in _differences(saved.get("libraries", {}), current.get("libraries", {})):
-        grave = key == "deepspeed"
-        why = "its checkpoint format may differ" if grave else ""
-        changes.append(Change(key, old, new, Severity.NEEDS_ALLOW if grave else Severity.HARMLESS, why))
+        severity, why = Severity.HARMLESS, ""
+        if key == "deepspeed":
+            severity, why = Severity.NEEDS_ALLOW, "its checkpoint format may differ"
+        changes.append(Change(key, old, new, severity, why))
     if saved.get("code") != current.get("code"):
         changes.append(Change("code", saved.get("code"), current.get("code"), Severity.HARMLESS, ""))
     return sorted(changes, key=lambda change: -change.severity)
@@ -143,7 +142,7 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
 def refuse_changes(
     manifest: Manifest, current: Mapping[str, Any], world_size: int, allow: Collection[str]
 ) -> list[str]:
-    """One line a difference that is let through; raises CheckpointError that lists all when one is not."""
+    """Return one line per accepted difference; raise CheckpointError with all of them if one is refused."""
     current = _with_older_base(manifest.settings, current)
     changes = classify_changes(manifest.settings, current)
     if manifest.world_size != world_size:
@@ -160,16 +159,16 @@ def refuse_changes(
         )
         impossible = any(change.severity is Severity.IMPOSSIBLE for change in refused)
         advice = (
-            "set it back, or give the run a new 'name' and this checkpoint as 'load_model_path'"
+            "set it back, or start a new run: set a new 'name', and this checkpoint as 'load_model_path'"
             if impossible
-            else f"set it back, or go on with the new value: {options}"
+            else f"set it back, or resume with the new value: {options}"
         )
         lines = "".join(f"\n  {change}" for change in changes)
         raise CheckpointError(f"the checkpoint was made with other settings:{lines}\n{advice}")
     notes = [f"differs from the checkpoint: {change}" for change in changes]
     if current.get("base") and not manifest.settings.get("base"):
         notes.append(
-            "the checkpoint is of an older version and does not describe its base model: the content of "
+            "the checkpoint is from an older version and does not describe its base model: the content of "
             "'load_model_path' and of a hub model cannot be compared"
         )
     return notes
@@ -178,15 +177,15 @@ def refuse_changes(
 def _with_other_ranks(
     changes: list[Change], manifest: Manifest, current: Mapping[str, Any], world_size: int
 ) -> list[Change]:
-    """Changes for another number of ranks, where rows and micro-batches count only by their product."""
-    why = "the shards are divided anew, last digits differ"
-    found = [Change("world_size", manifest.world_size, world_size, Severity.NEEDS_ALLOW, why)]
+    """Add the changes for another number of ranks; of rows and micro-batches, only the product counts."""
+    why = "the shards are split again; results differ in the last digits"
+    added = [Change("world_size", manifest.world_size, world_size, Severity.NEEDS_ALLOW, why)]
     old = _rows_per_step(manifest.settings, manifest.world_size)
     new = _rows_per_step(current, world_size)
     if old != new:
-        why = f"changes what is learned; {' x '.join(ROWS_EXPERIMENT)} x ranks would keep it"
-        found.append(Change("rows_per_step", old, new, Severity.NEEDS_ALLOW, why))
-    return found + [
+        why = f"changes what is learned; to avoid that, keep {' x '.join(ROWS_EXPERIMENT)} x ranks"
+        added.append(Change("rows_per_step", old, new, Severity.NEEDS_ALLOW, why))
+    return added + [
         replace(change, severity=Severity.HARMLESS, why="") if change.key in ROWS_EXPERIMENT else change
         for change in changes
     ]
@@ -230,9 +229,9 @@ def _ds_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterato
 
 def _data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
     whys = {
-        "train": (Severity.NEEDS_ALLOW, "the training file's content changed: its order is another one now"),
+        "train": (Severity.NEEDS_ALLOW, "the training file's content changed, and with it the order"),
         "val": (Severity.NEEDS_ALLOW, "the validation file's content changed: accuracies do not compare"),
-        "base_model": (Severity.IMPOSSIBLE, "the base model's files are others"),
+        "base_model": (Severity.IMPOSSIBLE, "the base model's files changed"),
     }
     for key, old, new in _differences(saved, current):
         severity, why = whys.get(key, (Severity.NEEDS_ALLOW, "its content changed"))
@@ -243,7 +242,7 @@ def _base_changes(saved: Any, current: Any) -> Iterator[Change]:
     if not saved or not current:
         return
     whys = {
-        "weights": "the frozen weights, of 'load_model_path' or 'model_id', are not those it was trained on",
+        "weights": "the frozen weights ('load_model_path' or 'model_id') are not those it was trained with",
         "tokenizer": "text gets other token ids than in training",
     }
     try:
@@ -251,7 +250,7 @@ def _base_changes(saved: Any, current: Any) -> Iterator[Change]:
     except TypeError as error:
         raise CheckpointError(f"the manifest does not describe a base model ({error})") from error
     for part, old, new in record.differences(BaseRecord.read(current)):
-        why = whys.get(part, "the model computes something else with the same weights")
+        why = whys.get(part, "the model's computation changed")
         yield Change(f"base.{part}", old, new, Severity.IMPOSSIBLE, why)
 
 
@@ -263,7 +262,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterat
 
 
 def _plain(value: Any) -> Any:
-    """A value as it would come back from JSON."""
+    """The value after a round trip through JSON."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else value

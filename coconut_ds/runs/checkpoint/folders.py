@@ -1,7 +1,4 @@
-"""The checkpoint folders of a run, as one process sees them: which there are, which are whole, which may go.
-
-Knows: names, pointers, retention.  Does not know: ranks, what is inside a shard.
-"""
+"""The checkpoint folders of a run as one process sees them: names, pointers, verification, retention."""
 
 import re
 import shutil
@@ -14,7 +11,13 @@ from pathlib import Path
 from coconut_ds.errors import CheckpointError
 from coconut_ds.files import read_bytes, replace_text, sync_folder
 from coconut_ds.runs.checkpoint.manifest import Manifest
-from coconut_ds.runs.checkpoint.stages import BEST_OF_STAGE, TrainedStage, best_of, best_per_stage, described
+from coconut_ds.runs.checkpoint.stages import (
+    BEST_OF_STAGE,
+    TrainedStage,
+    best_of,
+    best_per_stage,
+    describe_position,
+)
 
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
 DRAFT = ".tmp-"
@@ -28,29 +31,29 @@ def checkpoint_name(epoch: int, step_in_epoch: int = 0) -> str:
 
 
 def position_of(name: str) -> tuple[int, int] | None:
-    """(epochs done, steps of the next) for a checkpoint's name, else None; a later checkpoint is greater."""
+    """(finished epochs, steps of the next) from a checkpoint's name, else None; later ones are greater."""
     match = NAME.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 class CheckpointFolders:
     def __init__(self, run_folder: Path, log: Log = print) -> None:
-        """`log` gets one line for every checkpoint that is skipped or set aside."""
+        """`log` receives one line for every checkpoint that is skipped or set aside."""
         self.run_folder = run_folder
         self._log = log
         self._verified: set[str] = set()
 
     def names(self) -> list[str]:
-        """Every checkpoint's name, oldest first; complete when it got its name, maybe damaged since."""
+        """The names of all checkpoints, oldest first. They were complete when saved; files may be damaged."""
         if not self.run_folder.is_dir():
             return []
-        found = [
+        names = [
             entry.name for entry in self.run_folder.iterdir() if entry.is_dir() and position_of(entry.name)
         ]
-        return sorted(found, key=_age)
+        return sorted(names, key=_age)
 
     def latest(self) -> str | None:
-        """The newest checkpoint that verifies; damaged ones are skipped, with the reason said."""
+        """The newest valid checkpoint; damaged ones are skipped and the reason is logged."""
         pointed = self.pointed_at("latest")
         for name in reversed(self.names()):
             try:
@@ -60,15 +63,15 @@ class CheckpointFolders:
                 continue
             if pointed is not None and pointed != name:
                 self._log(
-                    f"{self.run_folder / 'latest'} names {pointed}; the newest whole checkpoint is {name}"
+                    f"{self.run_folder / 'latest'} names {pointed}; the newest complete checkpoint is {name}"
                 )
             return name
         return None
 
     def named(self, word: str) -> str | None:
-        """The checkpoint that 'latest', 'best', 'best_stage_2' or its own name names; None: none yet.
+        """The name of a checkpoint given as 'latest', 'best', 'best_stage_2' or by name; None: none yet.
 
-        Raises CheckpointError when there is no best of that stage, or a best one does not verify.
+        Raises CheckpointError if that stage has no checkpoint, or if the best one is damaged.
         """
         if word == "latest":
             return self.latest()
@@ -78,8 +81,8 @@ class CheckpointFolders:
             per_stage = best_per_stage(self.manifests())
             name = per_stage.get(int(match[1]))
             if name is None:
-                there = ", ".join(f"best_stage_{number}" for number in per_stage) or "none"
-                raise CheckpointError(f"{self.run_folder}: there is no {word}; there are: {there}")
+                available = ", ".join(f"best_stage_{number}" for number in per_stage) or "none"
+                raise CheckpointError(f"{self.run_folder}: no {word}; available: {available}")
         else:
             return word
         if name is not None:
@@ -87,16 +90,16 @@ class CheckpointFolders:
         return name
 
     def manifests(self) -> dict[str, Manifest]:
-        """The manifests of all end-of-epoch checkpoints that can be read, oldest first."""
-        found = {}
+        """The readable manifests of all end-of-epoch checkpoints, oldest first."""
+        manifests = {}
         for name in self.names():
             if _age(name)[1] == 0:
                 with suppress(CheckpointError):
-                    found[name] = Manifest.read(self.run_folder / name)
-        return found
+                    manifests[name] = Manifest.read(self.run_folder / name)
+        return manifests
 
     def misleading_best(self) -> str | None:
-        """In words, that `best` is not of the newest stage (runs of older versions); None where it is."""
+        """A note if `best` is not from the newest stage (runs of older versions), else None."""
         manifests, name = self.manifests(), self.pointed_at("best")
         newest = best_of(manifests)
         if name not in manifests or newest is None:
@@ -105,19 +108,20 @@ class CheckpointFolders:
         if at == reached:
             return None
         return (
-            f"{self.run_folder / 'best'} is {name}: {described(manifests[name])}. The newest stage is "
-            f"{reached.number}; its best checkpoint is best_stage_{reached.number} ({newest})"
+            f"{self.run_folder / 'best'} is {name}: {describe_position(manifests[name])}. "
+            f"The newest stage is {reached.number}; its best checkpoint is best_stage_{reached.number} "
+            f"({newest})"
         )
 
     def check(self, name: str) -> Manifest:
-        """Verify every file of one checkpoint (once a process); raises CheckpointError with what is wrong."""
+        """Verify every file of a checkpoint (once per process). Raises CheckpointError with the reason."""
         folder = self.run_folder / name
         if position_of(name) is None or not folder.is_dir():
-            there = ", ".join(self.names()) or "none"
-            raise CheckpointError(f"{folder}: there is no such checkpoint; there are: {there}")
+            available = ", ".join(self.names()) or "none"
+            raise CheckpointError(f"{folder}: no such checkpoint; available: {available}")
         manifest = Manifest.read(folder)
         if (manifest.state.epoch, manifest.state.step_in_epoch) != position_of(name):
-            raise CheckpointError(f"{folder} was renamed: its manifest is of epoch {manifest.state.epoch}")
+            raise CheckpointError(f"{folder} was renamed: its manifest is for epoch {manifest.state.epoch}")
         if name not in self._verified:
             manifest.verify(folder)
             self._verified.add(name)
@@ -130,13 +134,13 @@ class CheckpointFolders:
         return None
 
     def size_of(self, name: str) -> int:
-        """Bytes of a checkpoint, 0 when its manifest cannot be read."""
+        """Bytes of a checkpoint; 0 if its manifest cannot be read."""
         with suppress(CheckpointError):
             return Manifest.read(self.run_folder / name).size
         return 0
 
-    def judged(self, manifest: Manifest) -> Manifest:
-        """`manifest` with its stage, that stage's best accuracy so far, and whether it improved on it."""
+    def with_stage(self, manifest: Manifest) -> Manifest:
+        """`manifest` with its stage, the stage's best accuracy so far, and whether this one improved it."""
         at, state = TrainedStage.of(manifest), manifest.state
         same_stage = [other.state for other in self.manifests().values() if TrainedStage.of(other) == at]
         others = [other.accuracy for other in same_stage if other.epoch != state.epoch]
@@ -147,7 +151,7 @@ class CheckpointFolders:
         return replace(manifest, state=replace(state, stage=at.number, best_accuracy=best), improved=improved)
 
     def publish(self, draft: Path, name: str) -> None:
-        """Give a finished draft its name, and point `latest` (and `best`) where they belong."""
+        """Give a finished draft its name, and update `latest` and `best`."""
         final = self.run_folder / name
         if final.exists():
             self._remove(name)
@@ -165,7 +169,7 @@ class CheckpointFolders:
             replace_text(self.run_folder / "best", best + "\n")
 
     def retire(self, newest: str, *, keep: int | None, only_improving: bool) -> None:
-        """Remove what the settings do not keep; never the newest, never the best of a stage."""
+        """Remove checkpoints that the settings do not keep; always keep the newest and every stage's best."""
         manifests = self.manifests()
         epochs = [name for name, manifest in manifests.items() if manifest.improved or not only_improving]
         kept = set(epochs if keep is None else epochs[-keep:])
@@ -175,16 +179,16 @@ class CheckpointFolders:
                 self._remove(name)
 
     def set_aside_after(self, name: str) -> None:
-        """Rename checkpoints newer than `name`, from which a run goes on: they are not its own."""
+        """Rename checkpoints newer than `name`: a run that resumes from `name` does not include them."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for newer in self.names():
             if _age(newer) > _age(name):
                 (self.run_folder / newer).rename(self.run_folder / f"superseded-{stamp}-{newer}")
-                self._log(f"set aside {newer}: it is newer than {name}, from which this run goes on")
+                self._log(f"set aside {newer}: it is newer than {name}, from which this run resumes")
         self._point_best()
         replace_text(self.run_folder / "latest", name + "\n")
 
-    def sweep(self) -> None:
+    def remove_drafts(self) -> None:
         """Remove the drafts of runs that died while saving."""
         if self.run_folder.is_dir():
             for entry in self.run_folder.iterdir():
@@ -192,28 +196,28 @@ class CheckpointFolders:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def _remove(self, name: str) -> None:
-        # Out of sight in one step first: a crash must not leave half a checkpoint under its name.
+        # Rename it first: a crash must not leave part of a checkpoint under its name.
         gone = self.run_folder / f"{DRAFT}old-{time.time_ns()}-{name}"
         (self.run_folder / name).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def misleading_best(path: Path) -> str | None:
-    """In words, that RUN/best is not of the run's newest stage; None where it is, and for any other path."""
+    """A note if `path` is RUN/best and not from the run's newest stage, else None."""
     return CheckpointFolders(path.parent).misleading_best() if path.name == "best" else None
 
 
-def followed(path: Path) -> Path:
-    """The checkpoint that RUN/best, RUN/latest or RUN/best_stage_2 names; any other path as it is.
+def resolve_pointer(path: Path) -> Path:
+    """The checkpoint that RUN/best, RUN/latest or RUN/best_stage_2 names; other paths are returned as is.
 
-    Raises CheckpointError where it names none.
+    Raises CheckpointError if it does not name a checkpoint.
     """
     folders = CheckpointFolders(path.parent)
     if path.name in ("best", "latest") and path.is_file() and path.stat().st_size < MAX_POINTER:
         name = folders.pointed_at(path.name)
         if name is None:
             content = read_bytes(path, MAX_POINTER).decode("utf-8", errors="replace").strip()
-            raise CheckpointError(f"{path} names {content!r}, which is not a checkpoint beside it")
+            raise CheckpointError(f"{path} names {content!r}, which is not a checkpoint in the same folder")
         return path.parent / name
     if BEST_OF_STAGE.fullmatch(path.name) and folders.names():
         return path.parent / str(folders.named(path.name))

@@ -1,11 +1,11 @@
-"""Weights that this program did not train: state dict files, Hugging Face folders, safetensors; also our own.
+"""Read weights from other programs: state dict files, Hugging Face folders, safetensors; and from our own.
 
-    checkpoint_7                 a file that torch.save wrote: the published Coconut code's checkpoints
+    checkpoint_7                 a file written by torch.save: the published Coconut code's checkpoints
     model.safetensors            one file
     folder/                      Hugging Face form, one file or several with an index
-    checkpoint_7/                ours: its model/ part
+    checkpoint_7/                our own: its model/ part
 
-Knows: file formats and the names in them.  Does not know: models; model/loading.py checks names and shapes.
+model/loading.py checks the names and shapes.
 """
 
 import pickle
@@ -16,29 +16,29 @@ from torch import Tensor
 
 from coconut_ds.errors import CheckpointError
 from coconut_ds.files import read_json
-from coconut_ds.runs.checkpoint.folders import followed
+from coconut_ds.runs.checkpoint.folders import resolve_pointer
 from coconut_ds.runs.weight_files import read_safetensors, refuse_non_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
 THOUGHT_FILE = "thought.safetensors"
-# The published Coconut wraps the model in this attribute, and keeps its input embedding under a second name.
+# Published Coconut wraps the model in this attribute and stores its input embedding under a second name.
 WRAPPER, SECOND_NAME = "base_causallm.", "embedding.weight"
 WINDOW_NAME = "latent_weights"  # of the learnable-window forks, oldest state first
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The state dict of a causal LM on the CPU, under the names that Hugging Face gives.
+    """Read the state dict of a causal LM to the CPU, under Hugging Face's names.
 
-    With it, where the file has one, the learned window of a fork under WINDOW_NAME.
+    If the file has the learned window of a fork, it is added under WINDOW_NAME.
 
-    `allow_pickle`: also open files that hold more than tensors, which can run code of whoever made them.
-    Raises CheckpointError when there is nothing, or nothing of these forms, or code where tensors belong.
+    `allow_pickle`: also open files that hold more than tensors; these can run their author's code.
+    Raises CheckpointError if `path` is missing, has another format, or holds code where tensors belong.
     """
-    path = followed(Path(path))
+    path = resolve_pointer(Path(path))
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder; check 'load_model_path'")
+        raise CheckpointError(f"{path}: no such file or folder; check 'load_model_path'")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
         part = read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file, allow_pickle)
@@ -47,26 +47,26 @@ def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[s
 
 
 def load_thought_weights(path: str | Path) -> dict[str, Tensor]:
-    """What one of our checkpoints learned for its latent slots; empty for weights from elsewhere."""
+    """The trained weights of the thought in one of our checkpoints; empty for other weights."""
     file = _model_folder(Path(path)) / THOUGHT_FILE
     return read_safetensors(file) if file.is_file() else {}
 
 
 def is_published_file(path: str | Path) -> bool:
-    """Whether the weights are a file that torch.save wrote: this program writes none."""
+    """Whether the weights are a file written by torch.save, which this program does not write."""
     path = Path(path)
-    return path.is_file() and path.suffix != ".safetensors" and followed(path) == path
+    return path.is_file() and path.suffix != ".safetensors" and resolve_pointer(path) == path
 
 
 def find_adapter(path: str | Path) -> Path | None:
-    """The folder of LoRA adapters at `path`, if that is what is there: ours, or the published layout."""
+    """The folder of LoRA adapters at `path` (our layout or the published one); None if there are none."""
     folder = _model_folder(Path(path))
-    found = any((folder / name).is_file() for name in (ADAPTER_FILE, PUBLISHED_ADAPTER_FILE))
-    return folder if found else None
+    has_adapter = any((folder / name).is_file() for name in (ADAPTER_FILE, PUBLISHED_ADAPTER_FILE))
+    return folder if has_adapter else None
 
 
 def _model_folder(path: Path) -> Path:
-    path = followed(path)
+    path = resolve_pointer(path)
     return path / "model" if (path / "model").is_dir() and (path / "manifest.json").is_file() else path
 
 
@@ -76,7 +76,7 @@ def _weight_files(path: Path) -> list[Path]:
     folder = _model_folder(path)
     if (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(
-            f"{folder} holds LoRA adapters, not a whole model; "
+            f"{folder} holds LoRA adapters, not a complete model; "
             f"merge them first: python -m coconut_ds export {path}"
         )
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -86,7 +86,7 @@ def _weight_files(path: Path) -> list[Path]:
         if index.is_file():
             return _indexed_files(index)
     raise CheckpointError(
-        f"{folder} has no model.safetensors and no pytorch_model.bin; name a file, or such a folder"
+        f"{folder} has no model.safetensors and no pytorch_model.bin; give a weight file or a folder with one"
     )
 
 
@@ -110,8 +110,8 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} cannot be opened as tensors alone: it is damaged, or it holds more, and opening it "
-            "could run code of whoever made it. Only if you trust its source: --set allow_pickle=true"
+            f"{file} is damaged or holds more than tensors, and opening it could run code of its author. "
+            "If you trust its source: --set allow_pickle=true"
         ) from error
     except (
         OSError,
@@ -132,7 +132,7 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise CheckpointError(
-            f"{file} is not a state dict (names with tensors), but a {type(content).__name__}"
+            f"{file} must be a state dict (names with tensors), got a {type(content).__name__}"
         )
     refuse_non_finite(content, file)
     return content
@@ -155,6 +155,6 @@ def _plain_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: '{SECOND_NAME}' is not the input embedding of '{WRAPPER}...'")
     if outer:
         raise CheckpointError(
-            f"{path}: besides the model it holds {', '.join(sorted(outer)[:5])}: no place for that here"
+            f"{path}: holds weights that do not belong to the model: {', '.join(sorted(outer)[:5])}"
         )
     return inner if window is None else {**inner, WINDOW_NAME: window}

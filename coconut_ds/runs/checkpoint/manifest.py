@@ -1,7 +1,4 @@
-"""What a checkpoint holds, and whether it still holds it.
-
-Knows: manifest.json, sizes, sha256.  Does not know: ranks, which checkpoint to take.
-"""
+"""manifest.json: the position, settings and files of a checkpoint, and their verification."""
 
 import hashlib
 import json
@@ -22,11 +19,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is.  `epoch` epochs are done, and `step_in_epoch` optimizer steps of the next one."""
+    """The position of a run: `epoch` epochs are finished, and `step_in_epoch` steps of the next one."""
 
     epoch: int = 0
     step_in_epoch: int = 0
-    samples_in_epoch: int = 0  # of all ranks, so that another number of ranks can go on from here
+    samples_in_epoch: int = 0  # over all ranks, so that another number of ranks can resume
     global_step: int = 0
     samples_seen: int = 0
     tokens_seen: int = 0
@@ -51,7 +48,7 @@ def _record(properties: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-SHAPE = jsonschema.Draft202012Validator(
+SCHEMA = jsonschema.Draft202012Validator(
     _record(
         {
             "format": {"const": FORMAT},
@@ -99,29 +96,29 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         body = {"format": FORMAT, **asdict(self)}
-        # through JSON once: what is hashed is what will be read back
+        # A round trip through JSON: the hash must match what will be read.
         body = json.loads(json_text(body, default=str))
         replace_text(folder / MANIFEST, json_text({"sha256": _digest(body), **body}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises CheckpointError when the manifest is absent, damaged, edited or of a newer format."""
+        """Read a manifest. Raises CheckpointError if it is missing, damaged, edited or of a newer format."""
         path = folder / MANIFEST
         try:
             body = read_json(path)
             written = body.pop("sha256")
-            found = _digest(body)
+            actual = _digest(body)
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is absent: not a complete checkpoint") from None
+            raise CheckpointError(f"{path} is missing: not a complete checkpoint") from None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
-        if written != found:
-            raise CheckpointError(f"{path} was changed after it was written (its sha256 does not fit)")
-        problem = jsonschema.exceptions.best_match(SHAPE.iter_errors(body))
-        if problem is not None:
+        if written != actual:
+            raise CheckpointError(f"{path} was changed after it was written (its sha256 does not match)")
+        invalid = jsonschema.exceptions.best_match(SCHEMA.iter_errors(body))
+        if invalid is not None:
             raise CheckpointError(
                 f"{path} is not a manifest of this version of the program "
-                f"({problem.json_path.removeprefix('$.')}: {problem.message[:200]})"
+                f"({invalid.json_path.removeprefix('$.')}: {invalid.message[:200]})"
             )
         body.pop("format")
         body["state"] = TrainState(**body["state"])
@@ -129,10 +126,10 @@ class Manifest:
         return cls(**body)
 
     def verify(self, folder: Path) -> None:
-        """Read every file again; raises CheckpointError that names the first one that is not as it was."""
+        """Check the size and sha256 of every file. Raises CheckpointError that names the first bad one."""
         try:
             self._verify(folder)
-        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        except (OSError, RuntimeError) as error:  # a name that is too long, a cycle of links
             raise CheckpointError(f"{folder} cannot be verified ({first_line(error)})") from error
 
     def _verify(self, folder: Path) -> None:
@@ -144,10 +141,10 @@ class Manifest:
                 raise CheckpointError(f"{path} is missing")
             size = path.stat().st_size
             if size != record.size:
-                raise CheckpointError(f"{path} has {size} bytes, {record.size} were written")
+                raise CheckpointError(f"{path} has {size} bytes instead of {record.size}")
             if hash_file(path) != record.sha256:
-                raise CheckpointError(f"{path} is damaged: its sha256 is not the one that was written")
-        # DeepSpeed counts the shards it finds: one of another run would be taken for ours
+                raise CheckpointError(f"{path} is damaged: its sha256 does not match the manifest")
+        # DeepSpeed loads all shards that it finds, including those of another run.
         extra = [name for name in list_files(folder) if name.startswith("engine/") and name not in self.files]
         if extra:
             raise CheckpointError(f"{folder / extra[0]} does not belong to this checkpoint")
@@ -158,8 +155,8 @@ def list_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
-def settle_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
-    """Bring files to the disk (fsync) and return the size and sha256 of each, as read back."""
+def sync_and_hash(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Sync files to disk (fsync); return the size and sha256 of each, as read back."""
     records = {}
     for name in names:
         path = folder / name

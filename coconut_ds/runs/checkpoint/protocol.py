@@ -1,10 +1,8 @@
-"""Save so that a crash at any moment leaves a usable checkpoint; load only what is whole, on all ranks alike.
+"""Save so that a crash at any moment leaves a usable checkpoint; load only complete ones, on all ranks.
 
-    .tmp-checkpoint_N-x   every rank writes; files reach the disk and are hashed; barrier; manifest
-    checkpoint_N          rename: from here on it counts
-    latest, best          replaced in one step; then old folders go
-
-Knows: the order of steps, ranks.  Does not know: what is inside a shard, the training loop.
+.tmp-checkpoint_N-x   every rank writes; files are synced to disk and hashed; barrier; manifest
+checkpoint_N          renamed: from here on the checkpoint is valid
+latest, best          replaced atomically; then old folders are removed
 """
 
 import shutil
@@ -20,22 +18,22 @@ from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.files import replace_text, sync_folder
 from coconut_ds.runs.checkpoint.changes import refuse_changes
 from coconut_ds.runs.checkpoint.folders import DRAFT, CheckpointFolders, Log, checkpoint_name
-from coconut_ds.runs.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, settle_files
+from coconut_ds.runs.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, sync_and_hash
 from coconut_ds.runs.checkpoint.random_state import restore_random_state, save_random_state
 
 SPARE_BYTES = 16 * 2**20
-# torch.save says RuntimeError when the disk is full, and not why.
+# torch.save raises RuntimeError without a reason if the disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 Result = TypeVar("Result")
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether the disk is to blame; a lost rank and a full memory raise errors of the same types."""
+    """Whether the disk caused the error; lost ranks and full memory raise errors of the same types."""
     return isinstance(error, WRITE_ERRORS) and not (is_lost_rank(error) or is_out_of_memory(error))
 
 
 class Shards(Protocol):
-    """What a checkpoint needs of the engine; every method but one is called on every rank."""
+    """The engine's methods that checkpoints use. All but `convert_shards` are called on every rank."""
 
     @property
     def rank(self) -> int: ...
@@ -66,12 +64,11 @@ class Checkpoints:
         expected_bytes: int = 0,
         log: Log = print,
     ) -> None:
-        """`settings` as in changes.py.  `keep`: at most so many end-of-epoch checkpoints (None: all).
+        """`settings`: see changes.py.  `keep`: maximum number of end-of-epoch checkpoints (None: all).
 
-        `only_improving`: of the end-of-epoch checkpoints keep those that improved the validation accuracy
-        of their stage; the newest checkpoint of all stays besides, to resume from.  `expected_bytes`: size of
-        a checkpoint, for the first free-space check.  `log` gets one line for all the user should know, on
-        the main rank.
+        `only_improving`: keep only end-of-epoch checkpoints that improved the validation accuracy of their
+        stage, and the newest checkpoint, to resume from.  `expected_bytes`: size of a checkpoint, for the
+        first free-space check.  `log`: receives lines for the user, on the main rank.
         """
         self.folders = CheckpointFolders(run_folder, log)
         self.engine = engine
@@ -86,14 +83,14 @@ class Checkpoints:
         return self.folders.run_folder
 
     def latest(self) -> str | None:
-        """The newest checkpoint that verifies, the same on every rank."""
+        """The newest valid checkpoint, the same on every rank."""
         return self._on_main(self.folders.latest)
 
     @phase("checkpoint")
     def save(self, state: TrainState, model_writer: Callable[[Path], None]) -> str:
         """Write a checkpoint on all ranks and return its name; `model_writer` is called on every rank.
 
-        Raises CheckpointError when it could not be written; what was there before is untouched.
+        Raises CheckpointError if it cannot be written; older checkpoints stay unchanged.
         """
         name = checkpoint_name(state.epoch, state.step_in_epoch)
         draft = self._new_draft(name)
@@ -105,22 +102,22 @@ class Checkpoints:
         except WRITE_ERRORS as error:
             if not is_write_error(error):
                 raise
-            # The other ranks may wait inside a collective: they cannot be asked, only left.
+            # The other ranks may be waiting in a collective, so this rank cannot agree with them.
             shutil.rmtree(draft, ignore_errors=True)
             raise OneRankFailed(self._cannot_write(error)) from error
         self.engine.barrier()
-        self._settle(draft)
+        self._sync_files(draft)
         self._on_main(lambda: self._finish(draft, name, state))
         return name
 
     @phase("loading a checkpoint")
     def load(self, wanted: str | None = None, *, allow: Collection[str] = ()) -> TrainState | None:
-        """Put engine and random state of all ranks back; None when there is nothing to load.
+        """Restore the engine and random state of all ranks; None if there is nothing to load.
 
-        `wanted` None: the newest checkpoint that verifies.  A `wanted` one that is absent or damaged, and
-        settings that differ and are not in `allow`, raise CheckpointError on every rank.
+        `wanted` None: the newest valid checkpoint.  Raises CheckpointError on every rank if `wanted` is
+        missing or damaged, or if settings differ that are not in `allow`.
         """
-        self._on_main(self.folders.sweep)
+        self._on_main(self.folders.remove_drafts)
         chosen = self._on_main(lambda: self._choose(wanted, allow))
         if chosen is None:
             return None
@@ -131,9 +128,9 @@ class Checkpoints:
         else:
             client_state = self._load_for_other_ranks(folder / "engine")
         if client_state.get("step_of_run") != manifest.state.global_step:
-            raise CheckpointError(f"{folder}: its shards are of another step than its manifest")
+            raise CheckpointError(f"{folder}: its shards are from another step than its manifest")
         random_file = self._random_file(folder)
-        if random_file.exists():  # absent when the checkpoint is of fewer ranks: the seed's state stays
+        if random_file.exists():  # missing if the checkpoint has fewer ranks: the seed's state stays
             restore_random_state(random_file)
         self._on_main(lambda: self.folders.set_aside_after(name))
         if self.engine.is_main:
@@ -143,11 +140,11 @@ class Checkpoints:
         return manifest.state
 
     def _new_draft(self, name: str) -> Path:
-        """A folder of the same name on every rank, which the next start sweeps away if it is left."""
+        """A folder name that all ranks share; the next start removes the folder if it is left behind."""
         return self.run_folder / f"{DRAFT}{name}-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
 
     def _load_for_other_ranks(self, shards: Path) -> dict[str, Any]:
-        """Load the shards of another number of ranks, by way of a form that fits any; it is removed again."""
+        """Load shards from another number of ranks, through a temporary universal checkpoint."""
         draft = self._new_draft("universal")
         converted = draft / "universal"
         self._on_main(lambda: self._convert(shards, converted))
@@ -158,11 +155,14 @@ class Checkpoints:
         return client_state
 
     def _convert(self, shards: Path, converted: Path) -> None:
-        # DeepSpeed writes every tensor once in pieces and once whole.
+        # DeepSpeed writes every tensor twice: in pieces and complete.
         needed = 2 * sum(path.stat().st_size for path in shards.iterdir())
         if lack := self._lack_of_space(needed):
-            raise CheckpointError(f"{self.run_folder}: dividing {shards} anew {lack}; make room")
-        self._log(f"dividing {shards} anew, for world size {self.engine.world_size}")
+            raise CheckpointError(
+                f"{self.run_folder}: converting {shards} for world size {self.engine.world_size} {lack}; "
+                "free disk space"
+            )
+        self._log(f"converting {shards} for world size {self.engine.world_size}")
         converted.mkdir(parents=True)
         try:
             self.engine.convert_shards(shards, converted)
@@ -176,11 +176,11 @@ class Checkpoints:
         name = self.folders.named(wanted or "latest")
         if name is None:
             if wanted:
-                raise CheckpointError(f"{self.run_folder}: there is no {wanted} checkpoint yet")
+                raise CheckpointError(f"{self.run_folder}: no {wanted} checkpoint yet")
             if names := self.folders.names():
                 raise CheckpointError(
                     f"{self.run_folder}: every checkpoint is damaged ({', '.join(names)}); "
-                    "repair one, or move them away to begin again"
+                    "repair one, or move them away to start from scratch"
                 )
             return None
         manifest = self.folders.check(name)
@@ -193,29 +193,29 @@ class Checkpoints:
         needed = max(self.expected_bytes, *(self.folders.size_of(name) for name in newest), 0)
         if lack := self._lack_of_space(needed):
             raise CheckpointError(
-                f"{self.run_folder}: a checkpoint {lack}; make room, or lower 'keep_checkpoints'. "
-                f"{self._what_is_left()}"
+                f"{self.run_folder}: a checkpoint {lack}; free disk space, or lower 'keep_checkpoints'. "
+                f"{self._remaining()}"
             )
         for part in ("engine", "model", "random", "records"):
             (draft / part).mkdir(parents=True)
 
     def _lack_of_space(self, needed: int) -> str | None:
-        """What to say where the disk has no room for `needed` bytes, None where it has."""
+        """Text for a message if the disk has no room for `needed` bytes, else None."""
         free = shutil.disk_usage(self.run_folder).free
         if free >= needed + SPARE_BYTES:
             return None
         return f"needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
 
-    def _settle(self, draft: Path) -> None:
-        """Share the files out over the ranks; each brings its part to the disk and hashes it."""
+    def _sync_files(self, draft: Path) -> None:
+        """Sync all files to disk and hash them, divided over the ranks."""
         names = self._on_main(lambda: [name for name in list_files(draft) if not name.startswith("records/")])
 
-        def settle_mine() -> None:
-            records = settle_files(draft, names[self.engine.rank :: self.engine.world_size])
+        def sync_own() -> None:
+            records = sync_and_hash(draft, names[self.engine.rank :: self.engine.world_size])
             lines = "".join(f"{record.sha256} {record.size} {name}\n" for name, record in records.items())
             replace_text(draft / "records" / str(self.engine.rank), lines)
 
-        self._on_every_rank(draft, settle_mine)
+        self._on_every_rank(draft, sync_own)
 
     def _finish(self, draft: Path, name: str, state: TrainState) -> None:
         files: dict[str, FileRecord] = {}
@@ -225,14 +225,14 @@ class Checkpoints:
                 files[path] = FileRecord(int(size), sha256)
         shutil.rmtree(draft / "records")
         manifest = Manifest(state, self.settings, self.engine.world_size, False, files)
-        self.folders.judged(manifest).write(draft)
+        self.folders.with_stage(manifest).write(draft)
         for folder in {(draft / path).parent for path in files}:
             sync_folder(folder)
         self.folders.publish(draft, name)
         self.folders.retire(name, keep=self.keep, only_improving=self.only_improving)
 
     def _on_main(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on the main rank; its result, or its CheckpointError, on all of them."""
+        """Run `action` on the main rank; return its result, or raise its CheckpointError, on all ranks."""
         answer: tuple[Any, str | None] = (None, None)
         if self.engine.is_main:
             try:
@@ -241,24 +241,24 @@ class Checkpoints:
                 answer = (None, str(error))
             except OSError as error:
                 answer = (None, self._cannot_write(error))
-        result, problem = self.engine.broadcast_object(answer)
-        if problem is not None:
-            raise CheckpointError(problem)
+        result, message = self.engine.broadcast_object(answer)
+        if message is not None:
+            raise CheckpointError(message)
         return result
 
     def _on_every_rank(self, draft: Path, action: Callable[[], None]) -> None:
-        """Run `action` on every rank; when it fails on one, all raise CheckpointError."""
-        problem = None
+        """Run `action` on every rank; if it fails on one, raise CheckpointError on all."""
+        message = None
         try:
             action()
         except WRITE_ERRORS as error:
             if not is_write_error(error):
                 raise
-            problem = self._cannot_write(error)
-        problems = [text for text in self.engine.gather(problem) if text is not None]
-        if problems:
+            message = self._cannot_write(error)
+        messages = [text for text in self.engine.gather(message) if text is not None]
+        if messages:
             shutil.rmtree(draft, ignore_errors=True)
-            raise CheckpointError("\n".join(problems))
+            raise CheckpointError("\n".join(messages))
 
     def _random_file(self, folder: Path) -> Path:
         return folder / "random" / f"rank_{self.engine.rank:05d}.pt"
@@ -268,8 +268,8 @@ class Checkpoints:
         if shutil.disk_usage(self.run_folder).free < SPARE_BYTES:
             reason = f"the disk is full: {reason}"
         what = f"rank {self.engine.rank}: {self.run_folder}: cannot write a checkpoint ({reason})."
-        return f"{what} {self._what_is_left()}"
+        return f"{what} {self._remaining()}"
 
-    def _what_is_left(self) -> str:
+    def _remaining(self) -> str:
         names = self.folders.names()
         return f"The newest checkpoint is still {names[-1]}." if names else "There is no older checkpoint."

@@ -1,7 +1,4 @@
-"""The random number generators of one process, in a form that loads without unpickling code.
-
-Knows: python, numpy, torch and its devices.  Does not know: ranks, folders.
-"""
+"""Save and restore the random number generators of one process, in a form that loads without pickle."""
 
 import random
 from pathlib import Path
@@ -35,10 +32,10 @@ def save_random_state(path: Path) -> None:
 
 
 def restore_random_state(path: Path) -> None:
-    """Raises CheckpointError when `path` does not hold a state that save_random_state wrote."""
+    """Restore the state. Raises CheckpointError if save_random_state did not write `path`."""
     try:
         _restore(torch.load(path, weights_only=True))
-    except Exception as error:  # of torch on a damaged file, of every generator on an odd state
+    except Exception as error:  # torch and every generator raise their own on damaged files
         raise CheckpointError(f"{path} is not a saved random state ({first_line(error)})") from error
 
 

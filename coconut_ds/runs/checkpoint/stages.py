@@ -1,10 +1,9 @@
-"""Which stage of the curriculum a checkpoint was trained at, and which checkpoint of a stage is the best.
+"""The curriculum stage that a checkpoint was trained at, and the best checkpoint of every stage.
 
     best             the most accurate checkpoint of the newest stage that the run has reached
-    best_stage_2     the most accurate one of stage 2
+    best_stage_2     the most accurate checkpoint of stage 2
 
-Accuracies of two stages do not compare: stage 0 shows every reasoning step and is the easiest.
-Knows: manifests, stages.  Does not know: folders, retention.
+Accuracies of different stages do not compare: stage 0 shows every reasoning step and is the easiest.
 """
 
 import re
@@ -26,14 +25,14 @@ UNUSED = {"name": "checkpoint", "model_id": "-", "train_path": "-", "val_path": 
 
 @dataclass(frozen=True, order=True)
 class TrainedStage:
-    """A checkpoint's place in the curriculum; a later stage is greater."""
+    """A checkpoint's position in the curriculum; a later stage is greater."""
 
     number: int
-    hidden_tokens: int  # token-wise iCoT, at most the longest reasoning: from there on nothing changes
+    hidden_tokens: int  # token-wise iCoT; limited to the longest reasoning, after which nothing changes
 
     @classmethod
     def of(cls, manifest: Manifest) -> "TrainedStage":
-        """Manifests of older versions all say stage 0, so it comes from the settings where they are known."""
+        """Older versions always wrote stage 0, so the stage is computed from the settings if possible."""
         experiment = experiment_of(manifest)
         if experiment is None:
             return cls(manifest.state.stage, 0)
@@ -49,7 +48,7 @@ def epoch_of(manifest: Manifest) -> int:
 
 
 def experiment_of(manifest: Manifest) -> Experiment | None:
-    """The curriculum's settings of a manifest, other settings at their defaults; None where it has none."""
+    """The curriculum settings of a manifest, with defaults for all others; None if it has none."""
     saved = manifest.settings.get("experiment", {})
     try:
         values = {key: saved[key] for key in CURRICULUM}
@@ -60,30 +59,30 @@ def experiment_of(manifest: Manifest) -> Experiment | None:
 
 
 def stage_of(manifest: Manifest, experiment: Experiment | None = None) -> Stage | None:
-    """The stage of a checkpoint's newest steps, by its own settings or by the curriculum of `experiment`."""
+    """The stage of a checkpoint's newest steps, by its own settings or those of `experiment`."""
     experiment = experiment or experiment_of(manifest)
     return None if experiment is None else stage_at(epoch_of(manifest), experiment)
 
 
-def described(manifest: Manifest) -> str:
+def describe_position(manifest: Manifest) -> str:
     """'epoch 12, stage 3 (3 steps hidden, 6 latents)'."""
     number, stage = TrainedStage.of(manifest).number, stage_of(manifest)
     return f"epoch {epoch_of(manifest) + 1}, stage {number}" + (f" ({stage})" if stage else "")
 
 
 def best_of(manifests: Mapping[str, Manifest], number: int | None = None) -> str | None:
-    """The name of the most accurate checkpoint of stage `number`, of the newest one for None.
+    """The name of the most accurate checkpoint of stage `number` (None: of the newest stage).
 
-    `manifests`: end-of-epoch checkpoints.  Of equal ones the earliest is the best.
+    `manifests`: end-of-epoch checkpoints.  Of equal ones, the earliest is the best.
     """
-    places = {name: TrainedStage.of(manifest) for name, manifest in manifests.items()}
-    newest = max((at for at in places.values() if number in (None, at.number)), default=None)
+    stages = {name: TrainedStage.of(manifest) for name, manifest in manifests.items()}
+    newest = max((at for at in stages.values() if number in (None, at.number)), default=None)
 
-    def merit(name: str) -> tuple[float, int]:
+    def quality(name: str) -> tuple[float, int]:
         state = manifests[name].state
         return (-1.0 if state.accuracy is None else state.accuracy, -state.epoch)
 
-    return max((name for name, at in places.items() if at == newest), key=merit, default=None)
+    return max((name for name, at in stages.items() if at == newest), key=quality, default=None)
 
 
 def best_per_stage(manifests: Mapping[str, Manifest]) -> dict[int, str]:

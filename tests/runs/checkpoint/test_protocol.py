@@ -84,7 +84,7 @@ def test_newest_is_by_epoch_and_step_not_by_spelling(bench: Bench) -> None:
         (lambda f: (f / "model/config.json").unlink(), "is missing"),
         (lambda f: (f / "engine/zero_rank_1.pt").write_text("of another run"), "does not belong"),
         (lambda f: replace_by_link(f / "model/config.json"), "is a link"),
-        (lambda f: (f / MANIFEST).unlink(), "is absent"),
+        (lambda f: (f / MANIFEST).unlink(), "is missing"),
         (lambda f: (f / MANIFEST).write_text("{"), "cannot be read"),
         (lambda f: (f / MANIFEST).write_text("[" * 100_000), "cannot be read"),
         (lambda f: (f / MANIFEST).write_text("[1]"), "cannot be read"),
@@ -137,7 +137,7 @@ def test_all_damaged_is_an_error_not_a_new_beginning(bench: Bench) -> None:
 def test_absent_checkpoint_lists_what_is_there(bench: Bench) -> None:
     bench.save(bench.fresh(), 1)
     for wanted in ("checkpoint_7", "../checkpoint_1", "newest"):
-        with pytest.raises(CheckpointError, match="no such checkpoint; there are: checkpoint_1"):
+        with pytest.raises(CheckpointError, match="no such checkpoint; available: checkpoint_1"):
             bench.fresh().load(wanted)
 
 
@@ -211,7 +211,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the program catches it."""
 
 
-@pytest.mark.parametrize("step", ["save_random_state", "settle_files", "replace_text", "sync_folder"])
+@pytest.mark.parametrize("step", ["save_random_state", "sync_and_hash", "replace_text", "sync_folder"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_killed_at_any_step_of_saving_leaves_the_older_one(
     bench: Bench, monkeypatch, step: str, call: int
@@ -264,7 +264,7 @@ def test_disk_full_while_saving_names_what_is_left(bench: Bench, error: Exceptio
 
 def test_free_space_is_checked_before_anything_is_written(bench: Bench) -> None:
     checkpoints = bench.fresh(expected_bytes=2**60)
-    with pytest.raises(CheckpointError, match="make room"):
+    with pytest.raises(CheckpointError, match="free disk space"):
         bench.save(checkpoints, 1)
     assert bench.names() == []
 
@@ -343,7 +343,7 @@ def test_conversion_that_cannot_be_written(bench: Bench, monkeypatch: pytest.Mon
         checkpoints.load(allow=["world_size", "rows_per_step"])
     usage = shutil.disk_usage(bench.folder)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(CheckpointError, match="dividing .* anew needs .* make room"):
+    with pytest.raises(CheckpointError, match="converting .* for world size 1 needs .* free disk space"):
         bench.fresh().load(allow=["world_size", "rows_per_step"])
     assert bench.names() == ["checkpoint_1"]
 

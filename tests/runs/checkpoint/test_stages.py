@@ -8,7 +8,7 @@ import torch
 from coconut_ds.config.experiment import Method, validate_experiment
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.checkpoint import Checkpoints, TrainState, followed
+from coconut_ds.runs.checkpoint import Checkpoints, TrainState, resolve_pointer
 from coconut_ds.runs.checkpoint.folders import misleading_best
 from coconut_ds.runs.checkpoint.manifest import Manifest
 from coconut_ds.runs.checkpoint.stages import LONGEST_REASONING
@@ -56,13 +56,13 @@ def test_the_best_of_every_stage_is_kept_and_has_a_name(tmp_path, options):
     words = [f"best_stage_{number}" for number in range(4)]
     expected = ["checkpoint_1", "checkpoint_4", "checkpoint_6", "checkpoint_10"]
     assert named(made, *words) == expected
-    assert [followed(tmp_path / word).name for word in [*words, "best", "latest"]] == [
+    assert [resolve_pointer(tmp_path / word).name for word in [*words, "best", "latest"]] == [
         *expected, "checkpoint_10", "checkpoint_13",
     ]  # fmt: skip
     if options:
         assert epochs(made) == [1, 4, 6, 10, 13]
-    with pytest.raises(CheckpointError, match="no best_stage_7; there are: best_stage_0, best_stage_1"):
-        followed(tmp_path / "best_stage_7")
+    with pytest.raises(CheckpointError, match="no best_stage_7; available: best_stage_0, best_stage_1"):
+        resolve_pointer(tmp_path / "best_stage_7")
 
 
 def test_improvement_counts_within_a_stage(tmp_path):
@@ -89,7 +89,7 @@ def test_going_back_makes_best_that_of_what_is_left(tmp_path):
     assert made.load("best_stage_2").epoch == 6
     assert named(made, "best", "latest") == ["checkpoint_6", "checkpoint_6"]
     assert made.load("best_stage_0").epoch == 1
-    with pytest.raises(CheckpointError, match="no best_stage_2; there are: best_stage_0"):
+    with pytest.raises(CheckpointError, match="no best_stage_2; available: best_stage_0"):
         made.load("best_stage_2")
 
 

@@ -131,9 +131,7 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise CheckpointError(
-            f"{file} must be a state dict (names with tensors), got a {type(content).__name__}"
-        )
+        raise CheckpointError(f"{file} is not a state dict: it must map names to tensors")
     refuse_non_finite(content, file)
     return content
 

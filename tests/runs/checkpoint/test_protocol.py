@@ -253,7 +253,7 @@ def test_killed_at_any_step_of_saving_leaves_the_older_one(
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
 )
-def test_disk_full_while_saving_names_what_is_left(bench: Bench, error: Exception) -> None:
+def test_disk_full_while_saving_names_remaining(bench: Bench, error: Exception) -> None:
     checkpoints = bench.fresh()
     bench.save(checkpoints, 1)
     bench.engine.fails_in_save = error
@@ -272,7 +272,7 @@ def test_free_space_is_checked_before_anything_is_written(bench: Bench) -> None:
 def test_room_for_what_is_expected_is_asked_for_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is listed for the message only where there is one."""
     checkpoints = bench.fresh(expected_bytes=100)
-    monkeypatch.setattr(checkpoints, "_what_is_left", lambda: pytest.fail("nothing went wrong"))
+    monkeypatch.setattr(checkpoints, "_remaining", lambda: pytest.fail("nothing went wrong"))
     bench.save(checkpoints, 1)
 
 

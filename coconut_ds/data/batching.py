@@ -1,9 +1,7 @@
-"""Turn samples into batches whose latent slots share the same columns, in an order any rank can resume.
+"""Turn samples into batches with latent slots in the same columns, in an order that any rank can resume.
 
-    What is 3+4 ?  <start> [L] [L] <end> 7
-          2+2 ?    <start> [L] [L] <end> 4 .       left-padded, so slot k is one column
-
-Knows: padding, positions, labels, the shuffled order.  Does not know: models, DeepSpeed.
+What is 3+4 ?  <start> [L] [L] <end> 7
+      2+2 ?    <start> [L] [L] <end> 4 .       left-padded: slot k is one column
 """
 
 import dataclasses
@@ -26,9 +24,9 @@ PADDING_ROW = -1
 class Batch:
     """B rows of T columns. Every row's first latent slot is column `first_latent`.
 
-    labels_BT[b, t] is the token at t where it is to be learned, else -100 (unshifted, as in Hugging Face).
-    target_positions_N are the flat indices b*T+t whose hidden state predicts target_ids_N; both are made on
-    the host, so a step never searches for anything on the device.
+    labels_BT[b, t] is the token at t if it is to be learned, else -100 (unshifted, as in Hugging Face).
+    target_positions_N are the flat indices b*T+t whose hidden state predicts target_ids_N; both are computed
+    on the host, so that a step needs no search on the device.
     """
 
     input_ids_BT: torch.Tensor
@@ -40,8 +38,8 @@ class Batch:
     target_ids_N: torch.Tensor
     first_latent: int
     num_latents: int  # latent columns, the same on every rank; a row may use fewer
-    loss_denominator: int  # supervised tokens of the whole optimizer step, all ranks and micro-batches
-    indices: tuple[int, ...]  # problem of each row, PADDING_ROW for a row that counts for nothing
+    loss_denominator: int  # supervised tokens of the optimizer step, over all ranks and micro-batches
+    indices: tuple[int, ...]  # problem of each row, PADDING_ROW for a filler row
 
     @classmethod
     def from_padded(
@@ -52,7 +50,7 @@ class Batch:
         labels_BT: torch.Tensor,
         latent_id: int,
     ) -> "Batch":
-        """A batch from tensors that are padded already; latents must be aligned at their first slot."""
+        """Make a batch from padded tensors; latents must be aligned at their first slot."""
         is_latent_BT = input_ids_BT == latent_id
         latents_per_row_B = is_latent_BT.sum(1)
         num_latents = int(latents_per_row_B.max())
@@ -77,7 +75,7 @@ class Batch:
         return self.input_ids_BT.shape[0], self.input_ids_BT.shape[1]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; pinned host memory is copied without waiting."""
+        """The same batch on `device`; pinned host memory is copied asynchronously."""
         tensors: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
@@ -91,7 +89,7 @@ class Batch:
 
 
 def supervised(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions whose hidden state predicts a label, and those labels. Host tensors only."""
+    """Flat positions whose hidden state predicts a label, and those labels. For host tensors."""
     shifted = torch.full_like(labels_BT, NO_LABEL)
     shifted[:, :-1] = labels_BT[:, 1:]
     positions_N = (shifted.flatten() != NO_LABEL).nonzero().squeeze(1)
@@ -101,13 +99,13 @@ def supervised(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def collate(
     samples: Sequence[Sample | None], pad_id: int, num_latents: int | None = None, loss_denominator: int = 1
 ) -> Batch:
-    """Pad samples to one batch with aligned latent slots; `None` makes a row that counts for nothing.
+    """Pad samples to one batch with aligned latent slots; `None` makes a filler row without loss.
 
-    num_latents: latent columns of the step, when other ranks' rows may have more than these.
+    num_latents: latent columns of the step, if rows of other ranks may have more.
     """
     real = [sample for sample in samples if sample is not None]
     if not real:
-        raise ValueError("a batch needs at least one real sample; give the spare rows of one as fillers")
+        raise ValueError("a batch needs at least one sample that is not None")
     first_latent = max(sample.first_latent for sample in real)
     columns = max(first_latent + len(sample.tokens) - sample.first_latent for sample in real)
     widest = max(sample.num_latents for sample in real)
@@ -119,7 +117,7 @@ def collate(
     mask, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, NO_LABEL, dtype=torch.long)
     for row, sample in enumerate(samples):
-        # A filler row repeats a real one without labels: its attention is well-defined, its loss is nothing.
+        # A filler row repeats a real one without labels: its attention is well-defined, its loss is 0.
         shown = real[0] if sample is None else sample
         start = first_latent - shown.first_latent
         stop = start + len(shown.tokens)
@@ -145,21 +143,21 @@ def collate(
 
 
 def refuse_long_prompts(lengths: Sequence[int], num_positions: int | None, name: str, first: int = 1) -> None:
-    """Raise DataError if a prompt has more tokens, latents included, than the model has positions.
+    """Raise DataError if a prompt has more tokens, including latents, than the model has positions.
 
-    `name`, `first`: what a prompt is called in the message, and the number of the first.
+    `name`, `first`: what the message calls a prompt, and the number of the first one.
     """
     for number, length in enumerate(lengths, first):
         if num_positions is not None and length > num_positions:
             raise DataError(
-                f"{name} {number} takes {length:,} tokens with its latents, and the model has "
+                f"{name} {number} has {length:,} tokens with its latents, and the model has "
                 f"{num_positions:,} positions: shorten it"
             )
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Who works on what: rows per micro-batch and rank, micro-batches per step, ranks."""
+    """Rows per micro-batch and rank, micro-batches per step, number of ranks, and this rank."""
 
     rows: int
     accumulation: int
@@ -172,17 +170,17 @@ class BatchConfig:
 
     @classmethod
     def of(cls, experiment: Experiment, world_size: int, rank: int) -> "BatchConfig":
-        """The layout that an experiment trains with."""
+        """The batch config of an experiment's training."""
         accumulation = experiment.gradient_accumulation_steps
         return cls(experiment.batch_size_training, accumulation, world_size, rank)
 
     def num_steps(self, num_problems: int) -> int:
-        """Optimizer steps an epoch takes; the last may be smaller."""
+        """Optimizer steps per epoch; the last may be smaller."""
         return -(-num_problems // self.rows_per_step)
 
 
 def epoch_order(num_problems: int, seed: int, epoch: int) -> list[int]:
-    """The shuffled order of one epoch; a function of (seed, epoch) alone, so any rank can resume anywhere."""
+    """The shuffled order of one epoch. Depends only on (seed, epoch), so any rank can resume anywhere."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(num_problems, generator=generator).tolist()
 
@@ -195,11 +193,11 @@ def training_steps(
     layout: BatchConfig,
     first_sample: int = 0,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's micro-batches of every optimizer step of an epoch, from `first_sample` on.
+    """Yield this rank's micro-batches of every optimizer step of an epoch, starting at `first_sample`.
 
-    Every rank gets the same number of micro-batches. Each problem is used exactly once: where the last step
-    has too few, rows without labels fill it up. Latent columns are the maximum over all ranks' rows and the
-    loss denominator counts all ranks' labels; both come from the shared order, without communication.
+    Every rank gets the same number of micro-batches. Each problem is used exactly once: filler rows complete
+    the last step. Latent columns are the maximum over all ranks' rows, and the loss denominator counts all
+    ranks' labels; both are computed from the shared order, without communication.
     """
     order = epoch_order(len(problems), experiment.seed, epoch)
 
@@ -225,9 +223,9 @@ def evaluation_batches(
     layout: BatchConfig,
     prompts: bool,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches of every problem once; prompts alone to generate from, or with their labels.
+    """Yield this rank's batches, every problem once; with `prompts` only the prompts, else with labels.
 
-    Rows are sorted by length to waste little padding. `loss_denominator` is 1: evaluation sums.
+    Rows are sorted by length to reduce padding. `loss_denominator` is 1: evaluation sums losses.
     """
     arrange: Callable[[Sample], Sample] = prompt_only if prompts else (lambda sample: sample)
     samples = [arrange(render(p, stage, experiment, vocabulary, i)) for i, p in enumerate(problems)]
@@ -241,18 +239,18 @@ def evaluation_batches(
 def _shares(
     samples: Sequence[Sample], rows: int, layout: BatchConfig
 ) -> Iterator[tuple[list[Sample | None], int]]:
-    """This rank's rows of each micro-batch, and the latent columns all ranks agree on.
+    """Yield this rank's rows of each micro-batch, and the number of latent columns on all ranks.
 
-    Rows are dealt out in turn, so the ranks' shares of a short step differ by at most one; a rank without any
-    gets the last real sample as filler.
+    Rows are distributed round-robin, so the ranks' shares of a short step differ by at most one; a rank
+    without rows gets the last sample as filler.
     """
     size = rows * layout.world_size
     for start in range(0, len(samples), size):
         together = samples[start : start + size]
         num_latents = max(sample.num_latents for sample in together)
-        mine: list[Sample | None] = list(together[layout.rank :: layout.world_size])
+        own: list[Sample | None] = list(together[layout.rank :: layout.world_size])
         longest = -(-len(together) // layout.world_size)
-        mine += [None] * (longest - len(mine))
-        if mine == [None]:
-            mine = [dataclasses.replace(together[-1], index=PADDING_ROW, num_prompt=len(together[-1].tokens))]
-        yield mine, num_latents
+        own += [None] * (longest - len(own))
+        if own == [None]:
+            own = [dataclasses.replace(together[-1], index=PADDING_ROW, num_prompt=len(together[-1].tokens))]
+        yield own, num_latents

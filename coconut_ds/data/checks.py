@@ -1,7 +1,4 @@
-"""Look through data files before training: are they sound, do splits leak, what does not fit the model.
-
-Knows: problems, cards and, given a vocabulary, lengths in tokens.  Does not know: stages, batches.
-"""
+"""Check data files before training: invalid files, leaks between splits, items too long for the model."""
 
 import hashlib
 import unicodedata
@@ -15,13 +12,13 @@ from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
 
 _CHUNK = 2_000
-_MAX_NAMED = 10  # items that a finding lists by number
-_UNKNOWN_LENGTH = 1_000_000  # tokenizers without a limit state a huge one
+_MAX_NAMED = 10  # items that a finding lists
+_UNKNOWN_LENGTH = 1_000_000  # tokenizers without a limit report a huge one
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """One length per problem, in tokens, or in words when there is no vocabulary."""
+    """One length per problem, in tokens, or in words without a vocabulary."""
 
     unit: str
     question: Sequence[int]
@@ -35,7 +32,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What one file holds.  `findings` are worth a look; they do not make the file unusable."""
+    """Statistics of one file.  `findings` are warnings; the file is usable."""
 
     path: Path
     problems: int
@@ -46,7 +43,7 @@ class FileReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All files, what concerns several of them, and the files that cannot be used at all."""
+    """The reports of all usable files, the leaks between them, and the errors of the others."""
 
     files: Sequence[FileReport]
     leaks: Sequence[str]  # questions in more than one file
@@ -57,26 +54,26 @@ class DataReport:
         return not self.leaks and not self.errors and not any(file.findings for file in self.files)
 
     def table(self) -> str:
-        """A summary for a terminal: a row a file, then everything found."""
+        """A table for the terminal with one row per file, then all errors, leaks and findings."""
         unit = self.files[0].lengths.unit if self.files else "tokens"
-        head = ("file", "problems", "steps mean (most)", "without steps", f"{unit} median", "95 %", "most")
+        head = ("file", "problems", "steps mean (max)", "without steps", f"{unit} median", "95 %", "max")
         rows = [head, *(_row(file) for file in self.files)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        widths[0] = -widths[0]  # only the names stand left
+        widths[0] = -widths[0]  # names are left-aligned
         lines = ["  ".join(_padded(*cell) for cell in zip(row, widths, strict=True)) for row in rows]
-        found = [f"{file.path}: {finding}" for file in self.files for finding in file.findings]
         lines += [f"error: {text}" for text in self.errors]
-        lines += [f"leak: {text}" for text in self.leaks] + [f"note: {text}" for text in found]
+        lines += [f"leak: {text}" for text in self.leaks]
+        lines += [f"note: {file.path}: {finding}" for file in self.files for finding in file.findings]
         return "\n".join(lines)
 
     def save_picture(self, path: str | Path) -> None:
-        """Histograms of total lengths and of steps, a colour a file, as PNG; DataError without files."""
+        """Save histograms of lengths and steps as PNG. Raises DataError without files."""
         if not self.files:
             raise DataError("no file could be read, so there is nothing to draw")
         import matplotlib
         from matplotlib.figure import Figure
 
-        matplotlib.rcParams["text.parse_math"] = False  # file names are no formulas
+        matplotlib.rcParams["text.parse_math"] = False  # file names are not formulas
         figure = Figure(figsize=(11, 4), layout="constrained")
         unit = self.files[0].lengths.unit
         axes = figure.subplots(1, 2)
@@ -84,11 +81,11 @@ class DataReport:
             (axes[0], f"{unit} of question, steps and answer", [file.lengths.total for file in self.files]),
             (axes[1], "steps", [file.steps for file in self.files]),
         ):
-            most = max(map(max, values))
-            edges = [most * i / 50 for i in range(51)] if most > 50 else [i - 0.5 for i in range(most + 2)]
+            top = max(map(max, values))
+            edges = [top * i / 50 for i in range(51)] if top > 50 else [i - 0.5 for i in range(top + 2)]
             for file, lengths in zip(self.files, values, strict=True):
                 weights = [1 / len(lengths)] * len(lengths)
-                name = file.path.name.replace("$", r"\$")  # no formula
+                name = file.path.name.replace("$", r"\$")  # not a formula
                 axis.hist(lengths, bins=edges, weights=weights, histtype="step", label=name)
             axis.set(xlabel=label, ylabel="share of problems")
         axes[0].legend()
@@ -98,18 +95,18 @@ class DataReport:
 def check_data_files(
     paths: Iterable[str | Path], vocabulary: Vocabulary | None = None, model_length: int | None = None
 ) -> DataReport:
-    """Read and look through data files; lengths are tokens with a vocabulary, words without.
+    """Read and check data files; lengths are in tokens with a vocabulary, in words without.
 
-    `model_length` is the number of positions the model has; without it, what the tokenizer states.
-    A file that cannot be used becomes an entry of `errors`; nothing is raised for it.
+    `model_length`: the model's number of positions; default: what the tokenizer states.
+    A file that cannot be used adds an entry to `errors`; nothing is raised for it.
     """
     files, errors = [], []
     holders: dict[bytes, dict[str, int]] = {}  # question -> first index in each file that has it
-    most = model_length or _stated_length(vocabulary)
+    limit = model_length or _stated_length(vocabulary)
     for path in map(Path, paths):
         try:
             problems = read_problems(path)
-            files.append(_look_through(path, problems, vocabulary, most))
+            files.append(_check_file(path, problems, vocabulary, limit))
         except DataError as error:
             errors.append(str(error))
             continue
@@ -118,26 +115,26 @@ def check_data_files(
     return DataReport(files, _leaks(holders), errors)
 
 
-def _look_through(
-    path: Path, problems: Sequence[Problem], vocabulary: Vocabulary | None, most: int | None
+def _check_file(
+    path: Path, problems: Sequence[Problem], vocabulary: Vocabulary | None, limit: int | None
 ) -> FileReport:
     lengths = _lengths(problems, vocabulary)
     findings = []
     first_with = {_fingerprint(p.question): i for i, p in reversed(list(enumerate(problems)))}
-    again = [i for i, p in enumerate(problems) if first_with[_fingerprint(p.question)] < i]
+    repeated = [i for i, p in enumerate(problems) if first_with[_fingerprint(p.question)] < i]
     without = [i for i, p in enumerate(problems) if not p.steps]
     texts = [(p.question, *p.steps, p.answer) for p in problems]
     marked = [i for i, parts in enumerate(texts) if any(m in "\n".join(parts) for m in (START, LATENT, END))]
     hashed = [i for i, p in enumerate(problems) if "#" in p.answer]
-    too_long = [i for i, total in enumerate(lengths.total) if most is not None and total > most]
+    too_long = [i for i, total in enumerate(lengths.total) if limit is not None and total > limit]
     for items, text in (
-        (again, "ask a question that an earlier problem of the file asks"),
-        (without, "have no steps; a stage that hides steps hides nothing there"),
-        (marked, "contain a marker such as <|latent|>, which would be taken for a latent slot"),
-        (hashed, "have '#' in the answer, where grading splits, so that no prediction is right"),
+        (repeated, "repeat the question of an earlier problem in the file"),
+        (without, "have no steps; stages that hide steps hide nothing there"),
+        (marked, "contain a special token such as <|latent|> as text"),
+        (hashed, "have '#' in the answer, where grading splits: no prediction can be correct"),
         (
             too_long,
-            f"are longer than the model's {most} positions, special tokens and latents not counted "
+            f"are longer than the model's {limit} positions, special tokens and latents not counted "
             f"(the longest has {max(lengths.total):,} tokens)",
         ),
     ):
@@ -148,15 +145,15 @@ def _look_through(
 
 
 def _against_card(path: Path, count: int) -> list[str]:
-    """Whether the file is still the one that its card describes."""
+    """Findings if the file is not the one that its card describes."""
     card = card_for(path)
     if path.name in card.counts and card.counts[path.name] != count:
-        return [f"holds {count} problems, its card says {card.counts[path.name]}"]
+        return [f"has {count} problems, but its card says {card.counts[path.name]}"]
     if path.name in card.sha256:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != card.sha256[path.name]:
-            return ["was changed after its card was written (another sha256)"]
+            return ["was changed after its card was written (its sha256 does not match)"]
     return []
 
 
@@ -183,15 +180,15 @@ def _stated_length(vocabulary: Vocabulary | None) -> int | None:
 
 
 def _fingerprint(question: str) -> bytes:
-    """Equal for questions that differ in case, blanks or the encoding of accents alone."""
+    """A hash that ignores case, whitespace and the encoding of accents."""
     plain = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
     return hashlib.blake2b(plain.encode(), digest_size=16).digest()
 
 
 def _leaks(holders: Mapping[bytes, Mapping[str, int]]) -> list[str]:
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for places in holders.values():
-        named = list(places.items())
+    for indices in holders.values():
+        named = list(indices.items())
         for position, (first, index) in enumerate(named):
             for second, other in named[position + 1 :]:
                 pairs.setdefault((first, second), []).append((index, other))

@@ -1,10 +1,9 @@
-"""Which reasoning steps are hidden at which epoch, and what a sample looks like then.
+"""The curriculum: which reasoning steps are hidden at which epoch, and the samples that result.
 
     stage 0   question <start>             <end> step1 step2 step3 answer
     stage 1   question <start> [L][L]      <end>       step2 step3 answer      (c_thought 2)
     stage 2   question <start> [L][L][L][L]<end>             step3 answer
 
-Knows: epochs, stages, token ids.  Does not know: torch, padding, models.
 Source: Coconut, arXiv 2412.06769, sections 3 and 4.2.  Training uses `sample.tokens`, evaluation
 `sample.tokens[:sample.num_prompt]`, so the two cannot disagree.
 """
@@ -22,7 +21,7 @@ ALL_STEPS = sys.maxsize
 
 @dataclass(frozen=True)
 class Stage:
-    """How much of the reasoning is hidden, and how many latent slots stand in for it."""
+    """How much of the reasoning is hidden, and how many latent slots replace it."""
 
     hidden_steps: int
     num_latents: int
@@ -37,19 +36,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Sample:
-    """One problem as the model sees it: `tokens[:num_prompt]` is given, the rest is learned."""
+    """One problem as the model sees it: `tokens[:num_prompt]` is the prompt, the rest is learned."""
 
     index: int
     tokens: tuple[int, ...]
     num_prompt: int
     num_latents: int
-    first_latent: int  # position of the first latent slot, or of the place where it would be
+    first_latent: int  # position of the first latent slot, or where it would be
 
 
 def stage_number(epoch: int, experiment: Experiment) -> int:
-    """Number of the curriculum stage that `epoch` (from 0) belongs to, at most max_latent_stage + 1.
+    """The number of the curriculum stage of `epoch` (from 0), at most max_latent_stage + 1.
 
-    Token-wise iCoT, which hides more at every epoch, has two: 0 with nothing hidden, then 1.
+    Token-wise iCoT, which hides more at every epoch, has two stages: 0 with nothing hidden, then 1.
     """
     if not experiment.method.has_stages:
         return 0
@@ -83,19 +82,19 @@ def stage_at(epoch: int, experiment: Experiment) -> Stage:
 
 
 def numbered_stage(number: int, experiment: Experiment) -> Stage:
-    """Stage `number`: that many steps hidden; beyond max_latent_stage all of them (paper, section 4.2)."""
+    """Stage `number`, which hides that many steps; beyond max_latent_stage, all (paper, section 4.2)."""
     has_latents = experiment.method.has_latents
     num_latents = min(number, experiment.max_latent_stage) * experiment.c_thought if has_latents else 0
     return Stage(number if number <= experiment.max_latent_stage else ALL_STEPS, num_latents)
 
 
 def last_epoch(experiment: Experiment) -> int:
-    """The epoch (from 0) at whose stage the model is tested: the last one, or `resume` with only_eval."""
+    """The epoch (from 0) whose stage is used for the test: the last one, or `resume` with only_eval."""
     return experiment.resume if experiment.only_eval else max(experiment.num_epochs - 1, 0)
 
 
 def final_stage(experiment: Experiment) -> Stage:
-    """The stage at which a method's model is tested: that of its last epoch, so that it was trained.
+    """The stage at which the model is tested: that of the last epoch.
 
     CoT: nothing hidden. no_cot, pause, without_curriculum: all steps. Methods with stages: all steps, or as
     many as `num_epochs` reaches. Token-wise iCoT: as many tokens as the last epoch hides.
@@ -104,27 +103,27 @@ def final_stage(experiment: Experiment) -> Stage:
 
 
 def stops_early(experiment: Experiment) -> str | None:
-    """In words, that the epochs end before stage max_latent_stage; None where they do not."""
+    """A note if the epochs end before stage max_latent_stage, else None."""
     number, last = stage_number(last_epoch(experiment), experiment), experiment.max_latent_stage
     token_wise = experiment.icot_tokens_per_epoch is not None
     if not experiment.method.has_stages or token_wise or number >= last:
         return None
     key = "resume" if experiment.only_eval else "num_epochs"
     return (
-        f"{key}: {getattr(experiment, key)} ends in stage {number} of {last}: "
-        f"the test is at that stage ({final_stage(experiment)})"
+        f"{key}: {getattr(experiment, key)} ends in stage {number} of {last}; "
+        f"the test uses that stage ({final_stage(experiment)})"
     )
 
 
 def is_stage_switch(epoch: int, experiment: Experiment) -> bool:
-    """Whether `epoch` is the first of a new stage (the very first epoch is not a switch)."""
+    """Whether `epoch` is the first of a new stage (epoch 0 is not a switch)."""
     return epoch > 0 and stage_at(epoch, experiment) != stage_at(epoch - 1, experiment)
 
 
 def mixed_stage(num_steps: int, epoch: int, index: int, experiment: Experiment) -> Stage:
-    """The stage one training sample is drawn at: its epoch's, or with `uniform_prob` any of its own.
+    """The stage of one training sample: its epoch's, or with probability `uniform_prob` a random one.
 
-    Depends on (seed, epoch, index) alone, so every rank and every resumed run draws the same.
+    Depends only on (seed, epoch, index), so every rank and every resumed run draws the same.
     """
     stage = stage_at(epoch, experiment)
     if experiment.uniform_prob == 0 or not experiment.method.has_stages or stage.hidden_tokens:
@@ -138,10 +137,10 @@ def mixed_stage(num_steps: int, epoch: int, index: int, experiment: Experiment) 
 def render(
     problem: TokenizedProblem, stage: Stage, experiment: Experiment, vocabulary: Vocabulary, index: int = 0
 ) -> Sample:
-    """Lay one problem out at one stage.
+    """Render one problem at one stage.
 
-    With `pad_latent_to_max: false` a problem gets latents for the steps it has and no more; the released
-    code did so in evaluation but not in training. Evaluation then knows the number of gold steps.
+    With `pad_latent_to_max: false`, a problem gets latents only for the steps it has; the released code does
+    this in evaluation but not in training. It tells the model the number of gold steps.
     """
     num_latents = stage.num_latents
     if not experiment.pad_latent_to_max:
@@ -158,5 +157,5 @@ def render(
 
 
 def prompt_only(sample: Sample) -> Sample:
-    """The sample as evaluation gives it to the model."""
+    """The sample without what is to be learned, for evaluation."""
     return replace(sample, tokens=sample.tokens[: sample.num_prompt])

@@ -1,11 +1,9 @@
-"""Decode the elements of a data file one at a time, with everything that is wrong with it in one message.
+"""Decode the items of a data file one at a time, and collect all errors of the file in one message.
 
-    [{...}, {...}]                              a list
-    {"data": [{...}, {...}]}                    the list under one key
-    {"question": [...], "answer": [...]}        a list for every key
-    {...}\n{...}                                JSON lines
-
-Knows: files, UTF-8, JSON.  Does not know: what the elements are.
+[{...}, {...}]                              a list
+{"data": [{...}, {...}]}                    the list under one key
+{"question": [...], "answer": [...]}        a list for every key
+{...}\n{...}                                JSON lines
 """
 
 import json
@@ -24,8 +22,8 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 _DATA_KEY = re.compile(rb'\{\s*"(data|problems|examples|items|rows|train|valid|test|steps|answer)"\s*:\s*\[')
 
 
-class Complaints:
-    """Everything wrong with one file, raised together."""
+class FileErrors:
+    """All errors of one file, raised together."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -42,17 +40,17 @@ class Complaints:
             raise DataError(f"{self.path}: {self.first[0]}")
         if self.count:
             more = f"\n  ... and {self.count - MAX_REPORTED} more" if self.count > MAX_REPORTED else ""
-            raise DataError(f"{self.path}: {self.count} problems\n  " + "\n  ".join(self.first) + more)
+            raise DataError(f"{self.path}: {self.count} errors\n  " + "\n  ".join(self.first) + more)
 
 
 def read_text(path: Path, advice: str) -> str:
-    """The UTF-8 text of a file that is not empty; `advice` says how to get one.  Raises DataError."""
+    """Read a UTF-8 file that is not empty. Raises DataError, with `advice` on how to get the file."""
     try:
         content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {advice}") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder; name the JSON file inside it") from None
+        raise DataError(f"{path}: this is a folder; give the JSON file inside it") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not content.strip():
@@ -65,12 +63,12 @@ def read_text(path: Path, advice: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8 "
-            f"(iconv -f LATIN1 -t UTF-8, if it is Latin-1)"
+            f"(from Latin-1: iconv -f LATIN1 -t UTF-8)"
         ) from None
 
 
 def unfinished_download(content: bytes) -> str:
-    """What a file is that only stands for the real one, and how to get that; empty for other files."""
+    """A message for a Git LFS pointer or an HTML page in place of the file; empty for other files."""
     start = content[:200].removeprefix(BOM).lstrip().lower()
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
@@ -80,17 +78,17 @@ def unfinished_download(content: bytes) -> str:
 
 
 def looks_like_data(content: bytes) -> bool:
-    """Whether a JSON file holds problems, and not settings; its first megabyte is enough."""
+    """Whether a JSON file holds problems, not settings; its first megabyte is enough."""
     start = content.removeprefix(BOM).lstrip()
     if start.startswith(b"[") or unfinished_download(content):
         return True
     return start.startswith(b"{") and (b'"question"' in start or _DATA_KEY.match(start) is not None)
 
 
-def items_of(path: Path, complaints: Complaints, advice: str) -> Iterator[Any]:
-    """The elements of a data file, decoded one at a time; a syntax error ends the iteration."""
+def items_of(path: Path, errors: FileErrors, advice: str) -> Iterator[Any]:
+    """Decode the items of a data file one at a time; a syntax error ends the iteration."""
     text = read_text(path, advice)
-    decoder = _Decoder(text, complaints)
+    decoder = _Decoder(text, errors)
     first = text[decoder.position : decoder.position + 1]
     if first == "[":
         return decoder.list_items()
@@ -100,10 +98,10 @@ def items_of(path: Path, complaints: Complaints, advice: str) -> Iterator[Any]:
 
 
 class _Decoder:
-    """One file's text, and how far it is read."""
+    """The text of one file and the current position in it."""
 
-    def __init__(self, text: str, complaints: Complaints):
-        self.text, self.complaints = text, complaints
+    def __init__(self, text: str, errors: FileErrors):
+        self.text, self.errors = text, errors
         self.index = 0
         self.position = _after_blanks(text, 0)
         self._decode = json.JSONDecoder(
@@ -129,16 +127,16 @@ class _Decoder:
                 if separator != ",":
                     what = f"{separator!r}" if separator else "the end of the file (was it cut off?)"
                     where = f"after item {self.index - 1}, line {self._line()}"
-                    self.complaints.add(f"{where}: expected ',' or ']' but found {what}")
+                    self.errors.add(f"{where}: expected ',' or ']' but found {what}")
                     return
         if _after_blanks(text, self.position) != len(text):
-            self.complaints.add(f"line {self._line()}: more text follows the end of the list")
+            self.errors.add(f"line {self._line()}: more text follows the end of the list; remove it")
 
     def object_items(self) -> Iterator[Any]:
-        """JSON lines, or what a single object holds."""
+        """JSON lines, or the items inside a single object."""
         item, is_valid = self._next()
         if is_valid and self.position == len(self.text):
-            yield from _held_by(item, self.complaints)
+            yield from _held_by(item, self.errors)
             return
         while is_valid:
             yield item
@@ -152,10 +150,10 @@ class _Decoder:
         try:
             item, position = self._decode(self.text, self.position)
         except RecursionError:
-            self.complaints.add(f"item {self.index}: nested too deeply; a problem is one flat object")
+            self.errors.add(f"item {self.index}: nested too deeply; write a flat object")
             return None, False
         except ValueError as error:
-            self.complaints.add(f"item {self.index}: {_syntax(error)}")
+            self.errors.add(f"item {self.index}: {_syntax(error)}")
             return None, False
         self.position = _after_blanks(self.text, position)
         return item, True
@@ -168,15 +166,15 @@ class _Decoder:
         if len(item) != len(pairs):
             keys = [key for key, _ in pairs]
             for key in sorted({key for key in keys if keys.count(key) > 1}):
-                self.complaints.add(f"item {self.index}, '{key}': the key occurs more than once; keep one")
+                self.errors.add(f"item {self.index}, '{key}': the key occurs more than once; keep one")
         return item
 
     def _not_json(self, constant: str) -> None:
-        self.complaints.add(f"item {self.index}: {constant} is not JSON; write text in quotes")
+        self.errors.add(f"item {self.index}: {constant} is not JSON; write text in quotes")
 
 
-def _held_by(value: dict[str, Any], complaints: Complaints) -> Iterator[Any]:
-    """The elements of {"data": [...]} and of {"question": [...], ...}; else the object is the only one."""
+def _held_by(value: dict[str, Any], errors: FileErrors) -> Iterator[Any]:
+    """The items of {"data": [...]} or {"question": [...], ...}; otherwise the object is the only item."""
     lists = {key: items for key, items in value.items() if isinstance(items, list)}
     if isinstance(value.get("question"), str):
         yield value
@@ -184,14 +182,14 @@ def _held_by(value: dict[str, Any], complaints: Complaints) -> Iterator[Any]:
         lengths = {key: len(items) for key, items in lists.items()}
         if len(set(lengths.values())) > 1:
             described = ", ".join(f"'{key}' has {length}" for key, length in lengths.items())
-            complaints.add(f"the columns differ in length: {described}")
+            errors.add(f"the columns differ in length: {described}")
             return
         for row in zip(*lists.values(), strict=True):
             yield dict(zip(lists, row, strict=True))
     elif len(lists) == 1:
         yield from next(iter(lists.values()))
     else:
-        complaints.add(f"the file must hold a list of problems; {LIST_FORM}")
+        errors.add(f"the file must hold a list of problems; {LIST_FORM}")
 
 
 def _after_blanks(text: str, position: int) -> int:

@@ -1,7 +1,4 @@
-"""Find examples that are longer than the model before anything is trained or evaluated.
-
-Knows: stages, token counts, the model's configuration.  Does not know: batches, ranks, weights.
-"""
+"""Find examples with more tokens than the model has positions, before training or evaluation starts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,21 +12,21 @@ from coconut_ds.data.token_cache import CachedProblems
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import DataError
 
-# Configurations with one of these compute their positions; others have a table of learned ones.
+# Models with one of these settings compute their positions; others have a table of learned positions.
 COMPUTED_POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "alibi")
 StagesOf = Callable[[TokenizedProblem], Iterable[Stage]]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Tokens and latents that one row can have; `is_hard`: the model cannot take a single one more."""
+    """Maximum tokens, including latents, per row; `is_hard`: the model fails on longer rows."""
 
     positions: int
     is_hard: bool
 
 
 def limit_of(config: PretrainedConfig) -> Limit | None:
-    """The limit that a configuration states, None where it states none."""
+    """The limit in a model's configuration, None if it has none."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None:
@@ -38,7 +35,7 @@ def limit_of(config: PretrainedConfig) -> Limit | None:
 
 
 def trained_stages(experiment: Experiment) -> list[Stage]:
-    """Every stage that the epochs of a run reach, without those of `uniform_prob`."""
+    """Every stage that the epochs of a run reach, without those that `uniform_prob` draws."""
     last = last_epoch(experiment)
     epochs = range(min(experiment.resume, last), last + 1)
     return list(dict.fromkeys(stage_at(epoch, experiment) for epoch in epochs))
@@ -46,7 +43,7 @@ def trained_stages(experiment: Experiment) -> list[Stage]:
 
 @dataclass(frozen=True)
 class LengthCheck:
-    """Compares the rows of data files with the limit of the model of one experiment."""
+    """Checks the rows of data files against the limit of an experiment's model."""
 
     experiment: Experiment
     vocabulary: Vocabulary
@@ -58,9 +55,9 @@ class LengthCheck:
         valid: Sequence[TokenizedProblem],
         test: Sequence[TokenizedProblem] = (),
     ) -> list[str]:
-        """Raise DataError for rows that the model cannot take; give notes on those it was not made for.
+        """Raise DataError for rows above a hard limit; return notes on rows above a soft one.
 
-        Every row counts at the stage of the run where it is longest, latents and special tokens included.
+        Every row is measured at the stage where it is longest, including latents and special tokens.
         """
         experiment, every = self.experiment, trained_stages(self.experiment)
         last = [final_stage(experiment)]
@@ -72,7 +69,7 @@ class LengthCheck:
         if self.limit.is_hard:
             errors, notes = rows, []
         else:
-            notes = [f"{text}; longer than the model was made for" for text in rows if text]
+            notes = [f"{text}; the model was not trained on such lengths" for text in rows if text]
             errors = [
                 self._too_long(experiment.val_path, valid, lambda _: every, prompts=True),
                 self._too_long(experiment.test_path, test, lambda _: last, prompts=True),
@@ -87,7 +84,7 @@ class LengthCheck:
             raise DataError(f"{text}; shorten or remove it")
 
     def _drawn_stages(self, every: Sequence[Stage]) -> StagesOf:
-        """The stages of a training example, those that `uniform_prob` may draw included."""
+        """The stages of a training example, including those that `uniform_prob` may draw."""
         experiment = self.experiment
         if not (experiment.uniform_prob > 0 and experiment.method.has_stages):
             return lambda _: every
@@ -103,8 +100,8 @@ class LengthCheck:
         stages_of: StagesOf,
         prompts: bool = False,
     ) -> str:
-        """The longest row above the limit and how many there are; empty where all fit."""
-        found: list[tuple[int, int, Stage]] = []
+        """A message with the longest row above the limit and their number; empty if all fit."""
+        too_long: list[tuple[int, int, Stage]] = []
         for index in self._candidates(problems):
             problem = problems[index]
             lengths = []
@@ -113,11 +110,11 @@ class LengthCheck:
                 lengths.append((sample.num_prompt if prompts else len(sample.tokens), stage))
             tokens, stage = max(lengths, key=lambda pair: pair[0])
             if tokens > self.limit.positions:
-                found.append((tokens, index, stage))
-        if not found:
+                too_long.append((tokens, index, stage))
+        if not too_long:
             return ""
-        tokens, index, stage = max(found, key=lambda row: row[0])
-        more = f", and {len(found) - 1} more items are too long" if len(found) > 1 else ""
+        tokens, index, stage = max(too_long, key=lambda row: row[0])
+        more = f", and {len(too_long) - 1} more items are too long" if len(too_long) > 1 else ""
         part = "the prompt of " if prompts else ""
         return (
             f"{path}, item {index}: {part}this example has {tokens:,} tokens ({stage}), and the model has "
@@ -125,7 +122,7 @@ class LengthCheck:
         )
 
     def _candidates(self, problems: Sequence[TokenizedProblem]) -> list[int]:
-        """Indices of all problems that may be above the limit: with every step and every latent."""
+        """Indices of problems that are above the limit with every step and every latent."""
         experiment = self.experiment
         latents = experiment.c_thought * experiment.max_latent_stage + 2
         room = self.limit.positions - (latents if experiment.method.has_latents else 0)
@@ -133,7 +130,7 @@ class LengthCheck:
 
 
 def num_tokens(problems: Sequence[TokenizedProblem]) -> np.ndarray:
-    """Tokens of question, steps and answer of every problem."""
+    """The number of tokens of every problem: question, steps and answer."""
     if isinstance(problems, CachedProblems):
         return problems.num_tokens()
     return np.array([len(p.question) + sum(map(len, p.steps)) + len(p.answer) for p in problems], dtype=int)

@@ -1,7 +1,7 @@
-"""The data of a run: training examples and the sets to evaluate on, read before any model."""
+"""The data of a run: training examples and evaluation sets, read before any model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from coconut_ds.data.problems import Card, Problem, card_for, read_problems
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, tokenize
@@ -9,7 +9,7 @@ from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, tokenize
 
 @dataclass(frozen=True)
 class TestSet:
-    """Problems with their token ids and how they are graded."""
+    """Problems with their token ids and their data card."""
 
     problems: Sequence[Problem]
     tokenized: Sequence[TokenizedProblem]
@@ -18,13 +18,6 @@ class TestSet:
 
     def __len__(self) -> int:
         return len(self.problems)
-
-
-def first_items(test_set: TestSet, most: int | None) -> TestSet:
-    """The first `most` problems of a set; all of them when None."""
-    if most is None:
-        return test_set
-    return replace(test_set, problems=test_set.problems[:most], tokenized=test_set.tokenized[:most])
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,6 @@ class RunData:
 
 
 def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -> TestSet:
-    """Problems to grade, with their card.  Raises DataError."""
+    """Read problems to grade, with their card.  Raises DataError."""
     problems = read_problems(path, limit)
     return TestSet(problems, tokenize(problems, vocabulary), card_for(path))

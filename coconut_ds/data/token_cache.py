@@ -1,15 +1,13 @@
-"""Tokenise a data file once, and read it back from memory-mapped arrays.
+"""Tokenize a data file once, and read it back from memory-mapped arrays.
 
     cache/tokens/3f0c.../tokens.npy        ids of all pieces, one after the other
                          piece_ends.npy    where each piece ends: question, steps ..., answer, question ...
                          first_pieces.npy  which piece is the question of each problem; last, their number
                          cache.json        digests of the three
 
-The folder's name is a digest of the file's content, of the tokenizer and of how many problems were asked for:
-a changed file or another tokenizer never meets old ids.  An id takes two bytes in vocabularies up to 65,536,
-four above.  All ranks of a machine share the pages.
-
-Knows: token ids and files.  Does not know: stages, batches, ranks.
+The folder's name is a digest of the file's content, the tokenizer and the limit, so a changed file or another
+tokenizer never reads old ids.  An id takes two bytes in vocabularies up to 65,536, four above.  All ranks of
+a machine share the pages.
 """
 
 import fcntl
@@ -32,13 +30,13 @@ from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, tokenize
 from coconut_ds.errors import DataError
 from coconut_ds.files import json_text, open_append, read_json
 
-FORMAT = 1  # raise it when the text format of tokens.py or the arrays change
-_CHUNK = 4_096  # problems tokenised at a time
+FORMAT = 1  # increase it when the text format of tokenizer.py or the arrays change
+_CHUNK = 4_096  # problems tokenized at a time
 _ARRAYS = ("tokens", "piece_ends", "first_pieces")
 
 
 class CachedProblems(Sequence[TokenizedProblem]):
-    """Tokenized problems that stay on disk; indexing makes one, slicing a list of them."""
+    """Tokenized problems that stay on disk; an index returns one, a slice a list of them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -75,10 +73,10 @@ class CachedProblems(Sequence[TokenizedProblem]):
 def cached_tokens(
     path: str | Path, vocabulary: Vocabulary, folder: str | Path, limit: int | None = None
 ) -> CachedProblems:
-    """The tokenized problems of a data file, from `folder` when they are there, else tokenised into it.
+    """The tokenized problems of a data file, from the cache in `folder`; adds them if they are missing.
 
-    Of several ranks that ask at once, one tokenises and the others wait for it.  A damaged entry is made
-    again.  Raises DataError as read_problems, and when it cannot be stored.
+    If several ranks start at once, one tokenizes and the others wait.  A damaged entry is replaced.
+    Raises DataError like read_problems, and if the entry cannot be stored.
     """
     path, folder = Path(path), Path(folder)
     entry = folder / _key(path, vocabulary, limit)
@@ -92,18 +90,18 @@ def cached_tokens(
                     _make(entry, path, vocabulary, limit)
         except OSError as error:
             raise DataError(
-                f"{error.filename or folder}: the tokenised {path.name} cannot be stored ({error.strerror}); "
-                "make room, or name a folder that can be written"
+                f"{error.filename or folder}: the tokenized {path.name} cannot be stored ({error.strerror}); "
+                "free disk space, or use a folder that can be written"
             ) from error
     return CachedProblems(entry)
 
 
 def cache_folder(path: str | Path) -> Path:
-    """Where the tokens of a data file go: beside it, or in the user's cache where that cannot be written."""
-    beside = Path(path).parent
-    folder = beside / "cache" / "tokens"
-    # A link there may be somebody else's, and lead anywhere.
-    if os.access(beside, os.W_OK) and not folder.is_symlink() and not folder.parent.is_symlink():
+    """The cache folder of a data file: beside the file, or in the user's cache if that is not writable."""
+    parent = Path(path).parent
+    folder = parent / "cache" / "tokens"
+    # Do not follow links: they may come with a received folder and lead anywhere.
+    if os.access(parent, os.W_OK) and not folder.is_symlink() and not folder.parent.is_symlink():
         return folder
     return Path.home() / ".cache" / "coconut_ds" / "tokens"
 
@@ -123,7 +121,7 @@ def _key(path: Path, vocabulary: Vocabulary, limit: int | None) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError:
-        list(islice(each_problem(path), 1))  # says what is wrong with the file and what to do
+        list(islice(each_problem(path), 1))  # raises a DataError with the reason and the fix
         raise
     tokenizer = vocabulary.tokenizer
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -172,12 +170,12 @@ def _put_in_place(working: Path, entry: Path, num_ids: int) -> None:
     try:
         os.rename(working, entry)
     except OSError:
-        if not _is_complete(entry, num_ids):  # otherwise another process was first, with the same content
+        if not _is_complete(entry, num_ids):  # otherwise another process stored the same content first
             raise
 
 
 def _is_complete(entry: Path, num_ids: int) -> bool:
-    """Whether the digests fit and the arrays describe problems; both, as a digest can be forged."""
+    """Whether the digests match and the arrays are valid (a digest can be forged)."""
     try:
         expected = read_json(entry / "cache.json", 1 << 16)["sha256"]
         if any(_digest(entry / f"{name}.npy") != expected[name] for name in _ARRAYS):
@@ -200,7 +198,7 @@ def _is_complete(entry: Path, num_ids: int) -> bool:
 
 
 def _num_ids(vocabulary: Vocabulary) -> int:
-    """One more than the largest id; some tokenizers leave ids out."""
+    """One more than the largest id; some tokenizers skip ids."""
     return max(vocabulary.tokenizer.get_vocab().values(), default=0) + 1
 
 

@@ -1,8 +1,6 @@
-"""Turn problems into token ids, once, in the text format of the Coconut release.
+"""Turn problems into token ids, in the text format of the Coconut release.
 
-    {question}\\n  <|start-latent|> <|latent|>... <|end-latent|>  {step}\\n ...  ### {answer}<eos>
-
-Knows: the tokenizer and the three markers.  Does not know: stages, batches, models.
+{question}\\n  <|start-latent|> <|latent|>... <|end-latent|>  {step}\\n ...  ### {answer}<eos>
 """
 
 import hashlib
@@ -20,13 +18,13 @@ from coconut_ds.errors import ConfigError, DataError, first_line
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
-# For every `from_pretrained`: code beside a model is never run, and nobody is asked whether it may.
+# For every `from_pretrained`: never run code from a model folder, and do not ask whether to.
 DATA_ONLY: Any = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer that knows the three markers, and the ids the rest of the code needs."""
+    """A tokenizer with the three special tokens, and the ids that other modules use."""
 
     tokenizer: PreTrainedTokenizerBase
     start_id: int
@@ -41,21 +39,21 @@ class Vocabulary:
 
     @property
     def new_row_source_ids(self) -> list[int]:
-        """Ids whose embedding rows the markers start from; none where the tokenizer does not know `<<`."""
+        """Ids whose embedding rows initialize the special tokens; empty if the tokenizer has no `<<`."""
         try:
             ids = self.tokenizer.encode(NEW_ROW_SOURCE, add_special_tokens=False)
-        except Exception:  # what a vocabulary without an unknown token raises has no narrower type
+        except Exception:  # a vocabulary without an unknown token raises no narrower type
             return []
         return [] if self.tokenizer.unk_token_id in ids else ids
 
     def digest(self) -> str:
-        """A short hash of the rules that turn text into ids, and of the ids with a meaning of their own."""
+        """A short hash of the tokenization rules and of the ids of special tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             rules: Any = [type(self.tokenizer).__name__, self.tokenizer.get_vocab()]
         else:
             rules = json.loads(backend.to_str())
-            for changing in ("truncation", "padding"):  # set by the newest call, not by the tokenizer
+            for changing in ("truncation", "padding"):  # state of the last call, not of the tokenizer
                 rules.pop(changing, None)
         described = [
             rules,
@@ -66,11 +64,11 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without eos and markers."""
+        """Text of generated ids, without eos and special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def spell(self, ids: Sequence[int]) -> str:
-        """Text of ids with every marker visible, for people."""
+        """Text of ids with all special tokens visible, for display."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
@@ -84,9 +82,9 @@ class TokenizedProblem:
 
 
 def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
-    """Split `folder/file.gguf` into what `from_pretrained` takes: (folder, {"gguf_file": file}).
+    """The arguments of `from_pretrained`; for `folder/file.gguf`: (folder, {"gguf_file": file}).
 
-    Raises ConfigError when model_id is written as a path and nothing is there.
+    Raises ConfigError if model_id is a path that does not exist.
     """
     path = Path(model_id)
     looks_local = model_id.startswith((".", "/", "~")) or path.suffix == ".gguf" or model_id.count("/") > 1
@@ -100,9 +98,9 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
 
 
 def load_vocabulary(model_id: str) -> Vocabulary:
-    """Load the tokenizer of a Hugging Face id, a folder or a .gguf file, and add the markers.
+    """Load the tokenizer of a Hugging Face id, a folder or a .gguf file, and add the special tokens.
 
-    Raises ConfigError when there is none, or when it has no end-of-sequence token.
+    Raises ConfigError if it cannot be loaded or has no end-of-sequence token.
     """
     where, extra = locate_model(model_id)
     try:
@@ -114,7 +112,7 @@ def load_vocabulary(model_id: str) -> Vocabulary:
             "  Give a Hugging Face id (needs network or a filled cache) or a folder with tokenizer files."
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model_id: the tokenizer of {model_id!r} has no eos token, so no answer could end")
+        raise ConfigError(f"model_id: the tokenizer of {model_id!r} has no eos token to end answers with")
     pad_id = tokenizer.pad_token_id
     return Vocabulary(
         tokenizer=tokenizer,
@@ -127,15 +125,15 @@ def load_vocabulary(model_id: str) -> Vocabulary:
 
 
 def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[TokenizedProblem]:
-    """Tokenise every problem piece by piece, so that a hidden step never changes its neighbours' ids.
+    """Tokenize every problem piece by piece, so that hiding a step does not change its neighbors' ids.
 
-    Raises DataError for a text that the tokenizer cannot encode.
+    Raises DataError for text that the tokenizer cannot encode.
     """
 
     def encode(texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        # A marker written out in the data stays text; only `render` places markers.
+        # A special token in the data stays text; only `render` inserts special tokens.
         options = dict(add_special_tokens=special, split_special_tokens=True, return_attention_mask=False)
         try:
             return vocabulary.tokenizer(texts, **options)["input_ids"]
@@ -163,6 +161,6 @@ def _cannot_encode(texts: Sequence[str], vocabulary: Vocabulary, error: Exceptio
         except Exception:
             return (
                 f"the tokenizer of model_id cannot encode {text.strip()[:80]!r} ({error}); "
-                "use a tokenizer with an unknown token, or take the text out of the data"
+                "use a tokenizer with an unknown token, or remove the text from the data"
             )
     return f"the tokenizer of model_id cannot encode the data ({error})"

@@ -1,9 +1,8 @@
-"""The only door to DeepSpeed: start ranks, wrap the model, backward, step, save and load shards.
+"""The only module that imports DeepSpeed: start ranks, wrap the model, backward, step, save, load.
 
-Knows: DeepSpeed and the collectives.  Does not know: stages, data, where checkpoints live.
-DeepSpeed's gradient accumulation is left to us (`managed_gradient_accumulation: false`): the loss is already
-divided by the supervised tokens of the whole optimizer step, over all ranks and micro-batches, so `backward`
-multiplies by the number of ranks (DeepSpeed averages over them) and divides by nothing else.
+We accumulate gradients ourselves (`managed_gradient_accumulation: false`): the loss is already divided by the
+supervised tokens of the optimizer step, over all ranks and micro-batches, so `backward` only multiplies by
+the number of ranks, because DeepSpeed averages over them.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 if not torch.cuda.is_available():
-    # DeepSpeed compiles its operators with other flags when it finds the CPU by itself, and again in turns.
+    # If DeepSpeed detects the CPU by itself, it compiles its operators again with other flags.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -42,25 +41,25 @@ from coconut_ds.model.coconut import Coconut
 # torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
-# What DeepSpeed's bare exception says (runtime/fp16/loss_scaler.py).
+# The text of DeepSpeed's bare Exception (runtime/fp16/loss_scaler.py).
 SCALER_AT_MINIMUM = "loss scale already at minimum"
 SHARED_MEMORY = Path("/dev/shm")
 FP32_BYTES = 4
-START_SECONDS = 20.0  # ranks are waited for so long at least: their starts differ more than their steps
-# Where Slurm's `srun` says what the other launchers say in RANK, WORLD_SIZE and LOCAL_RANK.
+START_SECONDS = 20.0  # minimum time to wait for ranks: their starts differ more than their steps
+# Slurm's `srun` uses its own names for RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def world_size_from_environment() -> int:
-    """The number of ranks as the launcher says it; 1 without a launcher."""
+    """The number of ranks, from the launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get(SLURM_NAMES["WORLD_SIZE"], "1")))
 
 
 def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
-    """Join the process group of the `deepspeed` launcher, torchrun or srun; alone, be a group of one.
+    """Join the process group of the `deepspeed` launcher, torchrun or srun; without one, a group of one.
 
-    Raises, on all ranks, ConfigError when a rank's device cannot compute in `precision` ("fp32", "fp16",
-    "bf16"), and RankLost when a rank does not come within `limit` seconds (0: waits without end).
+    Raises, on all ranks, ConfigError if a rank's device cannot compute in `precision` ("fp32", "fp16",
+    "bf16"), and RankLost if a rank does not connect within `limit` seconds (0: no limit).
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
@@ -68,26 +67,26 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
-    problem = None
+    message = None
     try:
         _choose_device(precision)
     except ConfigError as error:
-        problem = str(error)
+        message = str(error)
         if world_size == 1:
             raise
     limit = max(limit, START_SECONDS) if limit > 0 else 0.0
-    with ended_after(2 * limit, "starting the process group"):  # after that only this ends it
-        store = meet(rank, world_size, limit, problem) if world_size > 1 else None
+    with ended_after(2 * limit, "starting the process group"):  # init_distributed has no time limit
+        store = meet(rank, world_size, limit, message) if world_size > 1 else None
         deepspeed.init_distributed(verbose=False)
         del store
         device = torch.device(get_accelerator().current_device_name())
         if device.type == "cpu":
-            _unname_shared_memory(dist.get_rank())
+            _unlink_shared_memory(dist.get_rank())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def _choose_device(precision: str) -> None:
-    """Take this rank's GPU.  Raises ConfigError when there is none for it, or none for `precision`."""
+    """Select this rank's GPU.  Raises ConfigError if there is none, or if it does not support `precision`."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -97,14 +96,18 @@ def _choose_device(precision: str) -> None:
         torch.cuda.set_device(local_rank)
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))
     elif precision == "fp16":
-        raise ConfigError("fp16 needs a GPU; on the CPU use a ds_config in fp32, or zero2_offload_bf16.json")
+        raise ConfigError(
+            "fp16 needs a GPU; on the CPU use ds_configs/zero2_offload.json (fp32) or "
+            "ds_configs/zero2_offload_bf16.json"
+        )
 
 
-def _unname_shared_memory(rank: int) -> None:
-    """Let the 69 MB of DeepSpeed's all-reduce on the CPU end with the processes that use them.  Collective.
+def _unlink_shared_memory(rank: int) -> None:
+    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce, so that it ends with the ranks.
 
-    DeepSpeed never removes the name, so every start would take so much of the memory until the next reboot.
-    Source: deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`; its ranks have opened it when it returns.
+    DeepSpeed never unlinks it, so every start would use up that much memory until the next reboot.
+    Source: deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`; all ranks have opened it when it returns.
+    Collective.
     """
     dist.barrier()
     owner = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -112,22 +115,22 @@ def _unname_shared_memory(rank: int) -> None:
 
 
 def _check_precision(precision: str, capability: tuple[int, int]) -> None:
-    """DeepSpeed refuses fp16 on Pascal and accepts emulated bf16 on Turing; decide by capability instead."""
+    """Check by compute capability: DeepSpeed rejects fp16 on Pascal and accepts emulated bf16 on Turing."""
     name = f"compute capability {capability[0]}.{capability[1]}"
     if precision == "bf16" and capability < (8, 0):
         raise ConfigError(
-            f"bf16 needs compute capability 8.0 (Ampere), this GPU has {name}, where it would be emulated; "
+            f"bf16 needs compute capability 8.0 (Ampere); this GPU has {name} and would emulate it; "
             "use ds_configs/zero2_offload_fp16.json (7.x) or ds_configs/zero2_offload.json (6.x)"
         )
     if precision == "fp16" and capability < (7, 0) and os.environ.get("DS_ALLOW_DEPRECATED_FP16") != "1":
         raise ConfigError(
             f"fp16 is slow on {name} (1/64 of the fp32 rate on Pascal); use ds_configs/zero2_offload.json, "
-            "or set DS_ALLOW_DEPRECATED_FP16=1 to save memory all the same"
+            "or set DS_ALLOW_DEPRECATED_FP16=1 to use it anyway, to save memory"
         )
 
 
 def _import_muon_uncompiled() -> None:
-    """Spare `deepspeed.initialize` a second: it imports Muon, whose decorators load torch's Inductor."""
+    """Save a second in `deepspeed.initialize`: it imports Muon, whose decorators load torch's Inductor."""
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
@@ -140,10 +143,10 @@ def _import_muon_uncompiled() -> None:
 
 
 def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """`ds_config` with torch's own AdamW on CPU ranks without offload.
+    """`ds_config` with torch's AdamW on CPU ranks without offload.
 
-    DeepSpeed would take its fused Adam there, a C++ operator that has to be compiled first.
-    Raises ConfigError for what DeepSpeed has on GPUs only.
+    DeepSpeed would use its fused Adam there, a C++ operator that must be compiled first.
+    Raises ConfigError for settings that need a GPU.
     """
     if device.type != "cpu":
         return dict(ds_config)
@@ -156,7 +159,7 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     optimizer = ds_config["optimizer"]
     params = {**optimizer["params"], "torch_adam": True}
     if not params.pop("bias_correction", True):
-        return dict(ds_config)  # torch's always corrects
+        return dict(ds_config)  # torch's AdamW always corrects the bias
     return {**ds_config, "optimizer": {**optimizer, "params": params}}
 
 
@@ -169,7 +172,7 @@ class Schedule:
     total_steps: int
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at an optimizer step."""
+        """The factor of the learning rate at an optimizer step."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -183,7 +186,7 @@ class Schedule:
         raise ValueError(self.name)
 
     def build(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        """Transformers has the same three, and takes PEFT and accelerate along."""
+        """Build the torch scheduler (importing Transformers' own would also import PEFT and accelerate)."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step))
 
 
@@ -198,10 +201,7 @@ class Engine(Collectives):
         ranks: Ranks,
         schedule: Schedule | None = None,
     ) -> None:
-        """Wrap `module`; `ds_config` is DeepSpeed's own settings, every "auto" resolved.
-
-        Collective: every rank must call it.
-        """
+        """Wrap `module`; `ds_config`: DeepSpeed's settings with every "auto" resolved. Collective."""
         self.ranks = ranks
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**_for_device(ds_config, ranks.device), "managed_gradient_accumulation": False}
@@ -222,9 +222,9 @@ class Engine(Collectives):
             self._link_in_round_robin_order()
 
     def _link_in_round_robin_order(self) -> None:
-        """Have DeepSpeed note where each weight lies in the flat partitions: `convert_shards` needs it.
+        """Let DeepSpeed record the position of each weight in the flat partitions, for `convert_shards`.
 
-        It counts in the model's order, though `round_robin_gradients` laid the weights out in another.
+        DeepSpeed assumes the model's order, but `round_robin_gradients` uses another.
         Source: deepspeed/runtime/zero/stage_1_and_2.py, `_link_all_hp_params`.
         """
         optimizer = self._optimizer
@@ -265,13 +265,13 @@ class Engine(Collectives):
 
     @phase("backward")
     def backward(self, loss: Tensor) -> Tensor:
-        """Accumulate the gradient of one micro-batch; gives the loss back, cut from its graph."""
+        """Accumulate the gradient of one micro-batch; return the detached loss."""
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
         return loss.detach()
 
     @phase("optimizer step")
     def step(self) -> bool:
-        """Reduce, clip, update; false when fp16 overflowed and the update was skipped."""
+        """Reduce, clip, update; return false if fp16 overflowed and the update was skipped."""
         self._forget_powers_of_beta()
         try:
             self._engine.step()
@@ -279,15 +279,15 @@ class Engine(Collectives):
             if SCALER_AT_MINIMUM not in str(error):
                 raise
             raise Diverged(
-                "the fp16 loss scale is at its minimum and gradients still overflow: fp16 cannot hold some "
-                "values; train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
+                "the fp16 loss scale is at its minimum and gradients still overflow; "
+                "train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
             ) from error
         return bool(self._engine.was_step_applied())
 
     def _forget_powers_of_beta(self) -> None:
-        """Have the CPU Adam compute its powers of beta from the step number.
+        """Make the CPU Adam compute its powers of beta from the step number.
 
-        Left alone it multiplies them up from step to step, and calls pow() in the first step after a load: a
+        By default it multiplies them up step by step, but uses pow() in the first step after a load, so a
         resumed run would differ in the last digits (IncrementStep in DeepSpeed's cpu_adam.h).
         """
         adam = self._base_optimizer
@@ -298,14 +298,14 @@ class Engine(Collectives):
             adam.ds_opt_adam.create_adam(adam.opt_id, *settings, False)
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments; the master weights and the learning rate stay.
+        """Reset Adam's moments; keep the master weights and the learning rate.
 
         Source: section 4.2 of the Coconut paper, "reset the optimizer when the training stage switches".
         """
         self._base_optimizer.state = defaultdict(dict)
 
     def optimizer_tensors(self) -> Iterator[Tensor]:
-        """This rank's master weights and moments, wherever they lie."""
+        """This rank's master weights and moments, on any device."""
         optimizer = self._base_optimizer
         for group in optimizer.param_groups:
             yield from group["params"]
@@ -318,7 +318,7 @@ class Engine(Collectives):
 
     @contextmanager
     def full_weights(self) -> Iterator[Coconut]:
-        """The module with every weight whole on every rank, for reading. Collective."""
+        """The module with complete weights on every rank, for reading. Collective."""
         gather: Any = nullcontext()
         if self.zero_stage == 3:
             gather = deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
@@ -326,10 +326,10 @@ class Engine(Collectives):
             yield self.module
 
     def checkpoint_bytes(self) -> int:
-        """Bytes that a checkpoint of all ranks takes, without its small files.
+        """Bytes of a checkpoint of all ranks, without its small files.
 
-        Optimizer shards: fp32 weights and AdamW's two moments.  Weights: once in the shards, unless ZeRO-3
-        splits them, and once in the model's own form.
+        Optimizer shards: fp32 weights and AdamW's two moments.  Weights: once in Hugging Face form and,
+        except with ZeRO-3, once in the shards.
         """
         trained = weights = 0
         for parameter in self.module.parameters():
@@ -341,7 +341,7 @@ class Engine(Collectives):
         return 3 * FP32_BYTES * trained + (1 if self.zero_stage == 3 else 2) * weights
 
     def save_shards(self, folder: Path, client_state: Mapping[str, Any]) -> None:
-        """Write this rank's part of weights and optimizer into `folder`. Collective."""
+        """Write this rank's shards of weights and optimizer to `folder`. Collective."""
         self._engine.save_checkpoint(
             str(folder.parent),
             tag=folder.name,
@@ -351,21 +351,21 @@ class Engine(Collectives):
         )
 
     def load_shards(self, folder: Path) -> dict[str, Any]:
-        """Read what `save_shards` wrote; gives its client_state back. Collective."""
+        """Load what `save_shards` wrote and return its client_state. Collective."""
         path, client_state = self._engine.load_checkpoint(
             str(folder.parent), tag=folder.name, load_module_strict=not self.excludes_frozen
         )
         if path is None:
-            raise ConfigError(f"{folder}: DeepSpeed found no checkpoint here")
+            raise ConfigError(f"{folder}: not a DeepSpeed checkpoint")
         self._keep_own_settings()
         return client_state
 
     def convert_shards(self, folder: Path, target: Path) -> None:
-        """Write what `save_shards` wrote into `target` in a form that any number of ranks can load.
+        """Convert what `save_shards` wrote to a form in `target` that any number of ranks can load.
 
-        For one rank alone.  Source: deepspeed/checkpoint/ds_to_universal.py.
+        Call it on one rank only.  Source: deepspeed/checkpoint/ds_to_universal.py.
         """
-        from deepspeed.checkpoint import ds_to_universal  # a start does not need it
+        from deepspeed.checkpoint import ds_to_universal  # rarely needed
 
         arguments = argparse.Namespace(
             input_folder=str(folder),
@@ -380,20 +380,20 @@ class Engine(Collectives):
             ds_to_universal.main(arguments)
 
     def load_converted_shards(self, folder: Path) -> dict[str, Any]:
-        """Read what `convert_shards` wrote; gives the client_state of `save_shards` back. Collective.
+        """Load what `convert_shards` wrote and return the client_state of `save_shards`. Collective.
 
-        Raises CheckpointError, on every rank, when a weight or buffer is not what was saved, and when a
+        Raises CheckpointError on every rank if a weight or buffer differs from what was saved, or if a
         parameter group is so small that a rank has no part of it, which DeepSpeed cannot load.
         """
         groups = [] if self.zero_stage == 3 else self._optimizer.bit16_groups
         if self.any_over_ranks(any(all(p._hp_mapping is None for p in group) for group in groups)):
             raise CheckpointError(
                 f"a parameter group has no part for one of {self.world_size} ranks, which DeepSpeed cannot "
-                "load; go on with fewer ranks"
+                "load; resume with fewer ranks"
             )
         (first_file, *_) = sorted(folder.glob("*mp_rank_00_model_states.pt"))
         saved = torch.load(first_file, map_location="cpu", weights_only=False)
-        # DeepSpeed's universal load brings master weights and moments, but no buffer.
+        # DeepSpeed's universal load restores master weights and moments, but no buffers.
         self._engine.load_module_state_dict(saved, strict=not self.excludes_frozen)
         config = self._engine._config
         config.load_universal_checkpoint = True
@@ -405,16 +405,16 @@ class Engine(Collectives):
         if any(different):
             names = ", ".join(sorted({name for rank in different for name in rank})[:5])
             raise CheckpointError(
-                f"{folder} does not give back what was saved: {names}; go on with as many ranks as before, "
-                "or give the run a new 'name' and this checkpoint as 'load_model_path'"
+                f"{folder}: these weights differ from the saved ones: {names}; resume with as many ranks as "
+                "before, or start a new run: set a new 'name', and this checkpoint as 'load_model_path'"
             )
         return client_state
 
     def _different_from(self, saved: Mapping[str, Tensor], folder: Path) -> list[str]:
-        """Names of weights and buffers that this rank's module has otherwise than `saved`.
+        """Names of this rank's weights and buffers that differ from `saved`.
 
-        Frozen weights and what never is saved are not in it.  ZeRO-3 saves no whole weight: there the
-        converted one is compared.
+        Frozen weights and buffers that are not saved are skipped.  ZeRO-3 saves no complete weights, so
+        the converted ones are compared.
         """
         different = []
         with self.full_weights() as module:
@@ -431,7 +431,7 @@ class Engine(Collectives):
         return different
 
     def _keep_own_settings(self) -> None:
-        """Undo what a load takes from the checkpoint though the settings own it: rate, decay, clipping.
+        """Restore the settings that a load overwrites: learning rate, weight decay, clipping.
 
         Source: deepspeed/runtime/zero/stage_1_and_2.py, `_load_legacy_checkpoint` and `_load_global_state`.
         """
@@ -451,7 +451,7 @@ class Engine(Collectives):
             scheduler._last_lr = rates
 
     def close(self) -> None:
-        """Give the memory back and leave the process group."""
+        """Free the memory and leave the process group."""
         self._engine.destroy()
         gc.collect()
         if dist.is_initialized():

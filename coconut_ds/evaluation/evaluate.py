@@ -14,9 +14,8 @@ import torch
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches, refuse_long_prompts
-from coconut_ds.data.chance import chance_of
 from coconut_ds.data.curriculum import Stage, render
-from coconut_ds.data.problems import Card, cot_matches, is_correct, split_completion
+from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, split_completion
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.engine.distributed import ReadingEngine
@@ -52,7 +51,7 @@ class Evaluation:
     mean_tokens: float  # generated, without latents
     predictions: tuple[Prediction, ...]  # every item, in the order of the file
     grading: str  # the rule that `accuracy` was counted by
-    chance: float = 0.0  # the accuracy of guessing on this set (chance.py)
+    chance: float = 0.0  # the accuracy of guessing on this set (chance_of)
     seconds_per_item: float = 0.0  # of answering, all ranks together working on it
 
     def numbers(self) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from coconut_ds.data.chance import chance_of
-from coconut_ds.data.problems import Problem
+from coconut_ds.data.problems import Problem, chance_of
 
 
 def problems(*pairs):

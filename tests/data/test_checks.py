@@ -40,9 +40,9 @@ def test_questions_in_two_splits_are_a_leak_even_when_written_otherwise(tmp_path
     [
         ({"steps": []}, "1 of 2 have no steps"),
         ({"steps": [""]}, "1 of 2 have no steps"),
-        ({"question": "a <|latent|> b"}, "1 of 2 contain a marker"),
+        ({"question": "a <|latent|> b"}, "1 of 2 contain a special token"),
         ({"answer": "#4"}, "1 of 2 have '#' in the answer"),
-        ({"question": "plain"}, "1 of 2 ask a question"),
+        ({"question": "plain"}, "1 of 2 repeat the question"),
     ],
 )
 def test_findings_name_the_items(tmp_path, item, finding):

@@ -88,7 +88,7 @@ def test_computed_positions_are_a_note_and_prompts_without_room_an_error(tiny_ex
     long, prompt = words(5, [60], 2), words(60, [], 2)
     check = LengthCheck(experiment, vocabulary, Limit(40, False))
     (note, _) = check.refuse([long], [long])
-    assert "longer than the model was made for" in note and "item 0" in note
+    assert "the model was not trained on such lengths" in note and "item 0" in note
     with pytest.raises(DataError, match="the prompt of this example has 6[0-9] tokens"):
         check.refuse([], [prompt])
     with pytest.raises(DataError, match="the prompt of this example"):

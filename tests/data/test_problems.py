@@ -98,8 +98,8 @@ def test_one_line_is_one_problem(tmp_path):
         (LFS_POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         ("\n<!DOCTYPE html><html></html>", "is an HTML page, not the file itself; download the raw file"),
         ("[]", "the list is empty"),
-        ("[[]]", "item 0: a problem is an object, got a list"),
-        ("[null]", "item 0: a problem is an object, got null"),
+        ("[[]]", "item 0: must be an object, got a list"),
+        ("[null]", "item 0: must be an object, got null"),
         (f"[{item}, {item[:20]}", "item 1: not JSON"),
         (f"[{item}", "was it cut off"),
         (f"[{item} {item}]", "after item 0, line 1: expected ',' or ']' but found '{'"),
@@ -134,7 +134,7 @@ def test_all_problems_come_in_one_message_up_to_twenty(tmp_path):
     with pytest.raises(DataError) as caught:
         read_problems(path)
     text = str(caught.value)
-    assert "34 problems" in text and "item 2, 'answer'" in text and "item 0, 'steps'" in text
+    assert "34 errors" in text and "item 2, 'answer'" in text and "item 0, 'steps'" in text
     assert "14 more" in text and len(text.splitlines()) == 22
 
 

@@ -72,5 +72,5 @@ def test_answers_depend_on_neither_batch_size_nor_ranks(model, ranks, rows):
 def test_every_rank_refuses_a_prompt_that_is_longer_than_the_model(model, rank):
     tests = problems_of([20, 30, 40, 129], model)
     engine = OneOfTheRanks(model.model, Ranks(rank, 2, torch.device("cpu")))
-    with pytest.raises(DataError, match="evaluated item 3 takes 129 tokens with its latents"):
+    with pytest.raises(DataError, match="evaluated item 3 has 129 tokens with its latents"):
         evaluate(engine, tests, model.trained.stage, model.trained.experiment, model.vocabulary)

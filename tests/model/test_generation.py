@@ -149,5 +149,5 @@ def test_a_prompt_longer_than_the_model_is_named_before_the_first_pass(architect
     model = short_model(architecture)
     batch = make_batch(((5, 2, 1), (POSITIONS - 2, 2, 1)))
     monkeypatch.setattr(model, "_passes", None)
-    with pytest.raises(DataError, match="row 2 takes 17 tokens with its latents, .* 16 positions"):
+    with pytest.raises(DataError, match="row 2 has 17 tokens with its latents, .* 16 positions"):
         model.generate(batch, 4, eos_id=-1)

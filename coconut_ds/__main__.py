@@ -1,7 +1,7 @@
 """`python -m coconut_ds COMMAND ...`, alone or under the `deepspeed` launcher, torchrun or srun.
 
-Only the chosen command is imported, so `--help` and `validate` do not wait for DeepSpeed.
-A user's mistake ends in one message and exit code 2, printed by the main rank alone.
+Only the chosen command is imported, so `--help` and `validate` do not load DeepSpeed.
+A UserError ends in one message, printed by the main rank, and the exit code of its class.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from pathlib import Path
 from coconut_ds.errors import UserError
 from coconut_ds.terminal import printable_streams
 
-# A command is the first word of its module's name: inspect_latents.py holds `inspect`.
+# The command name is the first word of the module name: inspect_latents.py is `inspect`.
 COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}
 LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; gives its exit code."""
+    """Run one command and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
-    with printable_streams():  # before a command is imported: libraries keep the stream that they find
+    with printable_streams():  # before imports: libraries keep a reference to the stream
         return _main(argv)
 
 
@@ -36,7 +36,9 @@ def _main(argv: Sequence[str] | None) -> int:
     names = sorted(COMMANDS)
     chosen = next((word for word in arguments if word in names), None)
     parser = argparse.ArgumentParser(
-        prog="coconut_ds", description="Train models that reason in latent space.", allow_abbrev=False
+        prog="coconut_ds",
+        description="Train language models that reason in continuous latent space (Coconut).",
+        allow_abbrev=False,
     )
     parser.add_argument(*LOCAL_RANK, type=int, default=0, help="set by the launcher")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -81,9 +83,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:
-    """The command line without `--deepspeed` where no JSON follows it: DeepSpeed's guide writes both.
+    """Remove `--deepspeed` unless a JSON follows it.
 
-    deepspeed.add_config_arguments defines it as a flag, the Hugging Face Trainer as the config's path.
+    DeepSpeed's add_config_arguments defines it as a flag, the Hugging Face Trainer as the config's path.
     """
     following = [*arguments[1:], ""]
     pairs = zip(arguments, following, strict=True)

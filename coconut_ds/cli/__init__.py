@@ -1,4 +1,4 @@
 """The commands of `python -m coconut_ds`, one module each: `add_arguments(parser)`, `run(args) -> exit code`.
 
-This folder is the registry; the first line of a module's docstring is its line in `--help`.
+The folder is the registry; the first line of a module's docstring is its summary in `--help`.
 """

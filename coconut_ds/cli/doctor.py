@@ -1,8 +1,8 @@
-"""Look at this machine: cards, torch, precision, compilers, versions, memory, disk; and say what to do.
+"""Check this machine (GPUs, torch, compilers, versions, memory, disk) and suggest fixes.
 
     python -m coconut_ds doctor
 
-Exit code 0: ready; 1: there is a problem.
+Exit code 0: ready; 1: at least one check failed.
 """
 
 import argparse
@@ -15,9 +15,12 @@ from coconut_ds.reports.doctor import PROBLEM, as_text, examine
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--save-path", default="runs", metavar="DIR", help="where runs will be written (default: runs)"
+        "--save-path",
+        default="runs",
+        metavar="DIR",
+        help="folder that runs will be written to (default: runs)",
     )
-    parser.add_argument("--json", action="store_true", help="plain data instead of text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: argparse.Namespace) -> int:

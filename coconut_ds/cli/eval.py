@@ -1,4 +1,4 @@
-"""Evaluate trained models: accuracy with its interval, tokens and seconds an answer; ablations.
+"""Evaluate checkpoints: accuracy with its interval, tokens and seconds per answer, and ablations.
 
     python -m coconut_ds eval RUN                                       the newest checkpoint of a run folder
     python -m coconut_ds eval RUN --checkpoint all --split test         every checkpoint, on test_path
@@ -6,17 +6,17 @@
     deepspeed --num_gpus 2 --module coconut_ds eval RUN                 the same numbers, twice as fast
     deepspeed --num_gpus 2 --module coconut_ds eval CONFIG --deepspeed_config JSON
 
-A run folder knows its settings, and a checkpoint its stage.  RUN may also be a checkpoint folder, or one that
-`export` wrote.  CONFIG, an experiment YAML, names the weights in `load_model_path` and the stage through
-`resume`, the epoch they were trained to.  Another stage than a checkpoint was trained at needs --allow stage.
-Results: evaluations.jsonl and predictions.jsonl in the run folder.
+RUN is a run folder, a checkpoint folder, or a folder written by `export`; it contains the settings and the
+stage.  CONFIG is an experiment YAML: `load_model_path` names the weights, and `resume`, the number of epochs
+they were trained for, determines the stage.  Evaluating at another stage needs --allow stage.
+Results are appended to evaluations.jsonl and predictions.jsonl in the run folder.
 
-Ablations put something else into the latent slots; each is compared with the intact model on the same items
+An ablation replaces the latents; accuracy is compared with the intact model on the same problems
 (exact McNemar test):
   zero     zeros                                      shuffle  the same latents in another order
-  mean     the mean over the batch, slot by slot      swap     the latents of another problem
-  noise    random directions of the same norms        fewer    half as many slots        none   no slots
-zero:2, mean:2, noise:2, swap:2 change the second slot alone.
+  mean     the mean over the batch, per latent        swap     the latents of another problem
+  noise    random directions of the same norms        fewer    half as many latents       none   no latents
+zero:2, mean:2, noise:2 and swap:2 replace only the second latent.
 """
 
 import argparse
@@ -30,20 +30,24 @@ from coconut_ds.training.run_settings import read_ds_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, or experiment YAML")
+    parser.add_argument(
+        "target", metavar="RUN|CONFIG", help="run folder, checkpoint, exported folder or experiment YAML"
+    )
     parser.add_argument(
         "--checkpoint",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="checkpoints of the run folder: names, latest (default), best, best_stage_N, all",
+        help="checkpoints of the run folder: names, latest (default), best, best_stage_N or all",
     )
     parser.add_argument(
-        "--split", default="valid", metavar="valid|test|FILE", help="what to evaluate on (default: valid)"
+        "--split", default="valid", metavar="valid|test|FILE", help="data to evaluate on (default: valid)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N items only")
-    parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
-    parser.add_argument("--ablate", metavar="NAME,...", help="also with other latents; see above; or 'all'")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N problems")
+    parser.add_argument("--latents", type=int, metavar="N", help="number of latents (default: as trained)")
+    parser.add_argument(
+        "--ablate", metavar="NAME,...", help="also evaluate these ablations (see above), or 'all'"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
     add_ds_config_argument(parser, required=False)
     add_allow_stage(parser)
@@ -51,14 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = EvalOptions(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
+    options = EvalOptions(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
     models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
-    own = models[0].folder
+    folder = models[0].folder
     if args.deepspeed_config:
         ds_config = read_ds_config(args.deepspeed_config, models[0].experiment)
-        results = measure(models, ds_config, wanted)
+        results = measure(models, ds_config, options)
     else:
-        results = measure(models, ds_config_of(own) if (own / "ds_config.json").is_file() else None, wanted)
+        results = measure(
+            models, ds_config_of(folder) if (folder / "ds_config.json").is_file() else None, options
+        )
     if args.json and not args.local_rank:
         with open_output(args.json, "--json") as writer:
             writer.write(json_text([result.numbers() for result in results], indent=1) + "\n")

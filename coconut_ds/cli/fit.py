@@ -1,9 +1,10 @@
-"""Find the largest micro-batch that fits the memory budget, the effective batch kept.
+"""Find the largest micro-batch that fits the memory budget; the effective batch stays the same.
 
     python -m coconut_ds fit CONFIG --deepspeed_config JSON [--output NEW.yaml]
 
-Where not even one row fits, it tries recomputation, a smaller bucket, offload and, with --precision, 16 bits.
-Prints what to set, or writes it. Exit code 3: nothing fits.
+If a single row does not fit, `fit` tries activation checkpointing, a smaller reduce bucket, optimizer offload
+and, with --precision, 16-bit training.  It prints the settings to use, or writes them to --output.
+Exit code 3: nothing fits.
 """
 
 import argparse
@@ -25,44 +26,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ds_config_argument(parser)
     add_planning_arguments(parser)
     parser.add_argument(
-        "--precision", choices=("bf16", "fp16"), help="16 bits may be used where nothing else helps"
+        "--precision", choices=("bf16", "fp16"), help="also try 16-bit training if nothing else fits"
     )
     parser.add_argument(
-        "--output", metavar="YAML", help="write the experiment here; a changed JSON goes beside it"
+        "--output", metavar="YAML", help="write the experiment here, and a changed DeepSpeed config beside it"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
     planner = Planner.of(experiment, text_shape(args), args.device)
-    found = fit(planner, experiment, ds_config, args.ranks, (args.precision,) if args.precision else ())
-    shape = found.experiment
+    result = fit(planner, experiment, ds_config, args.ranks, (args.precision,) if args.precision else ())
+    shape = result.experiment
     print(
         f"{shape.batch_size_training} rows x {shape.gradient_accumulation_steps} micro-batches x "
-        f"{found.plan.ranks} GPUs; up to {found.max_rows} rows would fit"
+        f"{result.plan.ranks} GPUs; up to {result.max_rows} rows would fit"
     )
-    print(found.plan.verdict())
-    for memory_option in found.memory_options:
-        print(f"needs in the JSON: {memory_option}")
+    print(result.plan.verdict())
+    for memory_option in result.memory_options:
+        print(f"set in the DeepSpeed config: {memory_option}")
     if args.output:
-        write(found, Path(args.output))
+        write(result, Path(args.output))
     else:
-        print(found.settings)
+        print(result.settings)
     return 0
 
 
-def write(found: Fit, path: Path) -> None:
-    """The experiment, and the JSON where levers changed it."""
-    path.write_text(experiment_to_yaml(found.experiment), encoding="utf-8")
+def write(result: Fit, path: Path) -> None:
+    """Write the experiment, and the DeepSpeed config if memory options changed it."""
+    path.write_text(experiment_to_yaml(result.experiment), encoding="utf-8")
     print(f"wrote {path}")
-    if found.memory_options:
+    if result.memory_options:
         beside = path.with_suffix(".ds_config.json")
-        beside.write_text(json_text(as_json(found.ds_config), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json_text(as_json(result.ds_config), indent=2) + "\n", encoding="utf-8")
         print(f"wrote {beside}")
 
 
 def as_json(ds_config: DeepSpeedConfig) -> dict:
-    """The file that loads as `ds_config`."""
+    """The content of a file that loads as `ds_config`."""
     values = {**ds_config.stock, "latent_memory": asdict(ds_config.latent_memory)}
     if ds_config.memory_budget is not None:
         values["memory_budget"] = asdict(ds_config.memory_budget)

@@ -1,13 +1,13 @@
-"""Ask a trained model: a question, a file of questions, or one after the other at the terminal.
+"""Answer questions with a trained model: one question, a file, standard input, or interactively.
 
     python -m coconut_ds generate RUN --prompt "3+4+2+7=?"
     python -m coconut_ds generate RUN --file data/gsm_test.json --output answers.jsonl
-    python -m coconut_ds generate RUN                          asks for questions; an empty line ends
-    echo "3+4+2+7=?" | python -m coconut_ds generate RUN       one question a line
+    python -m coconut_ds generate RUN                          interactive; an empty line ends it
+    echo "3+4+2+7=?" | python -m coconut_ds generate RUN       one question per line
 
-RUN is a run folder, a checkpoint folder, a folder that `export` wrote, or an experiment YAML whose
-`load_model_path` names weights.  A .json file is a list of problems, of which only the questions are used;
-any other file holds one question a line.
+RUN is a run folder, a checkpoint folder, a folder written by `export`, or an experiment YAML whose
+`load_model_path` names the weights.  A .json file is a list of problems, of which only the questions are
+used; any other file has one question per line.
 """
 
 import argparse
@@ -25,25 +25,27 @@ from coconut_ds.files import json_text, open_output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, exported folder or experiment YAML")
-    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default), best, best_stage_N")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="a question; may be given several times"
-    )
-    source.add_argument("--file", metavar="FILE", help="questions: .json problems, or one a line")
-    parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
     parser.add_argument(
-        "--max_new_tokens", type=int, metavar="N", help="longest answer (default: as evaluated)"
+        "--checkpoint", metavar="NAME", help="checkpoint name, latest (default), best or best_stage_N"
     )
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="questions at once (32)")
-    parser.add_argument("--output", metavar="FILE", help="write JSON lines with question and answer to FILE")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a question; can be repeated")
+    source.add_argument("--file", metavar="FILE", help="questions: .json problems, or one per line")
+    parser.add_argument("--latents", type=int, metavar="N", help="number of latents (default: as trained)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="maximum answer length (default: as in evaluation)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="questions per batch (default: 32)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write questions and answers to FILE as JSON lines")
     add_allow_stage(parser)
     add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
-        raise ConfigError(f"--batch_size {args.batch_size}: give 1 or more")
+        raise ConfigError(f"--batch_size {args.batch_size}: must be at least 1")
     questions = _questions(args)
     trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     model = CoconutForCausalLM.of(trained)
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _questions(args: argparse.Namespace) -> list[str] | None:
-    """What to ask; None: whoever sits at the terminal says it."""
+    """The questions of the command line; None to read them interactively."""
     if args.prompt:
         questions = list(args.prompt)
     elif args.file and args.file.endswith(".json"):
@@ -69,7 +71,7 @@ def _questions(args: argparse.Namespace) -> list[str] | None:
     else:
         questions = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not any(question.strip() for question in questions):
-        raise DataError(f"{args.file or 'the question'}: there is nothing to ask")
+        raise DataError(f"{args.file or 'the question'}: no question; give at least one that is not empty")
     return questions
 
 
@@ -82,7 +84,7 @@ def _lines_of(name: str) -> list[str]:
 
 
 def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace) -> None:
-    model.samples(questions)  # a question that is too long is named before the first answer
+    model.samples(questions)  # raises for a question that is too long before the first answer
     if args.output:
         with open_output(args.output, "--output") as writer:
             for question, answer in _answers(model, questions, args):
@@ -97,13 +99,13 @@ def _answers(
     model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace
 ) -> Iterator[tuple[str, str]]:
     for start in range(0, len(questions), args.batch_size):
-        asked = questions[start : start + args.batch_size]
-        yield from zip(asked, model.generate(asked, None, args.max_new_tokens), strict=True)
+        batch = questions[start : start + args.batch_size]
+        yield from zip(batch, model.generate(batch, None, args.max_new_tokens), strict=True)
 
 
-def _converse(model: CoconutForCausalLM, most: int | None) -> None:
+def _converse(model: CoconutForCausalLM, max_new_tokens: int | None) -> None:
     num_latents = model.trained.stage.num_latents
-    print(f"{model.trained.name}, {num_latents} latents. A question, or an empty line to end.", flush=True)
+    print(f"{model.trained.name}, {num_latents} latents. Type a question; an empty line ends.", flush=True)
     while True:
         try:
             question = input("> ")
@@ -112,7 +114,7 @@ def _converse(model: CoconutForCausalLM, most: int | None) -> None:
         if not question.strip():
             return
         try:
-            _show(model.stream(question, None, most))
+            _show(model.stream(question, None, max_new_tokens))
         except DataError as error:
             print(error)
 

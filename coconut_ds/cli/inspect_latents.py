@@ -1,14 +1,14 @@
-"""Look into the latents of a trained model: what they decode to, their norms, what they attend to.
+"""Inspect the latents of a trained model: decoded tokens, norms and attention.
 
     python -m coconut_ds inspect RUN --question "3+4+2+7=?"
     python -m coconut_ds inspect RUN --file data/arithmetic_test.json --limit 100 --html page.html
 
-For every latent: the likeliest tokens of the head before and after the thought, its norm against those of
-token embeddings, attention to the parts of the question, and what the model says when it is made to go on in
-words after 0, 1, ... latents.  For questions in ProsQA's words also the probability of its graph's frontier.
-Over the problems of a file: how often the latents decode to the results of the steps they replaced.
+For each latent, prints the LM head's top tokens before and after the thought, its norm relative to token
+embeddings, its attention to the parts of the question, and the text the model generates when its latents are
+cut off after 0, 1, ...  For ProsQA questions, also the probability of the frontier of the graph.
+For a file, also how often the latents decode to the results of the steps they replaced.
 
-RUN is a run folder, a checkpoint folder, a folder that `export` wrote, or an experiment YAML.
+RUN is a run folder, a checkpoint folder, a folder written by `export`, or an experiment YAML.
 """
 
 import argparse
@@ -28,34 +28,36 @@ from coconut_ds.files import json_text, open_output
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, exported folder or experiment YAML")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--question", metavar="TEXT", help="one question")
-    source.add_argument("--file", metavar="JSON", help="problems; their steps are looked for in the latents")
-    parser.add_argument(
-        "--limit", type=int, default=20, metavar="N", help="problems of the file (default: 20)"
+    source.add_argument("--question", metavar="TEXT", help="question to inspect")
+    source.add_argument(
+        "--file", metavar="JSON", help="problems to inspect; the latents are compared with their steps"
     )
     parser.add_argument(
-        "--show", type=int, default=3, metavar="N", help="problems shown one by one (default: 3)"
+        "--limit", type=int, default=20, metavar="N", help="problems to read from the file (default: 20)"
     )
-    parser.add_argument("--checkpoint", metavar="NAME", help="a name, latest (default), best, best_stage_N")
-    parser.add_argument("--latents", type=int, metavar="N", help="latent slots (default: as trained)")
+    parser.add_argument(
+        "--show", type=int, default=3, metavar="N", help="problems to show in full (default: 3)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="checkpoint name, latest (default), best or best_stage_N"
+    )
+    parser.add_argument("--latents", type=int, metavar="N", help="number of latents (default: as trained)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="tokens per latent (default: 5)")
-    parser.add_argument(
-        "--html", metavar="FILE", help="write one page with pictures, nothing outside it needed"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all numbers of all problems")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page with figures")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers of all problems to FILE")
     add_allow_stage(parser)
     add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.top < 1 or args.show < 0:
-        raise ConfigError("--top must be 1 or more, --show 0 or more")
+        raise ConfigError("--top must be at least 1, and --show at least 0")
     problems = [Problem(args.question, (), "")] if args.question else read_problems(args.file, args.limit)
     trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
-    asked = CoconutForCausalLM.of(trained)
-    inspections = [inspect(asked, problem, args.top) for problem in problems]
+    model = CoconutForCausalLM.of(trained)
+    inspections = [inspect(model, problem, args.top) for problem in problems]
     latents_per_step = trained.experiment.c_thought
-    match = match_steps(inspections, lambda text: first_tokens(asked, text), latents_per_step, args.top)
+    match = match_steps(inspections, lambda text: first_tokens(model, text), latents_per_step, args.top)
     for inspection in inspections[: args.show]:
         print(terminal(inspection), end="\n\n")
     if match is not None:

@@ -1,9 +1,9 @@
-"""Predict the memory of a run, item by item, against its budget; several JSONs side by side.
+"""Predict the memory of a run per component and compare it with the budget.
 
     python -m coconut_ds plan CONFIG --deepspeed_config JSON [JSON ...]
 
-Needs no GPU and no weights: the model's code runs on tensors without storage. Exit code 0: every plan fits;
-3: one does not.
+Several DeepSpeed configs are shown side by side.  Needs no GPU and no weights: the model's code runs on
+tensors without storage.  Exit code 0: every plan fits; 3: at least one does not.
 """
 
 import argparse
@@ -26,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="JSON",
-        help="one or more ways to split memory",
+        help="DeepSpeed configs to compare",
     )
     add_planning_arguments(parser)
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="plain data instead of a table")
-    form.add_argument("--markdown", action="store_true", help="one table line a plan")
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print one Markdown table row per plan")
     parser.add_argument(
-        "--no-changes", action="store_true", help="do not plan what would make the run smaller"
+        "--no-changes", action="store_true", help="do not search for settings that need less memory"
     )
 
 

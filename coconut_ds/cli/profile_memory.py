@@ -1,9 +1,10 @@
-"""Measure the memory of real optimizer steps on the worst batch, by phase, beside plan and budget.
+"""Measure the memory of real optimizer steps on the largest batch, by phase.
 
     deepspeed --num_gpus 2 --module coconut_ds profile CONFIG --deepspeed_config JSON
 
-Phases: initialise; every pass, loss, backward, reduce and optimizer step, twice; evaluation; checkpoint.
-Writes memory/plan.json and memory/profile.json in the run folder, for `report`; no weights are kept.
+Phases: initialize; every pass, loss, backward, reduce and optimizer step, twice; evaluation; checkpoint.
+Prints the measured memory beside the plan and the budget, and writes memory/plan.json and memory/profile.json
+in the run folder for `report`.  No weights are kept.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--snapshot",
         action="store_true",
-        help="on GPUs: also memory/snapshot_rank_N.pickle for pytorch.org/memory_viz",
+        help="on GPUs: also write memory/snapshot_rank_N.pickle for pytorch.org/memory_viz",
     )
 
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) -> str | None:
-    """Profile on every rank; the main rank writes the files and gives the text.  Collective."""
+    """Profile on every rank; the main rank writes the files and returns the text.  Collective."""
     folder = run_folder(experiment) / "memory"
     run_data = load_run_data(experiment)
     ranks = start_distributed(ds_config.precision)
@@ -71,7 +72,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
     plan = engine.broadcast_object(_plan(experiment, ds_config, run_data, ranks) if ranks.is_main else None)
     batch = _batch(experiment, run_data, plan)
     with MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan):
-        mine = profile_steps(
+        own = profile_steps(
             engine,
             meter,
             batch,
@@ -80,7 +81,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
             lambda where: write_model(engine.module, run_data.vocabulary, where),
             folder,
         )
-    everybody = engine.gather(mine.to_json())
+    all_ranks = engine.gather(own.to_json())
     text = None
     if engine.is_main:
         result = {
@@ -89,7 +90,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
             "budget": plan["budget"],
             "batch": str(shape_of(batch)),
             "stage": _peak_phase(plan)["stage"],
-            "ranks": everybody,
+            "ranks": all_ranks,
         }
         _write(folder, experiment, ds_config.resolve(experiment, ranks.world_size), plan, result)
         text = profile_text(result, plan) + f"\n\n{folder / 'profile.json'}"
@@ -101,15 +102,15 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
 
 def _lock(folder: Path, ranks: Ranks) -> RunLock | None:
     """Keep other runs out of the folder; the main rank's ConfigError is raised on all ranks.  Collective."""
-    lock, problem = None, None
+    lock, message = None, None
     if ranks.is_main:
         try:
             lock = RunLock(folder)
         except ConfigError as error:
-            problem = str(error)
-    problem = Collectives(ranks).broadcast_object(problem)
-    if problem is not None:
-        raise ConfigError(problem)
+            message = str(error)
+    message = Collectives(ranks).broadcast_object(message)
+    if message is not None:
+        raise ConfigError(message)
     return lock
 
 
@@ -123,7 +124,7 @@ def _plan(
 
 
 def _peak_phase(plan: dict[str, Any]) -> dict[str, Any]:
-    """The stage that takes the most."""
+    """The stage that needs the most memory."""
     return max(plan["stages"], key=lambda stage: stage["gpu_mib"])
 
 
@@ -135,13 +136,13 @@ def _batch(experiment: Experiment, run_data: RunData, plan: dict[str, Any]) -> B
 
 
 def _evaluate(engine: Engine, experiment: Experiment, run_data: RunData) -> None:
-    """One evaluation batch a rank, of the longest problems, at the final stage."""
+    """One evaluation batch per rank, of the longest problems, at the final stage."""
     valid = run_data.valid
     lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
-    most = experiment.batch_size_eval * engine.world_size
-    chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:most]
-    hardest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
-    evaluate(engine, hardest, final_stage(experiment), experiment, run_data.vocabulary)
+    limit = experiment.batch_size_eval * engine.world_size
+    chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:limit]
+    longest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
+    evaluate(engine, longest, final_stage(experiment), experiment, run_data.vocabulary)
 
 
 def _write(
@@ -154,6 +155,6 @@ def _write(
     make_folder(folder)
     replace_text(folder / "plan.json", json_text(plan, indent=2) + "\n")
     replace_text(folder / "profile.json", json_text(result) + "\n")
-    if not (folder.parent / "experiment.yaml").exists():  # a folder that was never trained in
+    if not (folder.parent / "experiment.yaml").exists():
         replace_text(folder.parent / "experiment.yaml", experiment_to_yaml(experiment))
         replace_text(folder.parent / "ds_config.json", json_text(settings, indent=2, default=str) + "\n")

@@ -1,13 +1,13 @@
-"""Tables and pictures from run folders: accuracy by stage, runs side by side, memory against its budget.
+"""Print tables and write pages about runs: accuracy by stage, comparisons, memory against the budget.
 
     python -m coconut_ds report RUN                    its summary, and the page RUN/memory/report.html
-    python -m coconut_ds report RUN RUN ...            one table, runs that differ in the seed alone together
-    python -m coconut_ds report RUN ... --latex        for a paper; also --markdown, --json
-    python -m coconut_ds report --compare RUN RUN      a page with two runs' memory and learning side by side
+    python -m coconut_ds report RUN RUN ...            one table; runs that differ only in seed are grouped
+    python -m coconut_ds report RUN ... --latex        tables for a paper; also --markdown, --json
+    python -m coconut_ds report --compare RUN RUN      a page with memory and learning curves of two runs
 
-Intervals are 95 %: of one run over its items (Wilson), of several seeds over the seeds (Student's t).
-Two methods are tested against each other on the same items (McNemar, exact) where `eval` has written the
-predictions of both.  Pages are single files without scripts or links; their pictures lie beside them as PNG.
+Intervals are 95 %: Wilson's over the problems for one run, Student's t over the seeds for several.
+Two methods are compared on the same problems (exact McNemar test) if `eval` has written predictions for both.
+Pages are single files without scripts or links; their figures are also written as PNG files beside them.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from coconut_ds.reports.verdict import all_verdicts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
-    parser.add_argument("--compare", nargs=2, metavar="RUN", help="write a page with two runs side by side")
-    parser.add_argument("--html", metavar="FILE", help="write the page here (also for several runs)")
-    parser.add_argument("--no-page", action="store_true", help="print only")
+    parser.add_argument("--compare", nargs=2, metavar="RUN", help="write a page that compares two runs")
+    parser.add_argument("--html", metavar="FILE", help="write the page to FILE (also for several runs)")
+    parser.add_argument("--no-page", action="store_true", help="print the tables and write no page")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--latex", action="store_true", help="the tables in LaTeX (booktabs), no more")
-    form.add_argument("--markdown", action="store_true", help="the tables in Markdown, and nothing else")
-    form.add_argument("--json", action="store_true", help="all numbers as JSON, and nothing else")
+    form.add_argument("--latex", action="store_true", help="print only the tables, as LaTeX (booktabs)")
+    form.add_argument("--markdown", action="store_true", help="print only the tables, as Markdown")
+    form.add_argument("--json", action="store_true", help="print only the numbers, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     print(text(runs, groups, tables))
     page = None if args.no_page else _page_path(args, runs)
     if page is not None:
-        from coconut_ds.reports.run_page import write_page  # matplotlib takes a second
+        from coconut_ds.reports.run_page import write_page  # importing matplotlib takes a second
 
         try:
             for path in write_page(page, runs, groups, tables):
@@ -74,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def text(runs: list[RunRecord], groups: list[Group], tables: list[Table]) -> str:
-    """What the terminal shows."""
+    """The text for the terminal."""
     parts = [table.text() for table in tables if table.rows]
     tests = paired_tests(groups)
     if tests:
         parts.append("\n".join(["paired tests (McNemar, exact)", *(f"  {test}" for test in tests)]))
     elif len(groups) > 1:
         commands = " and ".join(f"`eval {group.first.folder} --split test`" for group in groups[:2])
-        parts.append(f"no paired test: {commands} write the predictions that it needs")
+        parts.append(f"no paired test: {commands} write the predictions it needs")
     parts.append("run folders: " + ", ".join(str(run.folder) for run in runs))
     if warnings := all_verdicts(runs, groups):
         parts.append("\n".join(warnings))
@@ -89,7 +89,7 @@ def text(runs: list[RunRecord], groups: list[Group], tables: list[Table]) -> str
 
 
 def _page_path(args: argparse.Namespace, runs: list[RunRecord]) -> Path | None:
-    """Where a page goes: several runs get one where it is asked for."""
+    """Path of the page; None for several runs without --html or --compare."""
     if args.html:
         return Path(args.html)
     if args.compare:

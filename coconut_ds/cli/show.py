@@ -1,8 +1,9 @@
-"""Show what an experiment will do: settings, stages, batch arithmetic, one sample a stage.
+"""Show what an experiment will do: settings, stages, batch sizes, one example per stage.
 
     python -m coconut_ds show CONFIG [--deepspeed_config JSON]
 
-Needs no GPU and loads no model. Samples need the training data and the tokenizer; what is absent is said.
+Needs no GPU and loads no model.  Examples need the training data and the tokenizer; a message says what is
+missing.
 """
 
 import argparse
@@ -26,8 +27,12 @@ PUBLISHED_GPUS = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
     add_ds_config_argument(parser, required=False)
-    parser.add_argument("--gpus", type=int, help="number of ranks (default: the memory budget's, or 2)")
-    parser.add_argument("--item", type=int, default=0, metavar="N", help="problem of the sample (default: 0)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="number of GPUs (default: the memory budget's, or 2)"
+    )
+    parser.add_argument(
+        "--item", type=int, default=0, metavar="N", help="index of the problem to show (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +69,7 @@ def _memory_lines(ds_config: DeepSpeedConfig) -> Iterator[str]:
     if budget := ds_config.memory_budget:
         yield (
             f"budget: {budget.gpus} x {budget.device}, {budget.gpu_memory_mib} MiB each, "
-            f"{budget.reserved_mib} MiB of it kept free"
+            f"{budget.reserved_mib} MiB of it reserved"
         )
 
 
@@ -74,10 +79,10 @@ def _batch_lines(
     budget = ds_config.memory_budget if ds_config else None
     world_size = gpus or (budget.gpus if budget else 2)
     if ds_config is not None:
-        ds_config.resolve(experiment, world_size)  # a disagreement between the two files shows here
+        ds_config.resolve(experiment, world_size)  # raises if the two files disagree
     layout = BatchConfig.of(experiment, world_size, rank=0)
     yield (
-        f"{layout.rows} rows per GPU x {layout.accumulation} accumulated x {world_size} GPUs "
+        f"{layout.rows} rows per GPU x {layout.accumulation} micro-batches x {world_size} GPUs "
         f"= {layout.rows_per_step} rows per optimizer step, the effective batch"
     )
     if num_problems and not experiment.only_eval:
@@ -89,8 +94,8 @@ def _batch_lines(
 def _published_batch_line(experiment: Experiment) -> str:
     layout = BatchConfig.of(experiment, PUBLISHED_GPUS, rank=0)
     return (
-        f"the published code runs such files on {PUBLISHED_GPUS} GPUs: an effective batch of "
-        f"{layout.rows_per_step}; with fewer GPUs, raise gradient_accumulation_steps to keep it"
+        f"the published code uses {PUBLISHED_GPUS} GPUs, an effective batch of {layout.rows_per_step}; "
+        "with fewer GPUs, raise gradient_accumulation_steps to keep it"
     )
 
 
@@ -99,15 +104,15 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
     for first, last in _stage_spans(experiment):
         span = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
         yield f"{span:>9}  {stage_number(first, experiment)}: {stage_at(first, experiment)}"
-    yield f"tested at: {final_stage(experiment)}"
+    yield f"test stage: {final_stage(experiment)}"
     if early := stops_early(experiment):
         yield early
     if experiment.uniform_prob and experiment.method.has_stages:
-        yield f"each sample is drawn from a random stage with probability {experiment.uniform_prob}"
+        yield f"each example is trained at a random stage with probability {experiment.uniform_prob}"
 
 
 def _stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
-    """First and last epoch (from 0) of every different stage that the run goes through."""
+    """First and last epoch (from 0) of every stage of the run."""
     last = last_epoch(experiment)
     first = experiment.resume
     for epoch in range(experiment.resume, last + 1):
@@ -126,8 +131,8 @@ def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:
     for first, _ in _stage_spans(experiment):
         sample = render(tokenized, stage_at(first, experiment), experiment, vocabulary)
         prompt = vocabulary.spell(sample.tokens[: sample.num_prompt])
-        learned = vocabulary.spell(sample.tokens[sample.num_prompt :])
-        num_learned = len(sample.tokens) - sample.num_prompt
-        yield f"epoch {first + 1}: {sample.num_prompt} tokens given, {num_learned} learned"
-        yield f"  given    {prompt!r}"
-        yield f"  learned  {learned!r}"
+        labels = vocabulary.spell(sample.tokens[sample.num_prompt :])
+        num_labels = len(sample.tokens) - sample.num_prompt
+        yield f"epoch {first + 1}: {sample.num_prompt} prompt tokens, {num_labels} with a label"
+        yield f"  prompt   {prompt!r}"
+        yield f"  labels   {labels!r}"

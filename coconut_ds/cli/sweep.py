@@ -1,4 +1,4 @@
-"""Train a grid of experiments one after another, go on where it was, and print one table at the end.
+"""Train a grid of experiments one after another, and print one table of the results.
 
     python -m coconut_ds sweep CONFIG --deepspeed_config JSON --grid seed=0,1,2 --grid method=coconut,cot
     python -m coconut_ds sweep GRID.yaml
@@ -6,9 +6,9 @@
 GRID.yaml:  config: CONFIG            deepspeed_config: JSON          set: [num_epochs=10]
             grid: {method: [coconut, cot], seed: [0, 1, 2], deepspeed_config: [A.json, B.json]}
 
-Runs are named after CONFIG and the grid's values. Finished runs are skipped, so the same command goes on
-after an interruption; a failed run is reported and the others go on. What a run printed: RUN/sweep.log.
-Exit code 0: all are finished; 1: one failed; 75: it was stopped.
+Runs are named after CONFIG and their grid values.  Finished runs are skipped, so run the same command again
+to resume.  If a run fails, the sweep reports it and continues with the next.  The output of a run is in
+RUN/sweep.log.  Exit code 0: all runs finished; 1: at least one failed; 75: stopped.
 """
 
 import argparse
@@ -35,22 +35,20 @@ from coconut_ds.training.sweep import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG|GRID.yaml", help="experiment YAML, or a grid file")
-    parser.add_argument(*DS_CONFIG_FLAGS, metavar="JSON", help="how memory is split")
+    parser.add_argument(*DS_CONFIG_FLAGS, metavar="JSON", help="DeepSpeed config of every run")
     parser.add_argument(
         "--grid",
         action="append",
         default=[],
         metavar="KEY=V,V",
-        help="values of one setting; may be given again",
+        help="values of one setting; can be repeated",
     )
     add_overrides(parser, "of every run")
+    parser.add_argument("--name", metavar="NAME", help="prefix of the run names (default: CONFIG's name)")
     parser.add_argument(
-        "--name", metavar="NAME", help="what the runs' names begin with (default: CONFIG's name)"
+        "--num_gpus", type=int, metavar="N", help="GPUs per run (default: all, or 2 processes on the CPU)"
     )
-    parser.add_argument(
-        "--num_gpus", type=int, metavar="N", help="ranks of every run (default: all GPUs, or 2)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +75,7 @@ def _grid(args: argparse.Namespace) -> list[Point]:
         ds_config = args.deepspeed_config or values.get("deepspeed_config")
         return points(values["config"], ds_config, overrides, axes, args.name or values.get("name"))
     if not args.grid:
-        raise ConfigError(f"sweep: {args.config} is one experiment; give --grid KEY=VALUE,VALUE,...")
+        raise ConfigError(f"sweep: {args.config} is a single experiment; add --grid KEY=VALUE,VALUE,...")
     return points(args.config, args.deepspeed_config, overrides, parse_axes(args.grid), args.name)
 
 
@@ -88,7 +86,7 @@ def _num_gpus() -> int:
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """The tables of what is finished, and what is not."""
+    """Tables of the finished runs, and one line for each of the others."""
     done = [outcome.point for outcome in outcomes if outcome.state in (FINISHED, SKIPPED)]
     parts = []
     if done:
@@ -100,5 +98,5 @@ def summary(outcomes: list[Outcome]) -> str:
         for outcome in outcomes
         if outcome.state in (FAILED, STOPPED)
     ]
-    parts.append(f"{len(done)} of {len(outcomes)} runs are finished")
+    parts.append(f"{len(done)} of {len(outcomes)} runs finished")
     return "\n".join(parts)

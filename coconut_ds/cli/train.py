@@ -1,9 +1,9 @@
-"""Train an experiment, or continue it from its newest checkpoint.
+"""Train an experiment, or resume it.
 
     deepspeed --num_gpus 2 --module coconut_ds train CONFIG --deepspeed_config JSON
 
-Starts anew when the run folder save_path/name has no checkpoint, else goes on from the newest whole one.
-With `only_eval: true` in CONFIG it evaluates `load_model_path` on `val_path`, as `eval` does.
+Resumes from the newest complete checkpoint in save_path/name, or starts from scratch if there is none.
+With `only_eval: true` in CONFIG, evaluates `load_model_path` on `val_path`, as `eval` does.
 """
 
 import argparse
@@ -22,16 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="NAME",
-        help="resume from this checkpoint (a name, best, best_stage_N), not the newest",
+        help="resume from this checkpoint instead of the newest: a name, best or best_stage_N",
     )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="KEY",
-        help="a setting that may differ from the checkpoint's (world_size: the number of ranks; "
-        "stage, with only_eval: evaluate at another stage than trained at); "
-        "may be given several times",
+        help="accept that this setting differs from the checkpoint's; world_size is the number of GPUs; "
+        "with only_eval, stage accepts another stage than the trained one; can be repeated",
     )
     parser.add_argument("--max-minutes", type=float, metavar="N", help="save and stop after N minutes")
     parser.add_argument(
@@ -39,10 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300.0,
         metavar="N",
-        help="end with stack traces when no rank moved for N seconds; 0: wait for ever (default: 300)",
+        help="abort with stack traces if no rank makes progress for N seconds (0: never; default: 300)",
     )
     parser.add_argument(
-        "--skip-plan", action="store_true", help="start without checking the plan against the memory budget"
+        "--skip-plan",
+        action="store_true",
+        help="do not check the plan against the memory budget at the start",
     )
 
 

@@ -1,10 +1,11 @@
-"""Check settings and data files without starting anything.
+"""Check experiments, DeepSpeed configs and data files without starting anything.
 
     python -m coconut_ds validate FILE... [--model ID_OR_FOLDER] [--picture PNG]
 
-YAML files are experiments; JSON files are DeepSpeed settings, problems or cards, as what they hold tells.
-Every problem of every file is listed; data files are looked at together: lengths, leaks between splits, items
-longer than the model. The exit code is 2 when a file cannot be used or the splits leak.
+YAML files are experiments.  JSON files may be DeepSpeed configs, data sets or data cards; the type is
+detected from the content.  All errors in all files are reported at once.  Data files are checked together:
+lengths, leaks between splits, problems longer than the model allows.
+Exit code 2: a file is invalid, or the splits leak.
 """
 
 import argparse
@@ -23,9 +24,11 @@ CARD_SUFFIX = ".card.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="YAML or JSON file")
-    parser.add_argument("--model", metavar="ID", help="count lengths in this model's tokens, not in words")
-    parser.add_argument("--picture", metavar="PNG", help="draw the histograms of the data files' lengths")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="YAML, JSON or JSON lines file")
+    parser.add_argument(
+        "--model", metavar="ID", help="count lengths in tokens of this model instead of words"
+    )
+    parser.add_argument("--picture", metavar="PNG", help="write histograms of the lengths in the data files")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_settings(path: Path) -> str:
-    """One line about a sound file; ConfigError or DataError with everything wrong in it."""
+    """One line about a valid file; ConfigError or DataError with all errors of an invalid one."""
     if path.suffix in (".yaml", ".yml"):
         experiment, notes = load_with_notes(path)
         print_notes([*notes, *_length_notes(experiment)])
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
     if path.suffix != ".json":
         raise ConfigError(
-            f"{path}: neither .yaml nor .json; give experiments, DeepSpeed settings or data files"
+            f"{path}: neither .yaml nor .json; give experiments, DeepSpeed configs or data files"
         )
     if path.name.endswith(CARD_SUFFIX):
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
@@ -63,17 +66,17 @@ def _check_settings(path: Path) -> str:
     precision = "fp16 (GPUs only)" if ds_config.precision == "fp16" else ds_config.precision
     if ds_config.stock.get("bf16", {}).get("enabled") == "auto":
         precision = "bf16 where the YAML says 'bf16: true'"
-    return f"DeepSpeed settings (ZeRO stage {ds_config.zero_stage}, {precision})"
+    return f"a DeepSpeed config (ZeRO stage {ds_config.zero_stage}, {precision})"
 
 
 def _length_notes(experiment: Experiment) -> list[str]:
-    """Notes on long examples where data and model are on this machine; DataError as in training."""
+    """Notes on long examples if data and model are on this machine; DataError as in training."""
     paths = [experiment.train_path, experiment.val_path, experiment.test_path]
     if not all(Path(path).exists() for path in [experiment.model_id, *paths] if path):
         return []
     from coconut_ds.data.problems import read_problems
     from coconut_ds.data.tokenizer import load_vocabulary, tokenize
-    from coconut_ds.model.build import length_check  # loads torch, which settings files need not wait for
+    from coconut_ds.model.build import length_check  # imports torch, which settings files do not need
 
     vocabulary = load_vocabulary(experiment.model_id)
     check = length_check(experiment, vocabulary)
@@ -83,8 +86,8 @@ def _length_notes(experiment: Experiment) -> list[str]:
 
 
 def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
-    """Print the report on the data files; gives the number of errors and leaks."""
-    from coconut_ds.data.checks import check_data_files  # loads torch, which settings files need not wait for
+    """Print the report on the data files; return the number of errors and leaks."""
+    from coconut_ds.data.checks import check_data_files  # imports torch, which settings files do not need
     from coconut_ds.data.positions import limit_of
     from coconut_ds.data.tokenizer import load_vocabulary
     from coconut_ds.model.loading import load_config
@@ -95,7 +98,7 @@ def _check_data(paths: list[Path], model: str | None, picture: str | None) -> in
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:
         report.save_picture(picture)
-        print(f"lengths drawn in {picture}")
+        print(f"wrote {picture}")
     return len(report.errors) + len(report.leaks)
 
 

@@ -1,7 +1,4 @@
-"""The two settings files as command-line arguments, the same in every command.
-
-Knows: argparse, the YAML.  Does not know: what a command does with them.
-"""
+"""The command-line arguments for the two settings files, the same in every command."""
 
 import argparse
 import os
@@ -27,7 +24,7 @@ def add_overrides(parser: argparse.ArgumentParser, of: str = "of the YAML") -> N
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"override one setting {of}; may be given several times",
+        help=f"override one setting {of}; can be repeated",
     )
 
 
@@ -42,7 +39,7 @@ def add_allow_stage(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=("stage",),
-        help="stage: settings may put a checkpoint at another stage than it was trained at",
+        help="stage: accept another stage than the trained one",
     )
 
 
@@ -52,7 +49,7 @@ def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = Tru
         *DS_CONFIG_FLAGS,
         required=required,
         metavar="JSON",
-        help="how memory is split, for example ds_configs/zero2_offload.json",
+        help="DeepSpeed config, for example ds_configs/zero2_offload.json",
     )
 
 
@@ -65,11 +62,11 @@ def read_experiment(args: argparse.Namespace) -> Experiment:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """On stderr, so that what a command prints for other programs stays clean."""
+    """Print notes to stderr, so that stdout has only a command's result."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, or no rank at all."""
+    """Whether this is rank 0 or the only process."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

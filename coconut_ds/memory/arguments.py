@@ -11,20 +11,20 @@ from coconut_ds.memory.largest_batches import TextShape
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     """--ranks, --device and the shape options."""
-    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs of the run; default: memory_budget.gpus")
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of GPUs (default: memory_budget.gpus)")
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="whose kernels the model would use; default: cuda",
+        help="device whose kernels are planned for (default: cuda)",
     )
     shape = parser.add_argument_group(
-        "text, instead of reading data and tokenizer (tokens of the longest problem)"
+        "text lengths to use instead of reading data and tokenizer (of the longest problem)"
     )
-    shape.add_argument("--question-tokens", type=int, metavar="N")
-    shape.add_argument("--num-steps", type=int, metavar="N", help="reasoning steps, default 6")
-    shape.add_argument("--step-tokens", type=int, metavar="N", help="tokens of one step, default 15")
-    shape.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of the answer line, default 12")
+    shape.add_argument("--question-tokens", type=int, metavar="N", help="tokens of the question")
+    shape.add_argument("--num-steps", type=int, metavar="N", help="reasoning steps (default: 6)")
+    shape.add_argument("--step-tokens", type=int, metavar="N", help="tokens per step (default: 15)")
+    shape.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of the answer (default: 12)")
 
 
 def text_shape(args: argparse.Namespace) -> TextShape | None:

@@ -127,7 +127,7 @@ def test_show_prints_settings_batches_stages_and_samples(experiment_file, capsys
         == 0
     )
     text = capsys.readouterr().out
-    assert "8 rows per GPU x 1 accumulated x 2 GPUs = 16 rows per optimizer step" in text
+    assert "8 rows per GPU x 1 micro-batches x 2 GPUs = 16 rows per optimizer step" in text
     assert "96 problems -> 6 steps per epoch, 36 steps in 6 epochs" in text
     assert "1-2  0: 0 steps hidden, 0 latents" in text
     assert "6  4: all steps hidden, 3 latents" in text
@@ -159,7 +159,7 @@ def test_show_compares_the_effective_batch_of_published_files(method, compared, 
     assert main(["show", experiment_file(**method), "--gpus", "2"]) == 0
     text = capsys.readouterr().out
     assert "16 rows per optimizer step, the effective batch" in text
-    assert ("on 4 GPUs: an effective batch of 32" in text) is compared
+    assert ("the published code uses 4 GPUs, an effective batch of 32" in text) is compared
     assert f"gradient_clipping: {0.0 if compared else 1.0}" in text
 
 

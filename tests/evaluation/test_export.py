@@ -158,8 +158,8 @@ def test_nothing_is_uploaded_without_the_flag_and_a_failed_upload_says_what_to_d
     [
         (["--output", "HERE"], "there is something already"),
         (["--output", "NEW", "--checkpoint", "checkpoint_7"], "no such checkpoint"),
-        (["--output", "NEW", "--private"], "only with --push"),
-        (["--output", "NEW", "--to", "zero", "--merge"], "belong to --to hf"),
+        (["--output", "NEW", "--private"], "--private needs --push"),
+        (["--output", "NEW", "--to", "zero", "--merge"], "use --merge and --push with --to hf"),
         (["--output", "/proc/nothing/here"], "cannot be written"),
     ],
 )

@@ -81,7 +81,7 @@ def test_at_the_terminal_until_an_empty_line(run, asked, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["--prompt", " "], "nothing to ask"),
+        (["--prompt", " "], "no question"),
         (["--file", "absent.txt"], "cannot be read"),
         (["--file", "absent.json"], "no such file"),
         (["--prompt", "1", "--batch_size", "0"], "--batch_size 0"),

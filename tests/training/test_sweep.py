@@ -128,7 +128,7 @@ def test_failures_are_reported_and_the_rest_goes_on(config, monkeypatch, capsys)
     assert "exit code 3: ValueError: no luck" in outcomes[1].message
     assert started == grid[1:]
     text = summary(outcomes)
-    assert "2 of 3 runs are finished" in text and "failed: base-seed-1" in text and "75.0 % [" in text
+    assert "2 of 3 runs finished" in text and "failed: base-seed-1" in text and "75.0 % [" in text
 
 
 def test_a_stopped_run_ends_the_sweep(config, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_grid_file(config, tmp_path, capsys):
     assert main(["sweep", str(path)]) == 2
     assert "'grids' is not a key" in capsys.readouterr().err
     assert main(["sweep", config, "--deepspeed_config", ZERO2]) == 2
-    assert "give --grid" in capsys.readouterr().err
+    assert "add --grid" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -197,5 +197,5 @@ def test_a_real_grid_trains_goes_on_and_prints_one_table(tiny_experiment, tmp_pa
 
     first = start()
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "2 of 2 runs are finished" in first.stdout and "coconut (2 seeds)" in first.stdout
+    assert "2 of 2 runs finished" in first.stdout and "coconut (2 seeds)" in first.stdout
     assert start().stdout.count("already finished") == 2

@@ -1,4 +1,1 @@
-"""The multi-pass model and what keeps its memory at that of one pass.
-
-Knows: torch, Hugging Face models, batches, thoughts.  Does not know: stages, DeepSpeed.
-"""
+"""The multi-pass model, and the techniques that keep its memory at that of one pass."""

@@ -1,9 +1,7 @@
-"""A KV cache for answering: room for every column at once, and rows that can leave.
+"""A KV cache for generation: preallocated columns, and rows that can be dropped.
 
-A cache that concatenates copies all its keys and values for every new token.  This one writes into buffers
-made once and hands out views of their filled part; `keep` drops the rows whose answer is complete.
-
-Knows: transformers' Cache interface.  Does not know: models, tokens, gradients (there are none).
+A concatenating cache copies all its keys and values for every new token.  This one allocates its buffers once
+and returns views of their filled part; `keep` drops the rows with a complete answer.
 
 Shapes: B rows, K key-value heads, S new columns, E head size.
 """
@@ -29,13 +27,13 @@ class AnswerLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys = _room_for(key_states, self.columns)
-        self.values = _room_for(value_states, self.columns)
+        self.keys = _allocate(key_states, self.columns)
+        self.values = _allocate(value_states, self.columns)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, K, S, E] behind what is there; gives all filled columns."""
+        """Append [B, K, S, E]; returns all filled columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -67,18 +65,18 @@ class AnswerCache(Cache):
         super().__init__(layers=[AnswerLayer(columns) for _ in range(num_layers)])
 
     def fill(self, columns: int) -> None:
-        """Take the first `columns` for filled, whatever is in them: for a run without storage."""
+        """Mark the first `columns` as filled, for a run on fake tensors."""
         for layer in self.layers:
             assert isinstance(layer, AnswerLayer)
             layer.length = columns
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, in this order."""
+        """Keep only these rows, in this order."""
         for layer in self.layers:
             assert isinstance(layer, AnswerLayer)
             layer.keep(rows)
 
 
-def _room_for(states_BKSE: Tensor, columns: int) -> Tensor:
+def _allocate(states_BKSE: Tensor, columns: int) -> Tensor:
     B, K, _, E = states_BKSE.shape
     return torch.empty(B, K, columns, E, dtype=states_BKSE.dtype, device=states_BKSE.device)

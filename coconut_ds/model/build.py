@@ -1,7 +1,6 @@
-"""From settings to objects: the data a run needs, its vocabulary, and its Coconut model.
+"""Build from an experiment's settings the run's data, its vocabulary and its Coconut model.
 
-Knows: every way a model or a data set may be given.  Does not know: DeepSpeed, the loop.
-Data is read first and the model last, so that every mistake shows before a model is loaded.
+Data is read before the model, so that mistakes show before weights are loaded.
 """
 
 from collections.abc import Sequence
@@ -46,9 +45,9 @@ DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
 
 
 def load_run_data(experiment: Experiment) -> RunData:
-    """Read and tokenise every file the experiment names; the main process prints notes on their lengths.
+    """Read and tokenize every file of the experiment; the main process prints notes on their lengths.
 
-    Raises ConfigError for the tokenizer, DataError for the data and for examples longer than the model.
+    Raises ConfigError for the tokenizer, DataError for the data and for examples that are too long.
     """
     debug = experiment.debug
     vocabulary = load_vocabulary(experiment.model_id)
@@ -58,7 +57,7 @@ def load_run_data(experiment: Experiment) -> RunData:
         path = experiment.train_path
         train = cached_tokens(path, vocabulary, cache_folder(path), limit)
         if not train:
-            raise DataError(f"{experiment.train_path}: no problem to train on")
+            raise DataError(f"{experiment.train_path}: no problems to train on")
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
     valid = load_test_set(experiment.val_path, vocabulary, limit)
     test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
@@ -70,22 +69,22 @@ def load_run_data(experiment: Experiment) -> RunData:
 
 
 def length_check(experiment: Experiment, vocabulary: Vocabulary) -> LengthCheck | None:
-    """What compares examples with the model's positions; None where its configuration states no limit."""
+    """The check of examples against the model's positions; None if its configuration has no limit."""
     limit = limit_of(load_config(experiment.model_id))
     return LengthCheck(experiment, vocabulary, limit) if limit else None
 
 
 def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:
-    """The model of an experiment in fp32 on the CPU: base weights, then adapters, then the thought.
+    """Build the experiment's model in fp32 on the CPU: base weights, then adapters, then the thought.
 
     `load_model_path` may be a checkpoint of this program or the published code, a Hugging Face folder, or the
-    adapter folder of a LoRA run; without it the weights are those of `model_id`. Seeded by the experiment.
+    adapter folder of a LoRA run; without it `model_id` gives the weights. Seeded by the experiment.
     Raises ConfigError and CheckpointError.
     """
     torch.manual_seed(experiment.seed)
     source = experiment.load_model_path
     adapter = find_adapter(source) if source else None
-    # An adapter names the checkpoint that its base came from, if it was not plain `model_id`.
+    # An adapter names the checkpoint of its base, unless that was plain `model_id`.
     origin = read_origin(adapter) if adapter else None
     start = origin.weights if origin else None if adapter else source
     weights = load_foreign_weights(start, experiment.allow_pickle) if start else None
@@ -117,13 +116,13 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
 def _published_window(
     experiment: Experiment, adapter: Path | None, weights: dict[str, Tensor] | None, source: str
 ) -> Tensor | None:
-    """Window weights of a fork's full checkpoint, oldest state first; they are taken out of `weights`.
+    """Take the window weights of a fork's full checkpoint out of `weights`, oldest state first.
 
-    Raises CheckpointError where the experiment's settings are not those that the fork trained with.
+    Raises CheckpointError if the experiment's settings differ from those of the fork's training.
     """
     window = None if weights is None else weights.pop(WINDOW_NAME, None)
     if not experiment.method.has_latents or (adapter is not None and not is_published_lora(adapter)):
-        return None  # no latents, or an adapter that brings its own thought
+        return None  # no latents, or an adapter with its own thought
     if adapter is not None:
         if (learned := read_published_window(adapter)) is not None:
             require_learned_window(experiment, learned, adapter)
@@ -135,7 +134,7 @@ def _published_window(
 
 
 def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
-    """Write the model for other programs: a Hugging Face or PEFT folder, with tokenizer and thought."""
+    """Write a Hugging Face or PEFT folder for other programs, with tokenizer and thought."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(module.base, PreTrainedModel):
         module.base.save_pretrained(folder)

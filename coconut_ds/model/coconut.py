@@ -1,12 +1,13 @@
-"""The latent loop: a causal language model whose last hidden state becomes its next input embedding.
+"""The latent loop of Coconut (chain of continuous thought).
+
+A continuous thought is a hidden state of the model, fed back as the next input embedding in place of a token:
 
     columns   0 ............ first_latent   +1   +2 ................ T
     pass 0    [ the question and <start>  )
     pass 1                                [L0)
     pass 2                                     [L1, <end>, the labels)
 
-Knows: batches, thoughts, Hugging Face models.  Does not know: stages, ranks, DeepSpeed.
-Source: Coconut, arXiv 2412.06769, section 3; the passes are cut as in its released code.
+Source: Coconut, arXiv 2412.06769, section 3; the passes are split as in its released code.
 
 Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
 """
@@ -28,17 +29,17 @@ from coconut_ds.model.techniques.combined import Techniques
 from coconut_ds.runs.base_record import BaseRecord
 from coconut_ds.thoughts import History, Thought
 
-if TYPE_CHECKING:  # a run without adapters does not wait for PEFT
+if TYPE_CHECKING:  # importing PEFT is slow, and only LoRA runs need it
     from peft import PeftModel
 
-# Rows are copied out of the cache when no more than this share of them is still answering.
+# Finished rows are dropped from the cache once at most this share of its rows is unfinished.
 WORTH_DROPPING = 0.75
 
 
 class Coconut(nn.Module):
-    """A Hugging Face causal LM that fills its latent slots with thoughts.
+    """A Hugging Face causal LM that fills its latent slots with continuous thoughts.
 
-    `forward` gives the training loss of a batch, `generate` answers its prompts.
+    `forward` returns the training loss of a batch, `generate` answers its prompts.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class Coconut(nn.Module):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The Hugging Face model, adapters inside it."""
+        """The Hugging Face model, with its adapters."""
         if isinstance(self.base, PreTrainedModel):
             return self.base
         return cast(PreTrainedModel, self.base.get_base_model())
 
     @property
     def num_positions(self) -> int | None:
-        """Tokens and latents that one row can have; None where the model states no limit."""
+        """Limit of tokens and latents in a row; None if the model has no limit."""
         return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -78,23 +79,24 @@ class Coconut(nn.Module):
         return loss if batch.num_latents else loss + self._zero_of_thought(hidden_BTD, batch)
 
     def _zero_of_thought(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-        """0, with a gradient of zeros for a thought that no column asks for.
+        """0, with a gradient of zeros for a thought that no column uses.
 
-        Without one DeepSpeed's optimizer offload steps with what an earlier micro-batch left on the host.
+        Without a gradient, DeepSpeed's optimizer offload would apply the one an earlier micro-batch left on
+        the host.
         """
         history = History()
         history.append(hidden_BTD[:, :1].detach(), torch.ones_like(batch.attention_mask_BT[:, :1]))
         return self.thought(history)[:0].sum()
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm of every column, hidden_BTD."""
+        """Hidden states of every column after the final norm, hidden_BTD."""
         with self.techniques.training_forward(batch) as cache:
             return torch.cat(list(self._passes(batch, cache)), dim=1)
 
     def _passes(self, batch: Batch, cache: Cache | None) -> Iterator[Tensor]:
-        """Yield the hidden states of each pass; `cache` holds the keys and values of all of them.
+        """Yield the hidden states of each pass; `cache` holds the keys and values of all passes.
 
-        Without latents there is one pass, which needs no cache.
+        Without latents there is a single pass and no need for a cache.
         """
         token_embeds_BTD = self.embedding(batch.input_ids_BT)
         columns = batch.shape[1]
@@ -128,7 +130,7 @@ class Coconut(nn.Module):
             attention_mask=mask_BT,
             position_ids=positions_BT,
             past_key_values=cache,
-            # The cache is written all the same; the flag would only have the model make one, or warn.
+            # The model writes the given cache anyway; the flag would only make it create one, or warn.
             use_cache=False,
         ).last_hidden_state
 
@@ -143,7 +145,7 @@ class Coconut(nn.Module):
     ) -> list[list[int]]:
         """Greedy answers to a batch of prompts, each cut before its eos token.
 
-        `agree` turns "my rows are done" into "everybody's are": under ZeRO-3 all ranks must run the same
+        `agree` turns "this rank is done" into "all ranks are done": under ZeRO-3 all ranks must run the same
         number of passes.
         """
         answers: list[list[int]] = [[] for _ in range(batch.shape[0])]
@@ -160,10 +162,10 @@ class Coconut(nn.Module):
         eos_id: int,
         agree: Callable[[bool], bool] = lambda done: done,
     ) -> Iterator[dict[int, int]]:
-        """Yield {row: token} for every token that the unfinished answers get; arguments as in `generate`.
+        """Yield {row: token} of the unfinished answers, step by step; arguments as in `generate`.
 
-        An answer also ends where its own row has no position left: other rows of the batch do not matter.
-        Raises DataError, before the first pass, for a prompt with more tokens than the model has positions.
+        An answer also ends when its row has no position left, independently of the other rows.
+        Raises DataError, before the first pass, for a prompt longer than the model's positions.
         """
         limits, columns = self._limits(batch, max_new_tokens), batch.shape[1]
         cache = AnswerCache(self.causal_lm.config.num_hidden_layers, columns + max_new_tokens)
@@ -180,18 +182,18 @@ class Coconut(nn.Module):
             if step == max_new_tokens or agree(not open_rows):
                 return
             if 0 < len(open_rows) <= WORTH_DROPPING * len(rows):
-                kept = [place for place, row in enumerate(rows) if row in open_rows]
+                kept = [index for index, row in enumerate(rows) if row in open_rows]
                 kept_B = torch.tensor(kept, device=mask_BT.device)
                 cache.keep(kept_B)
                 mask_BT, token_B = mask_BT[kept_B], token_B[kept_B]
                 position_B, last_position_B = position_B[kept_B], last_position_B[kept_B]
-                rows = [rows[place] for place in kept]
-            position_B = torch.minimum(position_B + 1, last_position_B)  # a finished row may still be read
+                rows = [rows[index] for index in kept]
+            position_B = torch.minimum(position_B + 1, last_position_B)  # a finished row may still run
             columns += 1
             hidden_BD = self.read_tokens(token_B, mask_BT[:, :columns], position_B, cache)
 
     def read_prompts(self, batch: Batch, cache: AnswerCache) -> tuple[Tensor, Tensor]:
-        """Fill `cache`; give (hidden_BD, position_B) of each row's last token."""
+        """Fill `cache`; return (hidden_BD, position_B) of each row's last token."""
         columns_T = torch.arange(batch.shape[1], device=batch.attention_mask_BT.device)
         last_B = (batch.attention_mask_BT * columns_T).argmax(dim=1)
         all_B = torch.arange(len(last_B), device=last_B.device)
@@ -199,12 +201,12 @@ class Coconut(nn.Module):
         return hidden_BTD[all_B, last_B], batch.position_ids_BT[all_B, last_B]
 
     def read_tokens(self, token_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: AnswerCache) -> Tensor:
-        """One more token of each row; `mask_BT` has a column for everything in the cache and for it."""
+        """Read one more token per row; `mask_BT` covers the cached columns and the new one."""
         embeds_B1D = self.embedding(token_B[:, None])
         return self._read(embeds_B1D, mask_BT, position_B[:, None], cache)[:, -1]
 
     def _limits(self, batch: Batch, max_new_tokens: int) -> list[int]:
-        """Tokens that each row may be answered with; the last one takes no position, as nothing reads it."""
+        """Limit of answer tokens per row; the last token is never read, so it needs no position."""
         lengths = batch.attention_mask_BT.sum(1).tolist()
         refuse_long_prompts(lengths, self.num_positions, "row")
         if self.num_positions is None:

@@ -1,12 +1,11 @@
-"""Settings that the weights of the learnable-window forks were trained with, in this program's terms.
+"""Check an experiment's window settings against those of the published forks.
 
-    their window                                        here
+    a fork's window                                     here
     width in the code, weights oldest state first       latent_window_size, weights newest state first
     full for the first latent, one state wide after it  latent_window_scope: pass
     fixed weights .6 .3 .1, oldest state first          latent_window_weights: [0.1, 0.3, 0.6]
 
-An experiment is not changed behind its file: what is missing is refused with the lines to write.
-Knows: settings, window weights.  Does not know: files, models.
+Settings are never changed silently: an error lists the lines to write.
 """
 
 import warnings
@@ -17,11 +16,11 @@ from torch import Tensor
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import CheckpointError
 
-OURS, THEIRS = (0.6, 0.3, 0.1), (0.1, 0.3, 0.6)  # newest state first
+DEFAULT_WEIGHTS, FORK_WEIGHTS = (0.6, 0.3, 0.1), (0.1, 0.3, 0.6)  # newest state first
 
 
 def require_learned_window(experiment: Experiment, latent_weights_W: Tensor, source: str | Path) -> None:
-    """Raises CheckpointError where the experiment would read the fork's learned window as something else.
+    """Raise CheckpointError if the experiment's window is not the fork's learned window.
 
     `latent_weights_W`: oldest state first, as in the file.
     """
@@ -42,7 +41,7 @@ def require_learned_window(experiment: Experiment, latent_weights_W: Tensor, sou
         uses = (
             f"uses thought `{experiment.thought}`"
             if experiment.thought != "learnable_window"
-            else "has other window settings than it was trained with"
+            else "has other window settings than the fork's training"
         )
         raise CheckpointError(
             f"{source}: this checkpoint has window weights (`latent_weights`), but the experiment {uses}; "
@@ -57,21 +56,21 @@ def require_learned_window(experiment: Experiment, latent_weights_W: Tensor, sou
 
 
 def require_fixed_window(experiment: Experiment, source: str | Path) -> None:
-    """The same for the fixed window of the contextual fork, which leaves no trace in a state dict.
+    """The same for the contextual fork's fixed window, which a state dict does not show.
 
-    Refuses to evaluate; training that starts from such a file is told the difference.
+    Raises CheckpointError for evaluation; warns when training starts from such a file.
     """
     lines = []
     if experiment.latent_window_scope != "pass":
         lines.append("latent_window_scope: pass")
-    if tuple(experiment.latent_window_weights) == OURS:
-        lines.append(f"latent_window_weights: {list(THEIRS)}")
+    if tuple(experiment.latent_window_weights) == DEFAULT_WEIGHTS:
+        lines.append(f"latent_window_weights: {list(FORK_WEIGHTS)}")
     if not lines:
         return
     text = (
         f"{source}: a state dict of the published code, and the experiment uses thought `fixed_window`. "
         "The fork's window reaches into the newest pass only, and its weights .6 .3 .1 run from the oldest "
-        f"state to the newest. To compute what it was trained with, set {_listed(lines)}"
+        f"state to the newest. To use the window of its training, set {_listed(lines)}"
     )
     if experiment.only_eval:
         raise CheckpointError(text)

@@ -1,7 +1,4 @@
-"""Load the base model: a Hugging Face id, a folder or a .gguf file; add the marker rows; install weights.
-
-Knows: Hugging Face models and state dicts.  Does not know: where checkpoints live, DeepSpeed.
-"""
+"""Load a base model (Hugging Face id, folder or .gguf file), add special-token rows, install weights."""
 
 import re
 from collections.abc import Mapping
@@ -21,34 +18,36 @@ from coconut_ds.runs.weight_files import describe_tensor, is_weight, refuse_non_
 
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
-# No model is larger; a damaged or hostile configuration could ask for a million layers.
-MOST = {
+# Larger than any model; a damaged or hostile configuration could specify a million layers.
+LIMITS = {
     "num_hidden_layers": 1_000,
     "hidden_size": 1_000_000,
     "vocab_size": 10_000_000,
     "num_attention_heads": 100_000,
     "max_position_embeddings": 1_000_000_000,
 }
-# The bars of loading and saving weights would cut a command's own output in two.
+# Progress bars of loading and saving weights would interrupt a command's own output.
 disable_progress_bar()
 
 
 def load_config(model_id: str) -> PretrainedConfig:
-    """The model's configuration alone; enough to plan memory.  Raises ConfigError."""
+    """Load only the model's configuration.  Raises ConfigError."""
     where, extra = locate_model(model_id)
     try:
         config = AutoConfig.from_pretrained(where, **DATA_ONLY, **extra)
         sizes = config.get_text_config()
-        odd = [
+        out_of_range = [
             f"{name} {value!r}"
-            for name, most in MOST.items()
+            for name, limit in LIMITS.items()
             if (value := getattr(sizes, name, 1)) is not None
-            and not (type(value) is int and 1 <= value <= most)
+            and not (type(value) is int and 1 <= value <= limit)
         ]
     except Exception as error:  # transformers raises anything on a damaged file
         raise ConfigError(_cannot_load("a configuration", model_id, error)) from error
-    if odd:
-        raise ConfigError(f"model_id: the configuration of {model_id!r} cannot be meant: {', '.join(odd)}")
+    if out_of_range:
+        raise ConfigError(
+            f"model_id: the configuration of {model_id!r} has impossible sizes: {', '.join(out_of_range)}"
+        )
     if is_kernel(config._attn_implementation):
         raise ConfigError(
             f"model_id: {model_id!r} names a kernel to download ({config._attn_implementation!r}), which is "
@@ -58,14 +57,14 @@ def load_config(model_id: str) -> PretrainedConfig:
 
 
 def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
-    """The causal LM in fp32 on the CPU, its vocabulary grown by the markers.
+    """Load the causal LM in fp32 on the CPU and add rows for the special tokens.
 
     Raises ConfigError, and CheckpointError for weights that are not finite.
     """
     where, extra = locate_model(model_id)
     base: Any = read_causal_lm(where, extra)
     if "gguf_file" in extra:
-        # The weights are plain fp32 now; what still calls them quantized would refuse to save them.
+        # The weights are plain fp32 now, but transformers refuses to save a model marked as quantized.
         base.hf_quantizer = None
         base.is_quantized = False
         vars(base.config).pop("quantization_config", None)
@@ -75,7 +74,7 @@ def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
 
 
 def _files_of(where: str, extra: Mapping[str, str]) -> Path:
-    """The file, or the folder of the files, that a model was read from; for a hub id, its snapshot."""
+    """The file or folder that a model was read from; for a hub id, its snapshot."""
     name = extra.get("gguf_file", "config.json")
     file = cached_file(where, name, _raise_exceptions_for_missing_entries=False)
     path = Path(file or where)
@@ -83,7 +82,7 @@ def _files_of(where: str, extra: Mapping[str, str]) -> Path:
 
 
 def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
-    """What AutoModelForCausalLM reads, in fp32: no code beside it, no adapter, no pickled objects.
+    """Read a model with AutoModelForCausalLM, in fp32: no custom code, no adapter, no pickled objects.
 
     Raises ConfigError.
     """
@@ -102,17 +101,17 @@ def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
 
 
 def new_base(config: PretrainedConfig, vocabulary: Vocabulary) -> PreTrainedModel:
-    """A causal LM with random weights, its vocabulary grown by the markers."""
+    """A causal LM with random weights and rows for the special tokens."""
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **DATA_ONLY)
     add_special_token_rows(base, vocabulary)
     return base
 
 
 def add_special_token_rows(base: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """Grow embedding and head to the tokenizer's size; marker rows start as a copy of the row of `<<`.
+    """Grow embedding and head to the tokenizer's size; special-token rows start as copies of the row of `<<`.
 
-    Source: run.py of the Coconut release.  The mean is taken where `<<` is several tokens, and over the
-    existing rows where the tokenizer does not know it.
+    Source: run.py of the Coconut release.  If `<<` is several tokens, their mean is used; if the tokenizer
+    does not know it, the mean of all existing rows.
     """
     size, rows = len(vocabulary.tokenizer), len(_vocabulary_weights(base)[0])
     if rows < size:
@@ -127,9 +126,9 @@ def add_special_token_rows(base: PreTrainedModel, vocabulary: Vocabulary) -> Non
 
 
 def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put a state dict into `base`; every key must match, and nothing is left out in silence.
+    """Copy a state dict into `base`; every key must match.
 
-    A vocabulary without the marker rows is accepted: its rows are set, the markers keep theirs.
+    A vocabulary without the special-token rows is accepted; these rows then keep their values.
     Raises CheckpointError with the missing, unexpected and misshapen names.
     """
     own = base.state_dict()
@@ -151,7 +150,7 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
         parts = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
         listed = "\n".join(f"  {what}: {_shorten(names)}" for what, names in parts.items() if names)
         raise CheckpointError(
-            f"{source} does not fit this model:\n{listed}\n  Is model_id the model it was made from?"
+            f"{source} does not fit this model:\n{listed}\n  Set model_id to the model it was trained from."
         )
     with torch.no_grad():
         for name, value in given.items():
@@ -159,7 +158,7 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
 
 
 def _vocabulary_weights(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """The weights of embedding and head; one tensor twice where they are tied."""
+    """The weights of embedding and head: the same tensor twice if they are tied."""
     modules: tuple[Any, Any] = (base.get_input_embeddings(), base.get_output_embeddings())
     return modules[0].weight, modules[1].weight
 
@@ -172,9 +171,9 @@ def _fits(value: Tensor, own: Tensor, is_vocabulary: bool) -> bool:
     return is_vocabulary and value.shape[1:] == own.shape[1:] and len(value) < len(own)
 
 
-def _shorten(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _shorten(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> str:

@@ -1,12 +1,12 @@
-"""What goes into a latent slot: a thought looks back at hidden states and gives the next input embedding.
+"""Continuous thoughts: modules that compute the next input embedding from the hidden states so far.
+
+A continuous thought (Coconut, arXiv 2412.06769) fills a latent slot in place of a token's embedding:
 
     question . . . <start>   [L0]     [L1]
     h h h h h h h h h   --->  x0 -h-->  x1          x_k = thought(every hidden state so far)
 
-This folder is the registry: the module `NAME.py` with one `Thought` subclass is the thought `NAME`.
-A thought always receives the whole history, so no cache of the model can shorten what it sees.
-
-Knows: hidden states and which of them are padding.  Does not know: models, tokens, stages, DeepSpeed.
+This folder is the registry: a module `NAME.py` with one `Thought` subclass defines the thought `NAME`.
+A thought always receives the complete history, independently of the model's cache.
 
 Shapes: B rows, T columns of a pass, W window columns (newest first), D hidden size.
 """
@@ -26,10 +26,7 @@ from coconut_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class ThoughtSettings:
-    """The settings of an experiment that a thought may read; each thought takes what it needs.
-
-    The defaults are those of the experiment's schema.
-    """
+    """The settings of an experiment that thoughts use; defaults as in the experiment's schema."""
 
     window_size: int = 3
     window_init: str = "recent"  # "recent": starts as plain Coconut; "uniform": starts as the plain mean
@@ -47,17 +44,17 @@ class ThoughtSettings:
 
 
 class History:
-    """The hidden states (after the final norm) of every column computed so far, pass by pass.
+    """The hidden states (after the final norm) of all columns so far, pass by pass.
 
-    Holds references only: the tensors stay the model's own, gradients flow through them, and nothing is
-    concatenated but the few columns that `newest` is asked for.
+    Holds references to the model's tensors, so gradients flow through them. Only the few columns that
+    `newest` returns are concatenated.
     """
 
     def __init__(self) -> None:
         self._passes: list[tuple[Tensor, Tensor]] = []
 
     def append(self, hidden_BTD: Tensor, mask_BT: Tensor) -> None:
-        """Add one pass; `mask_BT` is true (or 1) where a row really has that column."""
+        """Add one pass; `mask_BT` is false (or 0) for padding."""
         if hidden_BTD.shape[:2] != mask_BT.shape:
             raise ValueError(
                 f"hidden states of shape {tuple(hidden_BTD.shape)} need a mask of shape "
@@ -69,7 +66,7 @@ class History:
         """The newest `width` columns, newest first: hidden_BWD and mask_BW, W = `width` always.
 
         The mask is false, and the hidden state zero, where a row's column is padding or does not exist.
-        `within_pass` looks no further back than the newest pass.
+        `within_pass` limits the window to the newest pass.
         """
         if not self._passes:
             raise ValueError("the history is empty: append the question's hidden states first")
@@ -90,10 +87,10 @@ class History:
 
 
 class Thought(nn.Module, ABC):
-    """One way to fill a latent slot.
+    """A module that fills latent slots.
 
-    A subclass reads its parameters inside its own `forward` and nowhere else (ZeRO-3 gathers them there),
-    and accepts being cast to half precision as a whole.
+    A subclass reads its parameters only in `forward`, where ZeRO-3 gathers them, and must work when cast to
+    half precision.
     """
 
     def __init__(self, hidden_size: int, settings: ThoughtSettings) -> None:
@@ -104,20 +101,21 @@ class Thought(nn.Module, ABC):
         """The next input embedding of every row, thought_BD, in the hidden states' dtype."""
 
     def window_weights(self) -> list[float] | None:
-        """Weight of each looked-back state, newest first, for the log; None where there is no window."""
+        """Weight of each state in the window, newest first, for the log; None without a window."""
         return None
 
 
 def weighted_sum(hidden_BWD: Tensor, weights_BW: Tensor) -> Tensor:
-    """Sum over the window in fp32, given back in the hidden states' dtype: thought_BD.
+    """Sum over the window in fp32, returned in the hidden states' dtype: thought_BD.
 
-    A weight of one on a single state gives that state back bit for bit.
+    A weight of one on a single state returns that state bit for bit.
     """
+    # thought = sum over k of w_k h_k
     return (weights_BW.float()[..., None] * hidden_BWD.float()).sum(dim=1).to(hidden_BWD.dtype)
 
 
 def available_thoughts() -> tuple[str, ...]:
-    """The names of all thoughts: the modules of this folder."""
+    """Names of all thoughts: the modules of this folder."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
@@ -128,10 +126,10 @@ def build_thought(name: str, hidden_size: int, settings: ThoughtSettings) -> Tho
         hint = did_you_mean(name, names) or f"; available: {', '.join(names)}"
         raise ConfigError(f"thought '{name}' does not exist{hint}")
     module = importlib.import_module(f"{__name__}.{name}")
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Thought) and value.__module__ == module.__name__
     ]
-    assert len(found) == 1, f"{module.__name__} must define exactly one Thought, found {len(found)}"
-    return found[0](hidden_size, settings)
+    assert len(classes) == 1, f"{module.__name__} must define exactly one Thought, got {len(classes)}"
+    return classes[0](hidden_size, settings)

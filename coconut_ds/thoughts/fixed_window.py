@@ -1,7 +1,4 @@
-"""A weighted mean of the last hidden states with given weights, newest first.
-
-Knows: a window that reaches across passes: question states and earlier latents alike.  Has no parameters.
-"""
+"""A weighted mean of the last hidden states with fixed weights, newest first; no parameters."""
 
 import torch
 from torch import Tensor
@@ -11,7 +8,7 @@ from coconut_ds.thoughts import History, Thought, ThoughtSettings, weighted_sum
 
 
 class FixedWindow(Thought):
-    """The first `window_size` weights, renormalised over the states that a row has."""
+    """Uses the first `window_size` weights, renormalized over the states that a row has."""
 
     weights_W: Tensor
 
@@ -31,9 +28,10 @@ class FixedWindow(Thought):
 
     def forward(self, history: History) -> Tensor:
         hidden_BWD, mask_BW = history.newest(self.weights_W.numel(), self.within_pass)
+        # thought = sum over k of w_k h_k / sum over k of w_k, padding left out
         weights_BW = self.weights_W.float() * mask_BW
         total_B1 = weights_BW.sum(dim=1, keepdim=True)
-        # A row without any state (padding only) gets zeros, not NaN.
+        # A row with only padding gets zeros, not NaN.
         return weighted_sum(hidden_BWD, weights_BW / torch.where(total_B1 > 0, total_B1, 1.0))
 
     def window_weights(self) -> list[float]:

@@ -1,7 +1,4 @@
-"""Plain Coconut: the last hidden state is the next input (paper section 3).
-
-Knows: one state.  Has no parameters.
-"""
+"""Plain Coconut: the last hidden state is the continuous thought (paper section 3); no parameters."""
 
 from torch import Tensor
 

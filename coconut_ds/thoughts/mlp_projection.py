@@ -1,9 +1,7 @@
 """The last hidden state plus a small learned correction; starts as plain Coconut, bit for bit.
 
-    thought = h + outer(gelu(inner(norm(h)))),  outer starts at zero
-
-Knows: one state.  The hidden state is the output of the model's final norm, the thought an input embedding:
-the correction learns the map between the two spaces.
+The hidden state is an output of the model's final norm and the thought an input embedding; the correction
+learns the map between the two spaces.
 """
 
 from torch import Tensor, nn
@@ -24,5 +22,6 @@ class MlpProjection(Thought):
 
     def forward(self, history: History) -> Tensor:
         hidden_BD = history.newest(1)[0][:, 0]
+        # thought = h + outer(gelu(inner(norm(h)))), outer starts at zero
         inner_BD = self.inner(self.norm(hidden_BD.to(self.norm.weight.dtype)))
         return hidden_BD + self.outer(nn.functional.gelu(inner_BD)).to(hidden_BD.dtype)

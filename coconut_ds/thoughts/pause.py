@@ -1,7 +1,4 @@
-"""One learned vector in every slot: no hidden state comes back (the pause controls of paper table 1).
-
-Knows: nothing of the history but its number of rows and its dtype.
-"""
+"""One learned vector in every latent slot, whatever the hidden states (pause controls of paper table 1)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +7,7 @@ from coconut_ds.thoughts import History, Thought, ThoughtSettings
 
 
 class Pause(Thought):
-    """D parameters, initialised like a token embedding."""
+    """D parameters, initialized like a token embedding."""
 
     def __init__(self, hidden_size: int, settings: ThoughtSettings) -> None:
         super().__init__(hidden_size, settings)

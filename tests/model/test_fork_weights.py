@@ -243,7 +243,7 @@ def test_an_adapter_with_the_embedding_of_another_model_is_refused(vocabulary, s
         model.get_input_embeddings().weight[5, 3] += 0.1
     published_lora(model, tmp_path)
     settings = {"latent_variant": "learnable_weights_lora", "latent_window_scope": "pass"}
-    with pytest.raises(CheckpointError, match=r"1 rows of its frozen embedding.*is model_id the model"):
+    with pytest.raises(CheckpointError, match=r"1 rows of its frozen embedding.*set model_id to the model"):
         build(config(tmp_path, **settings), vocabulary)
 
 

@@ -1,7 +1,4 @@
-"""LoRA through PEFT: adapters, the three marker rows that train with them, saving, loading, merging.
-
-Knows: PEFT, Hugging Face models, thoughts.  Does not know: DeepSpeed, stages, checkpoint folders.
-"""
+"""LoRA through PEFT: adapters, the three special-token rows that train with them, files and merging."""
 
 from coconut_ds.model.lora.adapters import (
     Origin,

@@ -1,8 +1,12 @@
-"""Adapters and trainable marker rows on a frozen base, what trains and how fast, and the merged model.
+"""LoRA adapters and trainable special-token rows on a frozen base; optimizer groups; merging.
 
-    frozen base + adapters (lora_A, lora_B) + marker rows (three vectors) + the thought's parameters
+    trained: adapters (lora_A, lora_B) + special-token rows (three vectors) + the thought's parameters
 
-Knows: PEFT, Hugging Face models.  Does not know: files, DeepSpeed, stages.
+An adapter adds a low-rank product to a frozen linear layer:
+
+    y = x W^T + (alpha / r) (x A^T) B^T       A: r x inputs, B: outputs x r, starts at zero
+
+rsLoRA scales by alpha / sqrt(r) instead.
 """
 
 import copy
@@ -21,10 +25,10 @@ from coconut_ds.errors import ConfigError
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.base_record import BaseRecord
 
-if TYPE_CHECKING:  # a run without adapters does not wait for PEFT
+if TYPE_CHECKING:  # importing PEFT is slow, and only LoRA runs need it
     from peft import PeftModel
 
-# The layers that the published LoRA runs adapt on GPT-2, and the same places in the Llama and Qwen families.
+# Layers that the published LoRA runs adapt on GPT-2, and their equivalents in the Llama and Qwen families.
 GPT2_TARGETS = ("c_attn", "c_proj")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 ALL_LINEAR = "all-linear"
@@ -33,12 +37,12 @@ FINGERPRINT_SAMPLES = 1024  # elements of each tensor
 
 @dataclass(frozen=True)
 class Origin:
-    """The frozen weights that an adapter belongs to: on others it computes nonsense."""
+    """The frozen weights that an adapter was trained on and needs."""
 
     model_id: str
-    weights: str | None  # the checkpoint put into the model before the adapters came, if any
+    weights: str | None  # the checkpoint loaded before the adapters were added, if any
     fingerprint: str
-    base: BaseRecord | None = None  # older files have the fingerprint alone
+    base: BaseRecord | None = None  # None in older files, which have only the fingerprint
 
     @classmethod
     def of(cls, base: PreTrainedModel, experiment: Experiment, record: BaseRecord | None) -> "Origin":
@@ -46,9 +50,9 @@ class Origin:
 
 
 def fingerprint(base: nn.Module) -> str:
-    """A short hash of evenly spread elements of every tensor; training changes it, copying does not."""
+    """A short hash of evenly spaced elements of every tensor."""
     if any(parameter.is_meta for parameter in base.parameters()):
-        return ""  # a model without weights, as in planning
+        return ""  # a model without weights, for planning
     digest = hashlib.sha256()
     for name, value in sorted(base.state_dict().items()):
         flat = value.detach().flatten()
@@ -64,10 +68,10 @@ def add_adapters(
     special_token_ids: Sequence[int],
     record: BaseRecord | None = None,
 ) -> "PeftModel":
-    """Freeze `base`, add adapters and make the marker rows trainable; `base` has its final weights already.
+    """Freeze `base`, add adapters and make the special-token rows trainable.
 
-    `record`: of `base`, to be saved with the adapters.  The embedding must have the marker rows.
-    Raises ConfigError where no layer has a name of `lora_target_modules`.
+    `base` must have its final weights and the special-token rows.  `record` of `base` is saved with the
+    adapters.  Raises ConfigError if no layer has a name of `lora_target_modules`.
     """
     from peft import LoraConfig, TaskType, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -100,7 +104,7 @@ def add_adapters(
 
 
 def default_target_modules(base: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the layers that get adapters where the experiment names none."""
+    """Names of the layers to adapt if the experiment names none."""
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     for targets in (GPT2_TARGETS, LLAMA_TARGETS):
         if names.issuperset(targets):
@@ -109,7 +113,7 @@ def default_target_modules(base: PreTrainedModel) -> tuple[str, ...]:
 
 
 def assert_tied(model: nn.Module) -> None:
-    """Input embedding and head are one tensor where the model's configuration says so."""
+    """Assert that embedding and head share one tensor if the model's configuration ties them."""
     outer: Any = model
     causal_lm = outer if isinstance(outer, PreTrainedModel) else outer.get_base_model()
     if not getattr(causal_lm.config, "tie_word_embeddings", False):
@@ -122,7 +126,9 @@ def assert_tied(model: nn.Module) -> None:
     ]
     assert weights[0] is weights[1], "the embedding and the head were tied and are two tensors now"
     if adapters[0] is not None:
-        assert adapters[1] is not None and adapters[1].tied_adapter is adapters[0], "marker rows are not tied"
+        assert adapters[1] is not None and adapters[1].tied_adapter is adapters[0], (
+            "special-token rows are not tied"
+        )
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, int]:
@@ -133,8 +139,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, int]:
 def parameter_groups(model: Coconut, experiment: Experiment) -> list[dict[str, Any]]:
     """Optimizer groups: `base` (weights or adapters, weight decay) and `thought` (`thought_lr`, no decay).
 
-    As in the published code, weight decay covers every base parameter, norms and biases included.  A thought
-    gets none: decay would pull window logits towards the mean and an MLP back to the identity.
+    As in the published code, weight decay covers every base parameter, including norms and biases.  A thought
+    gets none: decay would pull window logits toward the mean and an MLP back to the identity.
     """
     thought_lr = experiment.lr if experiment.thought_lr is None else experiment.thought_lr
     settings = [
@@ -154,12 +160,13 @@ def parameter_groups(model: Coconut, experiment: Experiment) -> list[dict[str, A
 
 
 def merge(model: Coconut) -> PreTrainedModel:
-    """A plain Hugging Face model with the adapters and marker rows written into its weights.
+    """A plain Hugging Face model with adapters and special-token rows merged into its weights.
 
-    The given model stays as it is; a fully tuned one is given back itself.  The thought is not part of it.
+    Works on a copy; a fully tuned model is returned itself.  The thought is not included.
     """
     if isinstance(model.base, PreTrainedModel):
         return model.base
+    # W' = W + (alpha / r) B A
     merged = copy.deepcopy(model.base).merge_and_unload(safe_merge=True)
     assert_tied(merged)
     return merged

@@ -1,18 +1,17 @@
-"""Adapters on disk: PEFT's folder with the thought and the origin of the base; the published layout too.
+"""Save and load adapters: PEFT's folder plus the thought and the base's origin; load the published layout.
 
     adapter_config.json adapter_model.safetensors      as PEFT writes and reads them
     thought.safetensors                                the thought's parameters
-    base.json                                          the frozen weights that the adapter belongs to
+    base.json                                          the frozen weights that the adapter was trained on
 
-Knows: both layouts, and what must agree before anything is changed.
-Does not know: checkpoint folders, DeepSpeed.
+Shapes: K special tokens, D hidden size, V vocabulary, W window columns.
 """
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +22,6 @@ from coconut_ds.errors import CheckpointError, first_line
 from coconut_ds.files import json_text, read_json
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.lora.adapters import Origin, assert_tied
-from coconut_ds.model.lora.grown_vocabulary import take_vocabulary
 from coconut_ds.runs.base_record import BaseRecord
 from coconut_ds.runs.weight_files import describe_tensor, is_weight, read_safetensors, refuse_non_finite
 from coconut_ds.thoughts.learnable_window import LearnableWindow
@@ -35,14 +33,15 @@ THOUGHT_FILE = "thought.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "base.json"
 PUBLISHED_ADAPTER, PUBLISHED_WINDOW = "peft", "latent.pt"
+PEFT_PREFIX = "base_model.model."
 
 
 def save_adapter(model: Coconut, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter as PEFT does, and beside it the thought and the origin of the base.
+    """Write the adapter as PEFT does, plus the thought and the origin of the base.
 
-    `weights`, named as in `model.state_dict()`, replaces the model's own (gathered or fp32 ones); it needs
-    only what trains.  A plain `PeftModel.from_pretrained(base, folder)` reads the folder, given a base whose
-    embedding has the marker rows.
+    `weights` (gathered or fp32, named as in `model.state_dict()`) replaces the model's own; trained weights
+    suffice.  `PeftModel.from_pretrained(base, folder)` reads the folder if the base's embedding has the
+    special-token rows.
     """
     folder = Path(folder)
     state = dict(model.state_dict() if weights is None else weights)
@@ -51,7 +50,7 @@ def save_adapter(model: Coconut, folder: str | Path, weights: Mapping[str, Tenso
         state_dict={
             name.removeprefix("base."): value for name, value in state.items() if name.startswith("base.")
         },
-        save_embedding_layers=False,  # the marker rows are all that differs, and they are in the adapter
+        save_embedding_layers=False,  # only the special-token rows differ, and the adapter has them
     )
     save_thought(
         {name.removeprefix("thought."): v for name, v in state.items() if name.startswith("thought.")}, folder
@@ -70,11 +69,11 @@ def save_thought(state: Mapping[str, Tensor], folder: str | Path) -> None:
 
 
 def load_adapter(model: Coconut, folder: str | Path, with_window: bool = True) -> None:
-    """Read what `save_adapter`, or the published code, wrote into a model of the same shape and base weights.
+    """Load a folder of `save_adapter` or of the published code into a model with the same base weights.
 
-    `with_window`: a method with latents, which uses the window weights of the published code.
-    A thought without parameters (CoT, plain Coconut) leaves the model's own as it starts.
-    Raises CheckpointError, also where the base weights are not those that the adapter was trained on.
+    `with_window`: also load the window weights of the published code, for a method with latents.
+    If the saved thought has no parameters (CoT, plain Coconut), the model's thought stays as initialized.
+    Raises CheckpointError, also if the adapter was trained on other base weights.
     """
     folder = Path(folder)
     if is_published_lora(folder):
@@ -82,7 +81,7 @@ def load_adapter(model: Coconut, folder: str | Path, with_window: bool = True) -
         return
     origin = read_origin(folder)
     _install_adapter(model.base, folder, origin=origin)
-    _need(folder / THOUGHT_FILE)
+    _require(folder / THOUGHT_FILE)
     if learned := read_safetensors(folder / THOUGHT_FILE):
         install_thought(model, learned, folder / THOUGHT_FILE)
     own = origin_of(model.base)
@@ -91,14 +90,14 @@ def load_adapter(model: Coconut, folder: str | Path, with_window: bool = True) -
 
 
 def load_published_lora(model: Coconut, folder: str | Path, with_window: bool = True) -> None:
-    """Read a folder of the learnable-window LoRA code: `peft/` and, where the window was saved, `latent.pt`.
+    """Load a folder of the learnable-window LoRA code: `peft/` and, if the window was saved, `latent.pt`.
 
-    Its special-token rows never trained.  Where PEFT saved the grown embedding they come from there, else
-    they stay as `base` has them: copies of `<<`, as in that code.  Raises CheckpointError.
+    Its special-token rows were not trained.  They come from the embedding if PEFT saved it; otherwise `base`
+    keeps its own, copies of `<<` as in that code.  Raises CheckpointError.
     """
     folder = Path(folder)
     _install_adapter(model.base, folder / PUBLISHED_ADAPTER, is_published=True)
-    # Saved from here on, the adapter stands on plain `model_id`: this folder holds no base weights.
+    # The folder holds no base weights, so an adapter saved later belongs to plain `model_id`.
     model.base.origin = replace(origin_of(model.base), weights=None)  # type: ignore[assignment]
     window_W = read_published_window(folder)
     if window_W is None or not with_window:
@@ -112,7 +111,7 @@ def load_published_lora(model: Coconut, folder: str | Path, with_window: bool = 
 
 
 def read_published_window(folder: str | Path) -> Tensor | None:
-    """Window weights beside a published adapter, oldest state first; None where there are none.
+    """Window weights of a published adapter, oldest state first; None if the folder has none.
 
     Raises CheckpointError.
     """
@@ -123,12 +122,12 @@ def read_published_window(folder: str | Path) -> Tensor | None:
         state = torch.load(latent, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything on a damaged file
         raise CheckpointError(
-            f"{latent} is not a plain dictionary of tensors and was not unpickled ({first_line(error)})"
+            f"{latent} is not a plain dictionary of tensors, so it was not loaded ({first_line(error)})"
         ) from error
     weights = state.get("latent_weights") if isinstance(state, dict) else None
     if not isinstance(weights, Tensor) or weights.dim() != 1 or len(state) != 1:
         raise CheckpointError(
-            f"{latent} does not hold `latent_weights`, one number per state, and nothing else"
+            f"{latent} must hold exactly one entry, `latent_weights`, with one number per state"
         )
     return weights
 
@@ -139,14 +138,14 @@ def is_published_lora(folder: str | Path) -> bool:
 
 
 def read_origin(folder: str | Path) -> Origin | None:
-    """The base weights of a saved adapter; None for the published layout, which does not say.
+    """The base weights of a saved adapter; None for the published layout, which does not record them.
 
     Raises CheckpointError.
     """
     path = Path(folder) / ORIGIN_FILE
     if is_published_lora(folder):
         return None
-    _need(path)
+    _require(path)
     try:
         values = read_json(path)
         record = values.pop("base", None)
@@ -171,44 +170,93 @@ def _install_adapter(
     is_published: bool = False,
 ) -> None:
     if isinstance(base, PreTrainedModel):
-        raise CheckpointError(f"{folder} holds a LoRA adapter, and this model has none: set 'tuning: lora'")
+        raise CheckpointError(f"{folder} holds a LoRA adapter, but this model has none; set 'tuning: lora'")
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    _need(folder / "adapter_config.json")
+    _require(folder / "adapter_config.json")
     _compare_settings(base, folder / "adapter_config.json")
     if origin is not None:
         _compare_origin(origin_of(base), origin, folder)
-    weights = read_safetensors(folder / ADAPTER_FILE)  # PEFT would also take a pickled .bin, or ask the hub
+    weights = read_safetensors(folder / ADAPTER_FILE)  # PEFT would also load a pickled .bin or query the hub
     own = get_peft_model_state_dict(base, save_embedding_layers=False)
     kept: dict[str, Tensor] = {}
     if is_published:
-        rows_KD = take_vocabulary(base, weights, folder / ADAPTER_FILE)
+        rows_KD = _take_vocabulary(base, weights, folder / ADAPTER_FILE)
         kept = {n: v if rows_KD is None else rows_KD for n, v in own.items() if "trainable_tokens_delta" in n}
     _compare_tensors(weights, {n: v for n, v in own.items() if n not in kept}, folder)
     set_peft_model_state_dict(base, {**kept, **weights})
     assert_tied(base)
 
 
+def _take_vocabulary(base: "PeftModel", weights: dict[str, Tensor], file: Path) -> Tensor | None:
+    """Take embedding and head out of an adapter's `weights`; return the special-token rows, rows_KD.
+
+    PEFT saves both, frozen, when the vocabulary grew before training.  Returns None without an embedding.
+    The rows of an untied head are written into `base`.
+    Raises CheckpointError if any other row differs from that of `base`.
+    """
+    causal_lm: Any = base.get_base_model()
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    adapter = embedding.token_adapter
+    (special_token_ids,) = adapter.token_indices.values()
+    saved = {name: _take(causal_lm, module, weights) for name, module in (("in", embedding), ("out", head))}
+    frozen = {"in": adapter.base_layer.weight, "out": _frozen_weight(head)}
+    for name, saved_VD in saved.items():
+        if saved_VD is not None:
+            _compare_rows(saved_VD, frozen[name].detach(), special_token_ids, file)
+    if saved["out"] is not None and frozen["out"] is not frozen["in"]:
+        with torch.no_grad():
+            frozen["out"][special_token_ids] = saved["out"][special_token_ids].to(frozen["out"])
+    return None if saved["in"] is None else saved["in"][special_token_ids].to(frozen["in"])
+
+
+def _take(causal_lm: Any, module: Any, weights: dict[str, Tensor]) -> Tensor | None:
+    names = [name for name, other in causal_lm.named_modules() if other is module]
+    taken = [weights.pop(f"{PEFT_PREFIX}{name}.weight", None) for name in names]
+    return next((value for value in taken if value is not None), None)
+
+
+def _frozen_weight(head: Any) -> Tensor:
+    adapter = getattr(head, "token_adapter", None)
+    return (head if adapter is None else adapter.base_layer).weight
+
+
+def _compare_rows(saved_VD: Tensor, own_VD: Tensor, special_token_ids: list[int], file: Path) -> None:
+    if saved_VD.shape[1:] != own_VD.shape[1:] or len(saved_VD) <= max(special_token_ids):
+        raise CheckpointError(
+            f"{file}: its embedding has shape {tuple(saved_VD.shape)}, this model's {tuple(own_VD.shape)}; "
+            "set model_id to the model that it was trained on"
+        )
+    rows = min(len(saved_VD), len(own_VD))
+    same_V = (saved_VD[:rows] == own_VD[:rows].to(saved_VD.dtype)).all(dim=1)
+    same_V[list(special_token_ids)] = True
+    if not bool(same_V.all()):
+        raise CheckpointError(
+            f"{file}: {int((~same_V).sum())} rows of its frozen embedding differ from this model's; "
+            "set model_id to the model that it was trained on"
+        )
+
+
 def install_thought(model: Coconut, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put a saved thought into the model's own.  Raises CheckpointError where names or shapes differ."""
+    """Load a saved thought into the model's.  Raises CheckpointError if names or shapes differ."""
     refuse_non_finite(state, source)
     _compare_tensors(state, model.thought.state_dict(), source)
     model.thought.load_state_dict(dict(state))
 
 
-def _need(path: Path) -> None:
+def _require(path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: is {path.parent} the folder of a LoRA adapter?")
+        raise CheckpointError(f"{path} does not exist; {path.parent} is not the folder of a LoRA adapter")
 
 
 def _compare_settings(base: "PeftModel", path: Path) -> None:
-    """The settings that change what the same adapter tensors compute; their shapes cannot tell."""
+    """Compare the settings that change an adapter's output but not its shapes."""
     try:
         saved = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{path} is not the configuration of an adapter")
+        raise CheckpointError(f"{path} is not an adapter configuration")
     own = base.peft_config["default"]
     differing = [
         f"{key} is {saved[key]} there and {getattr(own, key)} here"
@@ -216,7 +264,7 @@ def _compare_settings(base: "PeftModel", path: Path) -> None:
         if key in saved and saved[key] != getattr(own, key)
     ]
     if differing:
-        raise CheckpointError(f"{path} was made with other LoRA settings: {'; '.join(differing)}")
+        raise CheckpointError(f"{path} was trained with other LoRA settings: {'; '.join(differing)}")
 
 
 def _compare_origin(own: Origin, saved: Origin, folder: Path) -> None:
@@ -225,8 +273,8 @@ def _compare_origin(own: Origin, saved: Origin, folder: Path) -> None:
         different = [] if own.fingerprint == saved.fingerprint else ["weights"]
         if own.base is not None:
             warnings.warn(
-                f"{folder / ORIGIN_FILE} is of an older version: the configuration and the tokenizer of "
-                f"{saved.model_id} cannot be compared, and of the weights only a sample",
+                f"{folder / ORIGIN_FILE} is of an older version: of {saved.model_id} only a sample of the "
+                "weights can be compared, not the configuration and the tokenizer",
                 stacklevel=2,
             )
     else:
@@ -236,19 +284,19 @@ def _compare_origin(own: Origin, saved: Origin, folder: Path) -> None:
         ]
     if different:
         raise CheckpointError(
-            f"{folder}: the adapter was trained on the weights of {start}, and what is there now has other "
-            f"content: {', '.join(different)}. Put back what it was trained on, or train again"
+            f"{folder}: the adapter was trained on the weights of {start}, whose content has changed since: "
+            f"{', '.join(different)}. Restore the original content, or train again"
         )
 
 
 def _compare_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
-    faults = [f"missing {name}" for name in sorted(set(expected) - set(given))]
-    faults += [f"unexpected {name}" for name in sorted(set(given) - set(expected))]
-    faults += [
+    differences = [f"missing {name}" for name in sorted(set(expected) - set(given))]
+    differences += [f"unexpected {name}" for name in sorted(set(given) - set(expected))]
+    differences += [
         f"{name} is {describe_tensor(given[name])} there and {tuple(value.shape)} here"
         for name, value in expected.items()
         if name in given and not (is_weight(given[name]) and given[name].shape == value.shape)
     ]
-    if faults:
-        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise CheckpointError(f"{source} does not fit this model:\n  " + "\n  ".join(faults[:8]) + more)
+    if differences:
+        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(f"{source} does not fit this model:\n  " + "\n  ".join(differences[:8]) + more)

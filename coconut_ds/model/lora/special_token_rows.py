@@ -1,8 +1,6 @@
-"""Trainable rows of a frozen embedding, without a copy or a gradient of the whole matrix.
+"""Trainable rows of a frozen embedding, without a copy or a gradient of the complete matrix.
 
-Knows: PEFT's layer for trainable token rows.  Does not know: which tokens, models, files.
-
-Shapes: B rows, T columns, N positions, K marker rows, D hidden size, V vocabulary.
+Shapes: B rows, T columns, N positions, K special tokens, D hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -13,11 +11,11 @@ from torch import Tensor, nn
 
 
 class SpecialTokenRows(TrainableTokensLayer):
-    """PEFT's trainable token rows without a copy, or a gradient, of the whole embedding.
+    """PEFT's trainable token rows with memory for K rows only.
 
-    PEFT copies the V x D matrix with the rows put in on every call, and autograd then fills a V x D gradient.
-    Here the frozen layer runs as it is and only the rows' share is exchanged.  The frozen layer's own forward
-    is also where ZeRO-3 gathers its weight.  Saved files and merging stay PEFT's.
+    PEFT copies the V x D matrix with the new rows on every call, and autograd then fills a V x D gradient.
+    Here the frozen layer runs unchanged, which is also where ZeRO-3 gathers its weight, and only the outputs
+    of the K rows are replaced.  Saving and merging stay PEFT's.
     """
 
     base_layer: nn.Module
@@ -25,7 +23,7 @@ class SpecialTokenRows(TrainableTokensLayer):
 
     @classmethod
     def take_over(cls, layer: TrainableTokensLayer) -> None:
-        """Turn PEFT's layer into this one, in place."""
+        """Turn a PEFT layer into this class, in place."""
         layer.__class__ = cls
         (ids,) = layer.token_indices.values()
         layer.register_buffer("special_token_ids_K", torch.tensor(ids), persistent=False)
@@ -43,13 +41,15 @@ class SpecialTokenRows(TrainableTokensLayer):
         return self._score(x, rows_KD - self.trainable_tokens_original[adapter].to(rows_KD))
 
     def _look_up(self, ids_BT: Tensor, rows_KD: Tensor) -> Tensor:
+        # y = rows[k] where id = special_token_ids[k], else E[id]
         hits_BTK = ids_BT[..., None] == self.special_token_ids_K
         special_BTD = nn.functional.embedding(hits_BTK.int().argmax(-1), rows_KD)
         frozen_BTD = self.base_layer(ids_BT)
         return torch.where(hits_BTK.any(-1, keepdim=True), special_BTD.to(frozen_BTD.dtype), frozen_BTD)
 
     def _score(self, hidden_ND: Tensor, change_KD: Tensor) -> Tensor:
-        """Tied head: the logits of the frozen matrix plus what the rows' change adds to their columns."""
+        """Logits of a tied head: the frozen matrix's plus the change of the special tokens' columns."""
+        # z = h E^T;  z[special_token_ids] += h (rows - original rows)^T
         logits_NV = self.base_layer(hidden_ND)
         change_NK = nn.functional.linear(hidden_ND, change_KD.to(hidden_ND.dtype))
         # In place: a linear layer's backward does not need its output.
@@ -57,6 +57,8 @@ class SpecialTokenRows(TrainableTokensLayer):
 
 
 def _drop_second_name(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Keep the embedding's matrix out of a tied head's part of the state: there it has a name that a
-    checkpoint without frozen weights does not know to leave out, and it is the largest of all."""
+    """Drop the embedding's matrix from a tied head's state.
+
+    A checkpoint without frozen weights would not recognize this second name and would save the matrix.
+    """
     state.pop(f"{prefix}base_layer.weight", None)

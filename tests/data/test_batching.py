@@ -1,4 +1,4 @@
-"""Batches: aligned latents, exact labels, the same work on every rank, nothing twice."""
+"""Batches: aligned latents, exact labels, equal work on every rank, every problem once."""
 
 import random
 from itertools import chain
@@ -121,8 +121,8 @@ def test_steps_hold_the_same_problems_for_any_layout():
 
 
 def test_an_epoch_resumes_at_any_step():
-    (whole,), (rest,) = run_epoch(23, 2, 2, 1), run_epoch(23, 2, 2, 1, first_sample=12)
-    assert [b.indices for step in whole[3:] for b in step] == [b.indices for step in rest for b in step]
+    (complete,), (rest,) = run_epoch(23, 2, 2, 1), run_epoch(23, 2, 2, 1, first_sample=12)
+    assert [b.indices for step in complete[3:] for b in step] == [b.indices for step in rest for b in step]
 
 
 def test_an_epoch_resumes_with_other_ranks_and_rows():

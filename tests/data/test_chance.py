@@ -1,4 +1,4 @@
-"""What guessing reaches."""
+"""The accuracy of guessing."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the report on data files must see."""
+"""The report on data files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The rule that answers are graded by: from the card or the experiment, and named beside every accuracy."""
+"""The grading rule: taken from the card or the experiment, and printed with every accuracy."""
 
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -35,7 +35,7 @@ def test_numbers_and_lines_name_the_rule(grading, accuracy):
 
 
 def test_the_line_of_training_names_the_rule():
-    said = []
+    lines = []
     trainer = SimpleNamespace(
         engine=SimpleNamespace(
             module=SimpleNamespace(thought=SimpleNamespace(window_weights=lambda: None)),
@@ -46,14 +46,14 @@ def test_the_line_of_training_names_the_rule():
         keep_going=None,
         state=SimpleNamespace(global_step=1),
         run=SimpleNamespace(
-            log=lambda *_, **numbers: said.append(numbers["grading"]),
+            log=lambda *_, **numbers: lines.append(numbers["grading"]),
             sample=lambda **_: None,
             show_samples=lambda: None,
         ),
         peak=SimpleNamespace(summary=lambda: ""),
-        print_line=said.append,
+        print_line=lines.append,
         check_written=lambda: None,
     )
     with patch("coconut_ds.training.trainer.evaluate", lambda *_: result("latex")):
         Trainer.evaluate(trainer, HALF, Stage(3, 6), "valid", 0)
-    assert said[0] == "latex" and "accuracy 100.0 % (latex grading)" in said[1]
+    assert lines[0] == "latex" and "accuracy 100.0 % (latex grading)" in lines[1]

@@ -1,4 +1,4 @@
-"""Examples longer than the model end a run before its first step, with file, item, tokens and positions."""
+"""Examples that are too long are refused before the first step, with file, item, tokens and positions."""
 
 import json
 
@@ -41,18 +41,19 @@ def test_every_split_is_looked_through_before_the_first_step(key, run_files, tin
     positions = load_config(tiny_experiment["model_id"]).max_position_embeddings
     for command in (["train", path, "--deepspeed_config", DS_CONFIG], ["validate", path]):
         assert main(command) == 2
-        said = capsys.readouterr().err
+        output = capsys.readouterr().err
         assert (
-            f"{data}, item 1: this example has " in said and f"the model has {positions:,} positions" in said
+            f"{data}, item 1: this example has " in output
+            and f"the model has {positions:,} positions" in output
         )
-        assert "shorten or remove it" in said and "Traceback" not in said
+        assert "shorten or remove it" in output and "Traceback" not in output
 
 
 def test_validate_of_the_data_names_the_item(run_files, tiny_experiment, capsys):
     _, data = run_files("train_path", 400, item=3)
     main(["validate", data, "--model", tiny_experiment["model_id"]])
-    said = capsys.readouterr().out
-    assert "1 of 4 are longer than the model's" in said and ": items 3" in said
+    output = capsys.readouterr().out
+    assert "1 of 4 are longer than the model's" in output and ": items 3" in output
 
 
 def experiment_of(tiny_experiment, **changes):

@@ -70,8 +70,8 @@ def test_every_form_holds_the_same_problems_for_train_and_validate(tmp_path, for
     path = write(tmp_path / "a_train.json", mark + FORMS[form].encode())
     assert read_problems(path) == [Problem("2 + 2 ?", ("<<2+2=4>>",), "4")] * 2
     assert main(["validate", str(path)]) == 0
-    said = capsys.readouterr()
-    assert f"{path}         2" in said.out and "error" not in said.out + said.err
+    output = capsys.readouterr()
+    assert f"{path}         2" in output.out and "error" not in output.out + output.err
 
 
 def test_one_line_is_one_problem(tmp_path):

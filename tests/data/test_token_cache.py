@@ -1,4 +1,4 @@
-"""Cached tokens are the tokens, whatever happened to the cache."""
+"""Cached tokens equal fresh ones, whatever happened to the cache."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Numbers that go bad end the run, with the batch in a file."""
+"""Divergence ends the run and saves the batch to a file."""
 
 import json
 import math

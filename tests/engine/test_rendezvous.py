@@ -1,4 +1,4 @@
-"""Ranks meet, or each one says who is missing, whose port it is and what another rank cannot do."""
+"""Ranks connect, or all report the missing rank, the port in use, or the error of another rank."""
 
 import socket
 import subprocess
@@ -30,7 +30,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def meet_all(*ranks: tuple[int, str | None], limit: float = 20.0) -> list[object]:
-    """What `meet` comes to on each rank of two, in threads: a store or an error."""
+    """The result of `meet` on two ranks, in threads: a store or an error."""
 
     def one(rank: int, problem: str | None) -> object:
         try:

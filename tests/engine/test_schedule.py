@@ -1,4 +1,4 @@
-"""The learning rate over a run is that of transformers' schedules of the same names."""
+"""The learning rate equals that of the Transformers schedules of the same names."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Who asks for what, and that all ranks hear the same."""
+"""Signals, files and clocks make the same request on all ranks."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from coconut_ds.engine.signals import PID_FOLDER, Request, Requests, Signals
 
 
 class OneRank:
-    """This rank, and what the others say."""
+    """This rank, and the requests of the others."""
 
     def __init__(self, is_main: bool = True, others: float = 0.0, others_reason: str = "") -> None:
         self.is_main, self.others, self.others_reason = is_main, others, others_reason

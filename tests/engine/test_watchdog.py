@@ -1,4 +1,4 @@
-"""A run that does not move ends, and says which rank it waits for."""
+"""A run without progress is aborted, and the message names the rank it waits for."""
 
 import threading
 import time
@@ -30,10 +30,10 @@ def test_a_rank_that_sleeps_is_named_by_the_others(tmp_path: Path, monkeypatch, 
         assert not ended.is_set()
         assert ended.wait(timeout=10)
     assert codes == [RankLost.exit_code]
-    said = capfd.readouterr().err
-    assert "waiting for rank 1, which makes no progress" in said
-    assert "rank 1: step 1 (beat 1)" in said and "rank 0: step 2 (beat 2)" in said
-    assert "most recent call first" in said and __file__ in said  # the stack of this very function
+    output = capfd.readouterr().err
+    assert "waiting for rank 1, which makes no progress" in output
+    assert "rank 1: step 1 (beat 1)" in output and "rank 0: step 2 (beat 2)" in output
+    assert "most recent call first" in output and __file__ in output  # the stack of this very function
     assert "waiting for rank 1" in (tmp_path / "stuck/rank_0.txt").read_text()
 
 
@@ -54,13 +54,13 @@ def test_all_at_the_same_place(tmp_path: Path) -> None:
 
 
 def test_no_limit_no_watch(tmp_path: Path) -> None:
-    with Watchdog(tmp_path / "absent", 0, 1, 0) as watchdog:
+    with Watchdog(tmp_path / "missing", 0, 1, 0) as watchdog:
         watchdog.beat("anything")
-    assert not (tmp_path / "absent").exists()
+    assert not (tmp_path / "missing").exists()
 
 
 class Clock:
-    """The machine's monotonic clock, set by hand; the time of day is another one."""
+    """A monotonic clock that is set by hand, independent of the time of day."""
 
     now = 1000.0
 
@@ -74,7 +74,7 @@ def watched(folder: Path, rank: int, clock: Clock, limit: float = 300.0) -> Watc
 
 
 def look(watchdogs: list[Watchdog], clock: Clock, seconds: int) -> list[bool]:
-    """Whether each was stuck at any of its looks, one a second."""
+    """Whether each was stuck at any check, with one check per second."""
     stuck = [False] * len(watchdogs)
     for _ in range(seconds):
         clock.now += 1
@@ -96,7 +96,7 @@ def test_the_time_of_day_may_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_that_slept_together_go_on(tmp_path: Path) -> None:
-    """A laptop that was shut for an hour, where the clock went on: nobody is stuck."""
+    """A laptop suspended for an hour while its clock continued: no rank is stuck."""
     clock = Clock()
     both = [watched(tmp_path, rank, clock) for rank in (0, 1)]
     assert look(both, clock, 290) == [False, False]
@@ -115,8 +115,8 @@ def test_a_rank_that_stays_asleep_is_named_whatever_its_clock_says(tmp_path: Pat
     awake.beat("step 1")
     assert look([awake], clock, 299) == [False]
     assert look([awake], clock, 3) == [True]
-    said = awake.describe()
-    assert "waiting for rank 1, which makes no progress" in said
-    assert "rank 0: step 1 (beat 1), at least 301 s ago" in said
+    output = awake.describe()
+    assert "waiting for rank 1, which makes no progress" in output
+    assert "rank 0: step 1 (beat 1), at least 301 s ago" in output
     # Others are looked at after a quarter of the limit.
-    assert "rank 1: starting (beat 0), at least 225 s ago" in said
+    assert "rank 1: starting (beat 0), at least 225 s ago" in output

@@ -1,4 +1,4 @@
-"""The run folder: whole files, one writer, no line twice after a resume."""
+"""The run folder: complete files, one writer, no line twice after a resume."""
 
 import contextlib
 import errno
@@ -84,8 +84,8 @@ def test_a_line_cut_by_a_kill_does_not_spoil_the_next(experiment: Experiment) ->
         writer.write('{"kind": "tr')
     with Run(experiment, {}) as run:
         run.log("train", step=2)
-        whole = (run.folder / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(whole[0])["step"] == 1 and json.loads(whole[2])["step"] == 2
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["step"] == 1 and json.loads(lines[2])["step"] == 2
 
 
 def test_two_runs_cannot_share_a_folder(experiment: Experiment) -> None:
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_up_ends_the_writing_and_leaves_no_half_line(experimen
         real = run._lines["metrics.jsonl"]._file
 
         class Full:
-            """Takes some bytes and then no more, as the last block of a disk."""
+            """Writes some bytes and then fails, like a disk that becomes full."""
 
             truncate = staticmethod(real.truncate)
             close = staticmethod(real.close)
@@ -245,7 +245,7 @@ def test_wandb_that_does_not_start_is_a_warning(experiment: Experiment, monkeypa
 
 
 class FakeWandb:
-    """Remembers what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []

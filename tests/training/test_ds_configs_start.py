@@ -1,4 +1,4 @@
-"""What `validate` accepts starts: DeepSpeed JSONs of other projects train on the CPU."""
+"""DeepSpeed JSONs of other projects that `validate` accepts also train on the CPU."""
 
 import json
 

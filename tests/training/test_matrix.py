@@ -1,4 +1,4 @@
-"""Every thought and every method, tuned fully and by LoRA, on two ranks: learn, save, load."""
+"""Every thought and every method, full tuning and LoRA, on two ranks: train, save, load."""
 
 import json
 import math

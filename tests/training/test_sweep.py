@@ -1,4 +1,4 @@
-"""A grid: its combinations, what is skipped, what fails, what is stopped."""
+"""Sweeps: combinations of a grid; skipped, failed and stopped runs."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def config(tmp_path):
 
 
 def finish(point, epoch=None):
-    """Write what a finished run leaves behind."""
+    """Write the files of a finished run."""
     point.folder.mkdir(parents=True, exist_ok=True)
     (point.folder / "experiment.yaml").write_text(experiment_to_yaml(point.experiment))
     epoch = point.experiment.num_epochs - 1 if epoch is None else epoch
@@ -105,7 +105,7 @@ def test_a_run_is_finished_when_its_last_epoch_is_measured_with_the_same_setting
 
 
 def program(code, point, wanted=0):
-    """A command line that does what a training run would do."""
+    """A command line that stands for a training run."""
     return [sys.executable, "-c", code, str(point.folder), str(wanted)]
 
 

@@ -1,4 +1,4 @@
-"""The loop around the epochs, in this process: which stage is tested, what is said at the end."""
+"""The training loop in this process: the tested stage, the final messages, write errors."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def lines_of(run, kind):
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
 def test_one_file_as_validation_and_test_set_gives_the_same_numbers(tiny_experiment, tmp_path, settings):
-    """Whatever the method: the test is at the stage that the last epoch trained."""
+    """For every method, the test uses the stage of the last epoch."""
     values = tiny_experiment | CHEAP | {"test_path": tiny_experiment["val_path"], "save_path": str(tmp_path)}
     with plain_trainer(values, **settings) as trainer:
         result = trainer.run_all()
@@ -70,7 +70,7 @@ ONE_EPOCH = CHEAP | {"num_epochs": 1, "max_latent_stage": 1, "eval_max_items": 2
 def test_a_metrics_file_that_cannot_be_written_ends_the_run_with_a_message(
     tiny_experiment, tmp_path, monkeypatch, kind
 ):
-    """Whichever line it is, and also the last one of the run."""
+    """For any line, including the last one of the run."""
     with plain_trainer(tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}) as trainer:
         metrics = trainer.run._lines["metrics.jsonl"]
         real = metrics.append

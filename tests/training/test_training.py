@@ -1,4 +1,4 @@
-"""The same losses however memory is split: ds_configs, ranks, accumulation; and a run that is resumed."""
+"""Equal losses for all ds_configs, ranks and accumulation, and for a resumed run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A rank without DeepSpeed: its shard is one tensor file, its collectives are torch.distributed's or none."""
+"""An engine without DeepSpeed: one tensor file as shard; its collectives use torch.distributed or nothing."""
 
 import shutil
 from pathlib import Path

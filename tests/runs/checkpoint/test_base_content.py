@@ -1,4 +1,4 @@
-"""A run goes on, and a LoRA checkpoint loads, only over the base model that it was trained on."""
+"""A run resumes, and a LoRA checkpoint loads, only with the base model that it was trained with."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.run_folders import make_run
 
 
 def change_weights(folder):
-    """One element of one tensor, where no evenly spread sample looks."""
+    """Change one element of one tensor that is not in the evenly spaced sample."""
     weights = load_file(folder / "model.safetensors")
     weights["transformer.h.0.mlp.c_fc.weight"].view(-1)[1234] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -35,7 +35,7 @@ def change_config(folder):
 
 
 def change_tokenizer(folder):
-    """Two tokens exchanged: the same size, other ids."""
+    """Exchange two tokens: same size, other ids."""
     values = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = values["model"]["vocab"]
     vocabulary["3"], vocabulary["4"] = vocabulary["4"], vocabulary["3"]
@@ -67,7 +67,7 @@ def base(request, arithmetic, tmp_path, monkeypatch):
 
 @pytest.fixture
 def settings(tiny_experiment):
-    """What a checkpoint of an experiment remembers."""
+    """The settings that a checkpoint records."""
 
     def settings(**changes):
         experiment = validate_experiment(tiny_experiment | changes, "test")
@@ -177,8 +177,8 @@ def test_every_command_refuses_a_lora_run_over_another_base(
         "export": ["--output", str(tmp_path / "out")],
     }
     assert main([command, str(run), *arguments.get(command, [])]) == 2
-    said = capsys.readouterr().err
-    assert f"other content: {part.removeprefix('base.')}" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert f"other content: {part.removeprefix('base.')}" in output and "Traceback" not in output
 
 
 def test_a_lora_run_of_an_older_version_loads_with_a_note(tiny_experiment, tmp_path):

@@ -1,4 +1,4 @@
-"""Which difference between saved and current settings stops a resume."""
+"""Differences between saved and current settings, and which of them prevent resuming."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: every form that people have, and a clear refusal of what could run code."""
+"""Weights from other programs: all common formats, and files that could run code are refused."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Saving and loading: what is whole counts; what is not is skipped or refused, with the reason."""
+"""Saving and loading: incomplete or damaged checkpoints are skipped or refused, with the reason."""
 
 import dataclasses
 import errno
@@ -21,16 +21,16 @@ SETTINGS = {"experiment": {"lr": 1e-4, "method": "coconut"}, "ds_config": {}, "d
 
 
 class Bench:
-    """One process with a run folder; every `fresh()` is a process that starts again."""
+    """One process with a run folder; every `fresh()` stands for a restarted process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def fresh(self, *, settings=None, **options) -> Checkpoints:
-        self.said.clear()
+        self.lines.clear()
         self.engine = FakeShards(torch.zeros(4))
-        return Checkpoints(self.folder, self.engine, settings or SETTINGS, log=self.said.append, **options)
+        return Checkpoints(self.folder, self.engine, settings or SETTINGS, log=self.lines.append, **options)
 
     def save(self, checkpoints: Checkpoints, epoch: int, step: int = 0, accuracy: float | None = None) -> str:
         global_step = 10 * epoch + step
@@ -102,7 +102,7 @@ def test_damaged_is_skipped_and_asked_for_is_refused(bench: Bench, damage, reaso
     damage(bench.folder / "checkpoint_2")
     state = bench.fresh().load()
     assert state is not None and state.epoch == 1 and bench.engine.weights.tolist() == [10.0] * 4
-    assert any("checkpoint_2" in line and reason in line for line in bench.said)
+    assert any("checkpoint_2" in line and reason in line for line in bench.lines)
     # the damaged one was set aside; put it back and ask for it
     shutil.move(next(bench.folder.glob("superseded-*-checkpoint_2")), bench.folder / "checkpoint_2")
     with pytest.raises(CheckpointError, match=reason):
@@ -208,7 +208,7 @@ def test_a_name_in_use_is_replaced_whole(bench: Bench) -> None:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the program catches it."""
+    """Simulates SIGKILL: nothing in the program catches it."""
 
 
 @pytest.mark.parametrize("step", ["save_random_state", "sync_and_hash", "replace_text", "sync_folder"])
@@ -315,7 +315,7 @@ def test_settings_that_need_leave(bench: Bench) -> None:
     with pytest.raises(CheckpointError, match="--allow lr"):
         bench.fresh(settings=changed).load()
     assert bench.fresh(settings=changed).load(allow=["lr"]) is not None
-    assert any("lr: 0.0001 when saved, 0.0003 now" in line for line in bench.said)
+    assert any("lr: 0.0001 when saved, 0.0003 now" in line for line in bench.lines)
 
 
 def as_of_two_ranks(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The best checkpoint of every stage: what `best` names, what is kept, what runs of older versions say."""
+"""The best checkpoint of every stage: `best`, retention, and runs of older versions."""
 
 from dataclasses import asdict, replace
 
@@ -124,9 +124,9 @@ def test_a_run_of_an_older_version_says_what_its_best_is_and_gets_a_better_one(t
     save(made, ACCURACIES[:7])
     assert misleading_best(tmp_path / "best") is None
     as_older_versions_wrote(tmp_path, made.folders.names())
-    said = misleading_best(tmp_path / "best")
-    assert f"checkpoint_1: epoch 1, stage 0 ({Stage(0, 0)})" in said
-    assert "newest stage is 2; its best checkpoint is best_stage_2 (checkpoint_6)" in said
+    note = misleading_best(tmp_path / "best")
+    assert f"checkpoint_1: epoch 1, stage 0 ({Stage(0, 0)})" in note
+    assert "newest stage is 2; its best checkpoint is best_stage_2 (checkpoint_6)" in note
     assert named(made, "best", "best_stage_1", "best_stage_2") == [
         "checkpoint_1", "checkpoint_4", "checkpoint_6",
     ]  # fmt: skip

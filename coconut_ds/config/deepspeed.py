@@ -1,11 +1,8 @@
-"""The DeepSpeed JSON: how memory is split, and how much of it each part may use.
+"""The DeepSpeed config (JSON): how memory is split, and the memory budget of each component.
 
 Stock DeepSpeed ignores unknown top-level keys, drops "auto" silently inside zero_optimization and
-raises on some pairs of settings only when the model is wrapped; this module refuses all three before
-anything is loaded.  Learning numbers are "auto" in the file and come from the experiment.
-
-Knows: settings of DeepSpeed 0.19.8 and our two blocks, memory_budget and latent_memory.
-Does not know: torch, DeepSpeed's code, how much memory a model needs.
+raises on some pairs of settings only when the model is wrapped.  This module refuses all three before
+anything is loaded.  Learning rate, batch sizes etc. are "auto" in the file and come from the experiment.
 """
 
 import copy
@@ -31,7 +28,7 @@ AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What one GPU has and what each part may use; sizes in MiB per GPU, host memory in GiB."""
+    """Memory of one GPU and the share of each component: MiB per GPU, host memory in GiB."""
 
     device: str
     gpus: int
@@ -44,7 +41,7 @@ class MemoryBudget:
 
 @dataclass(frozen=True)
 class LatentMemory:
-    """Levers of the latent loop; none of them changes a loss."""
+    """Memory options of the latent loop; none of them changes a loss."""
 
     supervised_logits_only: bool = True
     loss_chunk_tokens: int = 1024
@@ -56,13 +53,13 @@ class LatentMemory:
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """One checked JSON.  `stock` is what DeepSpeed reads, every "auto" still inside."""
+    """One validated JSON.  `stock` is the part for DeepSpeed, with every "auto" still in it."""
 
     path: str
     stock: Mapping[str, Any]
     memory_budget: MemoryBudget | None
     latent_memory: LatentMemory
-    notes: tuple[str, ...] = ()  # what the file says and this program does not do
+    notes: tuple[str, ...] = ()  # settings of the file that were changed or ignored
 
     @property
     def zero_stage(self) -> int:
@@ -89,7 +86,7 @@ class DeepSpeedConfig:
     def for_run(
         self, experiment: Experiment, budget: MemoryBudget, hidden_size: int | None
     ) -> "DeepSpeedConfig":
-        """The same with "auto" precision and bucket sizes filled in, and a budget where it has none.
+        """A copy with "auto" precision and bucket sizes filled in, and `budget` if the file has none.
 
         Source of the sizes: transformers/integrations/deepspeed.py, `trainer_config_finalize`.
         """
@@ -105,9 +102,9 @@ class DeepSpeedConfig:
         return replace(self, stock=stock, memory_budget=self.memory_budget or budget)
 
     def resolve(self, experiment: Experiment, world_size: int) -> dict[str, Any]:
-        """What `deepspeed.initialize(config=...)` takes: every "auto" filled from the experiment.
+        """The dict for `deepspeed.initialize(config=...)`, with every "auto" filled in from the experiment.
 
-        ConfigError: a number that disagrees with the experiment's, or bf16 asked for and not given.
+        ConfigError: a number differs from the experiment's, or only the experiment says bf16.
         """
         assert world_size >= 1
         resolved = copy.deepcopy(dict(self.stock))
@@ -115,7 +112,7 @@ class DeepSpeedConfig:
         micro, steps = experiment.batch_size_training, experiment.gradient_accumulation_steps
         rows = micro * steps * world_size
         total = f"batch_size_training {micro} x gradient_accumulation_steps {steps} x {world_size} ranks"
-        problems = [
+        errors = [
             *_fill(resolved, "train_batch_size", rows, total),
             *_fill(resolved, "train_micro_batch_size_per_gpu", micro, "batch_size_training"),
             *_fill(resolved, "gradient_accumulation_steps", steps, "gradient_accumulation_steps"),
@@ -124,21 +121,21 @@ class DeepSpeedConfig:
             *_fill(params, "weight_decay", experiment.weight_decay, "weight_decay", "optimizer.params."),
         ]
         if experiment.bf16 and self.precision != "bf16":
-            problems.append(
+            errors.append(
                 f"bf16: the experiment says 'bf16: true', but this file trains in {self.precision}; "
                 "use ds_configs/zero2_offload_bf16.json, or set bf16 to false in the YAML"
             )
         if experiment.gradient_clipping and not resolved["zero_optimization"].get("compute_grad_norm", True):
-            problems.append(
+            errors.append(
                 "zero_optimization.compute_grad_norm: is false, but the experiment's gradient_clipping "
                 f"{experiment.gradient_clipping} needs the norm; delete it"
             )
-        if problems:
-            raise ConfigError("\n".join(f"{self.path}: {problem}" for problem in problems))
+        if errors:
+            raise ConfigError("\n".join(f"{self.path}: {error}" for error in errors))
         return resolved
 
     def resolved_file(self, experiment: Experiment, world_size: int) -> dict[str, Any]:
-        """The resolved settings with our two blocks: a file of this format, as the run really used it."""
+        """The resolved settings with our two blocks, as a file of this format."""
         blocks: dict[str, Any] = {"latent_memory": asdict(self.latent_memory)}
         if self.memory_budget is not None:
             blocks["memory_budget"] = asdict(self.memory_budget)
@@ -146,18 +143,18 @@ class DeepSpeedConfig:
 
 
 def load_ds_config(path: str | Path) -> DeepSpeedConfig:
-    """Read and check one JSON.  ConfigError with every problem of the file in one message."""
+    """Read and validate one JSON.  ConfigError with all errors of the file in one message."""
     return validate_ds_config(read_json(path), str(path))
 
 
 def validate_ds_config(values: Mapping[str, Any], where: str) -> DeepSpeedConfig:
-    """The record that `values` describe; `where` names their source in messages."""
+    """Validate `values`; `where` names their source in messages."""
     values, notes = adapted(values)
-    problems = violations(values, load_schema("ds_config"), "a setting of DeepSpeed 0.19.8")
-    broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
-    problems += _contradictions({key: value for key, value in values.items() if key not in broken})
-    if problems:
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    errors = violations(values, load_schema("ds_config"), "a setting of DeepSpeed 0.19.8")
+    invalid = {error.split(":", 1)[0].split(".", 1)[0] for error in errors}
+    errors += _contradictions({key: value for key, value in values.items() if key not in invalid})
+    if errors:
+        raise ConfigError("\n".join(f"{where}: {error}" for error in errors))
     budget = values.get("memory_budget")
     return DeepSpeedConfig(
         path=where,
@@ -177,20 +174,20 @@ def _enabled(stock: Mapping[str, Any], precision: str) -> bool:
 
 
 def _fill(block: dict[str, Any], key: str, number: float, source: str, inside: str = "") -> Iterator[str]:
-    """Put the experiment's number where "auto" or nothing stands; yield a problem where they differ."""
+    """Fill in the experiment's number if the value is "auto" or missing; yield an error if it differs."""
     given = block.get(key, "auto")
     if given == "auto":
         block[key] = number
     elif given != number:
         yaml_line = f", or '{source}: {given}' in the YAML" if " " not in source else ""
         yield (
-            f"{inside}{key}: is {given}, but the experiment gives {number} ({source}); "
-            f'write "auto" here, so that the YAML owns it{yaml_line}'
+            f"{inside}{key}: is {given}, but the experiment sets {number} ({source}); "
+            f'write "auto" here to use the YAML value{yaml_line}'
         )
 
 
 def _contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
-    """Problems that join several keys; `sound` holds the blocks that the schema accepts."""
+    """Errors that involve several keys; `valid` holds the blocks that the schema accepts."""
     fp16, bf16 = valid.get("fp16", {}), valid.get("bf16", {})
     precision = next((kind for kind in ("fp16", "bf16") if _enabled(valid, kind)), "fp32")
     if fp16.get("enabled") is True and bf16.get("enabled") is True:
@@ -221,7 +218,7 @@ def _offload_contradictions(valid: Mapping[str, Any], params: Mapping[str, Any])
         if valid.get(block, {}).get(name):
             yield (
                 f"{key}: needs DeepSpeed's CPU Adam; "
-                "add offload_optimizer with device cpu and leave torch_adam out"
+                "add offload_optimizer with device cpu, and delete torch_adam"
             )
     if "fp32_optimizer_states" in params:
         yield (
@@ -231,7 +228,7 @@ def _offload_contradictions(valid: Mapping[str, Any], params: Mapping[str, Any])
 
 
 def _zero_contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed asserts only when it wraps the model (runtime/engine.py, runtime/zero/)."""
+    """Pairs that DeepSpeed refuses only when it wraps the model (runtime/engine.py, runtime/zero/)."""
     zero = valid["zero_optimization"]
     if zero["stage"] == 1 and zero.get("overlap_comm"):
         yield 'zero_optimization.overlap_comm: cannot be true at stage 1; write false, or "stage": 2'
@@ -252,12 +249,12 @@ def _zero_contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
 
 def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:
     memory, reserved = budget["gpu_memory_mib"], budget["reserved_mib"]
-    wanted = sum(budget["components_mib"].values())
+    total = sum(budget["components_mib"].values())
     if reserved >= memory:
-        yield f"memory_budget.reserved_mib: {reserved:g} uses up gpu_memory_mib {memory:g}; lower it"
-    elif wanted > memory - reserved:
+        yield f"memory_budget.reserved_mib: {reserved:g} leaves no gpu_memory_mib ({memory:g}); lower it"
+    elif total > memory - reserved:
         yield (
-            f"memory_budget.components_mib: the parts sum to {wanted:g} MiB, but gpu_memory_mib {memory:g} "
-            f"- reserved_mib {reserved:g} is {memory - reserved:g}; "
-            f"take {wanted - memory + reserved:g} MiB from a part"
+            f"memory_budget.components_mib: the components sum to {total:g} MiB, but "
+            f"gpu_memory_mib {memory:g} - reserved_mib {reserved:g} is {memory - reserved:g}; "
+            f"lower them by {total - memory + reserved:g} MiB"
         )

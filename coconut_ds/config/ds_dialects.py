@@ -1,13 +1,10 @@
-"""Bring DeepSpeed JSONs of other programs into the form of the schema, with a note for every change.
+"""Convert DeepSpeed JSONs written for other programs to the schema, with a note for every change.
 
     {"scheduler": {...}, "zero_optimization": {"stage": 0}}     a file of another program
     {"optimizer": {...}, "zero_optimization": {"stage": 1}}     the same here, with three notes
 
-Nothing that changes what is learned or how much memory is used is changed without a note; what cannot be
-kept is left for the schema to refuse.
-
-Knows: the schema's annotations, forms of the Hugging Face Trainer and of older DeepSpeed.
-Does not know: the experiment, what DeepSpeed raises.
+Covers files for the Hugging Face Trainer, older versions of DeepSpeed and older versions of this program.
+Settings that cannot be converted are left for the schema to refuse.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,13 +13,13 @@ from typing import Any
 from coconut_ds.config.schemas import load_schema
 
 COMMENT = ("_", "//", "#")
-# Refused keys whose `false` still says something: it turns off what is on by default.
+# Refused keys whose `false` has an effect: it turns off a default.
 FALSE_COUNTS = ("cpu_offload_use_pin_memory",)
 ADAM = ("adam", "adamw")
 
 
 def adapted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings in the schema's form, and what was changed."""
+    """The converted settings, and a note for every change."""
     result = _without_comments(values)
     notes = [*_with_optimizer(result), *_with_stage(result), *_with_current_names(result)]
     schema = load_schema("ds_config")
@@ -37,7 +34,7 @@ def _without_comments(value: Any) -> Any:
 
 
 def _with_optimizer(values: dict[str, Any]) -> Iterator[str]:
-    """AdamW where the file has no optimizer; DeepSpeed's Adam and AdamW are the same by default."""
+    """Use AdamW if the file has no optimizer; DeepSpeed's Adam is AdamW by default."""
     if "optimizer" not in values:
         values["optimizer"] = {"type": "AdamW", "params": {}}
         yield "optimizer: is missing; AdamW with the YAML's lr and weight_decay is used"
@@ -54,11 +51,11 @@ def _with_optimizer(values: dict[str, Any]) -> Iterator[str]:
     if isinstance(params, dict):
         for key in ("betas", "eps"):
             if params.get(key) == "auto":
-                del params[key]  # AdamW's own, as the Trainer's
+                del params[key]  # the defaults of AdamW, as in the Trainer
 
 
 def _with_stage(values: dict[str, Any]) -> Iterator[str]:
-    """ZeRO stage 1 in place of 0: on one GPU the same, on several it saves memory."""
+    """Use ZeRO stage 1 for 0: the same on one GPU, and less memory on several."""
     zero = values.setdefault("zero_optimization", {})
     if isinstance(zero, dict) and (
         "stage" not in zero or (zero["stage"] == 0 and zero["stage"] is not False)
@@ -69,7 +66,7 @@ def _with_stage(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _with_current_names(values: dict[str, Any]) -> Iterator[str]:
-    """`latent_memory.recompute`, the name of earlier versions; run folders and users' files have it."""
+    """Rename `latent_memory.recompute`, which files of earlier versions use."""
     latent = values.get("latent_memory")
     if isinstance(latent, dict) and "recompute" in latent and "activation_checkpointing" not in latent:
         latent["activation_checkpointing"] = latent.pop("recompute")
@@ -79,7 +76,7 @@ def _with_current_names(values: dict[str, Any]) -> Iterator[str]:
 def _drop_without_effect(
     values: dict[str, Any], schema: Mapping[str, Any], definitions: Mapping[str, Any], inside: str
 ) -> Iterator[str]:
-    """Remove keys without effect here, and refused ones that are switched off anyway."""
+    """Remove keys that have no effect here, and refused keys that are switched off."""
     rules = _rules(values, schema)
     for key in [key for key in values if key in rules]:
         rule, value = rules[key], values[key]
@@ -97,7 +94,7 @@ def _drop_without_effect(
 
 
 def _rules(values: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule of every key, those of the file's ZeRO stage included."""
+    """The rule of every key, including the rules for the file's ZeRO stage."""
     rules = dict(schema.get("properties", {}))
     for condition in schema.get("allOf", ()):
         stages = condition.get("if", {}).get("properties", {}).get("stage", {}).get("enum", ())

@@ -1,12 +1,10 @@
-"""The experiment YAML: what is learned, checked once and then frozen.
+"""The experiment YAML: what is learned, validated once and then frozen.
 
     load_experiment("configs/full/gsm_coconut.yaml", ["lr=3e-5"])  ->  Experiment
 
 The flat keys of the published code keep their meaning.  Types, ranges and defaults live in
-schemas/experiment.schema.json; the rules that join several keys in contradictions.py.
-
-Knows: settings and which of them contradict each other.
-Does not know: torch, DeepSpeed, or whether a data or model path exists.
+schemas/experiment.schema.json, and rules that involve several keys in rules.py.  Whether data and model paths
+exist is not checked here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +32,7 @@ from coconut_ds.files import run_folder_of
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run.  Every field is described in configs/README.md, which is made from the schema."""
+    """One run.  configs/README.md describes every field."""
 
     project: str
     name: str
@@ -46,7 +44,7 @@ class Experiment:
     thought: str
     tuning: str  # "full" | "lora"
     c_thought: int
-    epochs_per_stage: int | tuple[int, ...]  # a tuple: stage 0, 1, ...; its last number repeats
+    epochs_per_stage: int | tuple[int, ...]  # a tuple for stage 0, 1, ...; its last number repeats
     max_latent_stage: int
     pad_latent_to_max: bool
     uniform_prob: float
@@ -67,7 +65,7 @@ class Experiment:
 
     model_id: str
     load_model_path: str | None
-    train_path: str  # "" with only_eval where the file names none
+    train_path: str  # "" with only_eval if the file has none
     val_path: str
     test_path: str | None
     max_new_tokens: int | None
@@ -100,17 +98,17 @@ RESETS = {True: "stage_switch", False: "never"}
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read and check one YAML; `overrides` are 'key=value' texts whose values are read as YAML.
+    """Read and validate one YAML; `overrides` are 'key=value' texts whose values are parsed as YAML.
 
-    ConfigError with every problem of the file in one message.
+    ConfigError with all errors of the file in one message.
     """
     return load_with_notes(path, overrides)[0]
 
 
 def load_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
-    """The experiment, and a line for each setting that its file makes do something unexpected or nothing."""
+    """The experiment, and a note for each setting that has no effect or an unexpected default."""
     values = read_yaml(path)
-    published = has_published_keys(values)  # of the file: --set method=cot does not change whose file it is
+    published = has_published_keys(values)  # from the file alone: --set method=cot does not change its origin
     where = str(path)
     if overrides:
         changes = parse_overrides(overrides)
@@ -121,17 +119,17 @@ def load_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ex
 
 
 def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    """The settings of a received file: `allow_pickle` only where the reader's own command line says so."""
+    """Settings of a received file: `allow_pickle` is taken from the command line only."""
     return replace(experiment, allow_pickle=bool(parse_overrides(overrides).get("allow_pickle", False)))
 
 
 def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """An experiment named on a command line; the YAML in a run folder is received, not the reader's word."""
+    """Load an experiment named on a command line; a YAML in a run folder counts as received."""
     return load_named_with_notes(path, overrides)[0]
 
 
 def load_named_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
-    """load_named_experiment with the notes of load_with_notes."""
+    """`load_named_experiment`, with the notes of `load_with_notes`."""
     experiment, notes = load_with_notes(path, overrides)
     is_received = Path(path).name == "experiment.yaml" or run_folder_of(path) is not None
     return without_permissions(experiment, overrides) if is_received else experiment, notes
@@ -142,41 +140,41 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     schema = load_schema("experiment")
     known = schema["properties"]
     changes: dict[str, Any] = {}
-    problems = []
+    errors = []
     keys = [override.partition("=")[0].strip() for override in overrides if "=" in override]
     hints = unknown_keys([key for key in keys if key not in known], schema)
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals:
-            problems.append(f"--set {override}: must be KEY=VALUE")
+            errors.append(f"--set {override}: must be KEY=VALUE")
         elif key not in known:
-            problems.append(f"--set {override}: '{key}' is not a setting{hints[key]}")
+            errors.append(f"--set {override}: '{key}' is not a setting{hints[key]}")
         else:
             value = parse_yaml_value(text, f"--set {override}")
             is_text = "string" in kinds(known[key]) and not isinstance(value, str | None)
             changes[key] = text.strip() if is_text else value
-    if problems:
-        raise ConfigError("\n".join(problems))
+    if errors:
+        raise ConfigError("\n".join(errors))
     return changes
 
 
 def validate_experiment(values: Mapping[str, Any], where: str) -> Experiment:
-    """The record that `values` describe; `where` names their source in messages."""
+    """Validate `values`; `where` names their source in messages."""
     return _check(values, where, has_published_keys(values))[0]
 
 
 def _check(values: Mapping[str, Any], where: str, published: bool) -> tuple[Experiment, list[str]]:
     schema = load_schema("experiment")
     given = {key: _as_meant(value, schema["properties"].get(key, {})) for key, value in values.items()}
-    problems = violations(given, schema, "a setting")
-    broken = {problem.split(":", 1)[0].split(".", 1)[0] for problem in problems}
-    valid = {key: value for key, value in given.items() if key not in broken and key in schema["properties"]}
+    errors = violations(given, schema, "a setting")
+    invalid = {error.split(":", 1)[0].split(".", 1)[0] for error in errors}
+    valid = {key: value for key, value in given.items() if key not in invalid and key in schema["properties"]}
     standard = defaults(schema, published)
     settings = standard | valid
-    problems += [text for keys, text in contradictions(valid, settings) if not broken.intersection(keys)]
-    if problems:
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    errors += [text for keys, text in contradictions(valid, settings) if not invalid.intersection(keys)]
+    if errors:
+        raise ConfigError("\n".join(f"{where}: {error}" for error in errors))
     method = method_of(valid)
     assert method is not None
     notes = without_effect(method, valid, standard, settings)
@@ -186,7 +184,7 @@ def _check(values: Mapping[str, Any], where: str, published: bool) -> tuple[Expe
 def _notes_on_defaults(
     valid: Mapping[str, Any], standard: Mapping[str, Any], schema: Mapping[str, Any]
 ) -> list[str]:
-    """A line for each default that is another one because the file is the published code's."""
+    """A note for each default that differs because the file is one of the published code."""
     return [
         f"{key} is {shown(value)}, the published code's value, because the file has no 'method:' "
         f"(with it: {shown(ours)}); write '{key}: {shown(value)}' or '{key}: {shown(ours)}'"
@@ -196,7 +194,7 @@ def _notes_on_defaults(
 
 
 def experiment_to_yaml(experiment: Experiment) -> str:
-    """The resolved settings as YAML; loading it gives an equal record."""
+    """The resolved settings as YAML; loading it returns an equal record."""
     values = asdict(experiment)
     values["method"] = str(experiment.method)
     if not experiment.method.has_latents:
@@ -208,7 +206,7 @@ def experiment_to_yaml(experiment: Experiment) -> str:
 
 
 def _as_meant(value: Any, rule: Mapping[str, Any]) -> Any:
-    """Undo two YAML surprises of published files: `None` is text, and so is `1e-4` (no dot)."""
+    """Convert two values that YAML reads as text: `None`, and `1e-4` (without a dot)."""
     if not isinstance(value, str):
         return value
     if value in ("None", "none", "null") and value not in rule.get("enum", ()):
@@ -223,7 +221,7 @@ def _as_meant(value: Any, rule: Mapping[str, Any]) -> Any:
 
 
 def _without_replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's settings less those that a --set key says anew in other words."""
+    """The settings of the file without those that a --set key replaces under another name."""
     kept = dict(values)
     if changes.get("method") is not None or any(changes.get(key) is True for key in METHOD_BOOLEANS):
         for key in ("method", *METHOD_BOOLEANS):
@@ -253,7 +251,7 @@ def _record(method: Method, settings: dict[str, Any]) -> Experiment:
 
 
 def _exact(value: Any, annotation: str) -> Any:
-    """JSON Schema takes 3.0 for an integer and 1 for a number; the record does not."""
+    """Convert to the annotated type: JSON Schema accepts 3.0 as an integer and 1 as a number."""
     if isinstance(value, list):
         return tuple(_exact(item, "float" if "float" in annotation else "int") for item in value)
     if isinstance(value, bool) or not isinstance(value, int | float):

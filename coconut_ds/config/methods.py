@@ -1,7 +1,4 @@
-"""The training methods and thoughts, and every way in which a YAML may name them.
-
-Knows: names.  Does not know: what a method does (curriculum.py) or a thought computes (thoughts/).
-"""
+"""Names of training methods and thoughts, and every way a YAML can choose them."""
 
 import pkgutil
 from collections.abc import Mapping
@@ -11,7 +8,7 @@ from typing import Any
 
 
 class Method(StrEnum):
-    """What replaces the reasoning steps, and when (paper, Table 1)."""
+    """Training method: what replaces the reasoning steps, and when (paper, Table 1)."""
 
     COCONUT = "coconut"
     COT = "cot"
@@ -36,7 +33,7 @@ class Method(StrEnum):
 
 
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")
-# What each published latent_variant names: (thought, tuning).
+# (thought, tuning) of each latent_variant of the published code.
 LATENT_VARIANTS = {
     "basic": ("last_hidden", "full"),
     "coconut": ("last_hidden", "full"),
@@ -49,7 +46,7 @@ LATENT_VARIANTS = {
 
 
 def method_of(valid: Mapping[str, Any]) -> Method | None:
-    """The one method that the settings name; None where they name none or several."""
+    """The method that the settings choose; None if they choose none or several."""
     named = valid.get("method")
     if named is not None:
         return Method.NO_THOUGHTS if named == "without_thought" else Method(named)
@@ -58,12 +55,12 @@ def method_of(valid: Mapping[str, Any]) -> Method | None:
 
 
 def has_published_keys(values: Mapping[str, Any]) -> bool:
-    """Whether a file names its method as the published code does: by the four booleans alone."""
+    """Whether a file chooses its method with the four booleans of the published code."""
     return values.get("method") is None and any(key in values for key in METHOD_BOOLEANS)
 
 
 def thought_and_tuning(method: Method, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """What the two keys, `latent_variant` and the method say together."""
+    """Thought and tuning, from their keys, `latent_variant` and the method."""
     thought, tuning = LATENT_VARIANTS.get(settings["latent_variant"], ("last_hidden", "full"))
     tuning = settings["tuning"] or tuning
     if not method.has_latents:
@@ -72,6 +69,6 @@ def thought_and_tuning(method: Method, settings: Mapping[str, Any]) -> tuple[str
 
 
 def thought_names() -> list[str]:
-    """Modules of thoughts/: the folder is the registry, so a new file needs no second edit."""
+    """The modules of thoughts/, which is the registry."""
     folder = str(Path(__file__).parents[1] / "thoughts")
     return sorted(module.name for module in pkgutil.iter_modules([folder]) if not module.name.startswith("_"))

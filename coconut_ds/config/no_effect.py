@@ -1,7 +1,4 @@
-"""Settings that are valid and do nothing: the method, thought or tuning chosen does not read them.
-
-Knows: which setting each choice reads.  Does not know: files, records.
-"""
+"""Valid settings without effect, because the chosen method, thought or tuning does not read them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +6,7 @@ from typing import Any
 from coconut_ds.config.methods import LATENT_VARIANTS, Method, thought_and_tuning
 from coconut_ds.config.schemas import shown
 
-# Values that say "off"; published files for CoT carry them.
+# Values that mean "off"; CoT files of the published code have them.
 OFF = {"c_thought": 0, "max_latent_stage": 0, "epochs_per_stage": 1}
 NO_WINDOW = ("last_hidden", "mlp_projection", "pause")
 LORA = (
@@ -20,20 +17,20 @@ LORA = (
 def without_effect(
     method: Method, given: Mapping[str, Any], defaults: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> list[str]:
-    """One line for each reason, naming the keys of the file that have no effect.
+    """One line per reason, with the keys of the file that have no effect.
 
-    `given`: what the file says.  Its default, and a value that means "off", need no line.
+    `given` holds the settings of the file.  Defaults and values that mean "off" are not listed.
     """
     thought, tuning = thought_and_tuning(method, settings)
     lines = []
     for reason, keys in _unread(method, thought, tuning, settings):
-        named = [f"{key}: {shown(given[key])}" for key in keys if _says_something(key, given, defaults)]
+        named = [f"{key}: {shown(given[key])}" for key in keys if _is_set(key, given, defaults)]
         if named:
             lines.append(f"{', '.join(named)}: no effect, {reason}")
     return lines
 
 
-def _says_something(key: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+def _is_set(key: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     value = given.get(key)
     if key == "latent_variant":
         return LATENT_VARIANTS.get(str(value), ("last_hidden",))[0] != "last_hidden"
@@ -43,7 +40,7 @@ def _says_something(key: str, given: Mapping[str, Any], defaults: Mapping[str, A
 def _unread(
     method: Method, thought: str, tuning: str, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, Sequence[str]]]:
-    """(reason, keys that are then not read)."""
+    """Yield (reason, keys that are not read)."""
     if not method.has_latents:
         kept = f"; tuning is {tuning}" if settings["latent_variant"] and tuning != "full" else ""
         keys = ["thought", "latent_variant", "c_thought", "pad_latent_to_max", "thought_lr"]

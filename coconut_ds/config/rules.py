@@ -1,9 +1,7 @@
-"""Experiment settings that are each right and together wrong.
+"""Experiment settings that are valid alone and contradict each other.
 
-Every rule yields (the keys it looks at, the problem), so that a rule whose keys already broke the
-schema can be left out.  `sound` holds the settings given and valid, `settings` the defaults as well.
-
-Knows: settings.  Does not know: files, records.
+Every rule yields (the keys it reads, the error), so the caller can skip rules whose keys already failed the
+schema.  `valid` holds the valid settings of the file, `settings` also the defaults.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +12,7 @@ from coconut_ds.config.schemas import did_you_mean, shown
 
 
 def contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
-    """(keys the rule looks at, problem) for every rule that joins several keys."""
+    """Yield (keys the rule reads, error) for every contradiction."""
     yield from _method_contradictions(valid)
     method = method_of(valid)
     if method is not None:
@@ -23,7 +21,7 @@ def contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Ite
     if method is None or method.has_latents:
         yield from _window_contradictions(valid, settings)
     yield from _running_contradictions(settings)
-    yield from _name_problems(settings)
+    yield from _name_errors(settings)
 
 
 def _method_contradictions(valid: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
@@ -31,13 +29,13 @@ def _method_contradictions(valid: Mapping[str, Any]) -> Iterator[tuple[set[str],
     chosen = [key for key in METHOD_BOOLEANS if valid.get(key)]
     named = valid.get("method")
     if len(chosen) > 1:
-        yield keys, f"{', '.join(chosen)}: {len(chosen)} methods are true; exactly one may be"
+        yield keys, f"{', '.join(chosen)}: {len(chosen)} methods are true; set exactly one to true"
     elif named is not None and chosen and chosen[0] != method_of(valid):
-        yield keys, f"method: says {named}, but '{chosen[0]}: true' says otherwise; keep one of them"
+        yield keys, f"method: says {named}, but '{chosen[0]}: true' chooses another; keep one of them"
     elif named is None and not chosen:
         yield (
             keys,
-            f"method: none is chosen; set one of {', '.join(METHOD_BOOLEANS)} to true, or 'method: NAME'",
+            f"method: is not set; set one of {', '.join(METHOD_BOOLEANS)} to true, or 'method: NAME'",
         )
 
 
@@ -50,7 +48,7 @@ def _latent_contradictions(
             if settings[key] == 0:
                 yield (
                     keys | {key},
-                    f"{key}: is 0, which leaves method {method} without latents; give at least 1",
+                    f"{key}: is 0, so method {method} has no latents; set it to at least 1",
                 )
     variant = valid.get("latent_variant")
     if variant not in (None, "basic", "coconut") and method.is_pause:
@@ -96,29 +94,32 @@ def _window_contradictions(
             ),
         )
     elif not weights[0] > 0:
-        text = f"latent_window_weights: {weights} start with 0, but a short row has only the newest state"
+        text = (
+            f"latent_window_weights: {weights} start with 0, and a short row has only the newest state; "
+            "give a first weight above 0"
+        )
         yield keys, text
 
 
 def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
     if settings["only_eval"]:
         if settings["load_model_path"] is None:
-            text = "load_model_path: is missing, but 'only_eval: true' evaluates a checkpoint; name it"
+            text = "load_model_path: is missing, but 'only_eval: true' evaluates a checkpoint; add its path"
             yield {"only_eval", "load_model_path"}, text
         return
     if settings["train_path"] is None:
-        yield {"only_eval", "train_path"}, "train_path: is missing; name the training problems"
+        yield {"only_eval", "train_path"}, "train_path: is missing; set it to the training data"
     if settings["num_epochs"] <= settings["resume"]:
         yield (
             {"num_epochs", "resume"},
             (
-                f"num_epochs: is {settings['num_epochs']}, but resume skips {settings['resume']}, "
-                "so none is left; num_epochs counts the skipped ones too"
+                f"num_epochs: is {settings['num_epochs']}, but resume skips {settings['resume']} of them, "
+                f"so none is left; set num_epochs above {settings['resume']}"
             ),
         )
 
 
-def _name_problems(settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+def _name_errors(settings: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
     name = settings.get("name")
     if isinstance(name, str) and (
         any(character in "/\\" or not character.isprintable() for character in name)

@@ -129,14 +129,14 @@ def test_resolve_accepts_numbers_that_agree():
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"train_batch_size": 128}, ["train_batch_size: is 128", "gives 64", "batch_size_training 4 x"]),
-        ({"train_micro_batch_size_per_gpu": 2}, ["per_gpu: is 2", "gives 4 (batch_size_training)"]),
-        ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps: is 1", "gives 8"]),
-        ({"gradient_clipping": 0.5}, ["gradient_clipping: is 0.5", "gives 1.0"]),
-        ({"optimizer": {"params": {"lr": 0.001}}}, ["optimizer.params.lr: is 0.001", "gives 0.0001 (lr)"]),
+        ({"train_batch_size": 128}, ["train_batch_size: is 128", "sets 64", "batch_size_training 4 x"]),
+        ({"train_micro_batch_size_per_gpu": 2}, ["per_gpu: is 2", "sets 4 (batch_size_training)"]),
+        ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps: is 1", "sets 8"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping: is 0.5", "sets 1.0"]),
+        ({"optimizer": {"params": {"lr": 0.001}}}, ["optimizer.params.lr: is 0.001", "sets 0.0001 (lr)"]),
         (
             {"optimizer": {"params": {"weight_decay": 0}}},
-            ["optimizer.params.weight_decay: is 0", "gives 0.01"],
+            ["optimizer.params.weight_decay: is 0", "sets 0.01"],
         ),
         (
             {"zero_optimization": {"compute_grad_norm": False}},
@@ -261,7 +261,10 @@ BAD = [
     ),
     ({"memory_budget": {**BUDGET, "components_mib": {"activation": 1}}}, "did you mean 'activations'?"),
     ({"memory_budget": {**BUDGET, "components_mib": {"loss": "1"}}}, "components_mib.loss: must be a number"),
-    ({"memory_budget": {**BUDGET, "reserved_mib": 11264}}, "reserved_mib: 11264 uses up gpu_memory_mib"),
+    (
+        {"memory_budget": {**BUDGET, "reserved_mib": 11264}},
+        "reserved_mib: 11264 leaves no gpu_memory_mib",
+    ),
     ({"memory_budget": {"device": "x"}}, "memory_budget.gpus: is missing"),
     ({"memory_budget": {**BUDGET, "on_exceed": "ignore"}}, "on_exceed: must be one of error, warn"),
     (

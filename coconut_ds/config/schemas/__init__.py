@@ -1,13 +1,10 @@
-"""The JSON Schemas of the two settings files, and plain words for what breaks them.
+"""The JSON Schemas of the two settings files, and readable messages for violations.
 
-The schema files are the one home of every key's type, default and description.  Beside the standard
-keywords they use these annotations: `group` (heading in the docs), `expects` (words for a rule that
-has no short form), `refused` (why a key is not accepted, and what to do instead), `inert` (why a key is
-ignored), `published_default` (the default in files of the published code), `also_called` (names that
-other programs have for a key) and, beside `properties`, `elsewhere` (what to do instead of a key that
-other programs have).
-
-Knows: JSON Schema.  Does not know: what any key means.
+The schema files define every key's type, default and description.  Besides the standard keywords they use
+these annotations: `group` (heading in the docs), `expects` (description of a rule that has no short form),
+`refused` (why a key is not accepted, and what to do instead), `inert` (why a key is ignored),
+`published_default` (the default in files of the published code), `also_called` (names of a key in other
+programs) and, beside `properties`, `elsewhere` (advice for keys that only other programs have).
 """
 
 import json
@@ -21,7 +18,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-MAX_UNKNOWN = 20  # keys that are named; each is compared with all known ones
+MAX_UNKNOWN = 20  # keys in a message; each is compared with all known keys
 TYPE_WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -35,13 +32,13 @@ TYPE_WORDS = {
 
 @cache
 def load_schema(name: str) -> dict[str, Any]:
-    """The schema `experiment` or `ds_config`; shared, so not to be changed."""
+    """The schema `experiment` or `ds_config`.  The dict is shared: do not modify it."""
     text = resources.files(__name__).joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def defaults(schema: Mapping[str, Any], published: bool = False) -> dict[str, Any]:
-    """Default of every property that has one; `published`: in a file of the published code."""
+    """Defaults of all properties that have one; `published`: for a file of the published code."""
     rules = {key: rule for key, rule in schema["properties"].items() if "default" in rule}
     return {
         key: rule["published_default"] if published and "published_default" in rule else rule["default"]
@@ -50,15 +47,15 @@ def defaults(schema: Mapping[str, Any], published: bool = False) -> dict[str, An
 
 
 def kinds(rule: Mapping[str, Any]) -> list[str]:
-    """JSON types that a rule allows; empty where it does not say."""
+    """JSON types that a rule allows; empty if it has no `type`."""
     stated = rule.get("type", [])
     return [stated] if isinstance(stated, str) else list(stated)
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """'; did you mean X?' for a misspelled known word, or nothing.
+    """'; did you mean X?' if `word` is a misspelled known word, else ''.
 
-    One wrong letter is a misspelling, and two in words of eight letters or more; a common beginning is not.
+    Up to one letter may be wrong, and up to two in words of eight letters or more.
     """
     written = str(word).lower()
     limit = 2 if len(written) >= 8 else 1
@@ -70,7 +67,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Letters to add, drop, replace or swap with their neighbor (optimal string alignment)."""
+    """Number of letters to add, delete, replace or swap with a neighbor (optimal string alignment)."""
     before: list[int] = []
     previous = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
@@ -84,9 +81,9 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def unknown_keys(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, str]:
-    """What to say behind each key that a block does not have: the key's name here, or a misspelling's.
+    """A hint for each unknown key of a block: its name here, or the key that it misspells.
 
-    Without either the block's keys are listed, once, behind the last such key.
+    The last key without a hint gets the list of valid keys.
     """
     names = {
         other: f"; write '{key}' instead"
@@ -104,14 +101,14 @@ def unknown_keys(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, st
 
 
 def shown(value: object) -> str:
-    """The offending value as text that cannot flood the terminal."""
+    """A value as text of at most 80 characters."""
     text = repr(value)
     text = {"True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def expectation(rule: Mapping[str, Any]) -> str:
-    """What a value must be, in words: 'a whole number of at least 1 or None'."""
+    """Description of the valid values: 'a whole number of at least 1 or None'."""
     if "expects" in rule:
         return rule["expects"]
     if "enum" in rule:
@@ -136,9 +133,9 @@ def expectation(rule: Mapping[str, Any]) -> str:
 
 
 def violations(values: object, schema: Mapping[str, Any], noun: str) -> list[str]:
-    """Every way in which `values` break `schema`, one line a key: 'key: what, the value, what to do'.
+    """All violations of `schema`, one line per key: 'key: what, the value, what to do'.
 
-    `noun` names a known key in the message about an unknown one ("a setting").
+    `noun` is what an unknown key is not ("a setting").
     """
     messages: dict[str, str] = {}
     for key in _not_finite(values, ""):

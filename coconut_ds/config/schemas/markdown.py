@@ -1,10 +1,8 @@
-"""The settings tables of the READMEs, made from the schemas.
+"""Generate the settings tables of the READMEs from the schemas.
 
     python -m coconut_ds.config.schemas.markdown          rewrites the tables in configs/ and ds_configs/
 
-A table stands between `<!-- settings: NAME -->` and `<!-- end -->`; a test compares the two.
-
-Knows: schemas, Markdown.  Does not know: what a key means.
+A table is placed between `<!-- settings: NAME -->` and `<!-- end -->`; a test checks that it is up to date.
 """
 
 import re
@@ -19,7 +17,7 @@ MARKED = re.compile(r"(<!-- settings: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTA
 
 
 def settings_table(name: str) -> str:
-    """Markdown for a schema (`experiment`) or a block of one (`ds_config.latent_memory`)."""
+    """Markdown table of a schema (`experiment`) or of a block (`ds_config.latent_memory`)."""
     schema_name, *path = name.split(".")
     schema: Mapping[str, Any] = load_schema(schema_name)
     for key in path:
@@ -44,8 +42,8 @@ def settings_table(name: str) -> str:
 
 
 def with_tables(text: str) -> str:
-    """`text` with every marked table made anew."""
-    return MARKED.sub(lambda found: f"{found[1]}{settings_table(found[2])}{found[3]}", text)
+    """`text` with every marked table regenerated."""
+    return MARKED.sub(lambda match: f"{match[1]}{settings_table(match[2])}{match[3]}", text)
 
 
 def _values(rule: Mapping[str, Any]) -> str:

@@ -1,7 +1,4 @@
-"""Read a settings file into a mapping, refusing what a later reader would silently misread.
-
-Knows: bytes, YAML and JSON syntax.  Does not know: any key.
-"""
+"""Read a settings file into a mapping, and refuse content that is easily misread."""
 
 import errno
 import json
@@ -15,7 +12,7 @@ from coconut_ds.errors import ConfigError
 from coconut_ds.files import read_bytes
 from coconut_ds.terminal import is_printable
 
-MAX_BYTES = 1 << 17  # PyYAML takes a second for these
+MAX_BYTES = 1 << 17  # PyYAML takes about a second for this size
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -33,7 +30,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.  ConfigError as for YAML, and for comments, NaN and duplicate keys."""
+    """The object in a JSON file.  ConfigError as for YAML, and for NaN and duplicate keys."""
     text = _read_text(path)
     try:
         value = json.loads(
@@ -51,7 +48,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml_value(text: str, where: str) -> Any:
-    """One value as YAML reads it: '3' is a number, 'true' a boolean, '[6, 3]' a list."""
+    """Parse one value as YAML: '3' is a number, 'true' a boolean, '[6, 3]' a list."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -61,7 +58,7 @@ def parse_yaml_value(text: str, where: str) -> Any:
 def _read_text(path: str | Path) -> str:
     path = Path(path)
     if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name the file in it")
+        raise ConfigError(f"{path}: is a folder; give a file in it")
     try:
         data = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
@@ -81,7 +78,7 @@ def _read_text(path: str | Path) -> str:
 def _mapping(value: object, path: str | Path, wanted: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         kind = "is empty" if value is None else f"holds a {type(value).__name__}"
-        raise ConfigError(f"{path}: {kind}; {wanted} are needed")
+        raise ConfigError(f"{path}: {kind}; expected {wanted}")
     odd = [key for key in value if not isinstance(key, str)]
     if odd:
         raise ConfigError(f"{path}: keys must be words, got {odd[0]!r}")
@@ -92,7 +89,7 @@ def _mapping(value: object, path: str | Path, wanted: str) -> dict[str, Any]:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a value, keys too, with the outer key it belongs to."""
+    """Yield (outermost key, text) for every text in a value, including keys."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -121,7 +118,7 @@ class _StrictLoader(yaml.SafeLoader):
             key = str(key_node.value)
             line = key_node.start_mark.line + 1
             if key in seen:
-                problem = f"'{key}' stands twice (first in line {seen[key]}); remove one"
+                problem = f"'{key}' appears twice (first in line {seen[key]}); remove one"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
@@ -137,7 +134,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"'{key}' stands twice in one block; remove one")
+            raise ValueError(f"'{key}' appears twice in one block; remove one")
         result[key] = value
     return result
 

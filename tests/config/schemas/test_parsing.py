@@ -6,9 +6,9 @@ from coconut_ds.config.schemas.parsing import MAX_BYTES, read_json, read_yaml
 from coconut_ds.errors import ConfigError
 
 BAD_TEXTS = [
-    ("lr: 1\nlr: 2\n", "'lr' stands twice (first in line 1); remove one in line 2"),
+    ("lr: 1\nlr: 2\n", "'lr' appears twice (first in line 1); remove one in line 2"),
     ("a: &x [1]\nb: *x\n", "aliases (*name) are not allowed"),
-    ("a: {x: 1, x: 2}\n", "'x' stands twice"),
+    ("a: {x: 1, x: 2}\n", "'x' appears twice"),
     ("- a\n- b\n", "holds a list"),
     ("", "is empty"),
     ("just words\n", "holds a str"),
@@ -44,8 +44,8 @@ def test_paths_that_are_no_files(tmp_path):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ('{"fp16": {}, "fp16": {}}', "'fp16' stands twice"),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' stands twice"),
+        ('{"fp16": {}, "fp16": {}}', "'fp16' appears twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' appears twice"),
         ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
         ('{\n  // comment\n  "fp16": {}}', "JSON has no comments"),
         ('{"fp16": {},}', "not valid JSON"),

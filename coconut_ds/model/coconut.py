@@ -49,7 +49,7 @@ class Coconut(nn.Module):
         self.base = base
         self.thought = thought
         self.techniques = Techniques(self.causal_lm, latent_memory)
-        self.base_record: BaseRecord | None = None  # of the model before training, where it was read
+        self.base_record: BaseRecord | None = None  # of the model before training
 
     @property
     def causal_lm(self) -> PreTrainedModel:

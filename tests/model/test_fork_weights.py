@@ -109,7 +109,7 @@ def fixed(count):
 
 @pytest.fixture
 def config(tiny_experiment, source, tmp_path):
-    """Write an experiment YAML of the fork's keys; gives its path."""
+    """Write an experiment YAML of the fork's keys; returns its path."""
 
     def config(load_model_path, *lines, **changes):
         values = tiny_experiment | {
@@ -185,9 +185,9 @@ def test_eval_works_with_the_printed_lines(vocabulary, source, config, tmp_path,
     LAYOUTS[layout](grown(source, vocabulary), path)
     variant = {"full": "learnable_weights", "lora": "learnable_weights_lora"}[layout]
     assert main(["eval", str(config(path, latent_variant=variant))]) == 2
-    said = capsys.readouterr().err
-    lines = lines_to_write(said.partition("\n")[0])
-    assert lines == ["latent_window_scope: pass"] and "Traceback" not in said
+    message = capsys.readouterr().err
+    lines = lines_to_write(message.partition("\n")[0])
+    assert lines == ["latent_window_scope: pass"] and "Traceback" not in message
     assert main(["eval", str(config(path, *lines, latent_variant=variant))]) == 0
 
 

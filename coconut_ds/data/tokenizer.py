@@ -55,13 +55,13 @@ class Vocabulary:
             rules = json.loads(backend.to_str())
             for changing in ("truncation", "padding"):  # state of the last call, not of the tokenizer
                 rules.pop(changing, None)
-        described = [
+        content = [
             rules,
             self.tokenizer.init_kwargs.get("add_bos_token"),
             *self.special_token_ids,
             self.eos_id,
         ]
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without eos and special tokens."""

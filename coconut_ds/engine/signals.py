@@ -24,7 +24,7 @@ import psutil
 
 from coconut_ds.errors import StopRequested
 
-# Environment variable with the folder where launch/train.sh finds the ranks' process ids.
+# Environment variable with the folder where ranks write their process ids, for launch/train.sh and sweeps.
 PID_FOLDER = "COCONUT_PID_FOLDER"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A second one of these ends the process; SIGUSR1 does not count: Slurm sends it some time before SIGTERM.

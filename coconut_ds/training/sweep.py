@@ -29,6 +29,7 @@ from coconut_ds.config.experiment import Experiment, load_experiment, parse_over
 from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schemas.parsing import parse_yaml_value, read_yaml
 from coconut_ds.engine.rendezvous import free_port
+from coconut_ds.engine.signals import PID_FOLDER
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.files import open_append
 from coconut_ds.reports.run_records import read_run
@@ -38,7 +39,6 @@ DS_CONFIG = "deepspeed_config"
 KEYS = ("config", DS_CONFIG, "set", "grid", "name")
 FINISHED, SKIPPED, FAILED, STOPPED = "finished", "already finished", "failed", "stopped"
 LOG = "sweep.log"
-PID_FOLDER = "COCONUT_PID_FOLDER"  # where ranks write their process ids
 SAVE_SECONDS = 600
 
 

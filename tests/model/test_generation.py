@@ -1,4 +1,4 @@
-"""Batched answers equal those of one prompt at a time, each token from the complete prefix without a cache."""
+"""Batched answers equal those of one prompt at a time, computed without a cache from the complete prefix."""
 
 import functools
 

@@ -178,7 +178,7 @@ def test_every_command_refuses_a_lora_run_over_another_base(
     }
     assert main([command, str(run), *arguments.get(command, [])]) == 2
     output = capsys.readouterr().err
-    assert f"other content: {part.removeprefix('base.')}" in output and "Traceback" not in output
+    assert f"content has changed since: {part.removeprefix('base.')}" in output and "Traceback" not in output
 
 
 def test_a_lora_run_of_an_older_version_loads_with_a_note(tiny_experiment, tmp_path):

@@ -29,7 +29,8 @@ from coconut_ds.files import EXPORT_FILE, json_text
 from coconut_ds.model.build import write_model
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import read_causal_lm
-from coconut_ds.model.lora import merge, save_thought
+from coconut_ds.model.lora import merge, origin_of, save_thought
+from coconut_ds.runs.checkpoint.foreign import model_folder
 from coconut_ds.runs.run_folder import code_version, library_versions
 from coconut_ds.thoughts import ThoughtSettings
 
@@ -70,9 +71,10 @@ def export_hf(
     try:
         draft.mkdir(parents=True)
         _write(module, vocabulary, draft, merged, dtype)
+        weights = _base_weights(module) if is_adapter else None
         record = describe(trained, original, merged)
         (draft / EXPORT_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
-        (draft / "README.md").write_text(model_card(trained, original, is_adapter), encoding="utf-8")
+        (draft / "README.md").write_text(model_card(trained, original, is_adapter, weights), encoding="utf-8")
         difference = read_back_difference(module, vocabulary, draft, dtype)
         if folder.exists():
             folder.rmdir()
@@ -93,6 +95,12 @@ def _write(module: Coconut, vocabulary: Vocabulary, folder: Path, merged: bool, 
     whole.to(dtype=DTYPES[dtype]).save_pretrained(folder)
     save_thought(module.thought.state_dict(), folder)
     vocabulary.tokenizer.save_pretrained(folder)
+
+
+def _base_weights(module: Coconut) -> Path | None:
+    """The file or folder of the frozen weights under an adapter; None if they are those of `model_id`."""
+    weights = origin_of(module.base).weights
+    return None if weights is None else model_folder(Path(weights))
 
 
 def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:

@@ -23,8 +23,11 @@ TOLD_OF_WINDOWS = ("latent_window_size", "latent_window_init", "latent_window_sc
 TOLD_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
-def model_card(trained: Trained, base: str, is_adapter: bool) -> str:
-    """Markdown with the front matter that the hub reads.  `base`: the model it was made from."""
+def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | None = None) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    `base`: the model it was made from.  `weights`: an adapter's frozen weights, if not those of `base`.
+    """
     lines = [
         *_front_matter(base, is_adapter),
         f"# {_line(trained.experiment.name)}",
@@ -32,7 +35,7 @@ def model_card(trained: Trained, base: str, is_adapter: bool) -> str:
         f"A language model trained by coconut_ds to reason in latent space: method "
         f"`{trained.experiment.method}`, stage: {trained.stage}; made from `{_line(base)}`.",
         "",
-        *_how_to_load(trained, base, is_adapter),
+        *_how_to_load(trained, base, is_adapter, weights),
         *_results(trained),
         *_data(trained.experiment),
         *_settings(trained.experiment),
@@ -50,7 +53,7 @@ def _front_matter(base: str, is_adapter: bool) -> Iterator[str]:
     yield "---"
 
 
-def _how_to_load(trained: Trained, base: str, is_adapter: bool) -> Iterator[str]:
+def _how_to_load(trained: Trained, base: str, is_adapter: bool, weights: Path | None) -> Iterator[str]:
     yield "## Load it"
     yield ""
     yield "With latents:"
@@ -62,6 +65,16 @@ def _how_to_load(trained: Trained, base: str, is_adapter: bool) -> Iterator[str]
     yield f'model.generate("...", num_latents={trained.stage.num_latents})'
     yield "```"
     yield ""
+    if weights is not None:
+        yield (
+            f"The adapter belongs to the weights in `{_line(weights)}`, a model trained from "
+            f"`{_line(base)}`. On any other weights it computes something else."
+        )
+        yield ""
+        if not (weights / "config.json").is_file():
+            yield "Transformers cannot load that file by itself: export again with `--merge`."
+            yield ""
+            return
     yield "The language model alone, in any program:"
     yield ""
     yield "```python"
@@ -69,8 +82,8 @@ def _how_to_load(trained: Trained, base: str, is_adapter: bool) -> Iterator[str]
     yield ""
     yield 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
     if is_adapter:
-        yield f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"
-        yield "base.resize_token_embeddings(len(tokenizer))  # three marker tokens"
+        yield f"base = AutoModelForCausalLM.from_pretrained({json.dumps(str(weights or base))})"
+        yield "base.resize_token_embeddings(len(tokenizer))  # three special tokens"
         yield "from peft import PeftModel"
         yield 'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
     else:

@@ -242,12 +242,18 @@ def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     name = experiment.load_model_path or experiment.model_id
     # The YAML of a received folder may name any place as its `save_path`.
     folder = run_folder_of(path) or run_folder(experiment)
-    trained = Trained(experiment, final_stage(experiment), name, folder)
-    checkpoint = resolve_pointer(Path(name))
-    if not (checkpoint / MANIFEST).is_file():
-        return trained
-    trained_at = stage_of(Manifest.read(checkpoint))
-    return replace(trained, trained_at=trained_at, note=misleading_best(Path(name)))
+    trained_at = _trained_stage(Path(name))
+    note = misleading_best(Path(name)) if trained_at else None
+    return Trained(experiment, final_stage(experiment), name, folder, trained_at, note)
+
+
+def _trained_stage(weights: Path) -> Stage | None:
+    """The stage that a checkpoint, its model/ folder or an exported folder was trained at, if it says so."""
+    checkpoint = resolve_pointer(weights)
+    holder = checkpoint.resolve().parent if checkpoint.name == "model" else checkpoint
+    if (holder / MANIFEST).is_file():
+        return stage_of(Manifest.read(holder))
+    return Stage(**read_export(checkpoint)["stage"]) if (checkpoint / EXPORT_FILE).is_file() else None
 
 
 def _exported(folder: Path, overrides: Sequence[str]) -> Trained:

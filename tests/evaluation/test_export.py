@@ -1,6 +1,8 @@
 """Exported folders: read by plain transformers and PEFT with equal logits, asked with latents, explained."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +89,31 @@ def test_plain_peft_reads_the_adapter_as_the_card_says(lora, tmp_path):
     torch.testing.assert_close(logits(stock), logits(own), atol=1e-5, rtol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'PeftModel.from_pretrained(base, "THIS_FOLDER")' in card and "library_name: peft" in card
+
+
+@pytest.mark.parametrize("start", ["checkpoint_4", "best", "checkpoint_4/model", "state_dict.pt"])
+def test_the_card_of_an_adapter_names_the_weights_that_it_belongs_to(tiny_experiment, tmp_path, start):
+    cot = make_run(tiny_experiment, tmp_path, name="cot", method="cot")
+    torch.save(
+        find_one(str(cot)).build(load_vocabulary(tiny_experiment["model_id"])).causal_lm.state_dict(),
+        cot / "state_dict.pt",
+    )
+    keys = {"name": "lora", "tuning": "lora", "load_model_path": str(cot / start)}
+    lora = make_run(tiny_experiment, tmp_path, **keys)
+    out = tmp_path / "out"
+    assert main(["export", str(lora), "--output", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    if start == "state_dict.pt":
+        assert "export again with `--merge`" in card and "PeftModel" not in card
+        return
+    (recipe,) = re.findall(r"```python\n(from transformers.*?)```", card, re.S)
+    names: dict = {}
+    exec(recipe.replace("THIS_FOLDER", str(out)), names)
+    trained = find_one(str(lora))
+    own = trained.build(load_vocabulary(trained.experiment.model_id)).causal_lm
+    torch.testing.assert_close(logits(names["model"].eval()), logits(own), atol=1e-5, rtol=1e-5)
+    base = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base in recipe and (Path(base) / "config.json").is_file()
 
 
 def test_half_precision(full, tmp_path):

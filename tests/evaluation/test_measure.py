@@ -45,7 +45,8 @@ def test_a_yaml_names_weights_and_epoch(run, tiny_experiment, tmp_path):
 def test_another_stage_than_trained_at_needs_leave_and_is_said(run, tiny_experiment, tmp_path, capsys):
     """By epoch and path, by the curriculum's settings or --latents; whatever names the weights."""
     config = tmp_path / "eval.yaml"
-    for word in ("best", "checkpoint_4", "best_stage_3", "latest"):
+    assert main(["export", str(run), "--output", str(run / "exported")]) == 0
+    for word in ("best", "checkpoint_4", "best_stage_3", "latest", "checkpoint_4/model", "exported"):
         values = tiny_experiment | {"only_eval": True, "load_model_path": str(run / word), "resume": 9}
         config.write_text(yaml.safe_dump(values))
         with pytest.raises(ConfigError, match=r"another stage \(3 steps hidden.*--allow stage"):

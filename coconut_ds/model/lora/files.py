@@ -23,6 +23,7 @@ from coconut_ds.files import json_text, read_json
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.lora.adapters import Origin, assert_tied
 from coconut_ds.runs.base_record import BaseRecord
+from coconut_ds.runs.checkpoint.foreign import model_folder
 from coconut_ds.runs.weight_files import describe_tensor, is_weight, read_safetensors, refuse_non_finite
 from coconut_ds.thoughts.learnable_window import LearnableWindow
 
@@ -45,6 +46,10 @@ def save_adapter(model: Coconut, folder: str | Path, weights: Mapping[str, Tenso
     """
     folder = Path(folder)
     state = dict(model.state_dict() if weights is None else weights)
+    origin = origin_of(model.base)
+    if origin.weights is not None:
+        base_folder = str(model_folder(Path(origin.weights)))
+        model.base.peft_config["default"].base_model_name_or_path = base_folder
     model.base.save_pretrained(
         str(folder),
         state_dict={
@@ -55,9 +60,7 @@ def save_adapter(model: Coconut, folder: str | Path, weights: Mapping[str, Tenso
     save_thought(
         {name.removeprefix("thought."): v for name, v in state.items() if name.startswith("thought.")}, folder
     )
-    (folder / ORIGIN_FILE).write_text(
-        json_text(asdict(origin_of(model.base)), indent=1) + "\n", encoding="utf-8"
-    )
+    (folder / ORIGIN_FILE).write_text(json_text(asdict(origin), indent=1) + "\n", encoding="utf-8")
 
 
 def save_thought(state: Mapping[str, Tensor], folder: str | Path) -> None:

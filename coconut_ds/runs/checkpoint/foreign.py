@@ -48,7 +48,7 @@ def load_foreign_weights(path: str | Path, allow_pickle: bool = False) -> dict[s
 
 def load_thought_weights(path: str | Path) -> dict[str, Tensor]:
     """The trained weights of the thought in one of our checkpoints; empty for other weights."""
-    file = _model_folder(Path(path)) / THOUGHT_FILE
+    file = model_folder(Path(path)) / THOUGHT_FILE
     return read_safetensors(file) if file.is_file() else {}
 
 
@@ -60,12 +60,13 @@ def is_published_file(path: str | Path) -> bool:
 
 def find_adapter(path: str | Path) -> Path | None:
     """The folder of LoRA adapters at `path` (our layout or the published one); None if there are none."""
-    folder = _model_folder(Path(path))
+    folder = model_folder(Path(path))
     has_adapter = any((folder / name).is_file() for name in (ADAPTER_FILE, PUBLISHED_ADAPTER_FILE))
     return folder if has_adapter else None
 
 
-def _model_folder(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
+    """The folder with the weights of one of our checkpoints; any other path as it is."""
     path = resolve_pointer(path)
     return path / "model" if (path / "model").is_dir() and (path / "manifest.json").is_file() else path
 
@@ -73,7 +74,7 @@ def _model_folder(path: Path) -> Path:
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    folder = _model_folder(path)
+    folder = model_folder(path)
     if (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds LoRA adapters, not a complete model; "

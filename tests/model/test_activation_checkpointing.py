@@ -1,4 +1,4 @@
-"""Recomputation: same numbers with dropout on, less memory, and Hugging Face's own switch refused."""
+"""Activation checkpointing: same numbers with dropout on, less memory; Hugging Face's own switch is refused."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: same numbers with dropout on, less memory; Hugging Face's own switch is refused."""
+"""Activation checkpointing: same numbers with dropout, less memory; Hugging Face's own switch is refused."""
 
 from dataclasses import replace
 

@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh            SEED=1 bash launch/quickstart.sh
 #
 # Makes chains of additions and a tiny GPT-2, trains it with Coconut, trains its no-CoT twin, prints one table.
-# Stopped halfway, the same command goes on where it was.  Further arguments (--set KEY=VALUE) go to both trainings.
+# To resume after an interruption, run the same command.  Further arguments (--set KEY=VALUE) go to both trainings.
 
 source "$(dirname "$0")/setup.sh"
 

@@ -78,8 +78,8 @@ run_ranks() {
     wait_for_ranks
     case $code in
         0) echo "$0: finished" ;;
-        75) echo "$0: stopped on request; the same command goes on" ;;
-        *) echo "$0: ended with exit code $code (docs/reliability.md says what it means)" >&2 ;;
+        75) echo "$0: stopped on request; run the same command to resume" ;;
+        *) echo "$0: ended with exit code $code (see docs/reliability.md)" >&2 ;;
     esac
     return "$code"
 }

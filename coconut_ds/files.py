@@ -1,12 +1,12 @@
 """Read and write files in folders that another person may have made.
 
-    json_text                  JSON that every reader takes: null for NaN and infinities
-    read_bytes, read_json      files up to a size: no device that never ends, no pipe that would wait
-    replace_text, ..._bytes    the old file or the new one; a link under that name is replaced, not followed
-    open_append, make_folder   refuse a link
-    run_folder_of              the run, checkpoint or exported folder that a path lies in
+    json_text                  standard JSON: null for NaN and infinities
+    read_bytes, read_json      read files up to a size; refuse devices, do not wait for pipes
+    replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
+    open_append, make_folder   refuse links
+    run_folder_of              the run, checkpoint or exported folder that contains a path
 
-The folder that the user names may be a link itself: only what lies in it is not followed.
+The folder that the user names may be a link; links inside it are not followed.
 """
 
 import errno
@@ -23,18 +23,18 @@ from coconut_ds.errors import ConfigError
 
 MIB = 1 << 20
 MAX_JSON_BYTES = 64 * MIB
-NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system says of a call it lacks
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # a file system does not support the call
 MAX_DIGITS = 19  # of an integer, as in 2**63
 EXPORT_FILE = "coconut.json"  # settings beside exported weights
 RUN_SIGNS = ("ds_config.json", "environment.json", "metrics.jsonl", "latest")
 
 
-def read_bytes(path: str | Path, most: int | None = None) -> bytes:
-    """The content of a file or of a pipe that somebody writes to; no device, which may never end.
+def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
+    """The content of a file, or of a pipe that has a writer; devices are refused.
 
-    Raises OSError, also when there are more than `most` bytes.
+    Raises OSError, also for more than `limit` bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer ends at once
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for the writer of a pipe
     os.set_blocking(descriptor, True)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISDIR(mode):
@@ -43,24 +43,24 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     with os.fdopen(descriptor, "rb") as reader:
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise OSError(errno.EINVAL, "not a file", str(path))
-        content = reader.read() if most is None else reader.read(most + 1)
-    if most is not None and len(content) > most:
-        raise OSError(errno.EFBIG, f"larger than {most / MIB:g} MiB", str(path))
+        content = reader.read() if limit is None else reader.read(limit + 1)
+    if limit is not None and len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit / MIB:g} MiB", str(path))
     return content
 
 
-def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file; OSError, ValueError: also for duplicate keys, NaN, huge integers."""
-    return parse_json(read_bytes(path, most), allow_nan=False)
+def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file.  OSError; ValueError also for duplicate keys, NaN and huge integers."""
+    return parse_json(read_bytes(path, limit), allow_nan=False)
 
 
 def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
-    """One JSON value; every fault is a ValueError, deep nesting too."""
+    """Parse one JSON value.  ValueError for any error, including deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            raise ValueError("a key occurs twice in one object")
+            raise ValueError("a key appears twice in one object")
         return values
 
     def integer(digits: str) -> int:
@@ -80,7 +80,7 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """`value` as JSON, with null for NaN and infinities, which JSON lacks; `options` of json.dumps."""
+    """`value` as JSON, with null for NaN and infinities; `options` are those of json.dumps."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -95,12 +95,12 @@ def _finite(value: Any) -> Any:
 
 
 def replace_text(path: Path, text: str, durable: bool = True) -> None:
-    """Write a file so that a reader sees the old or the new one; `durable`: after a power cut too."""
+    """Replace a file atomically; `durable`: also across a power failure."""
     replace_bytes(path, text.encode("utf-8"), durable)
 
 
 def replace_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """The same for bytes.  The temporary name cannot be guessed, so no link can wait under it."""
+    """`replace_text` for bytes.  The temporary name is random, so that no link can be prepared for it."""
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
@@ -118,7 +118,7 @@ def replace_bytes(path: Path, content: bytes, durable: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+    """Sync the entries of `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         sync(descriptor)
@@ -127,7 +127,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """fsync, where the file system has it for this kind of file: some network file systems do not."""
+    """fsync; does nothing if the file system does not support it (some network file systems)."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -149,12 +149,12 @@ def open_append(path: Path, mode: str = "ab") -> IO[Any]:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a file", str(path))
     if "b" in mode:
-        return os.fdopen(descriptor, mode, buffering=0)  # a full disk is known at once, not when it is closed
+        return os.fdopen(descriptor, mode, buffering=0)  # report a full disk on write, not on close
     return os.fdopen(descriptor, mode, encoding="utf-8")
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder inside a run folder, if it is not there.  Raises OSError; ConfigError for a link."""
+    """Make a folder inside a run folder if it does not exist.  Raises OSError; ConfigError for a link."""
     if path.is_symlink():
         raise _is_a_link(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -162,9 +162,9 @@ def make_folder(path: Path) -> Path:
 
 
 def open_output(path: str | Path, option: str) -> IO[str]:
-    """Open the file that the user named to write results to.
+    """Open the output file that the user named.
 
-    Raises ConfigError, also for a link inside a run folder: whoever made the folder chose where it leads.
+    Raises ConfigError, also for a link inside a run folder, whose target the user did not choose.
     """
     path = Path(path)
     if path.is_symlink() and run_folder_of(path) is not None:
@@ -177,7 +177,7 @@ def open_output(path: str | Path, option: str) -> IO[str]:
 
 
 def run_folder_of(path: str | Path) -> Path | None:
-    """The nearest run, checkpoint or exported folder that a file lies in, by the files in it."""
+    """The nearest run, checkpoint or exported folder that contains `path`, recognized by its files."""
     for folder in Path(os.path.abspath(path)).parents:
         if any((folder / name).is_file() for name in (EXPORT_FILE, "manifest.json")):
             return folder
@@ -190,12 +190,12 @@ def run_folder_of(path: str | Path) -> Path | None:
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:
-    """The message for a run folder that cannot be made or written to."""
+    """The error for a run folder that cannot be created or written to."""
     match error.errno:
         case errno.ENAMETOOLONG:
             remedy = "shorten 'name' or 'save_path'"
         case errno.ENOSPC | errno.EDQUOT:
-            remedy = "make room, or choose another 'save_path'"
+            remedy = "free disk space, or choose another 'save_path'"
         case _:
             remedy = "choose another 'save_path'"
     where = f" {error.filename}" if error.filename and str(error.filename) != str(folder) else ""
@@ -204,4 +204,4 @@ def cannot_write(folder: Path, error: OSError) -> ConfigError:
 
 
 def _is_a_link(path: Path) -> ConfigError:
-    return ConfigError(f"{path} is a link, and nothing is written through links in a run folder; delete it")
+    return ConfigError(f"{path} is a link, and links in a run folder are not followed; delete it")

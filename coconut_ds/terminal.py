@@ -1,7 +1,4 @@
-"""Text that other people wrote, on a terminal: what would steer it is shown as an escape instead.
-
-Knows: control characters.  Does not know: what is printed.
-"""
+"""Escape control characters in printed text, which may come from untrusted files."""
 
 import re
 import sys
@@ -9,26 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-# C0 and C1 without tab and line ends, surrogates, and what turns the direction of text.
-STEERING = re.compile(
+# C0 and C1 except tab and line ends, surrogates, and characters that change the text direction.
+CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Of nested progress bars, and of reports of transformers: cursor up, bold, colors.
+# Used by nested progress bars and by reports of transformers: cursor up, bold, colors.
 HARMLESS = re.compile("(\x1b\\[(?:A|0m|1m|3[1-7]m))")
 
 
 def is_printable(text: str) -> bool:
-    """Whether a terminal shows all of a text as it is; line ends and tabs count as shown."""
-    return STEERING.search(text) is None
+    """Whether a text has no control characters other than line ends and tabs."""
+    return CONTROL.search(text) is None
 
 
 def printable(text: str) -> str:
-    r"""The text with what steers a terminal written out: \\x1b."""
-    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    r"""The text with control characters escaped: \\x1b."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class PrintableStream:
-    """A text stream that writes `printable` text; everything else is the stream's own."""
+    """A text stream that writes `printable` text; other attributes are those of the wrapped stream."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -45,7 +42,7 @@ class PrintableStream:
 
 @contextmanager
 def printable_streams() -> Iterator[None]:
-    """Standard output and errors as PrintableStream."""
+    """Replace stdout and stderr by PrintableStream."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = PrintableStream(out), PrintableStream(err)
     try:

@@ -126,7 +126,7 @@ UNWRITABLE = {
     "too long a name": ({"name": "n" * 300}, None, "File name too long.*shorten 'name'"),
     "read-only": ({}, errno.EROFS, "Read-only file system.*choose another 'save_path'"),
     "no permission": ({}, errno.EACCES, "Permission denied.*choose another 'save_path'"),
-    "full disk": ({}, errno.ENOSPC, "No space left on device.*make room"),
+    "full disk": ({}, errno.ENOSPC, "No space left on device.*free disk space"),
 }
 
 
@@ -173,7 +173,8 @@ def test_a_disk_that_fills_up_ends_the_writing_and_leaves_no_half_line(experimen
 
         run._lines["metrics.jsonl"]._file = Full()
         run.log("train", step=2)
-        assert "metrics.jsonl: cannot write here (No space left on device); make room" in str(run.write_error)
+        message = "metrics.jsonl: cannot write here (No space left on device); free disk space"
+        assert message in str(run.write_error)
         run.log("train", step=3)
         run.sample(step=3)
         assert (run.folder / "metrics.jsonl").read_bytes() == content

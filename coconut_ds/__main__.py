@@ -9,6 +9,7 @@ import ast
 import importlib
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,8 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
-    with printable_streams():  # before imports: libraries keep a reference to the stream
-        return _main(argv)
+    try:
+        with printable_streams():  # before imports: libraries keep a reference to the stream
+            code = _main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +261,12 @@ def test_an_absent_settings_file_is_named(capsys):
 def test_readme_names_every_command():
     text = Path(ROOT / "README.md").read_text()
     assert all(f"`{name}`" in text for name in NAMES)
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "coconut_ds", "validate", "configs/quickstart/coconut.yaml"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,1 +1,1 @@
-"""Where the memory goes: predict it, measure it, hold to a budget, report it."""
+"""Memory: predict it, measure it, enforce a budget."""

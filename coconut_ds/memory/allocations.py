@@ -1,11 +1,10 @@
-"""Every block of tensor memory that comes and goes while code runs, as the allocator itself tells it.
+"""Record every allocation and release of tensor memory while code runs.
 
     recorder = recorder_for(device); recorder.start(); ...; changes = recorder.stop()
-    Timeline.of(changes, marks, offset)     bytes alive over time, the peak of every phase, who made it
+    Timeline.of(changes, marks, offset)     bytes alive over time, the peak of every phase and its origin
 
-On the CPU the events come from torch.profiler, on a GPU from the caching allocator's history; both tell what
-operators take inside, too.
-Knows: allocators.  Does not know: models, phases' meaning.
+On the CPU the events come from torch.profiler, on a GPU from the caching allocator's history.  Both include
+temporary memory inside operators.
 """
 
 import time
@@ -22,27 +21,27 @@ from torch.profiler import ProfilerActivity, profile
 from coconut_ds.files import make_folder
 
 MAX_GPU_EVENTS = 4_000_000
-POINTS_A_PHASE = 48
+POINTS_PER_PHASE = 48
 BEFORE, BETWEEN_PHASES = "before", "between phases"
 
 
 class Change(NamedTuple):
-    """A block that appears (size > 0) or goes (size < 0)."""
+    """An allocation (size > 0) or a release (size < 0) of one block."""
 
-    time_ns: int  # of the clock of time.time_ns()
+    time_ns: int  # on the clock of time.time_ns()
     address: int
     size: int
 
 
 class Mark(NamedTuple):
-    """A phase begins."""
+    """The start of a phase."""
 
     time_ns: int
     name: str
 
 
 class Recorder(Protocol):
-    """Listens to one allocator."""
+    """Records one allocator."""
 
     def start(self) -> None: ...
 
@@ -52,7 +51,7 @@ class Recorder(Protocol):
 class CpuRecorder:
     """The CPU allocator, through torch.profiler.
 
-    It misses what a thread of gloo is the last to let go of: a gradient that was sent may seem to stay.
+    It misses releases by gloo's threads: a gradient that was sent may appear to stay alive.
     """
 
     def __init__(self) -> None:
@@ -68,16 +67,16 @@ class CpuRecorder:
 
 
 def _allocations(nodes: Sequence[Any]) -> Iterator[Change]:
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
         if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu":
             yield Change(node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
-        waiting.extend(node.children)
+        pending.extend(node.children)
 
 
 class GpuRecorder:
-    """A GPU's caching allocator, through its history; `snapshot`: a file for pytorch.org/memory_viz."""
+    """A GPU's caching allocator, through its history.  `snapshot`: file for pytorch.org/memory_viz."""
 
     def __init__(self, device: torch.device, snapshot: Path | None = None) -> None:
         self._device, self._snapshot = device, snapshot
@@ -106,7 +105,7 @@ def gpu_changes(trace: Sequence[Any]) -> Iterator[Change]:
 
 
 def recorder_for(device: torch.device, snapshot: Path | None = None) -> Recorder:
-    """The recorder of a device's allocator."""
+    """The recorder for a device's allocator."""
     return GpuRecorder(device, snapshot) if device.type == "cuda" else CpuRecorder()
 
 
@@ -114,37 +113,37 @@ def recorder_for(device: torch.device, snapshot: Path | None = None) -> Recorder
 class Timeline:
     """Bytes alive over time."""
 
-    points: list[tuple[float, int]]  # (seconds from the first mark, bytes), the highest of each short while
-    peaks: list[int]  # of every phase, in the order of the marks
+    points: list[tuple[float, int]]  # (seconds since the first mark, bytes), the highest per interval
+    peaks: list[int]  # of each phase, in the order of the marks
     peak: int
     peak_phase: str
-    alive_at_peak: dict[str, int]  # bytes by the phase that made them; BEFORE: older than the recording
+    alive_at_peak: dict[str, int]  # bytes by the phase that allocated them; BEFORE: before recording
 
     @classmethod
     def of(cls, changes: Sequence[Change], marks: Sequence[Mark], offset: int = 0) -> "Timeline":
-        """`offset`: bytes that were alive when recording began and are not in `changes`."""
+        """Build from `changes`; `offset`: bytes alive before recording that are not in `changes`."""
         peaks = [0] * len(marks)
         alive: dict[int, tuple[int, int]] = {}  # address -> (size, phase)
         by_phase: Counter[int] = Counter()
-        current, place, levels = offset, -1, []
-        peak, peak_place, at_peak = -1, 0, by_phase
+        current, index, levels = offset, -1, []
+        peak, peak_index, at_peak = -1, 0, by_phase
         for change in changes:
-            while place + 1 < len(marks) and marks[place + 1].time_ns <= change.time_ns:
-                place += 1
-                peaks[place] = current
+            while index + 1 < len(marks) and marks[index + 1].time_ns <= change.time_ns:
+                index += 1
+                peaks[index] = current
             current += change.size
             if change.size > 0:
-                alive[change.address] = change.size, place
-                by_phase[place] += change.size
+                alive[change.address] = change.size, index
+                by_phase[index] += change.size
             elif change.address in alive:
                 size, phase = alive.pop(change.address)
                 by_phase[phase] -= size
-            if place >= 0:
+            if index >= 0:
                 levels.append((change.time_ns, current))
-                peaks[place] = max(peaks[place], current)
+                peaks[index] = max(peaks[index], current)
                 if current > peak and change.size > 0:
-                    peak, peak_place, at_peak = current, place, by_phase.copy()
-        for later in range(place + 1, len(marks)):
+                    peak, peak_index, at_peak = current, index, by_phase.copy()
+        for later in range(index + 1, len(marks)):
             peaks[later] = current
         made: dict[str, int] = {}
         for phase, size in at_peak.items():
@@ -152,11 +151,11 @@ class Timeline:
                 name = marks[phase].name or BETWEEN_PHASES
                 made[name] = made.get(name, 0) + size
         made = {BEFORE: peak - sum(made.values()), **made}
-        return cls(_thinned(levels, marks), peaks, peak, marks[peak_place].name, made)
+        return cls(_thinned(levels, marks), peaks, peak, marks[peak_index].name, made)
 
 
 def _thinned(levels: Sequence[tuple[int, int]], marks: Sequence[Mark]) -> list[tuple[float, int]]:
-    """The highest and the last level of POINTS_A_PHASE / 2 equal whiles of every phase."""
+    """The highest and the last level in each of POINTS_PER_PHASE / 2 equal intervals of every phase."""
     starts = [mark.time_ns for mark in marks]
     ends = [*starts[1:], max(levels[-1][0] if levels else 0, starts[-1]) + 1]
     bins: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -164,7 +163,7 @@ def _thinned(levels: Sequence[tuple[int, int]], marks: Sequence[Mark]) -> list[t
     for level in levels:
         while level[0] >= ends[phase]:
             phase += 1
-        width = max(1, (ends[phase] - starts[phase]) // (POINTS_A_PHASE // 2))
+        width = max(1, (ends[phase] - starts[phase]) // (POINTS_PER_PHASE // 2))
         bins.setdefault((phase, (level[0] - starts[phase]) // width), []).append(level)
     points: list[tuple[float, int]] = []
     for inside in bins.values():
@@ -176,5 +175,5 @@ def _thinned(levels: Sequence[tuple[int, int]], marks: Sequence[Mark]) -> list[t
 
 
 def now(name: str) -> Mark:
-    """A mark at this moment."""
+    """A mark at the current time."""
     return Mark(time.time_ns(), name)

@@ -1,7 +1,4 @@
-"""Command-line arguments of everything that plans.
-
-Knows: argparse.  Does not know: plans.
-"""
+"""Command-line arguments shared by the commands that plan memory."""
 
 import argparse
 
@@ -28,7 +25,7 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def text_shape(args: argparse.Namespace) -> TextShape | None:
-    """The text of the shape options; None where none is given.  Raises ConfigError."""
+    """The token counts of the shape options, or None if none is given.  Raises ConfigError."""
     given = {
         "question": args.question_tokens,
         "steps": args.num_steps,
@@ -38,7 +35,7 @@ def text_shape(args: argparse.Namespace) -> TextShape | None:
     if all(value is None for value in given.values()):
         return None
     if given["question"] is None:
-        raise ConfigError("--question-tokens must be given with the other shape options")
+        raise ConfigError("the shape options need --question-tokens N")
     defaults = {"steps": 6, "step": 15, "answer": 12}
     shape = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     if any(value < 1 for value in shape.values()):

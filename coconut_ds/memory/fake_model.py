@@ -1,10 +1,8 @@
-"""A Coconut model that has every tensor's shape and no tensor's bytes: the real code, for its memory alone.
+"""A Coconut model with fake tensors: it runs the real code and allocates nothing.
 
-The model is built on the meta device from its configuration, cast as DeepSpeed casts it, and its tensors
-are exchanged for fake CPU tensors.  So a plan needs neither weights nor a GPU, and whatever changes in the
-model's code changes in the plan.
-
-Knows: how a run's model is built.  Does not know: what is counted, ZeRO, budgets.
+The model is built on the meta device from its configuration and cast as DeepSpeed casts it.  Its tensors are
+then replaced by fake CPU tensors.  A plan therefore needs neither weights nor a GPU, and it follows every
+change of the model's code.
 """
 
 import copy
@@ -33,11 +31,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class FakeModel:
-    """A model without storage, and the mode in which it runs."""
+    """A model without storage and the mode in which it runs."""
 
     model: Coconut
     mode: FakeTensorMode
-    device: str  # "cuda" or "cpu": whose attention kernels and code paths are taken
+    device: str  # "cuda" or "cpu": the device whose kernels and code paths are used
 
     @property
     def vocabulary_size(self) -> int:
@@ -45,12 +43,12 @@ class FakeModel:
         return embedding.weight.shape[0]
 
     def workspace(self, func: Any, args: tuple[Any, ...]) -> int:
-        """Bytes that an operator takes and gives back inside, as far as the device is known for it."""
+        """Temporary bytes inside an operator; known for the CPU only."""
         return cpu_workspace(func, args) if self.device == "cpu" else 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the model may be called with batches made by `batch`."""
+        """A context in which the model can be called with batches from `batch`."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             if self.device == "cuda":
@@ -69,11 +67,11 @@ class FakeModel:
 
 @contextmanager
 def looking_like_cuda() -> Iterator[None]:
-    """Fake tensors of a GPU do not work without one; fake CPU tensors that say they are on a GPU do.
+    """Let fake CPU tensors report `is_cuda`: fake GPU tensors do not work without a GPU.
 
-    Code that asks takes the path it takes there, and attention with dropout is a fused kernel there, which
-    saves a seed, while the CPU would save every probability.  (A TorchFunctionMode would not do: autograd
-    switches it off in the backward, where layers are recomputed.)
+    Code that checks the device then takes its GPU path.  Attention with dropout runs as on a GPU, where the
+    fused kernel saves a seed, while the CPU would save every probability.  A TorchFunctionMode cannot do
+    this: autograd disables it in the backward, where checkpointed layers run again.
     """
     attention = F.scaled_dot_product_attention
 
@@ -98,7 +96,7 @@ def build_fake_model(
     precision: str = "fp32",
     device: str = "cuda",
 ) -> FakeModel:
-    """The experiment's model in training mode.  Raises ConfigError where it cannot have a technique."""
+    """The experiment's model in training mode.  Raises ConfigError if it does not support a technique."""
     dtype = DTYPES[precision]
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(
@@ -113,7 +111,7 @@ def build_fake_model(
             base = add_adapters(base, experiment, special_token_ids)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in (base, thought):
-        _exchange_tensors(module, mode, dtype)
+        _replace_tensors(module, mode, dtype)
     with mode:
         model = Coconut(base, thought, latent_memory)
     model.train()
@@ -130,33 +128,33 @@ def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def has_equal_layers(config: PretrainedConfig) -> bool:
-    """Whether a shallower copy says how much one layer takes."""
+    """Whether all layers are of one type, so that a shallow copy tells the size of a layer."""
     return len(set(getattr(config, "layer_types", None) or ["one"])) == 1
 
 
-def _exchange_tensors(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
-    """Put fake CPU tensors in place of meta ones; parameters in `dtype`, ties kept.
+def _replace_tensors(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
+    """Replace meta tensors by fake CPU tensors; parameters get `dtype`, ties are kept.
 
-    DeepSpeed leaves buffers in their own dtype (engine.py, `_mixed_precision_dtypes`).
+    Buffers keep their dtype, as in DeepSpeed 0.19.8 (runtime/engine.py, _mixed_precision_dtypes).
     """
     made: dict[int, Tensor] = {}
     originals = []  # keeps the ids unique
 
-    def exchanged(tensor: Tensor) -> Tensor:
+    def replacement(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             originals.append(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
-            wanted = dtype if is_parameter and tensor.is_floating_point() else tensor.dtype
+            fake_dtype = dtype if is_parameter and tensor.is_floating_point() else tensor.dtype
             with mode:
-                fake = torch.empty(tensor.shape, dtype=wanted, device="cpu")
+                fake = torch.empty(tensor.shape, dtype=fake_dtype, device="cpu")
             if is_parameter:
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             made[id(tensor)] = fake
         return made[id(tensor)]
 
     for part in module.modules():
-        places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for tensors in places:
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = exchanged(tensor)
+                    tensors[name] = replacement(tensor)

@@ -1,13 +1,10 @@
-"""Every tensor that one forward and backward makes and drops, in order, and where each gradient arrives.
+"""Record every allocation and release of one forward and backward, and when each gradient is complete.
 
     trace = record(fake_model, batch)       one run of the real code without storage
     trace.events                            (+bytes, kind), (-bytes, kind), ... and Arrival(parameter)
 
-How ZeRO keeps the gradients is replayed over the same trace afterwards (gradient_path.py), so one run serves
-every ds_config of the same precision.
-
-Knows: storages and when they live.  Does not know: ZeRO, budgets.  Source of the method: the storages' weak
-references, as in torch.distributed._tools.mem_tracker.
+gradient_path.py replays ZeRO's handling of gradients over the same trace, so one run serves every ds_config
+of the same precision.  Storages are followed by weak references, as in torch.distributed._tools.mem_tracker.
 """
 
 import weakref
@@ -32,14 +29,14 @@ ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 
 @dataclass(frozen=True)
 class Arrival:
-    """The gradient of parameter number `index` is complete; its storage was dropped just before."""
+    """The gradient of parameter `index` is complete; its storage was released just before."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class BackwardBegins:
-    """All of the forward lies before, all of the backward behind."""
+    """The boundary between forward and backward."""
 
 
 Event = tuple[int, str] | Arrival | BackwardBegins
@@ -47,19 +44,19 @@ Event = tuple[int, str] | Arrival | BackwardBegins
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch: what came and went."""
+    """The allocations and releases of one micro-batch."""
 
     events: list[Event]
-    parameter_sizes: tuple[int, ...]  # elements of each trainable parameter, in the optimizer's order
+    parameter_sizes: tuple[int, ...]  # elements per trainable parameter, in the optimizer's order
 
     @property
     def peak(self) -> int:
-        """Most bytes alive at a time, each gradient dropped as soon as it is complete."""
+        """Peak bytes, if each gradient is released as soon as it is complete."""
         return peak_of(self.events)[0]
 
 
 def peak_of(events: list[Event]) -> tuple[int, dict[str, int]]:
-    """The most bytes alive at a time, and what they were by kind."""
+    """Peak bytes, and the bytes of each kind at the peak."""
     total, highest, at_highest = 0, 0, {}
     alive: dict[str, int] = {}
     for event in events:
@@ -73,13 +70,13 @@ def peak_of(events: list[Event]) -> tuple[int, dict[str, int]]:
 
 
 class StorageLog(TorchDispatchMode):
-    """Calls `note(+bytes, kind)` when an operator makes a storage and `note(-bytes, kind)` when it dies.
+    """Calls `note(+bytes, kind)` when an operator allocates a storage and `note(-bytes, kind)` on release.
 
-    `workspace`: bytes that an operator takes and gives back inside.
+    `workspace`: temporary bytes inside an operator.
 
-    Autograd adds the gradients of a tensor with several uses in place where nobody else holds them, but not
-    under a dispatch mode (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).  Such a sum is
-    noted when its operand, which dies at once, has made room for it.
+    Autograd adds the gradients of a tensor with several uses in place if nothing else holds them, but not
+    under a dispatch mode (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).  Such a sum is noted
+    after the release of its operand, which follows at once.
     """
 
     def __init__(
@@ -91,11 +88,11 @@ class StorageLog(TorchDispatchMode):
         super().__init__()
         self._note, self._kind_of, self._workspace = note, kind_of, workspace
         self._known: dict[int, Any] = {}
-        self._sum: tuple[int, str] | None = None  # bytes and kind of a sum that is not noted yet
+        self._sum: tuple[int, str] | None = None  # bytes and kind of a sum not yet noted
         self._operands: set[int] = set()
 
-    def overlook(self, tensor: Tensor) -> None:
-        """A storage that was there before and stays."""
+    def ignore(self, tensor: Tensor) -> None:
+        """Leave out a storage that exists before the run and stays."""
         storage = tensor.untyped_storage()
         self._known[storage._cdata] = storage
 
@@ -140,7 +137,7 @@ class StorageLog(TorchDispatchMode):
 
 
 def record(fake_model: FakeModel, batch: Batch) -> Trace:
-    """One forward and backward of a micro-batch, every gradient dropped on arrival."""
+    """One forward and backward of a micro-batch; each gradient is released when complete."""
     model = fake_model.model
     batch = fake_model.batch(batch)
     events: list[Event] = []
@@ -157,7 +154,7 @@ def record(fake_model: FakeModel, batch: Batch) -> Trace:
 
     log = StorageLog(lambda size, kind: events.append((size, kind)), kind_of, fake_model.workspace)
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
-        log.overlook(tensor)
+        log.ignore(tensor)
     with fake_model.running(), _dropping_gradients(trainable, events), log:
         loss = model(batch)
         is_backward = True
@@ -168,18 +165,18 @@ def record(fake_model: FakeModel, batch: Batch) -> Trace:
 
 
 def record_evaluation(fake_model: FakeModel, batch: Batch, max_new_tokens: int = 0) -> Trace:
-    """One forward without gradients; with `max_new_tokens`, answers of that length to a batch of prompts."""
+    """One forward without gradients, or with `max_new_tokens`, generation of that many tokens."""
     model = fake_model.model
     batch = fake_model.batch(batch)
     events: list[Event] = []
-    size = fake_model.vocabulary_size
+    vocabulary_size = fake_model.vocabulary_size
     log = StorageLog(
         lambda bytes_, kind: events.append((bytes_, kind)),
-        lambda tensor: LOSS if size in tensor.shape[-1:] else ACTIVATIONS,
+        lambda tensor: LOSS if vocabulary_size in tensor.shape[-1:] else ACTIVATIONS,
         fake_model.workspace,
     )
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(batch)):
-        log.overlook(tensor)
+        log.ignore(tensor)
     model.eval()
     with fake_model.running(), torch.no_grad(), log:
         result = _last_logits(model, batch, max_new_tokens) if max_new_tokens else model(batch)
@@ -189,7 +186,7 @@ def record_evaluation(fake_model: FakeModel, batch: Batch, max_new_tokens: int =
 
 
 def _last_logits(model: Coconut, batch: Batch, max_new_tokens: int) -> Tensor:
-    """What answering holds when it reads the prompts and when it reads the last token; no token between."""
+    """Generation at its two extremes, the prompts and the last token; tokens between are skipped."""
     columns = batch.shape[1] + max_new_tokens - 1
     cache = AnswerCache(model.causal_lm.config.num_hidden_layers, columns + 1)
     mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)

@@ -1,10 +1,9 @@
-"""The largest micro-batch within a budget, the effective batch kept; other levers where one row is too much.
+"""Find the largest micro-batch within a budget at the same global batch size.
 
-    fit(planner, experiment, ds_config)  ->  Fit(rows=4, steps=16, memory_options=(...), ...)
+    fit(planner, experiment, ds_config)  ->  Fit(memory_options=("offload_optimizer: cpu",), max_rows=4, ...)
 
-The search is binary, on plans of shallow copies; the answer and its neighbour are planned in full.
-
-Knows: plans, which lever comes first.  Does not know: files, the command line.
+If not even one row fits, memory options are tried one after another.  The search is binary on plans of
+shallow copies; the result and its neighbor are planned in full.
 """
 
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from coconut_ds.memory.planner import Planner, with_rows
 
 @dataclass(frozen=True)
 class MemoryOption:
-    """A change of the DeepSpeed JSON that makes room."""
+    """A change of the DeepSpeed config that saves memory."""
 
     name: str
     ds_config: DeepSpeedConfig
@@ -30,17 +29,17 @@ class MemoryOption:
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits."""
+    """The settings that fit."""
 
     experiment: Experiment
     ds_config: DeepSpeedConfig
-    memory_options: tuple[str, ...]  # what had to change in the JSON, in order
-    max_rows: int  # the largest micro-batch that fits; the experiment's is the largest that divides the batch
+    memory_options: tuple[str, ...]  # changes of the DeepSpeed config, in order
+    max_rows: int  # the largest micro-batch that fits; the experiment has the largest divisor of the batch
     plan: Plan
 
     @property
     def settings(self) -> str:
-        """For the command line."""
+        """The settings as command-line options."""
         return (
             f"--set batch_size_training={self.experiment.batch_size_training} "
             f"--set gradient_accumulation_steps={self.experiment.gradient_accumulation_steps}"
@@ -54,27 +53,26 @@ def fit(
     ranks: int | None = None,
     precisions: tuple[str, ...] = (),
 ) -> Fit:
-    """The largest micro-batch that fits, with as few levers as it takes.
+    """The largest micro-batch that fits, with as few memory options as possible.
 
-    `precisions`: 16-bit formats the card may use ("bf16", "fp16"), tried last.
-    Raises ConfigError without a memory_budget, BudgetError where nothing fits.
+    `precisions`: 16-bit formats that the GPU supports ("bf16", "fp16"), tried last.
+    Raises ConfigError without a memory_budget and BudgetError if nothing fits.
     """
     if ds_config.memory_budget is None:
-        raise ConfigError(f"{ds_config.path}: has no memory_budget, so there is nothing to fit into")
+        raise ConfigError(f'{ds_config.path} has no memory_budget to fit into; add a "memory_budget" block')
     total = experiment.batch_size_training * experiment.gradient_accumulation_steps
     used: tuple[str, ...] = ()
     smallest: Plan | None = None
     for memory_option in memory_options(ds_config, precisions):
         used += (memory_option.name,) if memory_option.name else ()
-        most = _max_rows(planner, experiment, memory_option.ds_config, ranks, total)
-        if most == 0:
+        max_rows = _max_rows(planner, experiment, memory_option.ds_config, ranks, total)
+        if max_rows == 0:
             smallest = planner.plan(with_rows(experiment, 1), memory_option.ds_config, ranks)
             continue
-        rows = max(count for count in range(1, most + 1) if total % count == 0)
+        rows = max(count for count in range(1, max_rows + 1) if total % count == 0)
         chosen = with_rows(experiment, rows)
-        return Fit(
-            chosen, memory_option.ds_config, used, most, planner.plan(chosen, memory_option.ds_config, ranks)
-        )
+        plan = planner.plan(chosen, memory_option.ds_config, ranks)
+        return Fit(chosen, memory_option.ds_config, used, max_rows, plan)
     assert smallest is not None
     raise BudgetError(
         f"not even one row fits {ds_config.path}'s budget, with {', '.join(used) or 'no option left'}: "
@@ -83,7 +81,7 @@ def fit(
 
 
 def memory_options(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> Iterator[MemoryOption]:
-    """The JSON as it is, then with one lever after another, each kept."""
+    """The DeepSpeed config as it is, then with one memory option after another, cumulatively."""
     yield MemoryOption("", ds_config)
     zero = dict(ds_config.stock["zero_optimization"])
     if ds_config.latent_memory.activation_checkpointing == "none":
@@ -111,7 +109,7 @@ def memory_options(ds_config: DeepSpeedConfig, precisions: tuple[str, ...]) -> I
 def _max_rows(
     planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int | None, total: int
 ) -> int:
-    """The most rows, up to `total`, whose plan fits; 0 where none does."""
+    """The largest number of rows, at most `total`, whose plan fits; 0 if none does."""
 
     def fits(rows: int) -> bool:
         return planner.plan(with_rows(experiment, rows), ds_config, ranks).fits

@@ -1,11 +1,8 @@
-"""Replay what ZeRO does with each gradient over a trace, and find the peak of the backward.
+"""Replay ZeRO's handling of each gradient over a trace to get the peak of the backward.
 
-The trace drops every gradient as it arrives.  Here it goes where DeepSpeed puts it: into the bucket, through
-a flattened copy, to its owner; and lives as long as it lives there.
-
-Knows: traces and ZeRO's gradient path (stage_1_and_2.py, `reduce_independent_p_g_buckets_and_remove_grads`,
-`reduce_ipg_grads`, `copy_grads_in_partition`, with `managed_gradient_accumulation: false`).
-Does not know: models.
+The trace drops every gradient on arrival.  The replay keeps it as DeepSpeed 0.19.8 does (file names are below
+deepspeed/): in the bucket, in a flattened copy, then with its owner, with
+`managed_gradient_accumulation: false`.
 """
 
 from dataclasses import dataclass
@@ -13,26 +10,25 @@ from dataclasses import dataclass
 from coconut_ds.memory.fake_trace import GRADIENTS, Arrival, BackwardBegins, Event, Trace
 from coconut_ds.memory.zero import COMMUNICATION, Partition, Sizes, ZeroSettings
 
-# Of more ranks than these, a sample is replayed.
+# With more ranks than this, only a sample of them is replayed.
 MAX_RANKS = 8
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes of one micro-batch beyond the lasting states, and what they were."""
+    """The peak bytes of one micro-batch beyond the persistent states, and what they hold."""
 
     size: int
     parts: dict[str, int]
     in_backward: bool
-    own: dict[str, int]  # the most bytes of each kind at any time
+    own: dict[str, int]  # the peak bytes of each kind on its own
 
 
 def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
-    """The peak of `trace` under `zero` on the rank that has the highest.
+    """The peak of `trace` under `zero` on the rank with the highest peak.
 
-    The last layers' owner keeps gradients from the start of the backward on, when most activations live; the
-    owner of the most parameters may keep them only at its end.  `sizes.flat` numbers parameters as the trace
-    does.
+    The owner of the last layers holds gradients early in the backward, while most activations are alive.
+    The owner of the most parameters may hold them only at the end.  `sizes.flat` is in the trace's order.
     """
     assert sizes.flat == trace.parameter_sizes
     partitions = Partition.of_every_rank(sizes, zero)
@@ -51,7 +47,7 @@ def replay_on(trace: Trace, sizes: Sizes, zero: ZeroSettings, partition: Partiti
 
 
 class _Replay:
-    """ZeRO-1 and -2 with contiguous gradients."""
+    """ZeRO-1 and ZeRO-2 with contiguous gradients."""
 
     def __init__(self, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> None:
         self.sizes, self.zero, self.partition = sizes, zero, partition
@@ -66,6 +62,8 @@ class _Replay:
         self.elements = 0
         self.has_bucket = self.has_partition = False
         self.held: dict[int, int] = {}
+        # runtime/zero/stage_1_and_2.py: stage 1 accumulates in each param.grad until reduce_gradients;
+        # stage 2 in all_grad_tensors (independent_gradient_partition_epilogue).
         if zero.stage == 1 and zero.accumulates:
             self.add(zero.model_bytes * sizes.trainable, GRADIENTS)
         if zero.stage == 2 and zero.accumulates and not zero.offload_optimizer:
@@ -94,6 +92,7 @@ class _Replay:
 
     def arrive(self, index: int) -> None:
         b, size = self.zero.model_bytes, self.sizes.flat[index]
+        # runtime/zero/stage_1_and_2.py, setup_buckets
         if not self.has_bucket:
             self.has_bucket = True
             self.add(b * self.zero.bucket * (1 + self.zero.overlap), COMMUNICATION)
@@ -101,6 +100,7 @@ class _Replay:
             if not self.zero.accumulates:
                 self.hold(index)
             return
+        # runtime/zero/stage_1_and_2.py, reduce_independent_p_g_buckets_and_remove_grads
         if self.elements + size > self.zero.bucket:
             self.reduce()
         if size > self.zero.bucket:
@@ -120,11 +120,14 @@ class _Replay:
         self.add(-self.held.pop(index, 0), GRADIENTS)
 
     def reduce(self) -> None:
-        """Average the bucket over the ranks and give every gradient to its owner."""
+        """Average the bucket over the ranks and pass each gradient to its owner."""
+        # runtime/zero/stage_1_and_2.py, average_tensor and allreduce_bucket: slices of several owners are
+        # flattened into a copy
         runs = [owners for i in self.bucket for owners in self.partition.parts[i]]
         slices = sum(1 for before, after in zip([None, *runs], runs, strict=False) if before != after)
         if slices > 1 and self.zero.ranks > 1:
             self.briefly(self.zero.model_bytes * self.elements, COMMUNICATION)
+        # runtime/zero/stage_1_and_2.py, reduce_ipg_grads and copy_grads_in_partition
         for index in self.bucket:
             if index not in self.owned:
                 self.release(index)
@@ -141,13 +144,14 @@ class _Replay:
 
 
 class _StageThree(_Replay):
-    """ZeRO-3, roughly: gradients pass through a bucket of their own size and leave."""
+    """ZeRO-3, approximately: each gradient passes through the bucket and is freed."""
 
     def arrive(self, index: int) -> None:
         b, size = self.zero.model_bytes, self.sizes.flat[index]
         if not self.has_bucket:
             self.has_bucket = True
             self.add(b * self.zero.bucket, COMMUNICATION)
+        # runtime/zero/stage3.py, __add_grad_to_ipg_bucket and __reduce_and_partition_ipg_grads
         self.briefly(2 * b * size if size > self.zero.bucket else b * size, GRADIENTS)
 
     def finish(self) -> None:

@@ -1,12 +1,10 @@
-"""End all ranks together when one runs out of memory, and say what there was.
+"""End all ranks together when one runs out of memory, and report what was in memory.
 
     with MemoryGuard(folder, ...):
         train()            out of memory on any rank: every rank writes a report and ends, exit code 78
 
-Reports: RUN/memory/out_of_memory_rank_N.json, and on a GPU a snapshot of the allocator beside it, to be
-opened at https://pytorch.org/memory_viz.
-
-Knows: this process's memory, the other ranks' reports.  Does not know: how a plan is made, the loop.
+Reports: RUN/memory/out_of_memory_rank_N.json, and on a GPU a snapshot of the allocator for
+https://pytorch.org/memory_viz.
 """
 
 import gc
@@ -30,9 +28,9 @@ from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.plan import MIB
 
 POLL_SECONDS = 0.5
-# How long the rank that ran out waits for the others' reports.
-LAST_WORDS_SECONDS = 8.0
-# How long the others then stay, so that the launcher does not end that rank before it has spoken.
+# How long the rank that ran out of memory waits for the reports of the others.
+REPORT_SECONDS = 8.0
+# How long the others then stay alive: the launcher ends all ranks when one exits.
 LINGER_SECONDS = 2.0
 NUM_LISTED = 15
 
@@ -50,7 +48,7 @@ class MemoryGuard:
         *,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """`folder`: RUN/memory, the same for all ranks; None writes nothing.  `plan`: from `Plan.to_json`."""
+        """`folder`: RUN/memory, the same for all ranks; None writes novalue.  `plan`: from `Plan.to_json`."""
         self.folder, self.rank, self.world_size, self.device, self.plan = (
             folder,
             rank,
@@ -84,7 +82,7 @@ class MemoryGuard:
         return self.folder / f"out_of_memory_rank_{rank}.json"
 
     def _written(self) -> dict[int, float]:
-        """When each rank's report was written; those of an earlier run are known and ignored."""
+        """When each rank's report was written.  Reports of earlier runs are ignored by this time."""
         if self.folder is None:
             return {}
         written = {}
@@ -97,7 +95,7 @@ class MemoryGuard:
         return [rank for rank, at in self._written().items() if self._old.get(rank) != at]
 
     def _watch(self) -> None:
-        """Another rank ran out: this one may wait for it in a collective for ever."""
+        """End this rank when another one ran out of memory: it may be blocked in a collective."""
         while not self._stop.wait(POLL_SECONDS):
             others = [rank for rank in self._new_reports() if rank != self.rank]
             if others:
@@ -108,14 +106,14 @@ class MemoryGuard:
                 return
 
     def _wait_for_others(self) -> None:
-        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        deadline = time.monotonic() + REPORT_SECONDS
         while self.folder is not None and time.monotonic() < deadline:
             if len(self._new_reports()) == self.world_size:
                 return
             time.sleep(POLL_SECONDS / 2)
 
     def _report(self, phase: str, reason: str) -> str:
-        """Write what is known; gives the message."""
+        """Write the report; returns the message."""
         reached = measured(self.device)
         largest = largest_tensors()
         report = {
@@ -135,22 +133,21 @@ class MemoryGuard:
             )
         lines += [f"  {item['mib']:>9,.1f} MiB  {item['count']} x {item['what']}" for item in largest[:5]]
         for change in (self.plan or {}).get("changes", []):
-            said = "fits by its plan" if change["fits"] else "is smaller"
-            lines.append(
-                f"  {change['change']}: about {change['gpu_mib']:,.0f} MiB, {said}\n      {change['setting']}"
-            )
+            fits = "fits" if change["fits"] else "does not fit"
+            lines.append(f"  {change['change']}: about {change['gpu_mib']:,.0f} MiB, {fits}")
+            lines.append(f"      {change['setting']}")
         if self.folder is not None:
             lines.append(self._write(report))
         return "\n".join(lines)
 
     def _write(self, report: dict[str, Any]) -> str:
-        """Write the report; returns a line that says where, or why it could not be written."""
+        """Write the report; returns a line with its path or the reason why it was not written."""
         path = self._path(self.rank)
         try:
             make_folder(path.parent)
             replace_text(path, json_text(report, indent=2))
         except (OSError, ConfigError) as error:
-            return f"  no report: {path}: {error}"
+            return f"  report not written: {path}: {error}"
         return f"  report: {path}"
 
     def _snapshot(self) -> str | None:
@@ -166,7 +163,7 @@ class MemoryGuard:
 
 
 def measured(device: torch.device) -> dict[str, float]:
-    """What this process holds and held, MiB."""
+    """Peak memory of this process, MiB."""
     numbers = {"host_rss_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if device.type == "cuda":
         numbers["gpu_allocated_peak"] = torch.cuda.max_memory_allocated(device) / MIB
@@ -174,20 +171,20 @@ def measured(device: torch.device) -> dict[str, float]:
     return numbers
 
 
-def largest_tensors(most: int = NUM_LISTED) -> list[dict[str, Any]]:
-    """The tensors of this process, equal ones together, largest sum first; a storage counts once."""
+def largest_tensors(limit: int = NUM_LISTED) -> list[dict[str, Any]]:
+    """Tensors of this process, grouped by shape, dtype and device, largest sum first; storages count once."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     seen = set()
-    for thing in gc.get_objects():
-        with suppress(Exception):  # objects in the making, proxies, tensors without storage
-            if not issubclass(type(thing), torch.Tensor) or thing.untyped_storage().data_ptr() in seen:
+    for value in gc.get_objects():
+        with suppress(Exception):  # unfinished objects, proxies, tensors without storage
+            if not issubclass(type(value), torch.Tensor) or value.untyped_storage().data_ptr() in seen:
                 continue
-            seen.add(thing.untyped_storage().data_ptr())
-            what = f"{tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')} on {thing.device}"
-            sizes[what] += thing.untyped_storage().nbytes()
+            seen.add(value.untyped_storage().data_ptr())
+            what = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+            sizes[what] += value.untyped_storage().nbytes()
             counts[what] += 1
     return [
         {"what": what, "count": counts[what], "mib": round(size / MIB, 2)}
-        for what, size in sizes.most_common(most)
+        for what, size in sizes.most_common(limit)
     ]

@@ -1,8 +1,6 @@
-"""The micro-batch of a stage that takes the most memory: longest question, longest continuation, most labels.
+"""Build the largest micro-batch of a stage: longest question, longest continuation, most labels.
 
-Rows are drawn at random, so some step of a long run may meet them together; the plan counts on it.
-
-Knows: token counts, stages, batches.  Does not know: models, bytes.
+Rows are shuffled, so some step of a long run may get them together.  The plan assumes that it does.
 """
 
 import heapq
@@ -27,13 +25,13 @@ from coconut_ds.errors import ConfigError
 from coconut_ds.memory.plan import BatchShape
 from coconut_ds.model.build import DEBUG_TRAIN_ITEMS
 
-# Of a larger file only the problems with the most characters in some part are tokenised.
-MAX_TOKENISED = 4000
+# In a larger file, only the problems with the most characters in some part are tokenized.
+MAX_TOKENIZED = 4000
 
 
 @dataclass(frozen=True)
 class TextShape:
-    """Tokens of every problem, where neither data nor a tokenizer is at hand."""
+    """Token counts of every problem, instead of data and tokenizer."""
 
     question: int
     steps: int
@@ -55,19 +53,19 @@ class StageOfRun:
 
 def stages_of(experiment: Experiment) -> list[StageOfRun]:
     """Every stage that the run trains, in order."""
-    found: dict[Stage, StageOfRun] = {}
+    stages: dict[Stage, StageOfRun] = {}
     for epoch in range(experiment.num_epochs):
         stage = stage_at(epoch, experiment)
-        found.setdefault(stage, StageOfRun(epoch, stage))
-    return list(found.values())
+        stages.setdefault(stage, StageOfRun(epoch, stage))
+    return list(stages.values())
 
 
 def read_lengths(
     experiment: Experiment, shape: TextShape | None
 ) -> tuple[list[TokenizedProblem], list[TokenizedProblem], Vocabulary | None]:
-    """Problems to train on, problems to evaluate, and the tokenizer; of large files the longest alone.
+    """(training problems, evaluation problems, vocabulary); only the longest problems of large files.
 
-    With `shape` nothing is read.  Raises ConfigError, naming the shape options, where something is absent.
+    With `shape` nothing is read.  Raises ConfigError, with the shape options, if a file is missing.
     """
     if shape is not None:
         return [shape.problem()], [shape.problem()], None
@@ -79,7 +77,7 @@ def read_lengths(
     for path, key in ((experiment.train_path, "train_path"), (experiment.val_path, "val_path")):
         if path and not Path(path).exists():
             raise ConfigError(
-                f"{key}: {path} does not exist, so the longest problem is not known.\n  {SHAPE_HINT}"
+                f"{key}: {path} does not exist, so the longest problem is unknown.\n  {SHAPE_HINT}"
             )
         limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
         files.append(tokenize(longest(read_problems(path, limit)), vocabulary) if path else [])
@@ -88,28 +86,28 @@ def read_lengths(
 
 
 SHAPE_HINT = (
-    "To plan without it, give the token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
+    "To plan without it, give token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
     "--answer-tokens 12"
 )
 
 
-def longest(problems: Sequence[Problem], most: int = MAX_TOKENISED) -> list[Problem]:
-    """The problems that can matter: those with the most characters in the question, the steps or all."""
+def longest(problems: Sequence[Problem], limit: int = MAX_TOKENIZED) -> list[Problem]:
+    """The problems with the most characters in the question, in the steps or in total."""
     sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
-    return [problems[i] for i in _longest(sizes, most)]
+    return [problems[i] for i in _longest(sizes, limit)]
 
 
 def longest_tokenized(
-    problems: Sequence[TokenizedProblem], most: int = MAX_TOKENISED
+    problems: Sequence[TokenizedProblem], limit: int = MAX_TOKENIZED
 ) -> list[TokenizedProblem]:
-    """The same of tokenized problems; of a large cached file only these are held."""
+    """`longest` for tokenized problems, by tokens."""
     sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
-    return [problems[i] for i in _longest(sizes, most)]
+    return [problems[i] for i in _longest(sizes, limit)]
 
 
-def _longest(sizes: Sequence[tuple[int, int, int, int]], most: int) -> list[int]:
-    """Places of the largest (question, reasoning, answer, number of steps) by several measures, sorted."""
-    if len(sizes) <= most:
+def _longest(sizes: Sequence[tuple[int, int, int, int]], limit: int) -> list[int]:
+    """Sorted indices of the largest (question, reasoning, answer, number of steps) by several measures."""
+    if len(sizes) <= limit:
         return list(range(len(sizes)))
     measures: tuple[Callable[[int], int], ...] = (
         lambda i: sizes[i][0],
@@ -117,7 +115,7 @@ def _longest(sizes: Sequence[tuple[int, int, int, int]], most: int) -> list[int]
         lambda i: sum(sizes[i][:3]),
         lambda i: sizes[i][3],
     )
-    share = most // len(measures)
+    share = limit // len(measures)
     return sorted({i for measure in measures for i in heapq.nlargest(share, range(len(sizes)), key=measure)})
 
 
@@ -128,7 +126,7 @@ def largest_batch(
     vocabulary: Vocabulary,
     rows: int,
 ) -> Batch:
-    """A micro-batch of `rows` rows that no micro-batch of this stage exceeds in columns."""
+    """A micro-batch of `rows` rows with at least as many columns as any micro-batch of this stage."""
     stages = {problem: _largest_stage(problem, at.stage, experiment) for problem in problems}
 
     def after(problem: TokenizedProblem) -> int:
@@ -144,13 +142,13 @@ def largest_batch(
     while len(chosen) < rows:
         chosen += chosen[: rows - len(chosen)]
     samples = [render(p, stages[p], experiment, vocabulary, i) for i, p in enumerate(chosen)]
-    most = max((stages[p].num_latents for p in problems), default=0)
+    max_latents = max((stages[p].num_latents for p in problems), default=0)
     padded = at.stage.num_latents if experiment.pad_latent_to_max else max(s.num_latents for s in samples)
-    return collate(samples, vocabulary.pad_id, max(most, padded) if _mixes(experiment) else None, 1)
+    return collate(samples, vocabulary.pad_id, max(max_latents, padded) if _mixes(experiment) else None, 1)
 
 
 def evaluated_stages(experiment: Experiment) -> list[StageOfRun]:
-    """Every stage that the run validates or tests."""
+    """Every stage at which the run validates or tests."""
     stages = stages_of(experiment)
     last = StageOfRun(last_epoch(experiment), final_stage(experiment))
     return stages if stages and last.stage in [at.stage for at in stages] else [*stages, last]
@@ -159,22 +157,22 @@ def evaluated_stages(experiment: Experiment) -> list[StageOfRun]:
 def largest_evaluation_batch(
     problems: Sequence[TokenizedProblem], at: StageOfRun, experiment: Experiment, vocabulary: Vocabulary
 ) -> Batch:
-    """A batch of the loss at a stage; no batch of it has more columns or labels."""
-    unmixed = replace(experiment, uniform_prob=0.0)  # evaluation draws no other stages
+    """The evaluation batch for the loss at a stage with the most columns and labels."""
+    unmixed = replace(experiment, uniform_prob=0.0)  # evaluation does not mix stages
     return largest_batch(problems, at, unmixed, vocabulary, experiment.batch_size_eval)
 
 
 def longest_prompts(
     problems: Sequence[TokenizedProblem], experiment: Experiment, vocabulary: Vocabulary
 ) -> Batch:
-    """The batch of the longest prompts of all stages: no batch to answer has more columns."""
+    """The batch of prompts with the most columns over all stages."""
     samples = [
         prompt_only(render(problem, at.stage, experiment, vocabulary))
         for at in evaluated_stages(experiment)
         for problem in problems
     ]
-    longest_one = max(samples, key=lambda sample: sample.num_prompt)
-    return collate([longest_one] * experiment.batch_size_eval, vocabulary.pad_id)
+    prompt = max(samples, key=lambda sample: sample.num_prompt)
+    return collate([prompt] * experiment.batch_size_eval, vocabulary.pad_id)
 
 
 def _mixes(experiment: Experiment) -> bool:
@@ -182,7 +180,7 @@ def _mixes(experiment: Experiment) -> bool:
 
 
 def _largest_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> Stage:
-    """Of the stages one sample may be drawn at, the one with the longest text."""
+    """The stage with the longest text among those at which this problem may be sampled."""
     if not _mixes(experiment) or stage.hidden_tokens:
         return stage
     candidates = [stage, *(numbered_stage(number, experiment) for number in range(len(problem.steps) + 1))]

@@ -1,10 +1,8 @@
-"""Count the bytes of live tensors while code runs, and say what they are at the peak.
+"""Count the bytes of live tensors while code runs, by origin at the peak.
 
-Every storage that an operator creates is counted from its creation to its release, with the place it came
-from: forward or backward, which call of which module, which operator.  Works on real tensors of any device
-and under FakeTensorMode, where nothing is computed.  What an operator uses up inside itself is not seen.
-
-Knows: torch's dispatcher and module hooks.  Does not know: what is trained.
+Every storage that an operator creates is counted from creation to release with its origin: forward or
+backward, call of a module, operator.  Works on real tensors of any device and under FakeTensorMode.
+Temporary memory inside an operator is not counted.
 """
 
 import weakref
@@ -30,9 +28,9 @@ class Origin:
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context manager; read `peak` (bytes above those alive at entry) and `at_peak` afterwards.
+    """A context manager that measures `peak` (bytes above those alive at entry) and `at_peak`.
 
-    Without `model`, origins carry no module.
+    Without `model`, origins have no module.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:

@@ -1,7 +1,4 @@
-"""What would make a run smaller: each change planned, the cheapest first.
-
-Knows: which settings trade memory for what.  Does not know: how a plan is made.
-"""
+"""Suggest changes that save memory, the cheapest first, each with its plan."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +18,7 @@ NUM_SHOWN = 3
 
 @dataclass(frozen=True)
 class Proposal:
-    """A changed run, and how to say so."""
+    """A changed run and its description."""
 
     text: str
     setting: str
@@ -30,10 +27,10 @@ class Proposal:
 
 
 def cheapest_changes(
-    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, most: int = NUM_SHOWN
+    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_SHOWN
 ) -> tuple[Change, ...]:
-    """The first `most` changes that help; where the plan does not fit, those that make it fit come first."""
-    found: list[Change] = []
+    """The first `limit` changes that help; if the plan does not fit, those that make it fit come first."""
+    changes: list[Change] = []
     enough, epoch = 0, plan.peak_stage.epoch
     for proposal in proposals(experiment, ds_config, plan):
         try:
@@ -42,23 +39,23 @@ def cheapest_changes(
             continue
         if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
             continue
-        found.append(Change(proposal.text, proposal.setting, changed.gpu_bytes, changed.fits))
+        changes.append(Change(proposal.text, proposal.setting, changed.gpu_bytes, changed.fits))
         enough += changed.fits or plan.fits
-        if enough == most:
+        if enough == limit:
             break
     if not plan.fits:
-        found.sort(key=lambda change: not change.fits)
-    return tuple(found[:most])
+        changes.sort(key=lambda change: not change.fits)
+    return tuple(changes[:limit])
 
 
 def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) -> Iterator[Proposal]:
-    """From what costs nothing to what changes what is learned."""
+    """Changes in order of cost: first those without any, last those that change what is learned."""
     zero = ds_config.stock["zero_optimization"]
     latent = ds_config.latent_memory
     if plan.peak_phase.name == EVALUATION and experiment.batch_size_eval > 1:
         rows = experiment.batch_size_eval // 2
         yield Proposal(
-            "evaluate fewer rows at a time", f"--set batch_size_eval={rows}",
+            "smaller evaluation batches", f"--set batch_size_eval={rows}",
             replace(experiment, batch_size_eval=rows), ds_config,
         )  # fmt: skip
     for name in (
@@ -70,7 +67,7 @@ def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) ->
         if not getattr(latent, name):
             on: dict[str, Any] = {name: True}
             yield Proposal(
-                f"switch {name} on (exact)", f'"latent_memory": {{"{name}": true}}',
+                f"enable {name} (exact)", f'"latent_memory": {{"{name}": true}}',
                 experiment, replace(ds_config, latent_memory=replace(latent, **on)),
             )  # fmt: skip
     if zero.get("overlap_comm"):
@@ -82,31 +79,31 @@ def proposals(experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan) ->
     if experiment.batch_size_training > 1:
         fewer = with_rows(experiment, experiment.batch_size_training // 2)
         yield Proposal(
-            "half the micro-batch, the effective batch kept",
+            "half the micro-batch at the same global batch size",
             f"--set batch_size_training={fewer.batch_size_training} "
             f"--set gradient_accumulation_steps={fewer.gradient_accumulation_steps}",
             fewer, ds_config,
         )  # fmt: skip
     if latent.activation_checkpointing == "none":
         yield Proposal(
-            "activation checkpointing (exact, about a third more time)",
+            "activation checkpointing (exact, about a third slower)",
             '"latent_memory": {"activation_checkpointing": "layers"}',
             experiment, replace(ds_config, latent_memory=replace(latent, activation_checkpointing="layers")),
         )  # fmt: skip
     if not ds_config.offload_optimizer:
         yield _zero(
-            experiment, ds_config, "the optimizer on the host (slower steps)",
+            experiment, ds_config, "optimizer offload to the host (slower steps)",
             stage=max(2, ds_config.zero_stage), offload_optimizer={"device": "cpu", "pin_memory": True},
         )  # fmt: skip
     if ds_config.precision == "fp32" and not experiment.bf16:
         yield Proposal(
-            "16-bit weights and activations (bf16 from compute capability 8.0 on, fp16 on 7.x)",
+            "16-bit weights and activations (bf16 from compute capability 8.0, fp16 on 7.x)",
             '"bf16": {"enabled": true} or "fp16": {"enabled": true}',
             experiment, replace(ds_config, stock={**ds_config.stock, "bf16": {"enabled": True}}),
         )  # fmt: skip
     if experiment.tuning == "full":
         yield Proposal(
-            "LoRA instead of full tuning (learns something else)", "--set tuning=lora",
+            "LoRA instead of full tuning (changes what is learned)", "--set tuning=lora",
             replace(experiment, tuning="lora"), ds_config,
         )  # fmt: skip
 

@@ -1,7 +1,4 @@
-"""The peak memory of this process, light enough to stay on during training.
-
-Knows: the CUDA allocator's counters, the process's resident size.  Does not know: models, phases.
-"""
+"""Peak memory of this process, cheap enough for every training run."""
 
 import resource
 
@@ -11,7 +8,7 @@ MIB = 2**20
 
 
 class PeakMeter:
-    """Peak since `start`: tensors allocated on a GPU; on the CPU the process's resident size, ever."""
+    """GPU: peak of allocated tensors since `start`.  CPU: peak resident size of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -21,7 +18,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def numbers(self) -> dict[str, float]:
-        """MiB by name, and the allocator's retries (a sign of fragmentation)."""
+        """MiB by name, and the allocator's retries, a sign of fragmentation."""
         host = {"host_rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         if self._device.type != "cuda":
             return host
@@ -34,7 +31,7 @@ class PeakMeter:
         }
 
     def summary(self) -> str:
-        """The figure for a line on the screen."""
+        """The peak as text for one log line."""
         numbers = self.numbers()
         if self._device.type == "cuda":
             return f"peak {numbers['gpu_allocated_peak_mib']:.0f} MiB GPU"

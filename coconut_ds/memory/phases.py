@@ -1,9 +1,7 @@
-"""What the phases of a run take on a GPU beyond the lasting states: from runs of the model or of its copies.
+"""Plan the memory of each phase beyond the persistent states, from fake runs of the model.
 
-The full model is run for the stages that may govern.  Which these are, and what the other stages
-take, is told by two shallow copies: activations grow by the same bytes with every layer.
-
-Knows: traces, ZeRO's gradient path, worst batches.  Does not know: where traces come from, states, budgets.
+The full model runs only for the stages that may be the peak.  Two shallow copies of the model select these
+and size the others: activations grow by the same number of bytes with every layer.
 """
 
 from dataclasses import dataclass
@@ -28,14 +26,14 @@ from coconut_ds.memory.largest_batches import (
 from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, BatchShape, Phase, StagePlan
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings
 
-# The caching allocator's blocks do not fit together exactly.  An assumption, to be checked on a GPU.
+# Assumed, to be checked on a GPU: share lost between the blocks of the caching allocator.
 FRAGMENTATION = 0.05
-# Stages that come so close to the largest are run on the whole model too, at most so many.
+# Stages at least this close to the largest are run on the full model too, at most MAX_EXACT of them.
 NEAR, MAX_EXACT = 0.95, 2
 
 
 class Source(Protocol):
-    """Where traces come from: planner.Planner."""
+    """The source of traces: planner.Planner."""
 
     config: PretrainedConfig
     train: list[TokenizedProblem]
@@ -65,7 +63,7 @@ class Source(Protocol):
         max_new_tokens: int = 0,
     ) -> Trace: ...
 
-    def remembers(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool: ...
+    def has_trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -83,43 +81,42 @@ class PlannedRun:
         return FRAGMENTATION if self.planner.device == "cuda" else 0.0
 
     def stages(self, states: int, quick_at: int | None) -> tuple[list[StagePlan], Phase]:
-        """Every stage, and the phase of the one that governs.  `states`: bytes that are there anyway."""
+        """Every stage, and the phase of the peak stage.  `states`: bytes of the persistent states."""
         planner, rows = self.planner, self.experiment.batch_size_training
-        places = stages_of(self.experiment)
+        stages = stages_of(self.experiment)
         if quick_at is not None:
-            places = [at for at in places if at.epoch <= quick_at][-1:]
-        found = [
-            (at, largest_batch(planner.train, at, self.experiment, planner.vocabulary, rows)) for at in places
+            stages = [at for at in stages if at.epoch <= quick_at][-1:]
+        batches = [
+            largest_batch(planner.train, at, self.experiment, planner.vocabulary, rows) for at in stages
         ]
-        scaled = [
-            self.scaled(batch) if len(found) > 1 or quick_at is not None else None for _, batch in found
-        ]
+        is_scaled = len(stages) > 1 or quick_at is not None
+        scaled = [self.scaled(batch) if is_scaled else None for batch in batches]
         exact: dict[int, Phase] = {}
         if None in scaled:
-            exact = {place: self.exact_phase(batch) for place, (_, batch) in enumerate(found)}
+            exact = {index: self.exact_phase(batch) for index, batch in enumerate(batches)}
         else:
             top = max(size or 0 for size in scaled)
-            near = [place for place, size in enumerate(scaled) if (size or 0) >= NEAR * top]
-            for place in sorted(near, key=lambda place: scaled[place] or 0, reverse=True)[:MAX_EXACT]:
-                batch = found[place][1]
-                is_known = quick_at is None or planner.remembers(self.experiment, self.ds_config, batch)
-                exact[place] = self.exact_phase(batch) if is_known else self.quick_phase(scaled[place] or 0)
-        known = max(exact, key=lambda place: exact[place].size)
+            near = [index for index, size in enumerate(scaled) if (size or 0) >= NEAR * top]
+            for index in sorted(near, key=lambda index: scaled[index] or 0, reverse=True)[:MAX_EXACT]:
+                batch = batches[index]
+                is_known = quick_at is None or planner.has_trace(self.experiment, self.ds_config, batch)
+                exact[index] = self.exact_phase(batch) if is_known else self.quick_phase(scaled[index] or 0)
+        known = max(exact, key=lambda index: exact[index].size)
 
-        def size_of(place: int) -> int:
-            if place in exact:
-                return states + exact[place].size
-            difference = (scaled[place] or 0) - (scaled[known] or 0)
+        def size_of(index: int) -> int:
+            if index in exact:
+                return states + exact[index].size
+            difference = (scaled[index] or 0) - (scaled[known] or 0)
             return states + max(0, exact[known].size + int(difference * (1 + self.fragmentation)))
 
         plans = [
-            StagePlan(at.epoch, str(at.stage), shape_of(batch), size_of(place), place in exact)
-            for place, (at, batch) in enumerate(found)
+            StagePlan(at.epoch, str(at.stage), shape_of(batch), size_of(index), index in exact)
+            for index, (at, batch) in enumerate(zip(stages, batches, strict=True))
         ]
         return plans, exact[known]
 
     def scaled(self, batch: Batch) -> int | None:
-        """Activations and loss of the whole model from two shallow copies; None where these say nothing."""
+        """Activations and loss of the full model from two shallow copies, or None if layers differ."""
         if self.planner.depths is None:
             return None
         sizes = []
@@ -129,7 +126,7 @@ class PlannedRun:
         return self.planner.to_full_depth(sizes)
 
     def exact_phase(self, batch: Batch) -> Phase:
-        """Forward and backward, from a run of the whole model."""
+        """Forward and backward, from a run of the full model."""
         trace = self.planner.trace(self.experiment, self.ds_config, batch, self.planner.num_layers)
         peak = replay(trace, self.sizes, self.zero)
         parts, shape, zero = peak.parts, shape_of(batch), self.zero
@@ -152,10 +149,13 @@ class PlannedRun:
                 LOSS,
                 "logits and their gradient",
                 parts.get(LOSS, 0),
-                f"{shape.labels} labels, vocabulary wide",
+                f"{shape.labels} labels x vocabulary",
             ),
             Item(
-                GRADIENTS, "gradients on their way", parts.get(GRADIENTS, 0), f"replay of ZeRO-{zero.stage}"
+                GRADIENTS,
+                "gradients not yet reduced",
+                parts.get(GRADIENTS, 0),
+                f"replay of ZeRO-{zero.stage}",
             ),
             Item(COMMUNICATION, "reduce bucket and copies", parts.get(COMMUNICATION, 0), bucket),
         ]
@@ -172,7 +172,7 @@ class PlannedRun:
             Item(ACTIVATIONS, "activations of all passes", activations, "scaled from shallow copies"),
             Item(
                 GRADIENTS,
-                "gradients that wait",
+                "accumulated gradients",
                 waiting.get(zero.stage, 0),
                 "b P for ZeRO-1, b P/N for ZeRO-2",
             ),
@@ -189,13 +189,13 @@ class PlannedRun:
         return Phase(FORWARD_BACKWARD, tuple(items), own_peaks)
 
     def attention_workspace(self, shape: BatchShape) -> int:
-        """Memory-efficient attention sums dQ in fp32 when the model is in 16 bits; no operator shows it."""
+        """Bytes of the fp32 dQ that memory-efficient attention sums inside its operator for 16-bit models."""
         if self.planner.device != "cuda" or self.zero.model_bytes == 4:
             return 0
         return 4 * shape.rows * shape.prompt * self.planner.config.get_text_config().hidden_size
 
     def evaluation(self) -> Phase:
-        """The loss of the stage that takes the most, or the longest answers to the longest prompts."""
+        """The larger of the loss at the largest stage and generation from the longest prompts."""
         planner, tokens = self.planner, self.planner.max_new_tokens
         losses = [
             (self._evaluated(batch, 0), f"stage of epoch {at.epoch + 1}, {shape_of(batch)}")
@@ -222,7 +222,7 @@ class PlannedRun:
         return Phase(EVALUATION, items)
 
     def _evaluated(self, batch: Batch, max_new_tokens: int) -> int:
-        """Bytes of the loss of a batch, or of answers to it, from shallow copies where they tell enough."""
+        """Peak bytes of the loss of a batch, or of generation from it, from shallow copies if possible."""
         planner = self.planner
         depths = planner.depths or (planner.num_layers,)
         traces = [

@@ -1,9 +1,7 @@
-"""A plan: what a run will take on each GPU and on the host, item by item, against its budget.
+"""A plan: predicted memory of a run on each GPU and on the host, item by item, and its budget.
 
-    plan.gpu_bytes   the most that one GPU holds, in the peak phase of the peak stage
-    plan.fits        whether that and the reserve stay within the card, and the host within its memory
-
-Knows: items, phases, stages, budgets.  Does not know: how the numbers come about (planner.py, zero.py).
+plan.gpu_bytes   peak of one GPU: the states plus the peak phase of the peak stage
+plan.fits        whether the GPU stays within its budget less the reserve, and the host within its memory
 """
 
 from collections.abc import Mapping
@@ -15,17 +13,17 @@ from coconut_ds.memory.zero import Item
 
 MIB, GIB = 2**20, 2**30
 FORWARD_BACKWARD, STEP, EVALUATION = "forward and backward", "optimizer step", "evaluation"
-# The order in which components are shown; those of `components_mib` first.
+# Display order of components; those of `components_mib` first.
 COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "communication", "fragmentation")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase takes on top of the lasting states."""
+    """Allocations of one phase beyond the persistent states."""
 
     name: str
     items: tuple[Item, ...]
-    own_peaks: Mapping[str, int] = field(default_factory=dict)  # of components that peak at another moment
+    own_peaks: Mapping[str, int] = field(default_factory=dict)  # of components whose peak is at another time
 
     @property
     def size(self) -> int:
@@ -34,7 +32,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The worst micro-batch of a stage, in rows and tokens."""
+    """The largest micro-batch of a stage, in rows and tokens."""
 
     rows: int
     columns: int
@@ -62,10 +60,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Change:
-    """Something to do, and what it would bring."""
+    """A suggested change and its effect."""
 
     text: str
-    setting: str  # what to write where
+    setting: str  # the text to write or type
     gpu_bytes: int
     fits: bool
 
@@ -79,7 +77,7 @@ class Plan:
     model: str
     ranks: int
     budget: MemoryBudget | None
-    states: tuple[Item, ...]  # on every GPU, from the first optimizer step on
+    states: tuple[Item, ...]  # on each GPU, after the first optimizer step
     phases: tuple[Phase, ...]  # of the peak stage
     stages: tuple[StagePlan, ...]
     host: tuple[Item, ...]  # of one rank
@@ -109,7 +107,7 @@ class Plan:
 
     @property
     def available_bytes(self) -> int | None:
-        """What the card has for tensors."""
+        """Bytes of GPU memory that tensors may use."""
         if self.budget is None:
             return None
         return (self.budget.gpu_memory_mib - self.budget.reserved_mib) * MIB
@@ -128,22 +126,22 @@ class Plan:
 
     @property
     def items(self) -> list[Item]:
-        """The states and the peak phase: they add up to `gpu_bytes`."""
+        """The states and the items of the peak phase; their sum is `gpu_bytes`."""
         return [*self.states, *self.peak_phase.items]
 
     def components(self) -> dict[str, int]:
-        """Bytes of each component at the moment of its own maximum."""
-        lasting = _by_component(self.states)
-        highest = dict(lasting)
+        """Bytes of each component at its own peak."""
+        states = _by_component(self.states)
+        highest = dict(states)
         for phase in self.phases:
             at_peak = _by_component(phase.items)
             for component in {*at_peak, *phase.own_peaks}:
                 size = max(at_peak.get(component, 0), phase.own_peaks.get(component, 0))
-                highest[component] = max(highest.get(component, 0), lasting.get(component, 0) + size)
+                highest[component] = max(highest.get(component, 0), states.get(component, 0) + size)
         return {name: highest.get(name, 0) for name in COMPONENTS}
 
     def over_share(self) -> dict[str, tuple[float, float]]:
-        """Components above their `components_mib`: name -> (planned, share) in MiB."""
+        """Components over their share in `components_mib`: name -> (planned, share) in MiB."""
         if self.budget is None:
             return {}
         planned = self.components()
@@ -156,24 +154,24 @@ class Plan:
     def verdict(self) -> str:
         """One line."""
         if self.budget is None:
-            return (
-                f"needs {_mib(self.gpu_bytes)} per GPU; {self.ds_config} has no memory_budget to hold it to"
-            )
+            return f"GPU: needs {_mib(self.gpu_bytes)} MiB; {self.ds_config} has no memory_budget"
         assert self.available_bytes is not None
-        free = self.available_bytes - self.gpu_bytes
-        card = f"{self.budget.gpu_memory_mib:,} - {self.budget.reserved_mib:,} MiB"
-        lines = []
+        usable = (
+            f"{_mib(self.available_bytes)} MiB usable "
+            f"({self.budget.gpu_memory_mib:,} less {self.budget.reserved_mib:,} reserved)"
+        )
         if self.gpu_fits:
-            lines.append(f"fits: {_mib(self.gpu_bytes)} of {card} per GPU, {_mib(free)} to spare")
+            lines = [f"GPU: fits, {_mib(self.gpu_bytes)} of {usable}"]
         else:
-            lines.append(f"does not fit: {_mib(self.gpu_bytes)} per GPU, {_mib(-free)} more than {card}")
+            over = _mib(self.gpu_bytes - self.available_bytes)
+            lines = [f"GPU: does not fit, needs {_mib(self.gpu_bytes)} MiB, {over} MiB more than {usable}"]
         if not self.host_fits:
             lines.append(
-                f"does not fit: {self.host_bytes / GIB:.1f} GiB of host memory for {self.ranks} ranks, "
+                f"host: does not fit, needs {self.host_bytes / GIB:.1f} GiB for {self.ranks} ranks, "
                 f"more than {self.budget.host_memory_gib:g} GiB"
             )
         lines += [
-            f"{name} takes {planned:,.0f} MiB, over its share of {share:,.0f} MiB (components_mib)"
+            f"{name} needs {planned:,.0f} MiB, more than its share of {share:,.0f} MiB (components_mib)"
             for name, (planned, share) in self.over_share().items()
         ]
         return "; ".join(lines)
@@ -248,4 +246,4 @@ def _budget_json(budget: MemoryBudget) -> dict[str, Any]:
 
 
 def _mib(size: float) -> str:
-    return f"{size / MIB:,.0f} MiB"
+    return f"{size / MIB:,.0f}"

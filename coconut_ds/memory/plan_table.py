@@ -1,7 +1,4 @@
-"""Plans as text: one in full, several side by side, many as a Markdown table.
-
-Knows: plans.  Does not know: how they are made.
-"""
+"""Plans as text: one in full, several side by side, many as a Markdown table."""
 
 from collections.abc import Sequence
 
@@ -13,12 +10,12 @@ NAME = 46
 
 
 def full_text(plan: Plan) -> str:
-    """Every item with its formula and its share of the budget, the stages, the changes."""
+    """Every item with its formula and share of the budget, all stages and suggested changes."""
     lines = [
         f"{plan.experiment} with {plan.ds_config}",
         f"{plan.model}; {plan.ranks} GPU{'s' if plan.ranks > 1 else ''}",
         "",
-        f"{'PER GPU':<{NAME + 2}}{'MiB':>8}{_share_title(plan):>9}  how",
+        f"{'PER GPU':<{NAME + 2}}{'MiB':>8}{_share_title(plan):>9}  formula or source",
     ]
     available = plan.available_bytes
     lines += [_item(item, available) for item in plan.states]
@@ -26,12 +23,12 @@ def full_text(plan: Plan) -> str:
     lines += [_item(item, available) for item in plan.peak_phase.items]
     lines += [_row("total", plan.gpu_bytes, available)]
     if plan.budget is not None:
-        lines += [f"  {'outside of the allocator (reserved_mib)':<{NAME}}{plan.budget.reserved_mib:>8,.0f}"]
+        lines += [f"  {'outside the allocator (reserved_mib)':<{NAME}}{plan.budget.reserved_mib:>8,.0f}"]
     lines += ["", *_phases(plan), "", *_stages(plan), "", *_components(plan), "", *_host(plan), ""]
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"VERDICT  {plan.verdict()}"]
     if plan.changes:
-        lines += ["", "CHEAPEST CHANGES"]
+        lines += ["", "CHANGES THAT HELP, cheapest first"]
         for change in plan.changes:
             less = (plan.gpu_bytes - change.gpu_bytes) / MIB
             fits = "" if plan.budget is None else (", fits" if change.fits else ", does not fit")
@@ -43,7 +40,7 @@ def full_text(plan: Plan) -> str:
 
 
 def side_by_side(plans: Sequence[Plan]) -> str:
-    """Components of several plans of one experiment in columns."""
+    """Components of several plans of one experiment, one column each."""
     names = [_short(plan) for plan in plans]
     width = max(14, *(len(name) + 2 for name in names))
     head = f"{'MiB per GPU':<26}" + "".join(f"{name:>{width}}" for name in names)
@@ -55,7 +52,7 @@ def side_by_side(plans: Sequence[Plan]) -> str:
     for component in COMPONENTS:
         row(component, [_of_component(plan.items, component) for plan in plans])
     row("total", [f"{plan.gpu_bytes / MIB:,.0f}" for plan in plans])
-    row("governed by", [plan.peak_phase.name.replace("forward and backward", "backward") for plan in plans])
+    row("peak phase", [plan.peak_phase.name.replace("forward and backward", "backward") for plan in plans])
     row("budget", ["-" if p.available_bytes is None else f"{p.available_bytes / MIB:,.0f}" for p in plans])
     row("host GiB, all ranks", [f"{plan.host_bytes / GIB:.1f}" for plan in plans])
     row("verdict", ["-" if p.budget is None else "fits" if p.fits else "DOES NOT FIT" for p in plans])
@@ -63,7 +60,7 @@ def side_by_side(plans: Sequence[Plan]) -> str:
 
 
 def markdown(rows: Sequence[tuple[str, Plan]]) -> str:
-    """A table with one line a plan; `rows` gives each its title."""
+    """A table with one line per plan; `rows` pairs titles with plans."""
     head = "| model | ds_config | weights | gradients | optimizer | activations | loss | buckets | total MiB "
     head += "| host GiB | budget |"
     lines = [head, "|---|---|" + "---:|" * 8 + "---|"]
@@ -101,15 +98,15 @@ def _row(title: str, size: int, available: int | None) -> str:
 
 
 def _phases(plan: Plan) -> list[str]:
-    lines = ["PHASES, states included"]
+    lines = ["PHASES, including states"]
     for phase in plan.phases:
-        mark = "  <- governs" if phase is plan.peak_phase else ""
+        mark = "  <- peak" if phase is plan.peak_phase else ""
         lines.append(f"  {phase.name:<{NAME}}{(plan.states_bytes + phase.size) / MIB:>8,.0f}{mark}")
     return lines
 
 
 def _stages(plan: Plan) -> list[str]:
-    lines = ["STAGES, worst micro-batch of each, forward and backward"]
+    lines = ["STAGES, largest micro-batch of each, forward and backward"]
     for stage in plan.stages:
         mark = "" if stage.is_exact else "about"
         title = f"epoch {stage.epoch + 1}: {stage.name}"
@@ -120,17 +117,14 @@ def _stages(plan: Plan) -> list[str]:
 def _components(plan: Plan) -> list[str]:
     if plan.budget is None:
         return ["COMPONENTS: no memory_budget"]
-    lines = ["COMPONENTS, each at its own maximum, against components_mib"]
+    lines = ["COMPONENTS, each at its own peak, against components_mib"]
     for name, size in plan.components().items():
         share = plan.budget.components_mib.get(name)
         if share is None and not size:
             continue
-        said = (
-            "no share given"
-            if share is None
-            else f"of {share:,.0f}" + (" OVER" if size > share * MIB else "")
-        )
-        lines.append(f"  {name:<{NAME}}{size / MIB:>8,.0f}  {said}")
+        over = " OVER" if share is not None and size > share * MIB else ""
+        limit = "no share set" if share is None else f"of {share:,.0f}{over}"
+        lines.append(f"  {name:<{NAME}}{size / MIB:>8,.0f}  {limit}")
     return lines
 
 

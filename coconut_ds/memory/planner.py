@@ -1,7 +1,4 @@
-"""Make plans: states from formulas, phases from runs of the model; a run made once is remembered.
-
-Knows: fake models, traces, ZeRO's formulas, the largest batches.  Does not know: the command line, tables.
-"""
+"""Make plans: states from formulas, phases from cached fake runs of the model."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -34,14 +31,14 @@ from coconut_ds.memory.zero import (
 from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import parameter_groups
 
-# Layers of the two copies that tell how much a layer takes; fewer than this and the model itself is run.
+# Layers of the two shallow copies that measure one layer.  Smaller models run in full.
 SHALLOW = (2, 4)
 PINNED_ROUNDING = "pinned_max_round_threshold_mb"
 
 
 @dataclass
 class Planner:
-    """Plans variations of one experiment's model and data; runs made once are remembered."""
+    """Plans variations of one experiment's model and data; fake runs are cached."""
 
     config: PretrainedConfig
     train: list[TokenizedProblem]
@@ -56,7 +53,7 @@ class Planner:
 
     @classmethod
     def of(cls, experiment: Experiment, shape: TextShape | None = None, device: str = "cuda") -> "Planner":
-        """Read the model's configuration and the data's lengths.  Raises ConfigError, DataError."""
+        """Read the model's configuration and the lengths of the data.  Raises ConfigError, DataError."""
         config = load_config(experiment.model_id)
         train, valid, vocabulary = read_lengths(experiment, shape)
         return cls.from_run_data(experiment, train, valid, vocabulary, device, config)
@@ -71,15 +68,15 @@ class Planner:
         device: str,
         config: PretrainedConfig | None = None,
     ) -> "Planner":
-        """A planner for problems that are tokenised already."""
+        """A planner for tokenized problems."""
         config = load_config(experiment.model_id) if config is None else config
         size = config.get_text_config().vocab_size
         notes: tuple[str, ...] = ()
         if vocabulary is None:
-            notes = ("token counts as given; no data and no tokenizer was read",)
-            stand_in: Any = None
+            notes = ("token counts from the command line; data and tokenizer were not read",)
+            no_tokenizer: Any = None
             vocabulary = Vocabulary(
-                stand_in, start_id=size, latent_id=size + 1, end_id=size + 2, eos_id=0, pad_id=0
+                no_tokenizer, start_id=size, latent_id=size + 1, end_id=size + 2, eos_id=0, pad_id=0
             )
             size += 3
         else:
@@ -103,9 +100,9 @@ class Planner:
     ) -> Plan:
         """The plan of one experiment under one ds_config.
 
-        ranks: GPUs of the run, else those of the memory_budget, else 1.
-        quick_at: look at the stage of this epoch alone, and at shallow copies of the model alone.
-        Raises ConfigError where the two files contradict each other or the model cannot have a technique.
+        ranks: GPUs of the run; default: those of the memory_budget, else 1.
+        quick_at: plan only the stage of this epoch, and only with shallow copies of the model.
+        Raises ConfigError if the two files conflict or the model does not support a technique.
         """
         budget = ds_config.memory_budget
         ranks = ranks or (budget.gpus if budget is not None else 1)
@@ -122,7 +119,7 @@ class Planner:
             experiment=experiment.name,
             ds_config=ds_config.path,
             model=f"{experiment.model_id}, {(sizes.trainable + sizes.frozen) / 1e6:,.1f} M parameters, "
-            f"{sizes.trainable / 1e6:,.1f} M train",
+            f"{sizes.trainable / 1e6:,.1f} M trainable",
             ranks=ranks,
             budget=budget,
             states=tuple(states),
@@ -134,27 +131,27 @@ class Planner:
 
     @property
     def depths(self) -> tuple[int, int] | None:
-        """Layers of the two shallow copies; None where they would say nothing about the whole."""
+        """Layers of the two shallow copies, or None if the model is small or its layers differ."""
         if self.num_layers <= SHALLOW[1] or not has_equal_layers(self.config.get_text_config()):
             return None
         return SHALLOW
 
     def to_full_depth(self, sizes: list[int]) -> int:
-        """What the whole model takes, from what the two shallow copies take."""
+        """Bytes of the full model, extrapolated from the two shallow copies."""
         if len(sizes) == 1:
             return sizes[0]
         low, high = sizes
         return low + (high - low) * (self.num_layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0])
 
     def trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int) -> Trace:
-        """Forward and backward of `batch`, run or remembered."""
+        """The cached trace of forward and backward of `batch`."""
         key = self._trace_key(experiment, ds_config, batch, layers)
         if key not in self._traces:
             self._traces[key] = record(self._fake_model(experiment, ds_config, layers), batch)
         return self._traces[key]
 
-    def remembers(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
-        """Whether the whole model has run this batch."""
+    def has_trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
+        """Whether the full model has run this batch."""
         return self._trace_key(experiment, ds_config, batch, self.num_layers) in self._traces
 
     def evaluation_trace(
@@ -165,7 +162,7 @@ class Planner:
         layers: int,
         max_new_tokens: int = 0,
     ) -> Trace:
-        """Forward of `batch` without gradients, or answers to it; run or remembered."""
+        """The cached trace of a forward of `batch` without gradients, or of generation from it."""
         key = ("evaluation", max_new_tokens, *self._trace_key(experiment, ds_config, batch, layers))
         if key not in self._traces:
             fake_model = self._fake_model(experiment, ds_config, layers)
@@ -191,12 +188,12 @@ class Planner:
             )
             if ds_config.zero_stage == 3:
                 for parameter in fake_model.model.parameters():
-                    parameter.ds_id = 0  # type: ignore[attr-defined]  # what techniques know ZeRO-3's by
+                    parameter.ds_id = 0  # type: ignore[attr-defined]  # how techniques detect ZeRO-3
             self._fake_models[key] = fake_model
         return self._fake_models[key]
 
     def _key(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> tuple[Any, ...]:
-        """What changes a trace, the batch apart."""
+        """The settings that change a trace, apart from the batch."""
         learned = [
             getattr(experiment, name)
             for name in vars(experiment)
@@ -221,23 +218,23 @@ class Planner:
 
     def _warnings(self, stages: list[StagePlan], ds_config: DeepSpeedConfig) -> tuple[str, ...]:
         notes = []
-        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        num_positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         columns = max(stage.shape.columns for stage in stages)
-        if most is not None and columns > most:
-            notes.append(f"the longest rows have {columns} columns, and the model holds {most} positions")
+        if num_positions is not None and columns > num_positions:
+            notes.append(f"the longest rows have {columns} columns, the model only {num_positions} positions")
         if ds_config.zero_stage == 3:
             notes.append(
-                "ZeRO-3 is an estimate: DeepSpeed gathers weights as it goes, up to max_live_parameters"
+                "ZeRO-3 is an estimate: DeepSpeed gathers weights on demand, up to max_live_parameters"
             )
         rounds_pinned = PINNED_ROUNDING not in os.environ.get("PYTORCH_ALLOC_CONF", "")
         if ds_config.offload_optimizer and self.device == "cuda" and rounds_pinned:
             notes.append(
-                f"PYTORCH_ALLOC_CONF={PINNED_ROUNDING}:1 saves the rounding of pinned blocks (torch >= 2.13)"
+                f"PYTORCH_ALLOC_CONF={PINNED_ROUNDING}:1 avoids the rounding of pinned blocks (torch >= 2.13)"
             )
         return tuple(notes)
 
 
 def with_rows(experiment: Experiment, rows: int) -> Experiment:
-    """The same effective batch from micro-batches of `rows` rows; a little more where that leaves a rest."""
+    """The same global batch size from micro-batches of `rows` rows, rounded up."""
     total = experiment.batch_size_training * experiment.gradient_accumulation_steps
     return replace(experiment, batch_size_training=rows, gradient_accumulation_steps=-(-total // rows))

@@ -3,10 +3,8 @@
     initialise | step 1: pass 0, pass 1, ..., loss, backward, reduce, optimizer step | step 2: ... |
     evaluation | checkpoint
 
-`backward` ends where the first parameter's gradient is complete and goes to ZeRO; the rest is `reduce`.
-Two steps, since Adam's moments appear at the first.
-
-Knows: engines, the worst batch, allocators.  Does not know: how an engine is started, plans, tables.
+`backward` ends when the first parameter's gradient is complete and passed to ZeRO; the rest is `reduce`.
+There are two steps because Adam allocates its moments in the first.
 """
 
 import gc
@@ -27,15 +25,15 @@ from coconut_ds.memory.allocations import Mark, Recorder, Timeline, now
 from coconut_ds.memory.plan import MIB
 
 INITIALISE, EVALUATION, CHECKPOINT = "initialise", "evaluation", "checkpoint"
-BETWEEN = ""  # the name of what is no phase: counting tensors
+BETWEEN = ""  # the name for time outside phases: counting tensors
 NUM_STEPS = 2
-# More of them repeat what the second one shows.
+# More micro-batches repeat the second one.
 MAX_MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the process and its card say at the end of a phase; MiB."""
+    """Counters of the process and its GPU at the end of a phase, MiB."""
 
     rss: float
     pinned: float = 0.0
@@ -43,13 +41,13 @@ class Reading:
     allocated_peak: float = 0.0
     reserved: float = 0.0
     reserved_peak: float = 0.0
-    retries: int = 0  # of the allocator since the start: it had to give cached blocks back
-    device_used: float = 0.0  # by everything on the card
+    retries: int = 0  # of the allocator since the start, each after freeing cached blocks
+    device_used: float = 0.0  # by all processes
     device_total: float = 0.0
 
 
 def read(device: torch.device) -> Reading:
-    """Read, and start the GPU's peaks anew."""
+    """Read the counters and reset the GPU's peaks."""
     rss = psutil.Process().memory_info().rss / MIB
     if device.type != "cuda":
         return Reading(rss)
@@ -73,35 +71,35 @@ def read(device: torch.device) -> Reading:
 
 @dataclass
 class PhaseMeter:
-    """Marks where phases begin, and reads the process at their ends."""
+    """Marks the start of phases and reads the counters at their end."""
 
     device: torch.device
     recorder: Recorder
     marks: list[Mark] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
-    known: tuple[int, int] = (0, 0)  # (number of phases that were over, bytes of all tensors then)
+    known: tuple[int, int] = (0, 0)  # (index of a mark + 1, bytes of all tensors at that mark)
 
     def begin(self, name: str) -> None:
-        """End the phase that runs, if one does, and begin another."""
+        """End the current phase, if any, and begin another."""
         if self.marks:
             self.readings.append(read(self.device))
         else:
             self.recorder.start()
         self.marks.append(now(name))
 
-    def know(self, num_bytes: int) -> None:
-        """At the start of the newest phase the tensors of this device take `num_bytes`."""
+    def set_known(self, num_bytes: int) -> None:
+        """Record that all tensors of this device have `num_bytes` at the newest mark."""
         self.known = len(self.marks), num_bytes
 
     def end(self) -> "RankProfile":
-        """End the last phase and judge what was recorded."""
+        """End the last phase and evaluate the recording."""
         self.readings.append(read(self.device))
         end = now("end")
         changes = self.recorder.stop()
-        place, num_bytes = self.known
-        moment = self.marks[place - 1].time_ns if place else 0
+        mark_number, num_bytes = self.known
+        moment = self.marks[mark_number - 1].time_ns if mark_number else 0
         before = sum(change.size for change in changes if change.time_ns < moment)
-        # A GPU's history begins before the first tensor; a CPU process has some, and maps files of weights.
+        # A GPU's history begins before the first tensor; a CPU process has some, and maps weight files.
         offset = 0 if self.device.type == "cuda" else num_bytes - before
         timeline = Timeline.of(changes, self.marks, offset)
         ends = [mark.time_ns for mark in self.marks[1:]] + [end.time_ns]
@@ -125,18 +123,18 @@ class PhaseMeter:
 
 def _levels(changes: Sequence[Any], moments: Sequence[int], offset: int) -> list[int]:
     """Bytes alive at each moment."""
-    levels, place, current = [], 0, offset
+    levels, index, current = [], 0, offset
     for moment in moments:
-        while place < len(changes) and changes[place].time_ns < moment:
-            current += changes[place].size
-            place += 1
+        while index < len(changes) and changes[index].time_ns < moment:
+            current += changes[index].size
+            index += 1
         levels.append(current)
     return levels
 
 
 @dataclass(frozen=True)
 class PhaseProfile:
-    """One phase on one rank; `peak_mib` and `end_mib` are tensors: on the GPU, or of a CPU process."""
+    """One phase on one rank; `peak_mib` and `end_mib` count tensors on the GPU or of the CPU process."""
 
     name: str
     start_seconds: float
@@ -148,14 +146,13 @@ class PhaseProfile:
 
 @dataclass
 class RankProfile:
-    """One rank."""
+    """The profile of one rank."""
 
     device: str
     phases: list[PhaseProfile]
     timeline: Timeline
-    states: dict[str, dict[str, dict[str, float]]] = field(
-        default_factory=dict
-    )  # when -> device -> kind -> MiB
+    # when -> device -> kind -> MiB
+    states: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; sizes in MiB."""
@@ -189,9 +186,9 @@ def profile_steps(
     write_model: Callable[[Path], None],
     folder: Path,
 ) -> RankProfile:
-    """The phases after `initialise`, which the meter is in.  Collective.
+    """Run the phases after `initialise`, in which the meter is when called.  Collective.
 
-    batch: the micro-batch that every step repeats.  folder: where the checkpoint may go for a moment.
+    batch: the micro-batch of every step.  folder: location of a temporary checkpoint.
     """
     micro_batches = min(accumulation, MAX_MICRO_BATCHES)
     denominator = batch.loss_denominator * len(batch.target_ids_N) * engine.world_size * micro_batches
@@ -205,7 +202,7 @@ def profile_steps(
                 in_step(f"step {step}: ", "" if number == 1 else f" ({number})")
                 meter.begin(in_step.named("embed"))
                 if step == number == 1:
-                    meter.know(_sum(states[INITIALISE], engine.device.type))
+                    meter.set_known(_sum(states[INITIALISE], engine.device.type))
                 loss = engine.loss(batch.to(engine.device))
                 meter.begin(in_step.named("backward"))
                 engine.backward(loss)
@@ -220,14 +217,14 @@ def profile_steps(
     _write_checkpoint(engine, write_model, folder)
     profile = meter.end()
     profile.states = {
-        when: {device: {kind: size / MIB for kind, size in kinds.items()} for device, kinds in found.items()}
-        for when, found in states.items()
+        when: {device: {kind: size / MIB for kind, size in kinds.items()} for device, kinds in sizes.items()}
+        for when, sizes in states.items()
     }
     return profile
 
 
 class _Names:
-    """What the phases of the micro-batch in progress are called."""
+    """Names for the phases of the current micro-batch."""
 
     def __init__(self) -> None:
         self.before = self.after = ""
@@ -243,7 +240,7 @@ class _Names:
 
 @contextmanager
 def _phases_of_a_step(engine: Engine, meter: PhaseMeter) -> Iterator[_Names]:
-    """Begin a phase at every pass of the model, behind the last one, and at the first whole gradient."""
+    """Begin a phase at every pass of the model, at the loss and at the first complete gradient."""
     names = _Names()
     module = engine.module
 
@@ -295,7 +292,7 @@ def _write_checkpoint(engine: Engine, write_model: Callable[[Path], None], folde
 
 
 def census(engine: Engine) -> dict[str, dict[str, int]]:
-    """Bytes of all tensors of this process by device ('cpu', 'cuda') and kind; each storage counts once.
+    """Bytes of all tensors of this process by device ('cpu', 'cuda') and kind; storages count once.
 
     kinds: parameters; optimizer (master weights, moments); gradients; other (buckets, staging, constants).
     """
@@ -322,11 +319,11 @@ def census(engine: Engine) -> dict[str, dict[str, int]]:
         count(tensor, "optimizer")
         count(tensor.grad if tensor.is_leaf else None, "gradients")
     for thing in gc.get_objects():
-        with suppress(Exception):  # objects in the making, dead proxies
+        with suppress(Exception):  # unfinished objects, dead proxies
             if type(thing) in (Tensor, torch.nn.Parameter):
                 count(thing, "other")
     return sizes
 
 
-def _sum(found: dict[str, dict[str, int]], device: str) -> int:
-    return sum(found.get(device, {}).values())
+def _sum(sizes: dict[str, dict[str, int]], device: str) -> int:
+    return sum(sizes.get(device, {}).values())

@@ -1,8 +1,6 @@
-"""Bytes that an operator of the CPU takes and gives back inside, where no dispatch mode sees them.
+"""Temporary bytes inside CPU operators, which a dispatch mode does not see.
 
-A GPU's kernels convert while they read, so none of this is part of a plan for a GPU.
-
-Knows: ATen operators and dtypes.  Does not know: models, traces.
+GPU kernels convert while they read, so a plan for a GPU has none of these.
 """
 
 from typing import Any
@@ -16,9 +14,9 @@ DROPOUT = (aten.native_dropout, aten.native_dropout_backward)
 
 
 def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Copies of the inputs in the dtype that the operator computes in: ATen's TensorIterator makes them.
+    """Bytes of the input copies that ATen's TensorIterator makes in the dtype of the computation.
 
-    Dropout multiplies by a mask of bool (aten/src/ATen/native/Dropout.cpp), and so converts it as well.
+    Dropout multiplies by a bool mask (aten/src/ATen/native/Dropout.cpp) and therefore converts it as well.
     """
     operator = func.overloadpacket
     if operator in DROPOUT:

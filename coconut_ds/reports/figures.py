@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ MARKS = "osD^vP*X"
 STAGE_SHADES = ("#FFFFFF", "#F1F1F1")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
-    "text.parse_math": False,  # a `$` in a run's name is no formula
+    "text.parse_math": False,  # a `$` in a run's name does not start a formula
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.spines.top": False,
@@ -41,8 +41,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "coconut_ds",
 }
 MAX_POINTS = 400
-
-matplotlib.rcParams.update(STYLE)  # axes take their looks when they are made; nothing else here draws
+styled = rc_context(STYLE)  # decorates functions that draw or save: ticks are made while a figure is saved
 
 
 def colour(place: int) -> str:
@@ -54,6 +53,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@styled
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, str]:
     """Write NAME.png for papers; gives its path and the same picture as an SVG data address for a page."""
     path = folder / f"{name}.png"
@@ -80,6 +80,7 @@ def shade_stages(axes: Axes, run: RunRecord) -> None:
         )  # fmt: skip
 
 
+@styled
 def accuracy_picture(groups: Sequence[Group]) -> Figure | None:
     """Accuracy on the validation set by epoch; several seeds as their mean and range."""
     if not any(run.of("valid") for group in groups for run in group.runs):
@@ -111,6 +112,7 @@ def accuracy_picture(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
+@styled
 def loss_picture(groups: Sequence[Group]) -> Figure | None:
     """Training loss by step, thinned, and the loss on the validation set by epoch."""
     runs = [(place, group, run) for place, group in enumerate(groups) for run in group.runs]
@@ -135,6 +137,7 @@ def loss_picture(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
+@styled
 def window_picture(run: RunRecord) -> Figure | None:
     """Share of each hidden state in the thought, over training; None for thoughts without weights."""
     lines = [line for line in run.of("valid") if line.get("window_weights")]
@@ -156,6 +159,7 @@ def window_picture(run: RunRecord) -> Figure | None:
     return figure
 
 
+@styled
 def stage_picture(groups: Sequence[Group]) -> Figure | None:
     """Accuracy at the end of every stage, with 95 % intervals over the items."""
     shown = [group for group in groups if len(group.first.stages) > 1]

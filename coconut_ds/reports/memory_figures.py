@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from coconut_ds.reports.figures import MARKS, colour, new_figure, shade_stages
+from coconut_ds.reports.figures import MARKS, colour, new_figure, shade_stages, styled
 from coconut_ds.reports.memory_tables import Row, against_plan, heaviest, is_on_gpu
 from coconut_ds.reports.run_records import RunRecord
 
@@ -70,6 +70,7 @@ def mark_budget(
         axes.axhline(budget, label=said, **line)
 
 
+@styled
 def timeline_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """Tensors alive through the phases, a panel for each run; every phase is as wide as the next."""
     runs = [run for run in runs if run.profile]
@@ -149,6 +150,7 @@ def _by_phase(rank: Json) -> tuple[list[float], list[float]]:
     return places, sizes
 
 
+@styled
 def components_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """What lasts and the largest phase, stacked: plan over measured, for every run."""
     runs = [run for run in runs if run.profile]
@@ -195,6 +197,7 @@ def _stack(axes: Axes, place: int, rows: Sequence[Row], planned: bool, labels: d
     return left
 
 
+@styled
 def ranks_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """Peaks of all ranks side by side."""
     runs = [run for run in runs if run.profile]
@@ -240,6 +243,7 @@ def _rank_bars(profile: Json) -> dict[str, list[float]]:
     }
 
 
+@styled
 def stages_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """The peak of every epoch of training, stages behind, with the plan of every stage on a GPU."""
     runs = [run for run in runs if run.of("memory")]

@@ -30,7 +30,6 @@ from coconut_ds.memory.zero import (
     gpu_states,
     host_states,
     step_items,
-    trainable_sizes,
 )
 from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import parameter_groups
@@ -70,7 +69,7 @@ def main(out, tuning):
         model = real_model(experiment, small_gpt2(), size + 3, vocabulary, ds_config.latent_memory)
         settings = ds_config.resolve(experiment, ranks.world_size)
         sizes = Sizes(
-            trainable_sizes([group["params"] for group in parameter_groups(model, experiment)]),
+            tuple(tuple(p.numel() for p in g["params"]) for g in parameter_groups(model, experiment)),
             sum(p.numel() for p in model.parameters() if not p.requires_grad),
             sum(b.numel() * b.element_size() for b in model.buffers()),
         )

@@ -34,7 +34,9 @@ def plan_of(activations_mib, on_exceed="error", share=10_000):
 
 
 def test_a_plan_over_the_budget_is_refused_with_the_number():
-    with pytest.raises(BudgetError, match=r"801 MiB per GPU, 1 MiB more than 1,000 - 200 MiB"):
+    with pytest.raises(
+        BudgetError, match=r"needs 801 MiB, 1 MiB more than 800 MiB usable \(1,000 less 200 reserved\)"
+    ):
         refuse_or_warn(plan_of(801))
 
 
@@ -46,7 +48,7 @@ def test_a_plan_over_the_budget_only_warns_where_the_budget_says_so():
 def test_a_component_over_its_share_warns(recwarn):
     refuse_or_warn(plan_of(800, share=800))
     assert not recwarn
-    with pytest.warns(UserWarning, match="activations takes 800 MiB, over its share of 799 MiB"):
+    with pytest.warns(UserWarning, match="activations needs 800 MiB, more than its share of 799 MiB"):
         refuse_or_warn(plan_of(800, share=799))
 
 

@@ -168,7 +168,7 @@ def test_fit_says_when_nothing_fits(planner, tiny_model, ds_config):
 
 def test_texts_show_what_there_is(plan):
     text = full_text(plan)
-    for word in ("Adam moments", "8 P/N", "VERDICT  fits", "STAGES", "HOST"):
+    for word in ("Adam moments", "8 P/N", "VERDICT  GPU: fits", "STAGES", "HOST"):
         assert word in text
     assert side_by_side([plan, plan]).count("zero2") == 2
     assert markdown([("tiny", plan)]).count("\n") == 2
@@ -199,7 +199,7 @@ def test_mixed_stages_count_the_longest_text_and_the_most_latents(tiny_model):
 
 def test_of_a_large_file_the_longest_are_kept():
     problems = [Problem("q" * (i % 700), ("s" * (i % 310),), "a") for i in range(3000)]
-    kept = longest(problems, most=40)
+    kept = longest(problems, limit=40)
     assert len(kept) <= 40
     assert max(len(p.question) for p in kept) == 699 and max(len(p.steps[0]) for p in kept) == 309
 

@@ -31,7 +31,7 @@ def sizes_of(items):
 
 def test_states_on_the_gpu():
     assert sizes_of(gpu_states(SIZES, ZERO2)) == {
-        "weights that train": 4 * 608,
+        "trainable weights": 4 * 608,
         "frozen weights": 4 * 50,
         "buffers": 12,
         "fp32 master weights": 4 * 304,
@@ -41,7 +41,7 @@ def test_states_on_the_gpu():
 
 def test_sixteen_bits_halve_the_weights_and_not_the_optimizer():
     half = sizes_of(gpu_states(SIZES, replace(ZERO2, model_bytes=2)))
-    assert half["weights that train"] == 2 * 608 and half["Adam moments"] == 8 * 304
+    assert half["trainable weights"] == 2 * 608 and half["Adam moments"] == 8 * 304
 
 
 def test_offload_moves_the_optimizer_to_the_host():

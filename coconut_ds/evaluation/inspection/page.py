@@ -8,10 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from html import escape
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,7 +16,7 @@ from coconut_ds.evaluation.inspection.frontier import Frontier
 from coconut_ds.evaluation.inspection.latents import Guess, Inspection
 from coconut_ds.evaluation.inspection.step_match import StepMatch
 
-matplotlib.rcParams["text.parse_math"] = False  # a `$` in a token is no formula
+PLAIN_TEXT = rc_context({"text.parse_math": False})  # a `$` in a token does not start a formula
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { margin-top: 2.5rem; border-top: 1px solid #d8dde3; padding-top: 1rem }
@@ -32,6 +29,7 @@ LIGHT, DARK, GREY, RIGHT = "#d7e3f4", "#1f5fa8", "#9aa4af", "#c8452e"
 MAX_NODES = 12  # bars of a frontier's picture
 
 
+@PLAIN_TEXT
 def page(title: str, inspections: Sequence[Inspection], match: StepMatch | None) -> str:
     """The whole page."""
     body = [f"<h1>{escape(title)}</h1>"]
@@ -53,9 +51,9 @@ def _match_section(match: StepMatch) -> Iterator[str]:
         f"<p>Share of problems in which a step's result is among the {match.top} likeliest tokens of the "
         "head, read on the state after so many latents; on the right with another problem's steps.</p>"
     )
-    figure, axes = plt.subplots(1, 2, figsize=(8, 1.2 + 0.5 * len(match.rates)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(match.rates)), layout="constrained")
     for ax, rates, title in zip(
-        axes, (match.rates, match.by_chance), ("own steps", "by chance"), strict=True
+        figure.subplots(1, 2), (match.rates, match.by_chance), ("own steps", "by chance"), strict=True
     ):
         states = [f"{k} latents" for k in range(len(rates))]
         _heat(ax, rates, states, [f"step {j + 1}" for j in range(len(rates[0]))], top=1.0, numbers=True)
@@ -127,7 +125,8 @@ def _frontier_table(frontiers: Sequence[Frontier]) -> str:
 
 def _attention_figure(inspection: Inspection) -> Figure:
     width = min(1.5 + 0.45 * len(inspection.spans), 12)
-    figure, ax = plt.subplots(figsize=(width, 1.6 + 0.3 * len(inspection.readers)), layout="constrained")
+    figure = Figure(figsize=(width, 1.6 + 0.3 * len(inspection.readers)), layout="constrained")
+    ax = figure.subplots()
     top = max(max(row) for row in inspection.attention)
     readers = [_visible(name) for name in inspection.readers]
     spans = [_shortened(_visible(name), 28) for name in inspection.spans]
@@ -137,9 +136,8 @@ def _attention_figure(inspection: Inspection) -> Figure:
 
 
 def _frontier_figure(frontiers: Sequence[Frontier]) -> Figure:
-    figure, axes = plt.subplots(
-        1, len(frontiers), figsize=(min(3.2 * len(frontiers), 13), 3.6), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(min(3.2 * len(frontiers), 13), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(frontiers), squeeze=False)
     for ax, frontier in zip(axes[0], frontiers, strict=True):
         shown = frontier.candidates[:MAX_NODES][::-1]
         colours = [
@@ -181,7 +179,6 @@ def _heat(
 def _picture(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
     return f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 

@@ -12,7 +12,7 @@ from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.engine.divergence import write_batches
 from coconut_ds.evaluation.evaluate import Evaluation
-from coconut_ds.evaluation.measure import Measurement, write_down
+from coconut_ds.evaluation.measure import Measurement, write_results
 from coconut_ds.files import json_text
 from coconut_ds.reports.comparison import group_runs
 from coconut_ds.reports.figures import loss_picture, smoothed_losses, window_picture
@@ -91,7 +91,7 @@ def test_pictures_of_window_weights_have_gaps(tmp_path, written):
 
 def test_evaluations_and_diverged_batches_are_json(tmp_path):
     evaluation = Evaluation(math.nan, 0.0, 0.0, 0, 0, 0.0, (), "exact")
-    write_down(Measurement("checkpoint_1", "test", Stage(3, 6), None, evaluation), tmp_path)
+    write_results(Measurement("checkpoint_1", "test", Stage(3, 6), None, evaluation), tmp_path)
     assert strict((tmp_path / "evaluations.jsonl").read_text())["loss"] is None
     write_batches(tmp_path / "batches.json", [], [])
     assert strict((tmp_path / "batches.json").read_text()) == []

@@ -1,13 +1,11 @@
-"""Do the latents matter?  Put something else into their slots and see whether the answers change.
+"""Test whether the latents matter: replace what fills their slots and compare the answers.
 
     intact   [x0][x1][x2]      zero   [0][0][0]      mean   [m0][m1][m2]   the batch's mean of each slot
     noise    [r0][r1][r2]  of the same norms         shuffle  [x1][x2][x0]   swap  another problem's
     fewer    [x0]              none   no slot at all
 
-The latents of an intact pass are recorded, changed, and played back in the place of the thought, so that what
-is changed is what the model itself would have thought, and the latent loop stays as it is.
-
-Knows: thoughts, batches, the model's thought.  Does not know: data, ranks, files.
+The thoughts of an intact pass are recorded, changed and replayed in place of the model's thought.  The latent
+loop itself stays the same.
 
 Shapes: B rows, K latent slots, D hidden size.
 """
@@ -28,7 +26,7 @@ from coconut_ds.evaluation.intervals import mcnemar_exact, percent_with_interval
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import History, Thought
 
-# (latents_BKD, real_BK: which slots a counted row really has, generator) -> what to put there, latents_BKD
+# (latents_BKD, real_BK: the slots that counted rows have, generator) -> replacement latents_BKD
 Change = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
@@ -52,17 +50,17 @@ def matched_noise(latents_BKD: Tensor, real_BK: Tensor, generator: torch.Generat
 
 
 def other_order(latents_BKD: Tensor, real_BK: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row's latents turned by a random number of places: none keeps its own; a single one stays."""
+    """Each row's latents rotated by a random number of slots; a single latent stays."""
     slots_BK = torch.arange(latents_BKD.shape[1]).repeat(len(latents_BKD), 1)
     for row, count in enumerate(real_BK.sum(1).tolist()):
         if count > 1:
-            turn = int(torch.randint(1, count, (), generator=generator))
-            slots_BK[row, :count] = (slots_BK[row, :count] + turn) % count
+            shift = int(torch.randint(1, count, (), generator=generator))
+            slots_BK[row, :count] = (slots_BK[row, :count] + shift) % count
     return latents_BKD.gather(1, slots_BK[..., None].to(latents_BKD.device).expand_as(latents_BKD))
 
 
 class OtherProblems:
-    """The same slot's latent of the next row that has it; a lone row takes one of an earlier batch."""
+    """The latent of the same slot in the next row that has it; a single row uses an earlier batch."""
 
     def __init__(self) -> None:
         self.earlier: dict[int, Tensor] = {}
@@ -81,15 +79,15 @@ class OtherProblems:
 
 
 class OnlySlot:
-    """A change of one slot, counted from 1; the others keep their latents."""
+    """A change of one slot (from 1); the others keep their latents."""
 
     def __init__(self, change: Change, slot: int) -> None:
         self.change, self.slot = change, slot
 
     def __call__(self, latents_BKD: Tensor, real_BK: Tensor, generator: torch.Generator) -> Tensor:
         changed_BKD = latents_BKD.clone()
-        place = slice(self.slot - 1, self.slot)
-        changed_BKD[:, place] = self.change(latents_BKD, real_BK, generator)[:, place]
+        column = slice(self.slot - 1, self.slot)
+        changed_BKD[:, column] = self.change(latents_BKD, real_BK, generator)[:, column]
         return changed_BKD
 
 
@@ -105,18 +103,16 @@ ONE_SLOT = re.compile(r"(zero|mean|noise|swap):([1-9]\d*)")
 
 
 def parse_ablations(text: str) -> tuple[str, ...]:
-    """('zero', 'swap:2') from 'zero,swap:2'; 'all' is every one, of all slots.  Raises ConfigError."""
+    """'zero,swap:2' -> ('zero', 'swap:2'); 'all' -> all of ABLATIONS.  Raises ConfigError."""
     names = ABLATIONS if text.strip() == "all" else tuple(name.strip() for name in text.split(","))
     unknown = [name for name in names if name not in ABLATIONS and not ONE_SLOT.fullmatch(name)]
     if unknown:
-        raise ConfigError(
-            f"--ablate: {unknown[0]!r} is not an ablation; there are {', '.join(ABLATIONS)}, and 'all'"
-        )
+        raise ConfigError(f"--ablate: {unknown[0]!r} is not an ablation; use {', '.join(ABLATIONS)} or 'all'")
     return tuple(dict.fromkeys(names))
 
 
 def ablated_stage(stage: Stage, name: str) -> Stage:
-    """The stage with half of the latent slots, or none; other ablations keep it."""
+    """The stage with half of the latent slots (fewer) or none; other ablations keep the stage."""
     kept = {"fewer": stage.num_latents // 2, "none": 0}
     return replace(stage, num_latents=kept.get(name, stage.num_latents))
 
@@ -128,7 +124,7 @@ def _change_of(name: str) -> Change | None:
 
 
 class Ablator:
-    """One ablation over the batches of one evaluation."""
+    """Applies one ablation to the batches of one evaluation."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.name = name
@@ -137,7 +133,7 @@ class Ablator:
 
     @contextmanager
     def on(self, model: Coconut, batch: Batch) -> Iterator[None]:
-        """Inside, one pass of `model` over `batch` gets the changed latents; another one gets them again."""
+        """A context in which each pass of `model` over `batch` gets the changed latents."""
         if self._change is None or batch.num_latents == 0:
             yield
             return
@@ -152,7 +148,7 @@ class Ablator:
 
 @torch.no_grad()
 def record_latents(model: Coconut, batch: Batch) -> Tensor:
-    """What the model's thought puts into every latent column, latents_BKD, computed for all rows alike."""
+    """The thoughts of the model in every latent column of all rows: latents_BKD."""
     recorder = Recorder(model.thought)
     with _thought_of(model, recorder):
         model.hidden_states(batch)
@@ -169,7 +165,7 @@ def _thought_of(model: Coconut, thought: Thought) -> Iterator[None]:
 
 
 class Recorder(Thought):
-    """A thought that remembers what it gave."""
+    """A thought that records its outputs."""
 
     def __init__(self, thought: Thought) -> None:
         nn.Module.__init__(self)
@@ -182,7 +178,7 @@ class Recorder(Thought):
 
 
 class Replay(Thought):
-    """A thought that gives what it was told, slot after slot, and then from the first again."""
+    """A thought that returns given latents slot by slot, starting over after the last."""
 
     def __init__(self, latents_BKD: Tensor) -> None:
         nn.Module.__init__(self)
@@ -196,7 +192,7 @@ class Replay(Thought):
 
 
 class Answer(Protocol):
-    """What a comparison needs of a graded answer."""
+    """The part of a graded answer that a comparison uses."""
 
     @property
     def correct(self) -> bool: ...
@@ -206,19 +202,19 @@ class Answer(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """An ablation against the intact model, on the same items."""
+    """An ablated model compared with the intact model on the same items."""
 
     name: str
     num_items: int
     num_correct: int
-    mean_tokens: float  # an answer's; a model that misses latents may put the steps into words
-    lost: int  # items that only the intact model solves
-    gained: int  # items that only the ablated model solves
+    mean_tokens: float  # per answer; without latents a model may write out the steps
+    lost: int  # items solved only by the intact model
+    gained: int  # items solved only by the ablated model
     p_value: float  # McNemar, exact, two-sided
 
     @classmethod
     def between(cls, name: str, intact: Sequence[Answer], ablated: Sequence[Answer]) -> "Comparison":
-        """Both in the order of the same items."""
+        """Compare answers to the same items in the same order."""
         pairs = [(a.correct, b.correct) for a, b in zip(intact, ablated, strict=True)]
         lost, gained = pairs.count((True, False)), pairs.count((False, True))
         return cls(
@@ -232,7 +228,7 @@ class Comparison:
         )
 
     def against_intact(self) -> dict[str, float]:
-        """What belongs into a log line beside the ablated model's own numbers."""
+        """Numbers for the log line of the ablated model."""
         return {"lost": self.lost, "gained": self.gained, "p_value": self.p_value}
 
     def __str__(self) -> str:

@@ -1,7 +1,6 @@
-"""Measure a model: token loss, exact-match accuracy and CoT match, as exact totals over all ranks.
+"""Evaluate a model: token loss, accuracy and CoT match, as exact totals over all ranks.
 
-Knows: the engine, batches, grading.  Does not know: the run folder, checkpoints.
-Sums and counts are carried to the end and divided once, so uneven batches and ranks weigh right.
+Sums and counts are added up and divided once at the end, so uneven batches and ranks are weighted correctly.
 """
 
 import time
@@ -22,13 +21,13 @@ from coconut_ds.engine.distributed import ReadingEngine
 from coconut_ds.evaluation.ablation import Ablator, ablated_stage
 from coconut_ds.failures import phase
 
-if TYPE_CHECKING:  # a program that only reads a model does not wait for DeepSpeed
+if TYPE_CHECKING:  # programs that only read a model do not import DeepSpeed
     from coconut_ds.engine.engine import Engine
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model answered to one problem."""
+    """The model's answer to one problem."""
 
     index: int
     completion: str
@@ -49,13 +48,13 @@ class Evaluation:
     num_items: int
     num_correct: int
     mean_tokens: float  # generated, without latents
-    predictions: tuple[Prediction, ...]  # every item, in the order of the file
-    grading: str  # the rule that `accuracy` was counted by
-    chance: float = 0.0  # the accuracy of guessing on this set (chance_of)
-    seconds_per_item: float = 0.0  # of answering, all ranks together working on it
+    predictions: tuple[Prediction, ...]  # all items, in the order of the file
+    grading: str  # the rule behind `accuracy`
+    chance: float = 0.0  # accuracy of guessing on this set (chance_of)
+    seconds_per_item: float = 0.0  # of generation, with all ranks
 
     def numbers(self) -> dict[str, Any]:
-        """What belongs into a log line."""
+        """Numbers for a log line."""
         names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
         return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading", "chance")}
 
@@ -71,15 +70,15 @@ def evaluate(
     keep_going: Callable[[], None] = lambda: None,
     ablation: str | None = None,
 ) -> Evaluation:
-    """Loss and generated answers of every problem at `stage`, every item counted once. Collective.
+    """Loss and generated answers of every problem at `stage`; every item counts once.  Collective.
 
-    `progress` wraps the batches for display; `keep_going` is called once a batch and may raise to stop.
-    `ablation` names what to put into the latent slots instead of the model's thoughts.
+    `progress` wraps the batches for display.  `keep_going` is called once per batch and may raise to stop.
+    `ablation` names the replacement for the model's thoughts (ablation.py).
     """
     ablator = Ablator(ablation, experiment.seed) if ablation else None
     stage = ablated_stage(stage, ablation) if ablation else stage
     layout = BatchConfig(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
-    # Every rank looks at every prompt, so that all of them stop and none waits for another.
+    # Every rank checks every prompt, so all of them stop together.
     refuse_long_prompts(
         [render(problem, stage, experiment, vocabulary).num_prompt for problem in test_set.tokenized],
         engine.module.num_positions,
@@ -89,8 +88,8 @@ def evaluate(
     engine.eval()
 
     def batches(prompts: bool, name: str) -> Iterable[Batch]:
-        made = evaluation_batches(test_set.tokenized, stage, experiment, vocabulary, layout, prompts)
-        for batch in progress(made, name):
+        rank_batches = evaluation_batches(test_set.tokenized, stage, experiment, vocabulary, layout, prompts)
+        for batch in progress(rank_batches, name):
             keep_going()
             yield batch.to(engine.device)
 
@@ -100,13 +99,13 @@ def evaluate(
             with ablator.on(engine.module, batch) if ablator else nullcontext():
                 losses += float(engine.loss(batch))
             num_tokens += len(batch.target_ids_N)
-    mine: list[Prediction] = []
-    most, grading = max_new_tokens(experiment, test_set.card), grading_of(experiment, test_set.card)
+    own: list[Prediction] = []
+    limit, grading = max_new_tokens(experiment, test_set.card), grading_of(experiment, test_set.card)
     started = time.perf_counter()
     for batch in batches(True, "answers"):
         with ablator.on(engine.module, batch) if ablator else nullcontext():
-            answers = engine.module.generate(batch, most, vocabulary.eos_id, engine.all_over_ranks)
-        mine += [
+            answers = engine.module.generate(batch, limit, vocabulary.eos_id, engine.all_over_ranks)
+        own += [
             grade(index, vocabulary.decode(ids), len(ids), test_set, grading)
             for index, ids in zip(batch.indices, answers, strict=True)
             if index != PADDING_ROW
@@ -114,8 +113,8 @@ def evaluate(
     (seconds,) = engine.max_over_ranks([time.perf_counter() - started])
     engine.train()
     loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
-    together = [prediction for share in engine.gather(mine) for prediction in share]
-    result = summarise(sorted(together, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
+    predictions = [prediction for share in engine.gather(own) for prediction in share]
+    result = summarize(sorted(predictions, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
     return replace(
         result,
         seconds_per_item=seconds / max(result.num_items, 1),
@@ -124,17 +123,17 @@ def evaluate(
 
 
 def max_new_tokens(experiment: Experiment, card: Card) -> int:
-    """The experiment's own limit, else the data set's."""
+    """The limit of the experiment, else of the data set."""
     return card.max_new_tokens if experiment.max_new_tokens is None else experiment.max_new_tokens
 
 
 def grading_of(experiment: Experiment, card: Card) -> str:
-    """The experiment's own rule, else the data set's."""
+    """The grading rule of the experiment, else of the data set."""
     return card.grading if experiment.grading is None else experiment.grading
 
 
 def grade(index: int, completion: str, num_tokens: int, test_set: TestSet, grading: str) -> Prediction:
-    """Judge one completion by the rule `grading`."""
+    """Grade one completion by the rule `grading`."""
     problem = test_set.problems[index]
     reasoning, predicted = split_completion(completion, grading)
     return Prediction(
@@ -148,7 +147,7 @@ def grade(index: int, completion: str, num_tokens: int, test_set: TestSet, gradi
     )
 
 
-def summarise(predictions: Sequence[Prediction], loss: float, grading: str) -> Evaluation:
+def summarize(predictions: Sequence[Prediction], loss: float, grading: str) -> Evaluation:
     """Totals of graded predictions."""
     count = max(len(predictions), 1)
     correct = sum(p.correct for p in predictions)

@@ -1,10 +1,8 @@
-"""Write a trained model as a folder that other programs load: Hugging Face form, or PEFT form for adapters.
+"""Export a trained model to a folder in Hugging Face format, or in PEFT format for adapters.
 
-    model.safetensors config.json tokenizer.json ...      what AutoModelForCausalLM and AutoTokenizer read
-    thought.safetensors coconut.json                      what CoconutForCausalLM needs besides, for latents
-    README.md                                             the model card
-
-Knows: models, folders, the hub's upload.  Does not know: DeepSpeed, ranks.
+model.safetensors config.json tokenizer.json ...      for AutoModelForCausalLM and AutoTokenizer
+thought.safetensors coconut.json                      for latents with CoconutForCausalLM
+README.md                                             the model card
 """
 
 import secrets
@@ -42,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Exported:
     folder: Path
     is_adapter: bool
-    largest_difference: float  # of a logit, between the model and what was read back from the folder
+    largest_difference: float  # of a logit, between the model and the exported folder
 
 
 def export_hf(
@@ -54,19 +52,19 @@ def export_hf(
     overrides: Sequence[str] = (),
     allow: Collection[str] = (),
 ) -> Exported:
-    """Export one model; `output` is complete or not there.  Raises ConfigError and CheckpointError."""
+    """Export one model to `output`, completely or not at all.  Raises ConfigError and CheckpointError."""
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--output {output}: there is something already; name a new folder")
+        raise ConfigError(f"--output {output} already exists; name a new folder")
     trained = find_one(target, checkpoint, overrides, allow=allow)
     original = original_model_id(target, trained)
     if merged and trained.experiment.tuning != "lora":
-        raise ConfigError(f"--merge: {target} was fully tuned, it has no adapters")
+        raise ConfigError(f"--merge: {target} has no adapters (tuning: full); leave out --merge")
     vocabulary = load_vocabulary(trained.experiment.model_id)
     module = trained.build(vocabulary)
     is_adapter = isinstance(module.base, PeftModel) and not merged
     if is_adapter and dtype != "fp32":
-        raise ConfigError(f"--dtype {dtype}: an adapter stays in fp32; with --merge it can be cast")
+        raise ConfigError(f"--dtype {dtype}: adapters stay in fp32; add --merge to cast the merged model")
     draft = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(8)}")
     try:
         draft.mkdir(parents=True)
@@ -79,7 +77,7 @@ def export_hf(
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-    except (OSError, UnicodeError) as error:  # a tokenizer's settings may hold half a surrogate pair
+    except (OSError, UnicodeError) as error:  # tokenizer settings may contain half a surrogate pair
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--output {output}: cannot be written ({reason})") from error
     finally:
@@ -91,8 +89,8 @@ def _write(module: Coconut, vocabulary: Vocabulary, folder: Path, merged: bool, 
     if dtype == "fp32" and not merged:
         write_model(module, vocabulary, folder)
         return
-    whole: Any = merge(module)  # a fully tuned model is given back as it is
-    whole.to(dtype=DTYPES[dtype]).save_pretrained(folder)
+    merged_model: Any = merge(module)  # returns a fully tuned model unchanged
+    merged_model.to(dtype=DTYPES[dtype]).save_pretrained(folder)
     save_thought(module.thought.state_dict(), folder)
     vocabulary.tokenizer.save_pretrained(folder)
 
@@ -106,8 +104,8 @@ def _base_weights(module: Coconut) -> Path | None:
 def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:
     """The content of coconut.json."""
     experiment = trained.experiment
-    most = max_new_tokens(experiment, card_for(experiment.val_path))
-    kept = replace(experiment, model_id=base, load_model_path=None, max_new_tokens=most, save_path="runs")
+    limit = max_new_tokens(experiment, card_for(experiment.val_path))
+    kept = replace(experiment, model_id=base, load_model_path=None, max_new_tokens=limit, save_path="runs")
     if merged:
         kept = replace(kept, tuning="full")
     return {
@@ -116,7 +114,7 @@ def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:
         "thought": experiment.thought,
         "c_thought": experiment.c_thought,
         "num_latents": trained.stage.num_latents,
-        "max_new_tokens": most,
+        "max_new_tokens": limit,
         "base_model": base,
         "checkpoint": trained.name,
         "stage": asdict(trained.stage),
@@ -128,7 +126,7 @@ def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:
 
 
 def original_model_id(target: str, trained: Trained) -> str:
-    """The model that training started from, by the name in its settings."""
+    """The `model_id` that training started from."""
     settings = trained.folder / "experiment.yaml"
     if settings.is_file():
         return load_experiment(settings).model_id
@@ -140,11 +138,11 @@ def original_model_id(target: str, trained: Trained) -> str:
 
 @torch.no_grad()
 def read_back_difference(module: Coconut, vocabulary: Vocabulary, folder: Path, dtype: str) -> float:
-    """The largest difference of a logit between the model and what transformers, or we, read from `folder`.
+    """The largest difference of a logit between the model and the model read back from `folder`.
 
-    Raises CheckpointError when it is more than rounding.
+    Raises CheckpointError if it is larger than rounding errors.
     """
-    ids = torch.arange(len(vocabulary.tokenizer))[-24:].flip(0)[None]  # the markers and some more
+    ids = torch.arange(len(vocabulary.tokenizer))[-24:].flip(0)[None]  # the special tokens and a few more
     expected = module.causal_lm(input_ids=ids).logits
     if (folder / "adapter_config.json").is_file():
         read = find_one(str(folder)).build(vocabulary).causal_lm
@@ -154,13 +152,13 @@ def read_back_difference(module: Coconut, vocabulary: Vocabulary, folder: Path, 
     scale = float(expected.abs().max())
     if difference > {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}[dtype] * max(scale, 1.0):
         raise CheckpointError(
-            f"{folder}: its logits differ by {difference:.3g} from the model's: not exported"
+            f"{folder}: not exported, its logits differ by {difference:.3g} from the model's"
         )
     return difference
 
 
 def upload(folder: Path, repository: str, private: bool) -> str:
-    """Copy an exported folder to the Hugging Face hub; gives its address.  Raises ConfigError."""
+    """Upload an exported folder to the Hugging Face hub; returns its URL.  Raises ConfigError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -177,15 +175,15 @@ def upload(folder: Path, repository: str, private: bool) -> str:
 
 
 def zero_to_fp32_explained(target: str, checkpoint: str | None, output: str) -> str:
-    """How to turn a checkpoint's ZeRO shards into one state dict with DeepSpeed's own program."""
+    """Instructions to convert ZeRO shards into one state dict with DeepSpeed's zero_to_fp32."""
     trained = find_one(target, checkpoint)
     shards = trained.folder / trained.name / "engine"
     if not shards.is_dir():
         raise CheckpointError(f"{target}: {trained.name} has no engine/ folder with ZeRO shards")
     return (
-        f"{shards} holds the ZeRO shards of {trained.name}: fp32 master weights and optimizer states, in\n"
-        "parts. Its fp32 weights as one state dict, by DeepSpeed's own program:\n\n"
+        f"{shards} contains the ZeRO shards of {trained.name}: fp32 master weights and optimizer states.\n"
+        "To convert them to one fp32 state dict with DeepSpeed:\n\n"
         f"  python -m deepspeed.utils.zero_to_fp32 {shards.parent} {output} --tag engine\n\n"
-        "The names in it begin with 'base.' (the language model) or 'thought.'. `export --to hf` needs none\n"
-        "of this: the checkpoint's model/ folder holds the weights, in the precision of the training."
+        "Its keys begin with 'base.' (the language model) or 'thought.'. `export --to hf` works without:\n"
+        "the checkpoint's model/ folder has the weights in the precision of the training."
     )

@@ -1,11 +1,10 @@
-"""Evaluate trained models: accuracy with its interval, tokens and seconds an answer, ablations.
+"""Evaluate trained models: accuracy with its interval, tokens and seconds per answer, ablations.
 
-    evaluations.jsonl    one line a measurement, appended
-    predictions.jsonl    one line a measured item; measuring again replaces its lines
+    evaluations.jsonl    one line per measurement, appended
+    predictions.jsonl    one line per item; a repeated measurement replaces its lines
 
-Works on any number of ranks, with the same totals.  A model that ZeRO stage 3 splits stays split; others are
-whole on every rank, without an optimizer.
-Knows: engines, evaluation, where results go.  Does not know: the command line, training.
+The totals do not depend on the number of ranks.  With ZeRO stage 3 the model stays partitioned; otherwise
+every rank has the complete model without an optimizer.
 """
 
 import time
@@ -42,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to measure of every model."""
+    """What to measure for every model."""
 
     split: str = "valid"  # "valid", "test" or a file
     limit: int | None = None
@@ -51,7 +50,7 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model, one data set, one way of filling the latent slots."""
+    """Result of one model on one data set with one ablation or none."""
 
     checkpoint: str
     split: str
@@ -59,11 +58,11 @@ class Measurement:
     ablation: str | None
     evaluation: Evaluation
     against_intact: Comparison | None = None
-    trained_at: Stage | None = None  # by its manifest
+    trained_at: Stage | None = None  # from its manifest
     notes: tuple[str, ...] = ()
 
     def key(self) -> dict[str, Any]:
-        """What tells its lines from those of other measurements."""
+        """The fields that identify the lines of this measurement."""
         return {
             "checkpoint": self.checkpoint,
             "split": self.split,
@@ -91,19 +90,19 @@ class Measurement:
             f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
             f"CoT match {100 * result.cot_match:.1f} %\n"
-            f"  an answer takes {result.mean_tokens:.1f} tokens besides {self.stage.num_latents} latents, "
+            f"  per answer: {result.mean_tokens:.1f} tokens and {self.stage.num_latents} latents, "
             f"{result.seconds_per_item:.4f} s"
         )
 
 
 def measure(
-    models: Sequence[Trained], ds_config: DeepSpeedConfig | None, wanted: EvalOptions
+    models: Sequence[Trained], ds_config: DeepSpeedConfig | None, options: EvalOptions
 ) -> list[Measurement]:
-    """Measure every model, print the results as they come, and write them down. Called on every rank.
+    """Measure every model, print and save each result.  Collective.
 
-    Raises UserError for everything the user can mend; data is read before a model is loaded.
+    Raises UserError for wrong input; data is read before a model is loaded.
     """
-    prepared = [(trained, *_material(trained, wanted)) for trained in models]
+    prepared = [(trained, *_read_data(trained, options)) for trained in models]
     precision = ds_config.precision if ds_config else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "fp32"
@@ -112,35 +111,35 @@ def measure(
         ranks = start_distributed(precision)
         for trained, vocabulary, test_set in prepared:
             engine = _engine(trained, vocabulary, ds_config, ranks, precision)
-            for result in _measurements(engine, trained, vocabulary, test_set, wanted):
+            for result in _measurements(engine, trained, vocabulary, test_set, options):
                 results.append(result)
                 if ranks.is_main:
                     tqdm.write(str(result))
                     if not trained.experiment.debug:
-                        _keep(result, trained.folder)
+                        _save(result, trained.folder)
             del engine
         finish_distributed()
     return results
 
 
-def _material(trained: Trained, wanted: EvalOptions) -> tuple[Vocabulary, TestSet]:
+def _read_data(trained: Trained, options: EvalOptions) -> tuple[Vocabulary, TestSet]:
     experiment = trained.experiment
-    for name in wanted.ablations:
+    for name in options.ablations:
         if trained.stage.num_latents == 0:
             raise ConfigError(
                 f"--ablate {name}: {trained.name} has no latents at its stage ({trained.stage}); "
-                "choose another --checkpoint, or give --latents N"
+                "choose another --checkpoint or set --latents N"
             )
         slot = int(name.partition(":")[2] or 0)
         if slot > trained.stage.num_latents:
             raise ConfigError(f"--ablate {name}: there are only {trained.stage.num_latents} latent slots")
         if name.startswith("swap") and experiment.batch_size_eval < 2:
             raise ConfigError(
-                "--ablate swap: needs another row in the batch; --set batch_size_eval=2 or more"
+                "--ablate swap: needs at least two rows per batch; --set batch_size_eval=2 or more"
             )
     vocabulary = load_vocabulary(experiment.model_id)
-    path = split_path(experiment, wanted.split)
-    limit = wanted.limit if wanted.limit is not None else experiment.eval_max_items
+    path = split_path(experiment, options.split)
+    limit = options.limit if options.limit is not None else experiment.eval_max_items
     test_set = load_test_set(path, vocabulary, limit)
     if check := length_check(experiment, vocabulary):
         check.refuse_evaluation(path, test_set.tokenized, trained.stage)
@@ -148,7 +147,7 @@ def _material(trained: Trained, wanted: EvalOptions) -> tuple[Vocabulary, TestSe
 
 
 def split_path(experiment: Experiment, split: str) -> str:
-    """The file of a split's name, or the file itself.  Raises ConfigError."""
+    """The file of a named split, or the given file.  Raises ConfigError."""
     known = {
         "valid": experiment.val_path,
         "test": experiment.test_path,
@@ -156,13 +155,13 @@ def split_path(experiment: Experiment, split: str) -> str:
     }
     if split not in known:
         if not Path(split).is_file():
-            raise ConfigError(f"--split {split}: neither valid, test or train, nor a file that exists")
+            raise ConfigError(f"--split {split}: no such file; use valid, test, train or a file")
         return split
     path = known[split]
     if path is None:
         key = {"test": "test_path", "train": "train_path"}[split]
         raise ConfigError(
-            f"--split {split}: the experiment names no {key}; --set {key}=FILE, or --split FILE"
+            f"--split {split}: the experiment has no {key}; use --set {key}=FILE or --split FILE"
         )
     return path
 
@@ -186,7 +185,7 @@ def _measurements(
     trained: Trained,
     vocabulary: Vocabulary,
     test_set: TestSet,
-    wanted: EvalOptions,
+    options: EvalOptions,
 ) -> Iterator[Measurement]:
     def progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
         return iter(tqdm(batches, desc=name, leave=False, disable=None if engine.is_main else True))
@@ -197,7 +196,7 @@ def _measurements(
         )
         return Measurement(
             trained.name,
-            wanted.split,
+            options.split,
             trained.stage,
             ablation,
             result,
@@ -207,27 +206,27 @@ def _measurements(
 
     intact = result_of(None)
     yield intact
-    for name in wanted.ablations:
+    for name in options.ablations:
         ablated = result_of(name)
         answers = (intact.evaluation.predictions, ablated.evaluation.predictions)
         yield replace(ablated, against_intact=Comparison.between(name, *answers))
 
 
-def _keep(result: Measurement, folder: Path) -> None:
-    """Write a result down where that is possible; it has been printed already."""
+def _save(result: Measurement, folder: Path) -> None:
+    """Save a result; a failure is only a warning, since the result was printed."""
     try:
-        write_down(result, folder)
+        write_results(result, folder)
     except OSError as error:
         warnings.warn(f"{folder}: the results were not written ({error.strerror})", stacklevel=2)
 
 
-def write_down(result: Measurement, folder: Path) -> None:
-    """Add a measurement to the two files of a folder, in the place of an earlier one of the same."""
+def write_results(result: Measurement, folder: Path) -> None:
+    """Add a measurement to the two files of a folder; predictions of the same measurement are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     with open_append(folder / EVALUATIONS, "a") as writer:
         writer.write(json_text({"time": round(time.time(), 3), **result.numbers()}) + "\n")
     path, key = folder / PREDICTIONS, result.key()
-    kept = [line for line in _lines_of(path) if not _is_of(line, key)]
+    kept = [line for line in _lines_of(path) if not _has_key(line, key)]
     new = [json_text({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
     replace_text(path, "\n".join([*kept, *new]) + "\n")
 
@@ -238,10 +237,10 @@ def _lines_of(path: Path) -> list[str]:
     return read_bytes(path).decode("utf-8", errors="replace").splitlines()
 
 
-def _is_of(line: str, key: Mapping[str, Any]) -> bool:
-    """Whether a line belongs to a measurement; one that is no JSON object belongs to none and stays."""
+def _has_key(line: str, key: Mapping[str, Any]) -> bool:
+    """Whether a line belongs to the measurement `key`; lines that are not JSON objects do not."""
     try:
         value = parse_json(line)
     except ValueError:
         return False
-    return isinstance(value, dict) and all(value.get(name) == wanted for name, wanted in key.items())
+    return isinstance(value, dict) and all(value.get(name) == expected for name, expected in key.items())

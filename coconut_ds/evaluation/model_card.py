@@ -1,7 +1,4 @@
-"""The README.md of an exported model: what it is, how to load it, how it was trained, what was measured.
-
-Knows: the run folder's files, Markdown.  Does not know: weights.
-"""
+"""The README.md of an exported model: description, loading, results, data, settings."""
 
 import json
 from collections.abc import Iterator
@@ -13,27 +10,27 @@ from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
 
-# The settings that say what was learned; the rest is in coconut.json.
-TOLD = (
+# The settings that decide what was learned; the rest is in coconut.json.
+SETTINGS = (
     "method", "thought", "tuning", "c_thought", "max_latent_stage", "epochs_per_stage", "num_epochs",
     "uniform_prob", "batch_size_training", "gradient_accumulation_steps", "lr", "weight_decay",
     "reset_optimizer", "seed",
 )  # fmt: skip
-TOLD_OF_WINDOWS = ("latent_window_size", "latent_window_init", "latent_window_scope")
-TOLD_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+WINDOW_SETTINGS = ("latent_window_size", "latent_window_init", "latent_window_scope")
+LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | None = None) -> str:
-    """Markdown with the front matter that the hub reads.
+    """Markdown with front matter for the hub.
 
-    `base`: the model it was made from.  `weights`: an adapter's frozen weights, if not those of `base`.
+    `base`: the model that training started from.  `weights`: an adapter's frozen weights, if not those of `base`.
     """
     lines = [
         *_front_matter(base, is_adapter),
         f"# {_line(trained.experiment.name)}",
         "",
         f"A language model trained by coconut_ds to reason in latent space: method "
-        f"`{trained.experiment.method}`, stage: {trained.stage}; made from `{_line(base)}`.",
+        f"`{trained.experiment.method}`, stage: {trained.stage}; base model `{_line(base)}`.",
         "",
         *_how_to_load(trained, base, is_adapter, weights),
         *_results(trained),
@@ -54,7 +51,7 @@ def _front_matter(base: str, is_adapter: bool) -> Iterator[str]:
 
 
 def _how_to_load(trained: Trained, base: str, is_adapter: bool, weights: Path | None) -> Iterator[str]:
-    yield "## Load it"
+    yield "## Usage"
     yield ""
     yield "With latents:"
     yield ""
@@ -102,7 +99,7 @@ def _results(trained: Trained) -> Iterator[str]:
     yield "## Results"
     yield ""
     if not newest:
-        yield "Nothing was measured with `coconut_ds eval` before the export."
+        yield "There are no results of `coconut_ds eval` from before the export."
         yield ""
         return
     yield "| data | latents | accuracy, 95 % interval | tokens | against intact |"
@@ -111,11 +108,11 @@ def _results(trained: Trained) -> Iterator[str]:
         name = latents if ablation == "intact" else f"{latents}, {ablation}"
         against = f"McNemar p = {line['p_value']:.2g}" if "p_value" in line else ""
         accuracy = percent_with_interval(line["num_correct"], line["num_items"])
-        what = f"{_line(split)}, {line['num_items']} items"
-        yield f"| {what} | {name} | {accuracy} | {line['mean_tokens']:.1f} | {against} |"
+        data = f"{_line(split)}, {line['num_items']} items"
+        yield f"| {data} | {name} | {accuracy} | {line['mean_tokens']:.1f} | {against} |"
     yield ""
     rules = " and ".join(sorted({line.get("grading", "exact") for line in newest.values()}))
-    yield f"{rules.capitalize()} grading, greedy decoding; the interval is Wilson's. Tokens without latents."
+    yield f"{rules.capitalize()} grading, greedy decoding; Wilson intervals. Tokens do not include latents."
     yield ""
 
 
@@ -124,19 +121,19 @@ def _data(experiment: Experiment) -> Iterator[str]:
     yield "## Data"
     yield ""
     yield f"`{_line(card.name)}`: {_line(card.notes) or 'no notes'}."
-    for title, text in (("Source", card.source), ("Licence", card.licence), ("Split", card.split_rule)):
+    for title, text in (("Source", card.source), ("License", card.licence), ("Split", card.split_rule)):
         if text:
             yield f"{title}: {_line(text)}."
     yield ""
 
 
 def _settings(experiment: Experiment) -> Iterator[str]:
-    names = TOLD + (TOLD_OF_WINDOWS if "window" in experiment.thought else ())
-    yield "## Settings"
+    names = SETTINGS + (WINDOW_SETTINGS if "window" in experiment.thought else ())
+    yield "## Training settings"
     yield ""
     yield "| setting | value |"
     yield "|---|---|"
-    for name in names + (TOLD_OF_LORA if experiment.tuning == "lora" else ()):
+    for name in names + (LORA_SETTINGS if experiment.tuning == "lora" else ()):
         yield f"| {name} | {_line(getattr(experiment, name))} |"
     yield ""
 
@@ -149,7 +146,7 @@ def _memory(folder: Path) -> Iterator[str]:
                 if name.endswith("_mib"):
                     peaks[name] = max(value, peaks.get(name, value))
     if peaks:
-        yield "## Memory of the training"
+        yield "## Training memory"
         yield ""
         yield "| peak over all epochs | MiB |"
         yield "|---|---|"
@@ -159,5 +156,5 @@ def _memory(folder: Path) -> Iterator[str]:
 
 
 def _line(value: object) -> str:
-    """A value as one line of text: whoever named it must not add lines to the card."""
+    """A value as one line of text, so that it cannot add lines to the card."""
     return " ".join(str(value).split()).replace("`", "'").replace("|", r"\|")

@@ -1,10 +1,8 @@
-"""Ask a trained model in text: one call for scripts and notebooks, here and after `export`.
+"""Generate text with a trained model from scripts and notebooks.
 
-    model = coconut_ds.CoconutForCausalLM.from_pretrained("exported")
-    model.generate("3+4+2+7=?")                 ->  "### 6"
-    model.generate(questions, num_latents=2)    ->  a text for each
-
-Knows: prompts with latent slots, text in and out.  Does not know: data sets, grading, ranks.
+model = coconut_ds.CoconutForCausalLM.from_pretrained("exported")
+model.generate("3+4+2+7=?")                 ->  "### 6"
+model.generate(questions, num_latents=2)    ->  one text per question
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +24,7 @@ from coconut_ds.model.coconut import Coconut
 
 @dataclass(frozen=True)
 class CoconutForCausalLM:
-    """A model with its vocabulary and the stage it answers at; `model` is the torch module."""
+    """A model with its vocabulary and stage; `model` is the torch module."""
 
     model: Coconut
     vocabulary: Vocabulary
@@ -36,10 +34,10 @@ class CoconutForCausalLM:
     def from_pretrained(
         cls, folder: str | Path, device: str | torch.device | None = None, allow_pickle: bool = False
     ) -> Self:
-        """Load what `export` wrote; a run folder or one of its checkpoints will do as well.
+        """Load an exported folder, a run folder or one of its checkpoints.
 
-        `device`: the first GPU where there is one, else the CPU.  `allow_pickle`: also open weights that hold
-        more than tensors, which can run code of whoever made them; what the folder says about it is ignored.
+        `device`: default the first GPU, else the CPU.  `allow_pickle`: also read pickled weights, which can
+        run code of their author; the folder's own setting is ignored.
         Raises ConfigError and CheckpointError.
         """
         overrides = ["allow_pickle=true"] if allow_pickle else []
@@ -53,7 +51,7 @@ class CoconutForCausalLM:
 
     @property
     def max_new_tokens(self) -> int:
-        """The limit the model was evaluated with."""
+        """The limit used in evaluation."""
         return max_new_tokens(self.trained.experiment, card_for(self.trained.experiment.val_path))
 
     def generate(
@@ -72,27 +70,27 @@ class CoconutForCausalLM:
         return self._answers(questions, num_latents, max_new_tokens, batch_size)
 
     def _answers(
-        self, questions: Sequence[str], num_latents: int | None, most: int | None, batch_size: int
+        self, questions: Sequence[str], num_latents: int | None, limit: int | None, batch_size: int
     ) -> list[str]:
         texts: list[str] = []
-        most = self._limit(most)
+        limit = self._limit(limit)
         samples = self.samples(questions, num_latents)
         for start in range(0, len(samples), batch_size):
             batch = self._collated(samples[start : start + batch_size])
-            texts += map(self.vocabulary.decode, self.model.generate(batch, most, self.vocabulary.eos_id))
+            texts += map(self.vocabulary.decode, self.model.generate(batch, limit, self.vocabulary.eos_id))
         return texts
 
     def stream(
         self, question: str, num_latents: int | None = None, max_new_tokens: int | None = None
     ) -> Iterator[str]:
-        """The answer to one question, piece by piece as it is made."""
+        """The answer to one question, streamed in pieces."""
         ids: list[int] = []
         shown = ""
         batch = self.prompts([question], num_latents)
         for tokens in self.model.stream(batch, self._limit(max_new_tokens), self.vocabulary.eos_id):
             ids += tokens.values()
             text = self.vocabulary.decode(ids)
-            # A character of several tokens is not whole yet while it decodes to the replacement sign.
+            # An incomplete character of several tokens decodes to the replacement character.
             if not text.endswith("\N{REPLACEMENT CHARACTER}") and text != shown:
                 yield text[len(shown) :]
                 shown = text
@@ -100,13 +98,13 @@ class CoconutForCausalLM:
             yield text[len(shown) :]
 
     def prompts(self, questions: Sequence[str], num_latents: int | None = None) -> Batch:
-        """The batch of these questions.  Raises DataError for a question that is longer than the model."""
+        """The batch of these questions.  Raises DataError for a question longer than the model."""
         return self._collated(self.samples(questions, num_latents))
 
     def samples(self, questions: Sequence[str], num_latents: int | None = None) -> list[Sample]:
-        """The prompt of each question.  Raises DataError for a question that is longer than the model."""
+        """The prompt of each question.  Raises DataError for a question longer than the model."""
         trained = self.trained.with_latents(num_latents)
-        # Nobody knows how many steps a new question takes: it gets all the slots.
+        # The number of steps of a new question is unknown, so it gets all slots.
         experiment = replace(trained.experiment, pad_latent_to_max=True)
         problems = tokenize([Problem(question, (), "") for question in questions], self.vocabulary)
         samples = [
@@ -120,7 +118,7 @@ class CoconutForCausalLM:
     def _collated(self, samples: Sequence[Sample]) -> Batch:
         return collate(samples, self.vocabulary.pad_id).to(next(self.model.parameters()).device)
 
-    def _limit(self, most: int | None) -> int:
-        if most is not None and most < 1:
-            raise ConfigError(f"max_new_tokens {most}: give 1 or more")
-        return self.max_new_tokens if most is None else most
+    def _limit(self, limit: int | None) -> int:
+        if limit is not None and limit < 1:
+            raise ConfigError(f"max_new_tokens {limit}: must be 1 or more")
+        return self.max_new_tokens if limit is None else limit

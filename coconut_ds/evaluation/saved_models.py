@@ -1,11 +1,9 @@
-"""Find a trained model: in a run folder, a checkpoint folder, an exported folder, or by an experiment YAML.
+"""Find a trained model by its run folder, checkpoint folder, exported folder or experiment YAML.
 
-    runs/gsm-coconut                 its newest checkpoint, or those named
-    runs/gsm-coconut/checkpoint_12   that one
-    exported/                        what `export` wrote
-    configs/published/gsm_coconut_eval.yaml      `load_model_path` at the stage of epoch `resume`
-
-Knows: where settings and weights lie, and which stage they were trained at.  Does not know: ranks, data.
+runs/gsm-coconut                 its newest checkpoint, or those of --checkpoint
+runs/gsm-coconut/checkpoint_12   this checkpoint
+exported/                        a folder written by `export`
+configs/published/gsm_coconut_eval.yaml      `load_model_path` at the stage of epoch `resume`
 """
 
 import sys
@@ -36,7 +34,7 @@ from coconut_ds.runs.checkpoint import CheckpointFolders, Manifest, misleading_b
 from coconut_ds.runs.checkpoint.manifest import MANIFEST
 from coconut_ds.runs.run_folder import run_folder
 
-# The techniques that save memory in training; a model that only reads needs none but this one.
+# Without gradients only this technique saves memory.
 READING = LatentMemory(
     supervised_logits_only=True,
     segmented_cache=False,
@@ -44,14 +42,14 @@ READING = LatentMemory(
     activation_checkpointing="none",
     fused_activations=False,
 )
-# What a run folder's ds_config.json took from the experiment of that day, and of its number of ranks.
+# Keys of a run folder's ds_config.json that came from the experiment and its number of ranks.
 FROM_EXPERIMENT = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
 )  # fmt: skip
 
-# Blocks of a ds_config.json that name files which DeepSpeed writes; a received folder does not choose them.
+# Blocks of a ds_config.json with paths that DeepSpeed writes to; a received folder must not choose them.
 WRITES_FILES = ("flops_profiler", "tensorboard", "csv_monitor")
-MAX_LATENTS = 1_000  # of a received folder; more must be asked for
+MAX_LATENTS = 1_000  # of a received folder; more need --latents
 COUNT = {"type": "integer", "minimum": 0, "maximum": ALL_STEPS}
 EXPORT_SHAPE = jsonschema.Draft202012Validator(
     {
@@ -72,14 +70,14 @@ EXPORT_SHAPE = jsonschema.Draft202012Validator(
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and how to ask it; `experiment.load_model_path` names its weights."""
+    """A trained model and its stage; `experiment.load_model_path` names its weights."""
 
     experiment: Experiment
     stage: Stage
     name: str
-    folder: Path  # where results about it belong
-    trained_at: Stage | None = None  # by its manifest; None where there is none
-    note: str | None = None  # what the reader should know of the checkpoint that a word named
+    folder: Path  # for results
+    trained_at: Stage | None = None  # from its manifest, if there is one
+    note: str | None = None  # a caveat about the selected checkpoint
 
     @property
     def notes(self) -> list[str]:
@@ -92,20 +90,20 @@ class Trained:
     def build(self, vocabulary: Vocabulary, latent_memory: LatentMemory = READING) -> Coconut:
         """The model in fp32 on the CPU, in evaluation mode.  Raises ConfigError and CheckpointError."""
         module = build_module(self.experiment, vocabulary, latent_memory).eval()
-        room = module.causal_lm.config.max_position_embeddings
-        if self.stage.num_latents + 2 >= room:
+        num_positions = module.causal_lm.config.max_position_embeddings
+        if self.stage.num_latents + 2 >= num_positions:
             raise ConfigError(
-                f"{self.name}: {self.stage.num_latents} latents do not fit the model's {room} positions; "
-                "give fewer with --latents"
+                f"{self.name}: {self.stage.num_latents} latents do not fit the model's "
+                f"{num_positions} positions; set fewer with --latents"
             )
         return module
 
     def with_latents(self, num_latents: int | None) -> "Trained":
-        """The same with another number of latent slots.  Raises ConfigError where there can be none."""
+        """A copy with another number of latent slots.  Raises ConfigError if the method has no latents."""
         if num_latents is None:
             return self
         if num_latents < 0:
-            raise ConfigError(f"--latents {num_latents}: give 0 or more")
+            raise ConfigError(f"--latents {num_latents}: must be 0 or more")
         if num_latents and not self.experiment.method.has_latents:
             raise ConfigError(f"--latents {num_latents}: the method {self.experiment.method} has no latents")
         experiment = replace(self.experiment, pad_latent_to_max=True)
@@ -119,40 +117,40 @@ def find_trained(
     num_latents: int | None = None,
     allow: Collection[str] = (),
 ) -> list[Trained]:
-    """The models that a command line names; several only by several `checkpoints` of a run folder.
+    """The models that a command line selects, one for each of `checkpoints` of a run folder.
 
-    `checkpoints`: names, 'latest' (the default), 'best', 'best_stage_2' or 'all'.  `allow`: with 'stage' the
-    settings may put a checkpoint at another stage than it was trained at.
+    `checkpoints`: names, 'latest' (default), 'best', 'best_stage_2' or 'all'.  `allow`: with 'stage', the
+    settings may select another stage than the checkpoint was trained at.
     Raises ConfigError and CheckpointError.
     """
     path = Path(target)
     if not checkpoints and (path.parent / "experiment.yaml").is_file() and resolve_pointer(path) != path:
         path, checkpoints = path.parent, (path.name,)
     if not path.exists():
-        raise ConfigError(f"{target}: there is no such run folder or experiment YAML")
+        raise ConfigError(f"{target}: no such run folder or experiment YAML")
     if path.is_dir() and (path / "manifest.json").is_file():
         if checkpoints:
             raise ConfigError(
-                f"{target} is a checkpoint already; leave --checkpoint out, or name its run folder"
+                f"{target} is already a checkpoint; leave out --checkpoint, or use its run folder"
             )
         path, checkpoints = path.parent, (path.name,)
     if path.is_dir() and not (path / EXPORT_FILE).is_file():
-        found = _in_run_folder(path, checkpoints or ("latest",), overrides)
+        models = _in_run_folder(path, checkpoints or ("latest",), overrides)
     elif checkpoints:
         raise ConfigError(f"--checkpoint {checkpoints[0]}: {target} is not a run folder")
     else:
-        found = [_exported(path, overrides) if path.is_dir() else _from_yaml(path, overrides)]
+        models = [_exported(path, overrides) if path.is_dir() else _from_yaml(path, overrides)]
     if "stage" not in allow:
-        for trained in found:
+        for trained in models:
             _refuse_other_stage(trained)
-    found = [trained.with_latents(num_latents) for trained in found]
-    for trained in found:
+    models = [trained.with_latents(num_latents) for trained in models]
+    for trained in models:
         if num_latents is None and trained.stage.num_latents > MAX_LATENTS:
             raise ConfigError(
                 f"{trained.name}: its stage has {trained.stage.num_latents} latents, more than "
-                f"{MAX_LATENTS}; if that is meant, say --latents {trained.stage.num_latents}"
+                f"{MAX_LATENTS}; if this is intended, use --latents {trained.stage.num_latents}"
             )
-    return found
+    return models
 
 
 def find_one(
@@ -162,7 +160,7 @@ def find_one(
     num_latents: int | None = None,
     allow: Collection[str] = (),
 ) -> Trained:
-    """The one model that a command line names; its notes go to standard error."""
+    """The one model that a command line selects; its notes go to standard error."""
     if checkpoint == "all":
         raise ConfigError("--checkpoint all: this command takes one model")
     (trained,) = find_trained(target, (checkpoint,) if checkpoint else (), overrides, num_latents, allow)
@@ -175,17 +173,17 @@ def _refuse_other_stage(trained: Trained) -> None:
     if trained.trained_at in (None, trained.stage):
         return
     raise ConfigError(
-        f"{trained.name} was trained at another stage ({trained.trained_at}) than the settings ask for "
-        f"({trained.stage}). Evaluate its run folder, which knows the stage; correct the curriculum or "
-        "'resume'; or, if that is meant: --allow stage"
+        f"{trained.name} was trained at another stage ({trained.trained_at}) than the settings select "
+        f"({trained.stage}). Evaluate its run folder instead, fix the curriculum or 'resume', or use "
+        "--allow stage if this is intended"
     )
 
 
 def ds_config_of(folder: Path) -> DeepSpeedConfig:
-    """A run folder's own way of splitting memory, for any number of ranks.  Raises ConfigError."""
+    """The DeepSpeed config of a run folder, for any number of ranks.  Raises ConfigError."""
     path = folder / "ds_config.json"
     if not path.is_file():
-        raise ConfigError(f"{path} is absent; name a file with --deepspeed_config")
+        raise ConfigError(f"{path} is missing; use --deepspeed_config FILE")
     values = {key: value for key, value in read_json(path).items() if key not in WRITES_FILES}
     zero = values.get("zero_optimization")
     for block in ("offload_optimizer", "offload_param"):
@@ -202,45 +200,45 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
     settings = folder / "experiment.yaml"
     if not settings.is_file():
         raise ConfigError(
-            f"{folder} is not a run folder (it has no experiment.yaml), nor one that `export` wrote"
+            f"{folder} is neither a run folder (it has no experiment.yaml) nor an exported folder"
         )
     experiment = without_permissions(load_experiment(settings, overrides), overrides)
     experiment = replace(experiment, only_eval=True)
     folders = CheckpointFolders(folder)
-    pointed = folders.pointed_at("best") if "best" in checkpoints else None
-    misleading = folders.misleading_best() if pointed else None
-    found = []
+    best = folders.pointed_at("best") if "best" in checkpoints else None
+    misleading = folders.misleading_best() if best else None
+    models = []
     for name in _names(folders, checkpoints):
         manifest = folders.check(name)
         stage = stage_of(manifest, experiment)
         assert stage is not None
-        # A fully tuned checkpoint has configuration and tokenizer too.
+        # A fully tuned checkpoint includes configuration and tokenizer.
         model_id = str(folder / name / "model") if experiment.tuning == "full" else experiment.model_id
-        asked = replace(experiment, model_id=model_id, load_model_path=str(folder / name))
-        note = misleading if name == pointed else None
-        found.append(Trained(asked, stage, name, folder, stage_of(manifest), note))
-    return found
+        at_checkpoint = replace(experiment, model_id=model_id, load_model_path=str(folder / name))
+        note = misleading if name == best else None
+        models.append(Trained(at_checkpoint, stage, name, folder, stage_of(manifest), note))
+    return models
 
 
-def _names(folders: CheckpointFolders, wanted: Sequence[str]) -> list[str]:
+def _names(folders: CheckpointFolders, words: Sequence[str]) -> list[str]:
     names: list[str] = []
-    for word in wanted:
+    for word in words:
         if word == "all":
             names += folders.names()
         else:
             name = folders.named(word)
             if name is None:
-                raise CheckpointError(f"{folders.run_folder}: there is no {word} checkpoint yet")
+                raise CheckpointError(f"{folders.run_folder}: no {word} checkpoint yet")
             names.append(name)
     if not names:
-        raise CheckpointError(f"{folders.run_folder}: there is no checkpoint yet")
+        raise CheckpointError(f"{folders.run_folder}: no checkpoint yet")
     return list(dict.fromkeys(names))
 
 
 def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     experiment = replace(load_named_experiment(path, overrides), only_eval=True)
     name = experiment.load_model_path or experiment.model_id
-    # The YAML of a received folder may name any place as its `save_path`.
+    # The YAML of a received folder may have any `save_path`.
     folder = run_folder_of(path) or run_folder(experiment)
     trained_at = _trained_stage(Path(name))
     note = misleading_best(Path(name)) if trained_at else None
@@ -268,13 +266,13 @@ def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """The settings beside exported weights.  Raises ConfigError."""
+    """The settings of an exported folder.  Raises ConfigError."""
     path = folder / EXPORT_FILE
     values = read_json(path)
-    problem = jsonschema.exceptions.best_match(EXPORT_SHAPE.iter_errors(values))
-    if problem is not None:
+    error = jsonschema.exceptions.best_match(EXPORT_SHAPE.iter_errors(values))
+    if error is not None:
         raise ConfigError(
-            f"{path}: {problem.json_path.removeprefix('$.')}: {problem.message[:200]}; "
-            "is this a folder that `export` wrote?"
+            f"{path}: {error.json_path.removeprefix('$.')}: {error.message[:200]}; "
+            "is this a folder written by `export`?"
         )
     return values

@@ -9,7 +9,7 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.problems import Card, Problem
 from coconut_ds.data.run_data import TestSet
-from coconut_ds.evaluation.evaluate import grade, grading_of, summarise
+from coconut_ds.evaluation.evaluate import grade, grading_of, summarize
 from coconut_ds.evaluation.measure import Measurement
 from coconut_ds.training.trainer import Trainer
 
@@ -18,7 +18,7 @@ HALF = TestSet([Problem("q", (), "0.5")], [], Card("math", grading="latex"))
 
 
 def result(grading):
-    return summarise([grade(0, r"### \frac{1}{2}", 3, HALF, grading)], 0.25, grading)
+    return summarize([grade(0, r"### \frac{1}{2}", 3, HALF, grading)], 0.25, grading)
 
 
 @pytest.mark.parametrize("chosen, rule", [(None, "latex"), ("exact", "exact"), ("latex", "latex")])

@@ -13,9 +13,9 @@ import coconut_ds
 from coconut_ds.__main__ import main
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
-from coconut_ds.evaluation.evaluate import Prediction, summarise
+from coconut_ds.evaluation.evaluate import Prediction, summarize
 from coconut_ds.evaluation.export import read_back_difference
-from coconut_ds.evaluation.measure import Measurement, write_down
+from coconut_ds.evaluation.measure import Measurement, write_results
 from coconut_ds.evaluation.saved_models import find_one
 from tests.run_folders import make_run
 
@@ -124,8 +124,8 @@ def test_half_precision(full, tmp_path):
 def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
     predictions = [Prediction(i, "### 1", "1", "1", i < 3, False, 2) for i in range(4)]
     trained = find_one(str(full))
-    evaluation = summarise(predictions, 0.5, "exact")
-    write_down(Measurement(trained.name, "test", trained.stage, None, evaluation), full)
+    evaluation = summarize(predictions, 0.5, "exact")
+    write_results(Measurement(trained.name, "test", trained.stage, None, evaluation), full)
     memory = {"kind": "memory", "gpu_peak_mib": 812.4, "epoch": 0}
     (full / "metrics.jsonl").write_text(
         "".join(json.dumps(memory | {"gpu_peak_mib": m}) + "\n" for m in (5, 812.4))
@@ -183,7 +183,7 @@ def test_nothing_is_uploaded_without_the_flag_and_a_failed_upload_says_what_to_d
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["--output", "HERE"], "there is something already"),
+        (["--output", "HERE"], "already exists; name a new folder"),
         (["--output", "NEW", "--checkpoint", "checkpoint_7"], "no such checkpoint"),
         (["--output", "NEW", "--private"], "--private needs --push"),
         (["--output", "NEW", "--to", "zero", "--merge"], "use --merge and --push with --to hf"),

@@ -46,7 +46,7 @@ def test_limits(asked):
     assert asked.max_new_tokens == 9
     with pytest.raises(DataError, match="question 3 takes .* positions: shorten it"):
         asked.generate(["1=?", "2=?", "1+" * 80 + "1=?"], batch_size=1)
-    with pytest.raises(ConfigError, match="give 1 or more"):
+    with pytest.raises(ConfigError, match="max_new_tokens 0: must be 1 or more"):
         asked.generate("1=?", max_new_tokens=0)
 
 

@@ -207,7 +207,7 @@ def test_the_command(run, tiny_experiment, tmp_path, capsys):
     arguments = ["inspect", str(run), "--file", tiny_experiment["val_path"], "--limit", "3", "--show", "1"]
     assert main([*arguments, "--html", str(page_file), "--json", str(numbers)]) == 0
     output = capsys.readouterr().out
-    assert output.count("in words after so many latents") == 1 and "of 3 problems" in output
+    assert output.count("in words after 0, 1, ... latents") == 1 and "of 3 problems" in output
     assert page_file.read_text().startswith("<!doctype html>")
     assert len(json.loads(numbers.read_text())["problems"]) == 3
     assert main(["inspect", str(run), "--question", "1+2+3+4=?", "--latents", "0"]) == 0

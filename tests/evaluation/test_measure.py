@@ -88,7 +88,7 @@ def test_best_of_an_older_version_says_what_it_is(tiny_experiment, tmp_path, cap
     [
         (("nowhere",), ConfigError, "no such run folder"),
         (("RUN", ["checkpoint_9"]), CheckpointError, "available: checkpoint_1, checkpoint_4"),
-        (("RUN/checkpoint_1", ["best"]), ConfigError, "a checkpoint already"),
+        (("RUN/checkpoint_1", ["best"]), ConfigError, "is already a checkpoint; leave out --checkpoint"),
         (
             ("RUN", ["best_stage_2"]),
             CheckpointError,
@@ -96,8 +96,8 @@ def test_best_of_an_older_version_says_what_it_is(tiny_experiment, tmp_path, cap
         ),
         (("RUN", [], ["c_thought=2"]), ConfigError, "was trained at another stage .* --allow stage"),
         (("RUN", [], ["lrr=1"]), ConfigError, "'lrr' is not a setting"),
-        (("RUN", [], [], -1), ConfigError, "give 0 or more"),
-        (("RUN/checkpoint_1/model",), ConfigError, "not a run folder"),
+        (("RUN", [], [], -1), ConfigError, "must be 0 or more"),
+        (("RUN/checkpoint_1/model",), ConfigError, "neither a run folder .* nor an exported folder"),
     ],
 )
 def test_wrong_targets_are_explained(run, arguments, error, text):
@@ -192,8 +192,8 @@ def test_ragged_latents_answer_the_same_in_any_company(run, tiny_experiment, tmp
         (["--checkpoint", "checkpoint_1", "--ablate", "zero"], "has no latents at its stage"),
         (["--ablate", "zero:7"], "there are only 3 latent slots"),
         (["--ablate", "swap", "--set", "batch_size_eval=1"], "needs another row"),
-        (["--split", "nothing.json"], "neither valid, test or train, nor a file"),
-        (["--split", "test"], "names no test_path"),
+        (["--split", "nothing.json"], "no such file; use valid, test, train or a file"),
+        (["--split", "test"], "has no test_path"),
         (["--deepspeed_config", "nothing.json"], "nothing.json"),
     ],
 )

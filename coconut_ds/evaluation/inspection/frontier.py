@@ -1,9 +1,7 @@
-"""Where in a graph of facts a latent thought stands: the probability over the frontier (paper, section 5.3).
+"""Probability that continuous thoughts give to each node of a graph of facts (paper, section 5.3).
 
-    Tom is a terpus. Every terpus is a brimpus. ... Is Tom a lempus or scrompus?
-    after 1 latent, "Every" is followed by a node at distance 1 from Tom, after 2 latents at distance 2, ...
-
-Knows: the wording of ProsQA, breadth-first search, scoring continuations.  Does not know: files, pages.
+Tom is a terpus. Every terpus is a brimpus. ... Is Tom a lempus or scrompus?
+after 1 latent, "Every" is followed by a node at distance 1 from Tom, after 2 latents at distance 2, ...
 """
 
 import math
@@ -22,7 +20,7 @@ from coconut_ds.model.coconut import Coconut
 RULE = re.compile(r"\bEvery (\w+) is an? (\w+)\.")
 FACT = re.compile(r"\b(?!Every\b)([A-Z]\w*) is an? (\w+)\.")
 QUERY = re.compile(r"\bIs (\w+) an? (\w+) or (?:an? )?(\w+)\?")
-BEGINNING = "Every"  # what the model is made to say after the latents; a node follows
+BEGINNING = "Every"  # forced after the latents; a node follows
 
 
 @dataclass(frozen=True)
@@ -32,25 +30,25 @@ class Graph:
     edges: tuple[tuple[str, str], ...]
 
     def distances(self, start: str) -> dict[str, int]:
-        """Steps from `start` to every node that can be reached."""
-        far = {start: 0}
+        """Steps from `start` to every reachable node."""
+        distances = {start: 0}
         queue = deque([start])
         while queue:
             node = queue.popleft()
             for parent, child in self.edges:
-                if parent == node and child not in far:
-                    far[child] = far[node] + 1
+                if parent == node and child not in distances:
+                    distances[child] = distances[node] + 1
                     queue.append(child)
-        return far
+        return distances
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Everything a rule can be about, in the order of the question."""
+        """All nodes that a rule can have, in the order of the question."""
         return tuple(dict.fromkeys(node for edge in self.edges for node in edge if node[0].islower()))
 
 
 def read_graph(question: str) -> Graph | None:
-    """The graph of a question in ProsQA's words, else None."""
+    """The graph of a question in the wording of ProsQA, or None."""
     query = QUERY.search(question)
     edges = (*RULE.findall(question), *FACT.findall(question))
     if query is None or len(edges) < 2:
@@ -61,18 +59,18 @@ def read_graph(question: str) -> Graph | None:
 @dataclass(frozen=True)
 class Candidate:
     node: str
-    distance: int | None  # steps from the root; None: cannot be reached
+    distance: int | None  # steps from the root; None if not reachable
     leads_to_answer: bool
     probability: float
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """What the model says after some latents and "Every"."""
+    """Probabilities of the nodes after some latents and "Every"."""
 
     num_latents: int
-    distance: int  # of the nodes that the next step starts from
-    candidates: tuple[Candidate, ...]  # every node, the likeliest first
+    distance: int  # of the nodes from which the next step starts
+    candidates: tuple[Candidate, ...]  # all nodes, the most likely first
 
     @property
     def mass(self) -> float:
@@ -81,7 +79,7 @@ class Frontier:
 
     @property
     def mass_of_answer(self) -> float:
-        """Of those, the nodes from which the answer can be reached."""
+        """Probability of those nodes from which the answer is reachable."""
         return sum(
             c.probability for c in self.candidates if c.distance == self.distance and c.leads_to_answer
         )
@@ -100,8 +98,8 @@ def frontiers(
     prompts: Sequence[Sample],
     latents_per_step: int,
 ) -> list[Frontier]:
-    """One for every prompt with latents; `prompts` differ in their number of latents alone."""
-    far = graph.distances(graph.root)
+    """One per prompt with latents; `prompts` differ only in their number of latents."""
+    distances = graph.distances(graph.root)
     target = next((choice for choice in graph.choices if re.search(rf"\b{choice}\b", answer)), None)
     result = []
     for prompt in prompts:
@@ -109,7 +107,7 @@ def frontiers(
             continue
         probabilities = _probabilities(model, vocabulary, prompt, graph.nodes)
         candidates = [
-            Candidate(node, far.get(node), target in graph.distances(node), probability)
+            Candidate(node, distances.get(node), target in graph.distances(node), probability)
             for node, probability in zip(graph.nodes, probabilities, strict=True)
         ]
         candidates.sort(key=lambda c: -c.probability)
@@ -122,7 +120,7 @@ def frontiers(
 def _probabilities(
     model: Coconut, vocabulary: Vocabulary, prompt: Sample, nodes: Sequence[str]
 ) -> list[float]:
-    """Of each node's tokens after the prompt and "Every"."""
+    """Probability of each node's tokens after the prompt and "Every"."""
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -131,8 +129,8 @@ def _probabilities(
     samples = []
     for row, node in enumerate(nodes):
         name = encode(f"{BEGINNING} {node}")[len(beginning) :]
-        given = prompt.tokens + beginning
-        samples.append(replace(prompt, index=row, tokens=given + name, num_prompt=len(given)))
+        context = prompt.tokens + beginning
+        samples.append(replace(prompt, index=row, tokens=context + name, num_prompt=len(context)))
     refuse_long_prompts([len(sample.tokens) for sample in samples], model.num_positions, "candidate")
     batch = collate(samples, vocabulary.pad_id).to(next(model.parameters()).device)
     hidden_ND = model.hidden_states(batch).flatten(0, 1)[batch.target_positions_N]

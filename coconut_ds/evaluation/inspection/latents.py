@@ -1,9 +1,7 @@
-"""Look into the latents of one problem: what they decode to, how long they are, what they attend to.
+"""Inspect the latents of one problem: what they decode to, their norms, what they attend to.
 
-A separate pass for analysis: the latents are recorded, put into the embeddings, and all columns read at once
-with attention that shows its weights.  Causal attention makes this the same computation as the latent loop.
-
-Knows: a model, its vocabulary, prompts.  Does not know: files, pages, terminals.
+The latents are recorded and put into the embeddings.  A separate pass then reads all columns at once with
+eager attention, which returns its weights.  With causal attention this equals the latent loop.
 
 Shapes: B rows, T columns, K latents, D hidden size, V vocabulary, L layers, H heads.
 """
@@ -24,8 +22,8 @@ from coconut_ds.evaluation.inspection.frontier import Frontier, frontiers, read_
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.model.coconut import Coconut
 
-MAX_SINGLE_TOKENS = 40  # a longer question is shown sentence by sentence
-MAX_ANSWER_TOKENS = 8  # columns of the answer that are shown as readers
+MAX_SINGLE_TOKENS = 40  # longer questions are shown by sentence
+MAX_ANSWER_TOKENS = 8  # answer tokens that are shown as rows of the attention
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,11 @@ class Guess:
 
 @dataclass(frozen=True)
 class LatentView:
-    """One latent slot, counted from 1."""
+    """One latent slot (from 1)."""
 
     slot: int
-    before: tuple[Guess, ...]  # the head on the newest hidden state that the thought was made from
-    after: tuple[Guess, ...]  # the head on the thought, that is, on what was put into the slot
+    before: tuple[Guess, ...]  # LM head on the newest hidden state before the thought
+    after: tuple[Guess, ...]  # LM head on the thought in the slot
     norm: float
     nearest_token: str  # by cosine, among the token embeddings
     cosine: float
@@ -52,14 +50,14 @@ class Inspection:
     problem: Problem
     completion: str
     latents: tuple[LatentView, ...]
-    output: tuple[Guess, ...]  # the head on the hidden state of the last slot, or of the prompt's last token
+    output: tuple[Guess, ...]  # LM head on the last hidden state of the prompt
     embedding_norms: tuple[float, float, float]  # of all tokens: 5 %, median, 95 %
     readers: tuple[str, ...]  # rows of `attention`: the latents (or the prompt's end), <end>, the answer
-    spans: tuple[str, ...]  # its columns: parts of the question, the markers, the latents
-    attention: tuple[tuple[float, ...], ...]  # mean over layers and heads; a row sums to at most 1
+    spans: tuple[str, ...]  # its columns: parts of the question, special tokens, latents
+    attention: tuple[tuple[float, ...], ...]  # mean over layers and heads; rows sum to at most 1
     attention_by_layer: tuple[tuple[tuple[float, ...], ...], ...]
     window_weights: tuple[float, ...] | None
-    in_words: tuple[str, ...]  # what the model says after 0, 1, ... latents
+    in_words: tuple[str, ...]  # the answer after 0, 1, ... latents
     frontiers: tuple[Frontier, ...]
 
     def states(self) -> list[tuple[Guess, ...]]:
@@ -68,37 +66,36 @@ class Inspection:
 
 
 @torch.no_grad()
-def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspection:
+def inspect(model: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspection:
     """Inspect one problem; its steps and answer may be empty.
 
-    A model without latents has one state to look into: the one behind the question.
+    A model without latents has one state: that of the question's last token.
     """
-    model, vocabulary, trained = asked.model, asked.vocabulary, asked.trained
-    prompts = prompts_by_latents(asked, problem)
-    device = next(model.parameters()).device
-    most = asked.max_new_tokens
-    together = collate(prompts, vocabulary.pad_id).to(device)
-    answers = model.generate(together, most, vocabulary.eos_id)
+    module, vocabulary, trained = model.model, model.vocabulary, model.trained
+    prompts = prompts_by_latents(model, problem)
+    device = next(module.parameters()).device
+    all_prompts = collate(prompts, vocabulary.pad_id).to(device)
+    answers = module.generate(all_prompts, model.max_new_tokens, vocabulary.eos_id)
     full = prompts[-1]
-    free = None if model.num_positions is None else model.num_positions - len(full.tokens)
+    free = None if module.num_positions is None else module.num_positions - len(full.tokens)
     shown = tuple(answers[-1][:free][:MAX_ANSWER_TOKENS])
     batch = collate([replace(full, tokens=full.tokens + shown)], vocabulary.pad_id).to(device)
-    latents_KD = record_latents(model, batch)[0]
-    hidden_TD, attention_LTT = _read_at_once(model, batch, latents_KD)
+    latents_KD = record_latents(module, batch)[0]
+    hidden_TD, attention_LTT = _read_at_once(module, batch, latents_KD)
     first, count = batch.first_latent, full.num_latents
-    names, columns = _spans(asked, full)
+    names, columns = _spans(model, full)
     readers = range(first if count else first - 1, batch.shape[1])
     by_layer_LRS = torch.stack(
         [attention_LTT[:, readers][:, :, a:b].sum(-1) for a, b in columns], dim=-1
     ).float()
     graph = read_graph(problem.question)
-    weights = model.thought.window_weights()
+    weights = module.thought.window_weights()
     return Inspection(
         problem=problem,
         completion=vocabulary.decode(answers[-1]),
-        latents=_views(asked, hidden_TD[first - 1 : first - 1 + count], latents_KD, top),
-        output=_guesses(asked, hidden_TD[first + count - 1], top),
-        embedding_norms=_embedding_norms(model),
+        latents=_views(model, hidden_TD[first - 1 : first - 1 + count], latents_KD, top),
+        output=_guesses(model, hidden_TD[first + count - 1], top),
+        embedding_norms=_embedding_norms(module),
         readers=tuple(
             f"latent {column - first + 1}"
             if first <= column < first + count
@@ -113,19 +110,19 @@ def inspect(asked: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspec
         frontiers=()
         if graph is None
         else tuple(
-            frontiers(model, vocabulary, graph, problem.answer, prompts, trained.experiment.c_thought)
+            frontiers(module, vocabulary, graph, problem.answer, prompts, trained.experiment.c_thought)
         ),
     )
 
 
-def prompts_by_latents(asked: CoconutForCausalLM, problem: Problem) -> list[Sample]:
+def prompts_by_latents(model: CoconutForCausalLM, problem: Problem) -> list[Sample]:
     """The prompt with 0, 1, ... latents, up to the stage's number."""
-    (tokenized,) = tokenize([problem], asked.vocabulary)
-    experiment = replace(asked.trained.experiment, pad_latent_to_max=True)
-    stage = asked.trained.stage
+    (tokenized,) = tokenize([problem], model.vocabulary)
+    experiment = replace(model.trained.experiment, pad_latent_to_max=True)
+    stage = model.trained.stage
     return [
         prompt_only(
-            render(tokenized, Stage(stage.hidden_steps, count), experiment, asked.vocabulary, index=count)
+            render(tokenized, Stage(stage.hidden_steps, count), experiment, model.vocabulary, index=count)
         )
         for count in range(stage.num_latents + 1)
     ]
@@ -157,37 +154,37 @@ def _visible_attention(model: Coconut) -> Iterator[None]:
 
 
 def _views(
-    asked: CoconutForCausalLM, before_KD: Tensor, latents_KD: Tensor, top: int
+    model: CoconutForCausalLM, before_KD: Tensor, latents_KD: Tensor, top: int
 ) -> tuple[LatentView, ...]:
-    embeddings_VD = _embeddings(asked.model)
+    embeddings_VD = _embeddings(model.model)
     views = []
-    for place, (before_D, latent_D) in enumerate(zip(before_KD, latents_KD, strict=True)):
+    for index, (before_D, latent_D) in enumerate(zip(before_KD, latents_KD, strict=True)):
         cosines_V = torch.nn.functional.cosine_similarity(embeddings_VD, latent_D[None].float())
         nearest = int(cosines_V.argmax())
         views.append(
             LatentView(
-                slot=place + 1,
-                before=_guesses(asked, before_D, top),
-                after=_guesses(asked, latent_D, top),
+                slot=index + 1,
+                before=_guesses(model, before_D, top),
+                after=_guesses(model, latent_D, top),
                 norm=float(latent_D.float().norm()),
-                nearest_token=asked.vocabulary.spell([nearest]),
+                nearest_token=model.vocabulary.spell([nearest]),
                 cosine=float(cosines_V[nearest]),
             )
         )
     return tuple(views)
 
 
-def _guesses(asked: CoconutForCausalLM, state_D: Tensor, top: int) -> tuple[Guess, ...]:
-    probabilities_V = asked.model.head(state_D[None])[0].float().softmax(-1)
+def _guesses(model: CoconutForCausalLM, state_D: Tensor, top: int) -> tuple[Guess, ...]:
+    probabilities_V = model.model.head(state_D[None])[0].float().softmax(-1)
     best = probabilities_V.topk(min(top, len(probabilities_V)))
     return tuple(
-        Guess(token_id, asked.vocabulary.spell([token_id]), probability)
+        Guess(token_id, model.vocabulary.spell([token_id]), probability)
         for token_id, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
 
 
 def _embeddings(model: Coconut) -> Tensor:
-    """The embedding of every token, adapters and marker rows included."""
+    """The embedding of every token, including adapters and special-token rows."""
     count = model.causal_lm.config.vocab_size
     ids_V = torch.arange(count, device=next(model.parameters()).device)
     return model.embedding(ids_V[None])[0].float()
@@ -201,24 +198,24 @@ def _embedding_norms(model: Coconut) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _spans(asked: CoconutForCausalLM, prompt: Sample) -> tuple[list[str], list[tuple[int, int]]]:
-    """Names and [start, stop) columns of the question's parts, of <start>, and of every latent."""
-    texts = [asked.vocabulary.spell([token]) for token in prompt.tokens]
+def _spans(model: CoconutForCausalLM, prompt: Sample) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names and [start, stop) columns of the question's parts, of <start> and of every latent."""
+    texts = [model.vocabulary.spell([token]) for token in prompt.tokens]
     has_special_tokens = prompt.num_prompt > prompt.first_latent
     question = prompt.first_latent - has_special_tokens
     names: list[str] = []
     columns: list[tuple[int, int]] = []
     start = 0
-    for place in range(question):
-        ends = texts[place].strip().endswith((".", "?", "!")) or place == question - 1
+    for column in range(question):
+        ends = texts[column].strip().endswith((".", "?", "!")) or column == question - 1
         if question <= MAX_SINGLE_TOKENS or ends:
-            names.append("".join(texts[start : place + 1]).strip() or "\u21b5")
-            columns.append((start, place + 1))
-            start = place + 1
-    for place in range(question, prompt.first_latent + prompt.num_latents):
-        slot = place - prompt.first_latent
-        names.append(texts[place] if slot < 0 else f"latent {slot + 1}")
-        columns.append((place, place + 1))
+            names.append("".join(texts[start : column + 1]).strip() or "\u21b5")
+            columns.append((start, column + 1))
+            start = column + 1
+    for column in range(question, prompt.first_latent + prompt.num_latents):
+        slot = column - prompt.first_latent
+        names.append(texts[column] if slot < 0 else f"latent {slot + 1}")
+        columns.append((column, column + 1))
     return names, columns
 
 
@@ -226,8 +223,8 @@ def _nested(table: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in table.tolist())
 
 
-def first_tokens(asked: CoconutForCausalLM, text: str) -> set[int]:
-    """The tokens that `text` can begin with, with and without a space before it."""
-    encode = asked.vocabulary.tokenizer
-    spellings = [encode(spelt, add_special_tokens=False)["input_ids"] for spelt in (text, f" {text}")]
-    return {ids[0] for ids in spellings if ids and asked.vocabulary.spell([ids[0]]).strip()}
+def first_tokens(model: CoconutForCausalLM, text: str) -> set[int]:
+    """The first token of `text`, with and without a leading space."""
+    encode = model.vocabulary.tokenizer
+    spellings = [encode(spelling, add_special_tokens=False)["input_ids"] for spelling in (text, f" {text}")]
+    return {ids[0] for ids in spellings if ids and model.vocabulary.spell([ids[0]]).strip()}

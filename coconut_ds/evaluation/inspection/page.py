@@ -1,7 +1,4 @@
-"""Inspections as one self-contained HTML page with pictures inside, and as text for a terminal.
-
-Knows: inspections, matplotlib, HTML.  Does not know: models.
-"""
+"""Inspections as one self-contained HTML page with embedded figures, and as text for a terminal."""
 
 import base64
 import io
@@ -25,13 +22,13 @@ th { border-bottom: 2px solid #8a94a0; font-weight: 600 } td { border-bottom: 1p
 code { background: #f0f3f6; border-radius: 3px; padding: 0 .25rem; white-space: pre-wrap }
 img { max-width: 100% } .note { color: #57606a } .p { color: #57606a; font-size: .85em }
 """
-LIGHT, DARK, GREY, RIGHT = "#d7e3f4", "#1f5fa8", "#9aa4af", "#c8452e"
-MAX_NODES = 12  # bars of a frontier's picture
+DARK, GRAY, RIGHT = "#1f5fa8", "#9aa4af", "#c8452e"
+MAX_NODES = 12  # bars in the figure of a frontier
 
 
 @PLAIN_TEXT
 def page(title: str, inspections: Sequence[Inspection], match: StepMatch | None) -> str:
-    """The whole page."""
+    """The complete HTML page."""
     body = [f"<h1>{escape(title)}</h1>"]
     if match is not None:
         body += _match_section(match)
@@ -46,10 +43,10 @@ def page(title: str, inspections: Sequence[Inspection], match: StepMatch | None)
 
 
 def _match_section(match: StepMatch) -> Iterator[str]:
-    yield f"<h2>Do the latents hold the results of the steps? ({match.num_problems} problems)</h2>"
+    yield f"<h2>Do latents decode to the results of the steps? ({match.num_problems} problems)</h2>"
     yield (
-        f"<p>Share of problems in which a step's result is among the {match.top} likeliest tokens of the "
-        "head, read on the state after so many latents; on the right with another problem's steps.</p>"
+        f"<p>Share of problems where the result of a step is among the {match.top} most likely tokens of "
+        "the LM head after 0, 1, ... latents. Right: with the steps of another problem.</p>"
     )
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(match.rates)), layout="constrained")
     for ax, rates, title in zip(
@@ -59,7 +56,7 @@ def _match_section(match: StepMatch) -> Iterator[str]:
         _heat(ax, rates, states, [f"step {j + 1}" for j in range(len(rates[0]))], top=1.0, numbers=True)
         ax.set_title(title)
     yield _picture(figure)
-    yield "<p>Made to go on in words after so many latents, the model says the right next steps:</p>"
+    yield "<p>Share of correct remaining steps when continued in words after 0, 1, ... latents:</p>"
     head = "".join(f"<th>{k} latents</th>" for k in range(len(match.continued)))
     cells = "".join(f"<td>{100 * share:.0f} %</td>" for share in match.continued)
     yield f"<table><tr>{head}</tr><tr>{cells}</tr></table>"
@@ -84,14 +81,14 @@ def _problem_section(number: int, inspection: Inspection) -> Iterator[str]:
     yield f"<tr><td>output</td><td>{_guesses(inspection.output)}</td><td></td><td></td><td></td></tr></table>"
     low, middle, high = inspection.embedding_norms
     yield (
-        f"<p class='note'>Token embeddings have norms of {low:.2f} to {high:.2f} (5 % and 95 %), median "
-        f"{middle:.2f}. Before: on the hidden state that the thought was made from; output: on the last "
-        "slot's own hidden state.</p>"
+        f"<p class='note'>Norms of token embeddings: {low:.2f} to {high:.2f} (5 % and 95 %), median "
+        f"{middle:.2f}. Before: LM head on the hidden state before the thought. Output: LM head on the hidden "
+        "state of the last slot.</p>"
     )
     if inspection.window_weights:
         weights = ", ".join(f"{weight:.3f}" for weight in inspection.window_weights)
         yield f"<p>Window weights, newest state first: {weights}</p>"
-    yield "<h3>In words after so many latents</h3><table>"
+    yield "<h3>In words after 0, 1, ... latents</h3><table>"
     for k, text in enumerate(inspection.in_words):
         yield f"<tr><td>{k}</td><td><code>{escape(text)}</code></td></tr>"
     yield "</table>"
@@ -99,7 +96,7 @@ def _problem_section(number: int, inspection: Inspection) -> Iterator[str]:
     yield _picture(_attention_figure(inspection))
     if inspection.frontiers:
         yield "<h3>Frontier of the graph</h3>"
-        yield "<p>Probability of each node after &quot;Every&quot;; red: leads to the answer.</p>"
+        yield "<p>Probability of each node after &quot;Every&quot;. Red: leads to the answer.</p>"
         yield _picture(_frontier_figure(inspection.frontiers))
         yield _frontier_table(inspection.frontiers)
 
@@ -118,8 +115,8 @@ def _frontier_table(frontiers: Sequence[Frontier]) -> str:
         for f in frontiers
     )
     return (
-        "<table><tr><th>latents</th><th>distance</th><th>nodes there</th><th>their probability</th>"
-        f"<th>of those on a way to the answer</th></tr>{rows}</table>"
+        "<table><tr><th>latents</th><th>distance</th><th>nodes</th><th>probability</th>"
+        f"<th>probability on a path to the answer</th></tr>{rows}</table>"
     )
 
 
@@ -131,7 +128,7 @@ def _attention_figure(inspection: Inspection) -> Figure:
     readers = [_visible(name) for name in inspection.readers]
     spans = [_shortened(_visible(name), 28) for name in inspection.spans]
     _heat(ax, inspection.attention, readers, spans, top, numbers=len(spans) <= 24)
-    ax.set_ylabel("reads")
+    ax.set_ylabel("query")
     return figure
 
 
@@ -140,14 +137,14 @@ def _frontier_figure(frontiers: Sequence[Frontier]) -> Figure:
     axes = figure.subplots(1, len(frontiers), squeeze=False)
     for ax, frontier in zip(axes[0], frontiers, strict=True):
         shown = frontier.candidates[:MAX_NODES][::-1]
-        colours = [
-            (RIGHT if c.leads_to_answer else DARK) if c.distance == frontier.distance else GREY for c in shown
+        colors = [
+            (RIGHT if c.leads_to_answer else DARK) if c.distance == frontier.distance else GRAY for c in shown
         ]
-        ax.barh([_shortened(c.node, 14) for c in shown], [c.probability for c in shown], color=colours)
+        ax.barh([_shortened(c.node, 14) for c in shown], [c.probability for c in shown], color=colors)
         ax.set_title(f"{frontier.num_latents} latents: distance {frontier.distance}", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-    figure.supxlabel("probability (grey: nodes at another distance)", fontsize=9)
+    figure.supxlabel("probability (gray: nodes at another distance)", fontsize=9)
     return figure
 
 
@@ -187,12 +184,12 @@ def _visible(token: str) -> str:
     return shown if token.strip() else shown.replace(" ", "\u2423")
 
 
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "\u2026"
 
 
 def terminal(inspection: Inspection) -> str:
-    """The same as text, the most important first."""
+    """An inspection as text, the most important first."""
     problem = inspection.problem
     lines = [
         _shortened(problem.question, 300),
@@ -210,28 +207,28 @@ def terminal(inspection: Inspection) -> str:
         lines.append(
             "  window weights, newest first: " + ", ".join(f"{w:.3f}" for w in inspection.window_weights)
         )
-    lines.append("  in words after so many latents")
+    lines.append("  in words after 0, 1, ... latents")
     lines += [f"  {k:>6}  {text!r}" for k, text in enumerate(inspection.in_words)]
-    lines.append("  attends most to (mean over layers and heads)")
+    lines.append("  highest attention (mean over layers and heads)")
     for reader, row in zip(inspection.readers, inspection.attention, strict=True):
-        most = sorted(zip(row, inspection.spans, strict=True), reverse=True)[:4]
-        spoken = ", ".join(f"{_shortened(name, 30)!r} {weight:.2f}" for weight, name in most)
+        highest = sorted(zip(row, inspection.spans, strict=True), reverse=True)[:4]
+        spoken = ", ".join(f"{_shortened(name, 30)!r} {weight:.2f}" for weight, name in highest)
         lines.append(f"  {_visible(reader):>14}  {spoken}")
     for frontier in inspection.frontiers:
         best = ", ".join(f"{c.node} {c.probability:.3f}" for c in frontier.candidates[:4])
         lines.append(
             f"  {frontier.num_latents} latents: {frontier.size} nodes at distance {frontier.distance} have "
-            f"{frontier.mass:.3f}, on a way to the answer {frontier.mass_of_answer:.3f}; likeliest: {best}"
+            f"{frontier.mass:.3f}, on a path to the answer {frontier.mass_of_answer:.3f}; most likely: {best}"
         )
     return "\n".join(lines)
 
 
 def terminal_match(match: StepMatch) -> str:
-    """The table over many problems."""
+    """The table of `match` as text."""
     steps = range(len(match.rates[0]))
     lines = [
-        f"A step's result among the {match.top} likeliest tokens of the state after so many latents, in % "
-        f"of {match.num_problems} problems (by chance), and right steps when made to go on in words",
+        f"Result of a step among the {match.top} most likely tokens after 0, 1, ... latents, in % "
+        f"of {match.num_problems} problems (by chance), and correct remaining steps in words",
         "  latents  " + "".join(f"step {j + 1:<12}" for j in steps) + "in words",
     ]
     for k, (row, chance) in enumerate(zip(match.rates, match.by_chance, strict=True)):

@@ -1,7 +1,4 @@
-"""Over many problems: do the latents hold the results of the reasoning steps that they replaced?
-
-Knows: inspections of problems with steps.  Does not know: models, files, pages.
-"""
+"""Count over many problems how often latents decode to the results of the reasoning steps they replace."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,32 +13,32 @@ Tokens = Callable[[str], set[int]]
 class StepMatch:
     """rates[k][j]: share of problems whose state after k latents decodes to the result of step j."""
 
-    top: int  # the result is among so many likeliest tokens
+    top: int  # number of most likely tokens that count
     rates: tuple[tuple[float, ...], ...]
-    by_chance: tuple[tuple[float, ...], ...]  # the same with the steps of another problem
-    continued: tuple[float, ...]  # [k]: made to go on in words after k latents, it says the right next steps
+    by_chance: tuple[tuple[float, ...], ...]  # with the steps of another problem
+    continued: tuple[float, ...]  # [k]: share of correct remaining steps in words after k latents
     num_problems: int
 
 
 def match_steps(
     inspections: Sequence[Inspection], tokens_of: Tokens, latents_per_step: int, top: int
 ) -> StepMatch | None:
-    """None for fewer than 2 problems with steps.  `tokens_of`: text -> the tokens that it can begin with."""
-    useful = [inspection for inspection in inspections if inspection.problem.steps]
-    if len(useful) < 2:
+    """None for fewer than 2 problems with steps.  `tokens_of`: text -> its possible first tokens."""
+    with_steps = [inspection for inspection in inspections if inspection.problem.steps]
+    if len(with_steps) < 2:
         return None
-    solutions = [inspection.problem.steps for inspection in useful]
+    solutions = [inspection.problem.steps for inspection in with_steps]
     return StepMatch(
         top,
-        _rates(useful, solutions, tokens_of, top),
-        _rates(useful, solutions[1:] + solutions[:1], tokens_of, top),
-        _continued(useful, latents_per_step),
-        len(useful),
+        _rates(with_steps, solutions, tokens_of, top),
+        _rates(with_steps, solutions[1:] + solutions[:1], tokens_of, top),
+        _continued(with_steps, latents_per_step),
+        len(with_steps),
     )
 
 
 def result_of(step: str) -> str:
-    """What follows the last '=' of a step (`<<3+4=7>>`: 7), or else its last word."""
+    """The text after the last '=' of a step (`<<3+4=7>>`: 7), else its last word."""
     result = step.rpartition("=")[2] if "=" in step else step.rpartition(" ")[2]
     return result.strip(" .<>\n")
 
@@ -54,15 +51,15 @@ def _rates(
     tried = [0] * num_steps
     for inspection, steps in zip(inspections, solutions, strict=True):
         for j, step in enumerate(steps):
-            wanted = tokens_of(result_of(step))
+            expected = tokens_of(result_of(step))
             tried[j] += 1
             for k, guesses in enumerate(inspection.states()):
-                hits[k][j] += any(guess.token_id in wanted for guess in guesses[:top])
+                hits[k][j] += any(guess.token_id in expected for guess in guesses[:top])
     return tuple(tuple(hit / count for hit, count in zip(row, tried, strict=True)) for row in hits)
 
 
 def _continued(inspections: Sequence[Inspection], latents_per_step: int) -> tuple[float, ...]:
-    """Word for word the steps that the latents did not replace."""
+    """Share of problems with exactly the steps that the latents did not replace."""
     shares = []
     for k in range(len(inspections[0].in_words)):
         right = [

@@ -151,7 +151,7 @@ def test_files_and_output(one_rank, run):
 def test_results_that_cannot_be_written_are_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="the results were not written .Not a directory"):
-        measure._keep(None, tmp_path / "file" / "run")
+        measure._save(None, tmp_path / "file" / "run")
 
 
 def intact(run, split):
@@ -191,7 +191,7 @@ def test_ragged_latents_answer_the_same_in_any_company(run, tiny_experiment, tmp
         (["--ablate", "zeros"], "'zeros' is not an ablation"),
         (["--checkpoint", "checkpoint_1", "--ablate", "zero"], "has no latents at its stage"),
         (["--ablate", "zero:7"], "there are only 3 latent slots"),
-        (["--ablate", "swap", "--set", "batch_size_eval=1"], "needs another row"),
+        (["--ablate", "swap", "--set", "batch_size_eval=1"], "needs at least two rows per batch"),
         (["--split", "nothing.json"], "no such file; use valid, test, train or a file"),
         (["--split", "test"], "has no test_path"),
         (["--deepspeed_config", "nothing.json"], "nothing.json"),

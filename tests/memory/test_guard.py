@@ -107,7 +107,7 @@ def test_the_report_names_phase_plan_tensors_and_changes(tmp_path):
 def test_a_report_that_cannot_be_written_does_not_hide_the_reason(tmp_path):
     (tmp_path / "memory").write_text("a file in the way")
     with (
-        pytest.raises(OutOfMemory, match="(?s)phase 'forward'.*no report"),
+        pytest.raises(OutOfMemory, match="(?s)phase 'forward'.*report not written"),
         MemoryGuard(tmp_path / "memory", 0, 1, CPU),
     ):
         run_out()

@@ -82,8 +82,8 @@ def _problem_section(number: int, inspection: Inspection) -> Iterator[str]:
     low, middle, high = inspection.embedding_norms
     yield (
         f"<p class='note'>Norms of token embeddings: {low:.2f} to {high:.2f} (5 % and 95 %), median "
-        f"{middle:.2f}. Before: LM head on the hidden state before the thought. Output: LM head on the hidden "
-        "state of the last slot.</p>"
+        f"{middle:.2f}. Before: LM head on the hidden state before the thought. Output: LM head on the "
+        "hidden state of the last slot.</p>"
     )
     if inspection.window_weights:
         weights = ", ".join(f"{weight:.3f}" for weight in inspection.window_weights)

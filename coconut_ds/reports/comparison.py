@@ -1,10 +1,8 @@
-"""Compare runs: seeds together, one line a method; accuracy by stage; paired tests between methods.
+"""Compare runs: seeds grouped, one line per method; accuracy by stage; paired tests between methods.
 
-    summary_table(groups)    method, thought, tuning, dataset, seeds, accuracy and interval, tokens, peak, ...
-    stage_table(groups)      accuracy at every stage, a column for each group
-    paired_tests(groups)     McNemar on the items that two groups answered both
-
-Knows: run records, statistics.  Does not know: models, pictures, the command line.
+summary_table(groups)    method, thought, tuning, dataset, seeds, accuracy and interval, tokens, peak, ...
+stage_table(groups)      accuracy at every stage, one column per group
+paired_tests(groups)     McNemar on the items that both groups answered
 """
 
 import itertools
@@ -27,9 +25,9 @@ MAX_PAIRS, MAX_WORDS, MAX_LETTERS = 15, 2, 120
 
 @dataclass(frozen=True)
 class Accuracy:
-    """An accuracy with its 95 % interval, fractions of 1.
+    """An accuracy with its 95 % interval, as fractions.
 
-    Of one run: over its items (Wilson).  Of several seeds: over the seeds (Student's t).
+    One run: interval over its items (Wilson).  Several seeds: interval over the seeds (Student's t).
     """
 
     value: float
@@ -39,7 +37,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, lines: Sequence[Any]) -> "Accuracy":
-        """From one log line for each seed."""
+        """From one log line per seed."""
         values = [line["num_correct"] / max(line["num_items"], 1) for line in lines]
         if len(lines) == 1:
             return cls(values[0], *wilson_interval(lines[0]["num_correct"], lines[0]["num_items"]), 1)
@@ -67,12 +65,12 @@ class Group:
 
     @property
     def thought(self) -> str:
-        """The thought, where the method has latents that a thought fills."""
+        """The thought, or "" for methods without continuous thoughts."""
         method = self.first.experiment.method
         return self.first.experiment.thought if method.has_latents and not method.is_pause else ""
 
     def results(self) -> tuple[str | None, list[Any]]:
-        """(split, one line a run): the test set where every run has it."""
+        """(split, one line per run): the test set if every run has it."""
         for split in SPLITS:
             if all(run.measured(split) for run in self.runs):
                 return split, [run.measured(split)[-1] for run in self.runs]
@@ -84,15 +82,15 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Put runs together that differ in their seed; labels say what tells the groups apart.
+    """Group runs that differ only in their seed; labels list the settings that differ between groups.
 
-    Where more than MOST_WORDS other settings do, the label is the first run's name.
+    If more than MAX_WORDS other settings differ, the label is the first run's name.
     """
     groups = by_experiment(runs)
     identities = [identity_of(members[0]) for members in groups]
     different = [key for key in identities[0] if any(i[key] != identities[0][key] for i in identities)]
     shown = [key for key in different if key not in ("thought", "tuning")]
-    found = []
+    labeled = []
     for members, identity in zip(groups, identities, strict=True):
         method = members[0].experiment.method
         words = [str(method)]
@@ -106,12 +104,12 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             words = [members[0].experiment.name]
         else:
             words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
-        found.append(Group(tuple(members), ", ".join(word[:MAX_LETTERS] for word in words)))
-    return found
+        labeled.append(Group(tuple(members), ", ".join(word[:MAX_LETTERS] for word in words)))
+    return labeled
 
 
 def summary_table(groups: Sequence[Group]) -> Table:
-    """One line a group."""
+    """One line per group."""
     on_gpu = any(run.uses_gpu for group in groups for run in group.runs)
     head = ["run", "thought", "tuning", "dataset", "memory", "seeds", "set", "accuracy, 95 % interval"]
     head += ["tokens", "s/epoch", "peak MiB" if on_gpu else "peak RSS MiB", "budget MiB"]
@@ -138,9 +136,9 @@ def summary_table(groups: Sequence[Group]) -> Table:
 
 
 def group_numbers(group: Group) -> dict[str, Any]:
-    """What the table says of a group, as plain data.
+    """The numbers of a group as plain data.
 
-    tokens: generated ones and latents, a problem, as in table 1 of the Coconut paper.
+    tokens: generated tokens plus latents per problem, as in table 1 of the Coconut paper.
     """
     split, lines = group.results()
     stage = group.first.result_stage
@@ -163,14 +161,14 @@ def group_numbers(group: Group) -> dict[str, Any]:
         "peak_is": "GPU tensors" if group.first.uses_gpu else "resident memory of the main rank",
         "budget_mib": group.first.budget_mib,
         "stages": [
-            {"stage": number, "what": what, "accuracy": asdict(Accuracy.of(found))}
-            for number, what, found in _stages(group)
+            {"stage": number, "what": what, "accuracy": asdict(Accuracy.of(results))}
+            for number, what, results in _stages(group)
         ],
     }
 
 
 def stage_table(groups: Sequence[Group]) -> Table:
-    """Accuracy at the end of every stage, and of the test; a column for each group, means over seeds."""
+    """Accuracy at the end of every stage and in the test; one column per group, means over seeds."""
     titles: dict[int, str] = {}
     cells: dict[tuple[int, str], str] = {}
     for group in groups:
@@ -195,7 +193,7 @@ def stage_table(groups: Sequence[Group]) -> Table:
 
 
 def best_table(runs: Sequence[RunRecord]) -> Table:
-    """The best validation accuracy of every stage, and the checkpoint that has it; for runs with stages."""
+    """The best validation accuracy of every stage and its checkpoint, for runs with stages."""
     rows = []
     for run in runs:
         lines = [line for line in run.of("valid") if run.experiment.method.has_stages]
@@ -210,7 +208,7 @@ def best_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def _tested_at(groups: Sequence[Group]) -> str:
-    """The stage that one row of tests is about: that of the latents, where all groups hide the same steps."""
+    """The common stage of the tests: that with latents, if all groups hide the same steps."""
     stages = [group.first.result_stage for group in groups if group.first.measured("test")]
     with_latents = {stage for stage in stages if stage.num_latents} or set(stages)
     if len(with_latents) == 1 and len({stage.hidden_steps for stage in stages}) == 1:
@@ -223,7 +221,7 @@ def _column_title(group: Group) -> str:
 
 
 def _stages(group: Group) -> Iterator[tuple[int, str, list[Any]]]:
-    """(number, what is hidden, a line for each run) of every stage that all runs went through."""
+    """(number, description, one line per run) of every stage that all runs trained."""
     columns: list[list[StageResult]] = [run.stages for run in group.runs]
     for results in zip(*columns, strict=False):
         if len({result.stage for result in results}) == 1:
@@ -244,7 +242,7 @@ def _number(value: float | None, digits: int) -> str:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two groups on the same items, runs of equal seeds paired; McNemar's exact test."""
+    """McNemar's exact test of two groups on the same items; runs are paired by seed."""
 
     first: str
     second: str
@@ -258,12 +256,12 @@ class PairedTest:
         value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
         return (
             f"{self.first} against {self.second} on {self.split}, {counted(self.num_items, 'item')}: "
-            f"{self.only_first} solved by the first alone, {self.only_second} by the second alone, {value}"
+            f"{self.only_first} solved only by the first, {self.only_second} only by the second, {value}"
         )
 
 
 def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
-    """Every two groups whose runs have predictions (`eval` writes them) of the same set."""
+    """Tests of all pairs of groups whose runs have predictions (from `eval`) on the same set."""
     pairs = itertools.islice(itertools.combinations(groups, 2), MAX_PAIRS)
     return [test for first, second in pairs if (test := _paired(first, second)) is not None]
 
@@ -280,19 +278,19 @@ def _paired(first: Group, second: Group) -> PairedTest | None:
         return None
     only_first = only_second = num_items = 0
     for ours, theirs in answers:
-        mine, others = ours.get(split, {}), theirs.get(split, {})
-        for item in mine.keys() & others.keys():
+        own, other = ours.get(split, {}), theirs.get(split, {})
+        for item in own.keys() & other.keys():
             num_items += 1
-            only_first += mine[item] and not others[item]
-            only_second += others[item] and not mine[item]
+            only_first += own[item] and not other[item]
+            only_second += other[item] and not own[item]
     p_value = mcnemar_exact(only_first, only_second)
     return PairedTest(first.label, second.label, split, num_items, only_first, only_second, p_value)
 
 
 def student_t(degrees: int, confidence: float = 0.95) -> float:
-    """The t beyond which 1 - confidence of Student's distribution lies, on both sides together.
+    """The two-sided quantile of Student's t distribution.
 
-    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, the distribution for whole degrees of freedom.
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, the distribution for integer degrees of freedom.
     """
 
     def inside(t: float) -> float:
@@ -306,7 +304,7 @@ def student_t(degrees: int, confidence: float = 0.95) -> float:
         return (theta + sine * total) * 2 / math.pi if degrees % 2 else sine * total
 
     if degrees < 1:
-        raise ValueError(f"{degrees} degrees of freedom: an interval over seeds needs two of them")
+        raise ValueError(f"{degrees} degrees of freedom: an interval over seeds needs two seeds")
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2

@@ -1,9 +1,8 @@
-"""Pictures of learning: loss, accuracy by epoch with the stages behind, the window's weights over training.
+"""Figures of learning: loss, accuracy by epoch and stage, weights of the latent window over training.
 
     figure = accuracy_picture(groups); save(figure, folder, "accuracy")
 
-Colours are those of Okabe and Ito, told apart by colour-blind readers; lines also differ in their marks.
-Knows: groups of runs, matplotlib.  Does not know: memory, pages.
+The colors are those of Okabe and Ito for color-blind readers; lines also differ in their marks.
 """
 
 import base64
@@ -22,7 +21,7 @@ from coconut_ds.files import replace_bytes
 from coconut_ds.reports.comparison import Accuracy, Group
 from coconut_ds.reports.run_records import Line, RunRecord, describe_stage
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKS = "osD^vP*X"
 STAGE_SHADES = ("#FFFFFF", "#F1F1F1")
 STYLE: dict[Any, Any] = {
@@ -44,8 +43,8 @@ MAX_POINTS = 400
 styled = rc_context(STYLE)  # decorates functions that draw or save: ticks are made while a figure is saved
 
 
-def colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
+def color_of(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -55,7 +54,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @styled
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, str]:
-    """Write NAME.png for papers; gives its path and the same picture as an SVG data address for a page."""
+    """Write NAME.png for papers; returns its path and the figure as an SVG data URL for a page."""
     path = folder / f"{name}.png"
     raster = io.BytesIO()
     figure.savefig(raster, format="png", dpi=200)
@@ -66,14 +65,14 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, str]:
 
 
 def shade_stages(axes: Axes, run: RunRecord) -> None:
-    """Stages as stripes behind the epochs (from 1), each with its number."""
+    """Draw numbered stages as stripes behind the epochs (from 1)."""
     stages = run.stages
     if len(stages) < 2:
         return
     ends = [stage.first_epoch for stage in stages[1:]] + [int(stages[-1].line["epoch"]) + 1]
-    for place, (stage, end) in enumerate(zip(stages, ends, strict=True)):
+    for index, (stage, end) in enumerate(zip(stages, ends, strict=True)):
         left, right = stage.first_epoch + 0.5, end + 0.5
-        axes.axvspan(left, right, color=STAGE_SHADES[place % 2], zorder=0, linewidth=0)
+        axes.axvspan(left, right, color=STAGE_SHADES[index % 2], zorder=0, linewidth=0)
         axes.text(
             (left + right) / 2, 1.0, f"stage {stage.number}" if right - left > 1.5 else str(stage.number),
             transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="#555555",
@@ -82,28 +81,28 @@ def shade_stages(axes: Axes, run: RunRecord) -> None:
 
 @styled
 def accuracy_picture(groups: Sequence[Group]) -> Figure | None:
-    """Accuracy on the validation set by epoch; several seeds as their mean and range."""
+    """Validation accuracy by epoch; mean and range for several seeds."""
     if not any(run.of("valid") for group in groups for run in group.runs):
         return None
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
-    for place, group in enumerate(groups):
+    for index, group in enumerate(groups):
         epochs, low, middle, high = _over_seeds(group, "accuracy")
         percent = [[100 * value for value in values] for values in (low, middle, high)]
         axes.plot(
-            epochs, percent[1], color=colour(place), marker=MARKS[place % len(MARKS)], markersize=4,
+            epochs, percent[1], color=color_of(index), marker=MARKS[index % len(MARKS)], markersize=4,
             label=group.label + (f", {len(group.runs)} seeds (mean, range)" if len(group.runs) > 1 else ""),
         )  # fmt: skip
         if len(group.runs) > 1:
-            axes.fill_between(epochs, percent[0], percent[2], color=colour(place), alpha=0.2, linewidth=0)
+            axes.fill_between(epochs, percent[0], percent[2], color=color_of(index), alpha=0.2, linewidth=0)
     if len(groups) == 1 and any(line["cot_match"] for line in groups[0].first.of("valid")):
         epochs, _, middle, _ = _over_seeds(groups[0], "cot_match")
         axes.plot(
             epochs,
             [100 * v for v in middle],
-            color=colour(1),
+            color=color_of(1),
             linestyle="--",
-            label="reasoning written as given",
+            label="CoT match",
         )
     shade_stages(axes, groups[0].first)
     axes.set(xlabel="epoch", ylabel="%", ylim=(-2, 102))
@@ -114,20 +113,20 @@ def accuracy_picture(groups: Sequence[Group]) -> Figure | None:
 
 @styled
 def loss_picture(groups: Sequence[Group]) -> Figure | None:
-    """Training loss by step, thinned, and the loss on the validation set by epoch."""
-    runs = [(place, group, run) for place, group in enumerate(groups) for run in group.runs]
+    """Training loss by step, thinned, and validation loss by epoch."""
+    runs = [(index, group, run) for index, group in enumerate(groups) for run in group.runs]
     if not any(run.of("train") for _, _, run in runs):
         return None
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
-    for place, group, run in runs:
+    for index, group, run in runs:
         epochs, losses = smoothed_losses(run)
         label = f"{group.label}, training" if run is group.first else None
-        axes.plot(epochs, losses, color=colour(place), linewidth=1, alpha=0.7, label=label)
+        axes.plot(epochs, losses, color=color_of(index), linewidth=1, alpha=0.7, label=label)
         valid = run.of("valid")
         axes.plot(
-            [line["epoch"] + 1 for line in valid], [line["loss"] for line in valid], color=colour(place),
-            linestyle="none", marker=MARKS[place % len(MARKS)], markersize=4,
+            [line["epoch"] + 1 for line in valid], [line["loss"] for line in valid], color=color_of(index),
+            linestyle="none", marker=MARKS[index % len(MARKS)], markersize=4,
             label=f"{group.label}, validation" if run is group.first else None,
         )  # fmt: skip
     shade_stages(axes, groups[0].first)
@@ -139,7 +138,7 @@ def loss_picture(groups: Sequence[Group]) -> Figure | None:
 
 @styled
 def window_picture(run: RunRecord) -> Figure | None:
-    """Share of each hidden state in the thought, over training; None for thoughts without weights."""
+    """Weight of each hidden state in the thought over training; None for thoughts without weights."""
     lines = [line for line in run.of("valid") if line.get("window_weights")]
     if not lines:
         return None
@@ -147,10 +146,10 @@ def window_picture(run: RunRecord) -> Figure | None:
     epochs = [line["epoch"] + 1 for line in lines]
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
-    for place, column in enumerate(weights):
-        name = "newest state" if place == 0 else f"{place} before"
+    for index, column in enumerate(weights):
+        name = "newest state" if index == 0 else f"{index} before"
         axes.plot(
-            epochs, column, color=colour(place), marker=MARKS[place % len(MARKS)], markersize=4, label=name
+            epochs, column, color=color_of(index), marker=MARKS[index % len(MARKS)], markersize=4, label=name
         )
     shade_stages(axes, run)
     axes.set(xlabel="epoch", ylabel="weight")
@@ -161,21 +160,21 @@ def window_picture(run: RunRecord) -> Figure | None:
 
 @styled
 def stage_picture(groups: Sequence[Group]) -> Figure | None:
-    """Accuracy at the end of every stage, with 95 % intervals over the items."""
+    """Accuracy at the end of every stage with 95 % intervals."""
     shown = [group for group in groups if len(group.first.stages) > 1]
     if not shown:
         return None
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
     titles: dict[int, str] = {}
-    for place, group in enumerate(shown):
+    for index, group in enumerate(shown):
         for result in group.first.stages:
             lines = [s.line for run in group.runs for s in run.stages if s.number == result.number]
             accuracy = Accuracy.of(lines)
             errors = [[100 * (accuracy.value - accuracy.low)], [100 * (accuracy.high - accuracy.value)]]
             axes.errorbar(
-                result.number + 0.12 * (place - (len(shown) - 1) / 2), 100 * accuracy.value, yerr=errors,
-                color=colour(place), marker=MARKS[place % len(MARKS)], capsize=3, linestyle="none",
+                result.number + 0.12 * (index - (len(shown) - 1) / 2), 100 * accuracy.value, yerr=errors,
+                color=color_of(index), marker=MARKS[index % len(MARKS)], capsize=3, linestyle="none",
                 label=group.label if result is group.first.stages[0] else None,
             )  # fmt: skip
             titles.setdefault(result.number, describe_stage(result.stage))
@@ -188,22 +187,22 @@ def stage_picture(groups: Sequence[Group]) -> Figure | None:
 
 
 def smoothed_losses(run: RunRecord) -> tuple[list[float], list[float]]:
-    """(epochs, losses) of training, means over equal runs of steps, at most MOST_POINTS of them."""
+    """(epochs, losses) of training: at most MAX_POINTS means over equal numbers of steps."""
     by_epoch: dict[int, list[Line]] = {}
     for line in run.of("train"):
         by_epoch.setdefault(int(line["epoch"]), []).append(line)
     points = []
     for epoch, lines in by_epoch.items():
-        whole = max(map(len, by_epoch.values()))
-        numbered = [(place, line["loss"]) for place, line in enumerate(lines) if math.isfinite(line["loss"])]
-        points += [(epoch + (place + 1) / whole + 0.5, loss) for place, loss in numbered]
+        num_steps = max(map(len, by_epoch.values()))
+        numbered = [(index, line["loss"]) for index, line in enumerate(lines) if math.isfinite(line["loss"])]
+        points += [(epoch + (index + 1) / num_steps + 0.5, loss) for index, loss in numbered]
     width = -(-len(points) // MAX_POINTS) or 1
     chunks = [points[start : start + width] for start in range(0, len(points), width)]
     return [mean(x for x, _ in chunk) for chunk in chunks], [mean(y for _, y in chunk) for chunk in chunks]
 
 
 def _over_seeds(group: Group, name: str) -> tuple[list[int], list[float], list[float], list[float]]:
-    """(epochs from 1, lowest, mean, highest) of a number of the validation lines."""
+    """(epochs from 1, lowest, mean, highest) of the field `name` in validation lines."""
     values: dict[int, list[Any]] = {}
     for run in group.runs:
         for epoch, line in {int(line["epoch"]): line for line in run.of("valid")}.items():

@@ -1,7 +1,4 @@
-"""Pictures of memory: over the phases, plan against measured, ranks, stages; always with the budget.
-
-Knows: run records with profile and plan, matplotlib.  Does not know: pages.
-"""
+"""Figures of memory with the budget: by phase, plan against measured, by rank, by stage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from coconut_ds.reports.figures import MARKS, colour, new_figure, shade_stages, styled
+from coconut_ds.reports.figures import MARKS, color_of, new_figure, shade_stages, styled
 from coconut_ds.reports.memory_tables import Row, against_plan, heaviest, is_on_gpu
 from coconut_ds.reports.run_records import RunRecord
 
 Json = Mapping[str, Any]
-BUDGET_COLOUR = "#B00020"
-# A budget line further up than this many peaks would press the picture flat; a note says it instead.
+BUDGET_COLOR = "#B00020"
+# If the budget is more than this many times the peak, a note replaces the budget line.
 VISIBLE = 4.0
 TENSORS = "tensors, peak"
-KINDS = {  # how a phase is recognised -> (what the legend says, colour)
+KINDS = {  # kind of a phase -> (legend, color)
     "initialise": ("initialise", "#BBBBBB"),
     "pass": ("passes and loss", "#0072B2"),
     "backward": ("backward", "#D55E00"),
@@ -32,7 +29,7 @@ SAME_KIND = {"embed": "pass", "loss": "pass"}
 
 
 def kind_of(phase: str) -> str:
-    """Which of KINDS a phase is: 'step 2: pass 3 (2)' is a 'pass'."""
+    """The kind of a phase: 'step 2: pass 3 (2)' -> 'pass'."""
     word = phase.rpartition(": ")[2].split()[0]
     return SAME_KIND.get(word, word)
 
@@ -50,29 +47,29 @@ def mark_budget(
     across: bool = False,
     at: tuple[float, float] = (1.0, 1.01),
 ) -> None:
-    """A line at the budget; where it is far above everything shown a note, at a place of the axes."""
+    """Draw a line at the budget, or a note at position `at` if it is far above the peak."""
     if budget is None or highest <= 0:
         return
     if budget > VISIBLE * highest:
         note = f"budget {budget:,.0f} MiB: {100 * highest / budget:.1f} % used"
-        how: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
-        axes.text(*at, note, color=BUDGET_COLOUR, fontsize=9, **how)
+        style: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
+        axes.text(*at, note, color=BUDGET_COLOR, fontsize=9, **style)
         return
-    line: dict[str, Any] = {"color": BUDGET_COLOUR, "linestyle": "--", "linewidth": 1.5}
-    said = f"budget {budget:,.0f} MiB"
+    line: dict[str, Any] = {"color": BUDGET_COLOR, "linestyle": "--", "linewidth": 1.5}
+    label = f"budget {budget:,.0f} MiB"
     if across:
         axes.axvline(budget, **line)
         above = axes.get_xaxis_transform()
         axes.text(
-            budget, 1.01, said, transform=above, ha="center", va="bottom", color=BUDGET_COLOUR, fontsize=9
+            budget, 1.01, label, transform=above, ha="center", va="bottom", color=BUDGET_COLOR, fontsize=9
         )
     else:
-        axes.axhline(budget, label=said, **line)
+        axes.axhline(budget, label=label, **line)
 
 
 @styled
 def timeline_picture(runs: Sequence[RunRecord]) -> Figure | None:
-    """Tensors alive through the phases, a panel for each run; every phase is as wide as the next."""
+    """Bytes of live tensors through the phases, one panel per run; all phases have equal width."""
     runs = [run for run in runs if run.profile]
     if not runs:
         return None
@@ -82,7 +79,7 @@ def timeline_picture(runs: Sequence[RunRecord]) -> Figure | None:
         assert run.profile is not None
         _timeline(axes, run.profile)
         on_gpu = is_on_gpu(run.profile)
-        where = "GPU memory" if on_gpu else "tensors of a CPU rank, host states included"
+        where = "GPU memory" if on_gpu else "tensors of a CPU rank, including host states"
         axes.set_title(f"{run.experiment.name}, {run.memory_split}: {where} by phase", loc="left")
     present = {kind_of(phase["name"]) for run in runs for phase in (run.profile or {})["ranks"][0]["phases"]}
     handles = [
@@ -96,27 +93,27 @@ def _timeline(axes: Axes, profile: Json) -> None:
     ranks = profile["ranks"]
     phases = ranks[0]["phases"]
     highest = max(rank["peak_mib"] for rank in ranks)
-    for place, phase in enumerate(phases):
-        axes.axvspan(place, place + 1, color=KINDS[kind_of(phase["name"])][1], alpha=0.13, linewidth=0)
-        peak = max(rank["phases"][place]["peak_mib"] for rank in ranks)
-        axes.text(place + 0.5, peak + highest * 0.02, f"{peak:,.0f}", ha="center", va="bottom", fontsize=7)
+    for index, phase in enumerate(phases):
+        axes.axvspan(index, index + 1, color=KINDS[kind_of(phase["name"])][1], alpha=0.13, linewidth=0)
+        peak = max(rank["phases"][index]["peak_mib"] for rank in ranks)
+        axes.text(index + 0.5, peak + highest * 0.02, f"{peak:,.0f}", ha="center", va="bottom", fontsize=7)
     for number, rank in enumerate(ranks):
-        places, sizes = _by_phase(rank)
+        positions, sizes = _by_phase(rank)
         label = f"rank {number}" if len(ranks) > 1 else "alive"
         style = ("-", "--", ":", "-.")[number % 4]
         axes.plot(
-            places,
+            positions,
             sizes,
-            color=colour(number),
+            color=color_of(number),
             linewidth=1.4,
             linestyle=style,
             label=label,
             drawstyle="steps-post",
         )
-        axes.fill_between(places, sizes, color=colour(number), alpha=0.10, linewidth=0, step="post")
+        axes.fill_between(positions, sizes, color=color_of(number), alpha=0.10, linewidth=0, step="post")
     mark_budget(axes, gpu_budget_mib(profile), highest, at=(0.995, 0.92))
     names = [phase["name"].replace("step ", "") for phase in phases]
-    axes.set_xticks([place + 0.5 for place in range(len(names))], names, rotation=60, ha="right", fontsize=8)
+    axes.set_xticks([index + 0.5 for index in range(len(names))], names, rotation=60, ha="right", fontsize=8)
     axes.set(ylabel="MiB", xlim=(0, len(phases)), ylim=(0, None))
     axes.margins(y=0.15)
     axes.set_ylim(0, max(axes.get_ylim()[1], highest * 1.18))
@@ -125,34 +122,34 @@ def _timeline(axes: Axes, profile: Json) -> None:
 
 
 def _by_phase(rank: Json) -> tuple[list[float], list[float]]:
-    """The timeline with every phase stretched to the width of 1; its peak and its end are always in it."""
-    places: list[float] = []
+    """The timeline with every phase scaled to width 1, always including its peak and its end."""
+    positions: list[float] = []
     sizes: list[float] = []
     points, seen, level = rank["timeline"], 0, 0.0
-    for place, phase in enumerate(rank["phases"]):
+    for index, phase in enumerate(rank["phases"]):
         start, seconds = phase["start_seconds"], max(phase["seconds"], 1e-9)
         while seen < len(points) and points[seen][0] < start:
             level, seen = points[seen][1], seen + 1
         inside = []
         while seen < len(points) and points[seen][0] < start + seconds:
-            inside.append((place + (points[seen][0] - start) / seconds, points[seen][1]))
+            inside.append((index + (points[seen][0] - start) / seconds, points[seen][1]))
             seen += 1
         if not any(size >= 0.995 * phase["peak_mib"] for _, size in inside):
-            inside.append((place + 0.5, phase["peak_mib"]))
+            inside.append((index + 0.5, phase["peak_mib"]))
         path = [
-            (place + 0.0, min(level, phase["peak_mib"])),
+            (index + 0.0, min(level, phase["peak_mib"])),
             *sorted(inside),
-            (place + 1.0, phase["end_mib"]),
+            (index + 1.0, phase["end_mib"]),
         ]
         level = phase["end_mib"]
-        places += [x for x, _ in path]
+        positions += [x for x, _ in path]
         sizes += [y for _, y in path]
-    return places, sizes
+    return positions, sizes
 
 
 @styled
 def components_picture(runs: Sequence[RunRecord]) -> Figure | None:
-    """What lasts and the largest phase, stacked: plan over measured, for every run."""
+    """Persistent states and the largest phase, stacked: plan above measured, for every run."""
     runs = [run for run in runs if run.profile]
     if not runs:
         return None
@@ -175,25 +172,25 @@ def components_picture(runs: Sequence[RunRecord]) -> Figure | None:
     mark_budget(axes, budget, highest, across=True)
     axes.set(xlabel="MiB")
     axes.set_xlim(0, max(axes.get_xlim()[1], highest * 1.12))
-    axes.set_title("Plan against measured, the heaviest rank", loc="left")
+    axes.set_title("Plan against measured, rank with the highest peak", loc="left")
     axes.grid(axis="y", visible=False)
-    handles = [Patch(color=colour(place), label=name) for name, place in labels.items()]
+    handles = [Patch(color=color_of(index), label=name) for name, index in labels.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=9)
     return figure
 
 
-def _stack(axes: Axes, place: int, rows: Sequence[Row], planned: bool, labels: dict[str, int]) -> float:
-    """One bar; gives its length."""
+def _stack(axes: Axes, index: int, rows: Sequence[Row], planned: bool, labels: dict[str, int]) -> float:
+    """Draw one bar; returns its length."""
     sizes = [(row, (row.planned or 0.0) if planned else row.measured) for row in rows]
     phase = max((pair for pair in sizes if not pair[0].lasts), key=lambda pair: pair[1])
     left = 0.0
     for row, size in [*(pair for pair in sizes if pair[0].lasts), phase]:
         name = row.name if row.lasts else f"during {row.name}"
         number = labels.setdefault(name, len(labels))
-        axes.barh(place, size, left=left, color=colour(number), height=0.7, hatch="//" if planned else None,
+        axes.barh(index, size, left=left, color=color_of(number), height=0.7, hatch="//" if planned else None,
                   edgecolor="white", linewidth=0.5)  # fmt: skip
         left += size
-    axes.text(left, place, f" {left:,.1f}", va="center", fontsize=9)
+    axes.text(left, index, f" {left:,.1f}", va="center", fontsize=9)
     return left
 
 
@@ -210,8 +207,8 @@ def ranks_picture(runs: Sequence[RunRecord]) -> Figure | None:
         bars = _rank_bars(run.profile)
         width = 0.8 / len(bars)
         for number, (name, values) in enumerate(bars.items()):
-            places = [rank + (number - (len(bars) - 1) / 2) * width for rank in range(len(values))]
-            drawn = axes.bar(places, values, width * 0.95, color=colour(number), label=name)
+            positions = [rank + (number - (len(bars) - 1) / 2) * width for rank in range(len(values))]
+            drawn = axes.bar(positions, values, width * 0.95, color=color_of(number), label=name)
             axes.bar_label(drawn, fmt="{:,.0f}", fontsize=8)
         mark_budget(axes, gpu_budget_mib(run.profile), max(bars[TENSORS]))
         count = len(run.profile["ranks"])
@@ -228,24 +225,26 @@ def _rank_bars(profile: Json) -> dict[str, list[float]]:
     ranks = profile["ranks"]
     readings = [[phase["reading"] for phase in rank["phases"]] for rank in ranks]
 
-    def most(name: str) -> list[float]:
+    def highest(name: str) -> list[float]:
         return [max(reading[name] for reading in rank) for rank in readings]
 
     bars = {TENSORS: [rank["peak_mib"] for rank in ranks]}
     if is_on_gpu(profile):
         bars |= {
-            "reserved": most("reserved_peak"),
-            "whole card": most("device_used"),
-            "pinned host": most("pinned"),
+            "reserved": highest("reserved_peak"),
+            "device used": highest("device_used"),
+            "pinned host": highest("pinned"),
         }
     return {
-        name: values for name, values in {**bars, "resident host (RSS)": most("rss")}.items() if any(values)
+        name: values
+        for name, values in {**bars, "resident host (RSS)": highest("rss")}.items()
+        if any(values)
     }
 
 
 @styled
 def stages_picture(runs: Sequence[RunRecord]) -> Figure | None:
-    """The peak of every epoch of training, stages behind, with the plan of every stage on a GPU."""
+    """Peak of every training epoch with stages, and on a GPU with the plan of every stage."""
     runs = [run for run in runs if run.of("memory")]
     if not runs:
         return None
@@ -254,15 +253,15 @@ def stages_picture(runs: Sequence[RunRecord]) -> Figure | None:
     on_gpu = all(run.uses_gpu for run in runs)
     name = "gpu_allocated_peak_mib" if on_gpu else "host_rss_peak_mib"
     highest = 0.0
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         peaks = {int(line["epoch"]) + 1: line[name] for line in run.of("memory") if name in line}
         highest = max(highest, *peaks.values())
-        axes.plot(list(peaks), list(peaks.values()), color=colour(place), marker=MARKS[place % len(MARKS)],
+        axes.plot(list(peaks), list(peaks.values()), color=color_of(index), marker=MARKS[index % len(MARKS)],
                   markersize=4, label=f"{run.experiment.name}, measured")  # fmt: skip
         if on_gpu and run.plan:
             starts = [stage["first_epoch"] + 1 for stage in run.plan["stages"]]
             sizes = [stage["gpu_mib"] for stage in run.plan["stages"]]
-            axes.step([*starts, max(peaks)], [*sizes, sizes[-1]], where="post", color=colour(place),
+            axes.step([*starts, max(peaks)], [*sizes, sizes[-1]], where="post", color=color_of(index),
                       linestyle=":", label=f"{run.experiment.name}, plan")  # fmt: skip
     shade_stages(axes, runs[0])
     mark_budget(axes, runs[0].budget_mib, highest, at=(1.0, 0.9))
@@ -274,5 +273,5 @@ def stages_picture(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def peak_contents(profile: Json) -> list[tuple[str, float]]:
-    """What was alive at the peak, by the phase that made it; largest first."""
+    """MiB alive at the peak by the phase that allocated them, largest first."""
     return sorted(heaviest(profile)["at_peak"]["made_in_mib"].items(), key=lambda item: -item[1])

@@ -1,10 +1,9 @@
-"""A profile as text, and beside its plan.
+"""A profile as text, compared with its plan.
 
-    profile_text(profile, plan)      phases, ranks, what lasts, plan against measured
-    against_plan(profile, plan)      the comparison alone, for pictures
+    profile_text(profile, plan)      phases, ranks, states, plan against measured
+    against_plan(profile, plan)      only the comparison, for figures
 
-Both come as the plain data of profile.json and plan.json; sizes are MiB.
-Knows: those two files.  Does not know: how they are made.
+Input is the plain data of profile.json and plan.json; sizes are MiB.
 """
 
 import re
@@ -27,7 +26,7 @@ PASS = re.compile(r"(step \d+: )pass (\d+)(.*)")
 
 @dataclass(frozen=True)
 class Row:
-    """MiB of one thing, planned and measured; `lasts`: from the first optimizer step on."""
+    """MiB of one part, planned and measured; `lasts`: a state after the first optimizer step."""
 
     name: str
     planned: float | None
@@ -45,15 +44,15 @@ def heaviest(profile: Json) -> Json:
 
 
 def states_level(rank: Json) -> float:
-    """What lasts on a rank's device: its tensors after the second step."""
+    """States on a rank's device: its tensors after the second step."""
     device = str(rank["device"]).split(":")[0]
     return sum(rank["states_mib"]["step 2"].get(device, {}).values())
 
 
 def against_plan(profile: Json, plan: Json | None) -> list[Row]:
-    """What lasts, and what each phase takes beyond it, on the heaviest rank.
+    """States, and the peak of each phase beyond them, on the rank with the highest peak.
 
-    Without a GPU everything lies in host memory, and the plan's host items count, too.
+    Without a GPU everything is in host memory, so the plan's host items count too.
     """
     rank = heaviest(profile)
     kinds = rank["states_mib"]["step 2"].get(str(rank["device"]).split(":")[0], {})
@@ -79,7 +78,7 @@ def against_plan(profile: Json, plan: Json | None) -> list[Row]:
 
 
 def totals(rows: Sequence[Row]) -> Row:
-    """What lasts and the largest phase."""
+    """States plus the largest phase."""
 
     def total(sizes: Sequence[tuple[float, bool]]) -> float:
         return sum(size for size, lasts in sizes if lasts) + max(size for size, lasts in sizes if not lasts)
@@ -91,11 +90,11 @@ def totals(rows: Sequence[Row]) -> Row:
 
 
 def profile_text(profile: Json, plan: Json | None) -> str:
-    """What the terminal shows."""
+    """The complete text for a terminal."""
     ranks, where = profile["ranks"], "GPU" if is_on_gpu(profile) else "CPU"
     lines = [
         f"{profile['experiment']} with {profile['ds_config']}: {len(ranks)} ranks, {where}, MiB of tensors",
-        f"worst stage, {profile['stage']}: {profile['batch']}",
+        f"largest stage, {profile['stage']}: {profile['batch']}",
         "",
         _phases(profile).text(),
         "",
@@ -103,7 +102,7 @@ def profile_text(profile: Json, plan: Json | None) -> str:
     ]
     at_peak = heaviest(profile)["at_peak"]
     made = sorted(at_peak["made_in_mib"].items(), key=lambda item: -item[1])[:4]
-    lines += ["", f"at the peak, in '{at_peak['phase']}', alive from: " + _list(made)]
+    lines += ["", f"alive at the peak ('{at_peak['phase']}'), by phase of allocation: " + _list(made)]
     lines += _verdict(profile)
     return "\n".join(lines)
 
@@ -111,15 +110,15 @@ def profile_text(profile: Json, plan: Json | None) -> str:
 def _phases(profile: Json) -> Table:
     on_gpu, ranks = is_on_gpu(profile), profile["ranks"]
     head = ["phase", "seconds", "peak", "peak by rank" if len(ranks) > 1 else "", "end"]
-    head += ["reserved", "card", "pinned", "retries", "RSS"] if on_gpu else ["RSS"]
+    head += ["reserved", "GPU used", "pinned", "retries", "RSS"] if on_gpu else ["RSS"]
     rows = []
     for group in _joined([phase["name"] for phase in ranks[0]["phases"]]):
-        mine = [[rank["phases"][place] for place in group] for rank in ranks]
-        peaks = [max(phase["peak_mib"] for phase in phases) for phases in mine]
-        last = [phases[-1] for phases in mine]
+        by_rank = [[rank["phases"][index] for index in group] for rank in ranks]
+        peaks = [max(phase["peak_mib"] for phase in phases) for phases in by_rank]
+        last = [phases[-1] for phases in by_rank]
         cells = [
-            _group_name([phase["name"] for phase in mine[0]]),
-            f"{sum(phase['seconds'] for phase in mine[0]):.2f}",
+            _group_name([phase["name"] for phase in by_rank[0]]),
+            f"{sum(phase['seconds'] for phase in by_rank[0]):.2f}",
             f"{max(peaks):,.1f}",
             " ".join(f"{peak:,.1f}" for peak in peaks) if len(ranks) > 1 else "",
             f"{max(phase['end_mib'] for phase in last):,.1f}",
@@ -131,17 +130,17 @@ def _phases(profile: Json) -> Table:
 
 
 def _joined(names: Sequence[str]) -> list[list[int]]:
-    """Places of phases that make a line: the passes between the first and the last are one."""
+    """Indices of the phases in each line: the passes between the first and the last share one."""
     groups: list[list[int]] = []
-    for place, name in enumerate(names):
-        fit, before = PASS.fullmatch(name), PASS.fullmatch(names[place - 1]) if place else None
+    for index, name in enumerate(names):
+        fit, before = PASS.fullmatch(name), PASS.fullmatch(names[index - 1]) if index else None
         is_inner = (
-            fit is not None and fit[2] != "0" and place + 1 < len(names) and PASS.fullmatch(names[place + 1])
+            fit is not None and fit[2] != "0" and index + 1 < len(names) and PASS.fullmatch(names[index + 1])
         )
         if is_inner and before is not None and before[2] != "0":
-            groups[-1].append(place)
+            groups[-1].append(index)
         else:
-            groups.append([place])
+            groups.append([index])
     return groups
 
 
@@ -153,8 +152,8 @@ def _group_name(names: Sequence[str]) -> str:
 
 
 def _comparison(rows: Sequence[Row], profile: Json) -> Table:
-    where = "" if is_on_gpu(profile) else ", GPU and host together"
-    title = f"PLAN AGAINST MEASURED, the heaviest rank{where}"
+    where = "" if is_on_gpu(profile) else ", GPU and host states together"
+    title = f"PLAN AGAINST MEASURED, rank with the highest peak{where}"
     printed = []
     for row in [*rows, totals(rows)]:
         name = row.name if row.lasts else f"  + {row.name}"
@@ -167,15 +166,13 @@ def _comparison(rows: Sequence[Row], profile: Json) -> Table:
 def _verdict(profile: Json) -> list[str]:
     budget, rank = profile["budget"], heaviest(profile)
     if budget is None:
-        return ["no memory_budget to hold it to"]
+        return ["budget: the DeepSpeed config has no memory_budget"]
     allowed = budget["gpu_memory_mib"] - budget["reserved_mib"]
     if not is_on_gpu(profile):
-        return [
-            f"budget of one GPU: {allowed:,.0f} MiB; these ranks ran on the CPU, states of the host included"
-        ]
+        return [f"budget of one GPU: {allowed:,.0f} MiB; these ranks ran on the CPU, including host states"]
     free = allowed - rank["peak_mib"]
-    said = f"{free:,.0f} MiB to spare" if free >= 0 else f"{-free:,.0f} MiB TOO MUCH"
-    return [f"budget: {rank['peak_mib']:,.0f} of {allowed:,.0f} MiB, {said}"]
+    result = f"{free:,.0f} MiB free" if free >= 0 else f"{-free:,.0f} MiB OVER BUDGET"
+    return [f"budget: {rank['peak_mib']:,.0f} of {allowed:,.0f} MiB, {result}"]
 
 
 def _list(made: Sequence[tuple[str, float]]) -> str:

@@ -1,7 +1,4 @@
-"""The report: one HTML file without scripts or links, pictures inside; the same pictures as PNG beside it.
-
-Knows: run records, pictures, tables.  Does not know: the command line.
-"""
+"""The report: one HTML file with embedded figures, no scripts or links, and the figures as PNG beside it."""
 
 import html
 import time
@@ -46,7 +43,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; l
 def write_page(
     page: Path, runs: Sequence[RunRecord], groups: Sequence[Group], tables: Sequence[Table]
 ) -> list[Path]:
-    """Write the page and its pictures; gives their paths, the page first."""
+    """Write the page and its figures; returns their paths, the page first."""
     if run_folder_of(page) or not page.parent.exists():
         make_folder(page.parent)
     prefix = "" if page.stem == "report" else f"{page.stem}_"
@@ -73,7 +70,7 @@ def write_page(
     ]
     for run in runs:
         name = "window" if len(runs) == 1 else f"window_{run.experiment.name}"
-        caption = f"{run.experiment.name}: how much each earlier hidden state gives to a thought."
+        caption = f"{run.experiment.name}: weight of each earlier hidden state in a thought."
         pictures.append(picture(name, learning.window_picture(run), caption))
     if any(pictures):
         parts += ["<h2>Learning</h2>", *pictures]
@@ -92,7 +89,7 @@ def write_page(
 
 
 def report_of(folder: Path) -> Path:
-    """Write a run folder's own page; gives its path.  Raises ConfigError for a folder that is none."""
+    """Write the report of a run folder; returns its path.  Raises ConfigError if it is no run folder."""
     run = read_run(folder)
     groups = group_runs([run])
     return write_page(
@@ -110,8 +107,8 @@ def _head(runs: Sequence[RunRecord]) -> list[str]:
     for run in runs:
         if run.plan:
             over = "" if run.plan["fits"] else " over"
-            said = f"<b>{html.escape(run.experiment.name)}</b>, plan: {html.escape(run.plan['verdict'])}"
-            parts.append(f'<p class="verdict{over}">{said}</p>')
+            verdict = f"<b>{html.escape(run.experiment.name)}</b>, plan: {html.escape(run.plan['verdict'])}"
+            parts.append(f'<p class="verdict{over}">{verdict}</p>')
     return parts
 
 
@@ -121,46 +118,44 @@ def _memory(runs: Sequence[RunRecord], picture: Callable[[str, Figure | None, st
     parts.append(
         picture(
             "timeline", memory.timeline_picture(runs),
-            "Tensors alive through two optimizer steps on the worst batch; phases are drawn equally wide, "
-            "the number is each phase's peak in MiB.",
+            "Live tensors through two optimizer steps on the largest batch; phases have equal width, "
+            "numbers are the peak of each phase in MiB.",
         )
     )  # fmt: skip
     parts.append(
         picture(
             "components", memory.components_picture(runs),
-            "What lasts from the first step on, and the phase that takes the most; hatched: the plan.",
+            "States after the first step plus the largest phase; hatched: the plan.",
         )
     )  # fmt: skip
-    parts.append(picture("ranks", memory.ranks_picture(runs), "Highest values of every rank."))
-    parts.append(picture("peaks", memory.stages_picture(runs), "Highest memory in every epoch of training."))
+    parts.append(picture("ranks", memory.ranks_picture(runs), "Peaks of every rank."))
+    parts.append(picture("peaks", memory.stages_picture(runs), "Peak memory in every epoch of training."))
     for run in profiled:
         assert run.profile is not None
         parts.append(f"<pre>{html.escape(profile_text(run.profile, run.plan))}</pre>")
         rows = [[name, f"{size:,.1f}"] for name, size in memory.peak_contents(run.profile) if size >= 0.05]
-        parts.append(as_html(Table(["alive at the peak, made in", "MiB"], rows)))
+        parts.append(as_html(Table(["alive at the peak, allocated in", "MiB"], rows)))
     if not profiled:
-        parts.append(
-            "<p>Phases: run <code>profile</code> with the same settings; it writes memory/profile.json.</p>"
-        )
+        parts.append("<p>For memory by phase, run <code>profile</code> with the same settings.</p>")
     return parts
 
 
 def _settings(run: RunRecord) -> str:
     environment = run.environment
-    said = [
+    lines = [
         f"{key}: {environment[key]}" for key in ("started", "command", "host", "code") if key in environment
     ]
-    said += [f"{name} {version}" for name, version in environment.get("libraries", {}).items()]
-    text = "\n".join([*said, "", experiment_to_yaml(run.experiment)])
+    lines += [f"{name} {version}" for name, version in environment.get("libraries", {}).items()]
+    text = "\n".join([*lines, "", experiment_to_yaml(run.experiment)])
     title = html.escape(f"{run.experiment.name}: {run.folder}")
     return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def as_html(table: Table) -> str:
-    """A table of a page."""
+    """A table as HTML."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        classes = ["" if place < table.num_words else ' class="n"' for place in range(len(cells))]
+        classes = ["" if column < table.num_words else ' class="n"' for column in range(len(cells))]
         inside = [f"<{tag}{c}>{html.escape(cell)}</{tag}>" for cell, c in zip(cells, classes, strict=True)]
         return f"<tr>{''.join(inside)}</tr>"
 

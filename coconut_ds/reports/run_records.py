@@ -1,10 +1,8 @@
-"""Read a run folder back: settings, the lines of metrics.jsonl by kind, plan, profile, predictions.
+"""Read a run folder: settings, the lines of metrics.jsonl by kind, plan, profile, predictions.
 
-    run = read_run("runs/gsm-coconut")
-    run.result         the test line, else the last line of the validation set
-    run.stages         the last validation of every stage
-
-Knows: the files of a run folder.  Does not know: tables, pictures, models.
+run = read_run("runs/gsm-coconut")
+run.result         the test line, else the last line of the validation set
+run.stages         the last validation of every stage
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +34,7 @@ PREDICTIONS = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class StageResult:
-    """The last measurement of the validation set at one stage."""
+    """The last validation at one stage."""
 
     number: int
     stage: Stage
@@ -46,10 +44,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one GPU and the host may use, MiB; from the plan or the profile of the run."""
+    """Budget of one GPU and the host, MiB, from the plan or the profile of the run."""
 
     device: str
-    gpu_mib: float  # the card's, without what stays outside of the allocator
+    gpu_mib: float  # the GPU's memory less reserved_mib
     reserved_mib: float
     host_mib: float
     components_mib: Mapping[str, float]
@@ -57,7 +55,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder as its files say."""
+    """The records of one run folder."""
 
     folder: Path
     experiment: Experiment
@@ -73,13 +71,13 @@ class RunRecord:
 
     @property
     def dataset(self) -> str:
-        """Name of the data set, as its card or its file name says."""
+        """Name of the data set, from its card or its file name."""
         experiment = self.experiment
         return card_for(experiment.test_path or experiment.val_path).name
 
     @property
     def memory_split(self) -> str:
-        """How the run splits memory, in a few words: 'ZeRO-2, offload, fp16'."""
+        """The DeepSpeed config in a few words: 'ZeRO-2, offload, fp16'."""
         zero = self.ds_config.get("zero_optimization", {})
         words = [f"ZeRO-{zero.get('stage', 0)}"]
         words += ["offload"] if zero.get("offload_optimizer", {}).get("device", "none") != "none" else []
@@ -87,13 +85,13 @@ class RunRecord:
         return ", ".join([*words, *halves])
 
     def stage_of(self, line: Line) -> Stage:
-        """The stage that a line of the validation or test set was measured at."""
-        if line["kind"] == "test" and "at" not in line:  # older versions hid every step, whatever the method
+        """The stage of a validation or test line."""
+        if line["kind"] == "test" and "at" not in line:  # older versions hid every step for all methods
             return numbered_stage(self.experiment.max_latent_stage + 1, self.experiment)
         return stage_at(int(line["epoch"]), self.experiment)
 
     def measured(self, split: str) -> list[Line]:
-        """The lines of a set, without tests of older versions at a stage that the run was not trained at."""
+        """The lines of a split, without tests by older versions at a stage that was not trained."""
         return [line for line in self.of(split) if not self._at_untrained_stage(line)]
 
     @property
@@ -103,48 +101,48 @@ class RunRecord:
 
     def _at_untrained_stage(self, line: Line) -> bool:
         trained, tested = stage_at(int(line["epoch"]), self.experiment), self.stage_of(line)
-        # Stage max_latent_stage hides all steps of problems that have no more.
+        # Stage max_latent_stage hides all steps of problems with that many steps.
         same = trained.hidden_tokens or trained.hidden_steps >= self.experiment.max_latent_stage
         return trained.num_latents != tested.num_latents or not (trained == tested or same)
 
     @property
     def split(self) -> str | None:
-        """Which set `result` is about."""
+        """The split of `result`."""
         return next((split for split in SPLITS if self.measured(split)), None)
 
     @property
     def result(self) -> Line | None:
-        """The test line, else the last validation; None before the first."""
+        """The test line, else the last validation line; None before the first."""
         return self.measured(self.split)[-1] if self.split else None
 
     @property
     def result_stage(self) -> Stage:
-        """The stage that `result` was measured at."""
+        """The stage of `result`."""
         return final_stage(self.experiment) if self.result is None else self.stage_of(self.result)
 
     @cached_property
     def stages(self) -> list[StageResult]:
         """The last validation of every stage, in order."""
-        found: dict[Stage, StageResult] = {}
+        results: dict[Stage, StageResult] = {}
         for line in self.of("valid"):
             epoch = int(line["epoch"])
             stage = stage_at(epoch, self.experiment)
-            first = found[stage].first_epoch if stage in found else epoch
-            number = found[stage].number if stage in found else stage_number(epoch, self.experiment)
-            found[stage] = StageResult(number, stage, first, line)
-        return list(found.values())
+            first = results[stage].first_epoch if stage in results else epoch
+            number = results[stage].number if stage in results else stage_number(epoch, self.experiment)
+            results[stage] = StageResult(number, stage, first, line)
+        return list(results.values())
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Seconds of training in an epoch, the median over epochs: interruptions do not count."""
+        """Median seconds of training per complete epoch, so interruptions do not count."""
         times: dict[int, list[float]] = {}
         for line in self.of("train"):
             times.setdefault(int(line["epoch"]), []).append(line["time"])
-        whole = max(map(len, times.values()), default=0)
+        num_lines = max(map(len, times.values()), default=0)
         spans = [
             (seen[-1] - seen[0]) * len(seen) / (len(seen) - 1)
             for seen in times.values()
-            if len(seen) == whole and whole > 1
+            if len(seen) == num_lines and num_lines > 1
         ]
         return median(spans) if spans else None
 
@@ -158,13 +156,13 @@ class RunRecord:
 
     @property
     def peak_mib(self) -> float | None:
-        """The most that one GPU's tensors took; without a GPU the main rank's resident memory."""
+        """Peak of one GPU's tensors; without a GPU, the main rank's resident memory."""
         name = "gpu_allocated_peak_mib" if self.uses_gpu else "host_rss_peak_mib"
         return max((line[name] for line in self.of("memory") if name in line), default=None)
 
     @property
     def budget(self) -> Budget | None:
-        """The memory budget it ran under, where its plan or profile has one."""
+        """The memory budget of the run, if its plan or profile has one."""
         for source in (self.plan, self.profile):
             given = (source or {}).get("budget")
             if given:
@@ -175,13 +173,13 @@ class RunRecord:
 
     @property
     def budget_mib(self) -> float | None:
-        """What `peak_mib` may be: one GPU's share, or one rank's share of the host."""
+        """The limit for `peak_mib`: the GPU's budget, or one rank's share of the host's."""
         if self.budget is None:
             return None
         return self.budget.gpu_mib if self.uses_gpu else self.budget.host_mib / self.num_ranks
 
     def predictions(self) -> dict[str, dict[int, bool]]:
-        """Per split, whether each item was answered right, from the newest `eval` of the intact model."""
+        """For each split, whether each item is correct, from the newest `eval` of the intact model."""
         newest: dict[str, tuple[Any, dict[int, bool]]] = {}
         for line in prediction_lines(self.folder / PREDICTIONS):
             if line.get("ablation", "intact") != "intact":
@@ -194,7 +192,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Everything that a run folder says.  Raises ConfigError for a folder that is none."""
+    """Read all records of a run folder.  Raises ConfigError if it is no run folder."""
     folder = Path(folder)
     if not (folder / "experiment.yaml").is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no experiment.yaml")

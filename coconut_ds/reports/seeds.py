@@ -1,13 +1,12 @@
-"""Which runs are the same experiment with other seeds.
+"""Group runs of the same experiment with different seeds.
 
-Two runs are, if their settings differ in the seed, in names and places, and in where they start from at most,
-and if they start from the same checkpoint, or each from its own seed's:
+Their settings may differ only in the seed, in names and paths, and in the starting weights.  They must start
+from the same checkpoint, or each from the checkpoint of its own seed:
 
     seed: 3   load_model_path: runs/cot-seed-3/best
     seed: 4   load_model_path: runs/cot-seed-4/best
 
-A starting run is its seed's own if its folder says that seed; where the folder is gone, if its path does.
-Knows: run records.  Does not know: accuracies, tables.
+The seed of a starting run comes from its folder, or from its path if the folder is gone.
 """
 
 import re
@@ -20,7 +19,7 @@ from coconut_ds.config.experiment import Experiment, load_experiment
 from coconut_ds.errors import ConfigError
 from coconut_ds.reports.run_records import RunRecord
 
-# Settings that do not make another experiment: names, places, how it runs.
+# Settings that do not make a different experiment: names, paths, how it runs.
 NOT_COMPARED = {
     "project", "name", "save_path", "seed", "debug", "only_eval", "resume", "batch_size_eval",
     "eval_max_items", "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes",
@@ -30,12 +29,12 @@ STARTS = ("load_model_path", "model_id")
 
 
 def identity(run: RunRecord) -> dict[str, Any]:
-    """What makes a run another experiment, where it starts from included."""
+    """The settings that distinguish experiments, including the starting weights."""
     return {**_settings(run.experiment), "memory": run.memory_split}
 
 
 def by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Runs of the same experiment together, each list in the order of the seeds."""
+    """Groups of runs of the same experiment, each sorted by seed."""
     groups: list[list[RunRecord]] = []
     for run in runs:
         for members in groups:
@@ -78,7 +77,7 @@ def _same_start(key: str, first: Experiment, second: Experiment) -> bool:
 
 
 def _origin(path: str) -> Experiment | None:
-    """The settings of the run that a checkpoint or its name (`best`) lies in."""
+    """The settings of the run that a checkpoint or a name such as `best` belongs to."""
     try:
         return load_experiment(Path(path).parent / "experiment.yaml")
     except ConfigError:
@@ -86,6 +85,6 @@ def _origin(path: str) -> Experiment | None:
 
 
 def _without_seed(path: str, seed: int) -> str | None:
-    """'runs/cot-seed-{}/best' from 'runs/cot-seed-3/best' and 3; None where it does not name the seed."""
+    """'runs/cot-seed-{}/best' from 'runs/cot-seed-3/best' and 3; None if the seed is not in it."""
     text, count = re.subn(rf"(?<![A-Za-z])(seed|s)([-_=]?){seed}(?!\d)", r"\1\2{}", path)
     return text if count else None

@@ -1,7 +1,4 @@
-"""A table of cells as plain text, Markdown or LaTeX.
-
-Knows: cells, columns.  Does not know: what they say.
-"""
+"""A table of cells as plain text, Markdown or LaTeX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +9,7 @@ LATEX |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciici
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` of as many cells as `head`; the first `num_words` columns are words, the others numbers."""
+    """`rows` with as many cells as `head`; the first `num_words` columns are text, the others numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -20,28 +17,28 @@ class Table:
     title: str = ""
 
     def text(self) -> str:
-        """Columns of equal width for a terminal; numbers stand to the right."""
+        """Aligned columns for a terminal; numbers are right-aligned."""
         lines = [self.head, *self.rows]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(self.head))]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
         printed = []
         for line in lines:
             cells = [
-                cell.ljust(width) if place < self.num_words else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.ljust(width) if column < self.num_words else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ]
             printed.append("  ".join(cells).rstrip())
         return "\n".join([*([self.title] if self.title else []), *printed])
 
     def markdown(self) -> str:
         """A GitHub table."""
-        marks = ["---" if place < self.num_words else "---:" for place in range(len(self.head))]
+        marks = ["---" if column < self.num_words else "---:" for column in range(len(self.head))]
         escaped = [[cell.replace("|", r"\|") for cell in line] for line in self._lines()]
         lines = ["| " + " | ".join(line) + " |" for line in escaped]
         lines.insert(1, "|" + "|".join(marks) + "|")
         return "\n".join([*([f"**{self.title}**", ""] if self.title else []), *lines])
 
     def latex(self) -> str:
-        """A tabular with the rules of booktabs."""
+        """A LaTeX tabular with booktabs rules."""
         columns = "l" * self.num_words + "r" * (len(self.head) - self.num_words)
         head, *rows = [" & ".join(map(latex_escaped, line)) + r" \\" for line in self._lines()]
         return "\n".join(
@@ -62,5 +59,5 @@ class Table:
 
 
 def latex_escaped(text: str) -> str:
-    """`text` as LaTeX prints it."""
+    """`text` with LaTeX's special characters escaped."""
     return "".join(LATEX.get(letter, letter) for letter in text)

@@ -1,8 +1,6 @@
-"""Say in plain words when a run did not learn what it was trained for.
+"""Report in plain words when a run did not learn its task.
 
-    Stage 3 was not learned: 20.4 % (95 % interval 17.1 to 24.2) after 18 epochs, 100.0 % at stage 2. ...
-
-Knows: run records, statistics.  Does not know: models, how the words are shown.
+Stage 3 was not learned: 20.4 % (95 % interval 17.1 to 24.2) after 18 epochs, 100.0 % at stage 2. ...
 """
 
 from collections.abc import Sequence
@@ -13,29 +11,27 @@ from coconut_ds.reports.comparison import Accuracy, Group
 from coconut_ds.reports.run_records import Line, RunRecord, counted
 
 CHANGE_STAGE = (
-    "What may help: more epochs of this stage (epochs_per_stage), another seed, "
-    "earlier stages mixed in (uniform_prob)."
+    "Try more epochs of this stage (epochs_per_stage), another seed, "
+    "or earlier stages mixed in (uniform_prob)."
 )
-CHANGE_RUN = (
-    "What may help: more epochs (num_epochs), another lr or seed; `show` prints what the model is given."
-)
-BASELINE = "As the baseline without steps and latents it may be all that can be learned."
+CHANGE_RUN = "Try more epochs (num_epochs), another lr or seed; `show` prints the model's input."
+BASELINE = "As the baseline without steps and latents, it may be unable to learn more."
 
 
 def verdicts(run: RunRecord) -> list[str]:
-    """Lines about one run; none where it learned its last stage."""
+    """Lines about one run; empty if it learned its last stage."""
     lines = [f"{run.experiment.name}: {line}" for line in (_chance(run), _decline(run)) if line][:1]
     if run.untrained_tests:
         lines.append(
-            f"{run.experiment.name}: its test, by an older version, was at a stage it was not trained at "
-            f"and is left out; make it again: python -m coconut_ds eval {run.folder} --split test"
+            f"{run.experiment.name}: its test by an older version used a stage that was not trained "
+            f"and is left out; run it again: python -m coconut_ds eval {run.folder} --split test"
         )
     return lines
 
 
 def verdicts_against_no_cot(groups: Sequence[Group]) -> list[str]:
     """A line for every group that is not above the no-CoT runs of the same data set."""
-    found = []
+    warnings = []
     for base in groups:
         split, base_lines = base.results()
         if base.first.experiment.method is not Method.NO_COT or not base_lines:
@@ -46,15 +42,15 @@ def verdicts_against_no_cot(groups: Sequence[Group]) -> list[str]:
                 continue
             ours, theirs = Accuracy.of(lines), Accuracy.of(base_lines)
             if ours.low <= theirs.value and group.first.experiment.method is not Method.NO_COT:
-                found.append(
+                warnings.append(
                     f"{group.label} is not above {base.label}: {ours} against {theirs}; "
-                    "its steps or latents bring nothing here"
+                    "its steps or latents have no benefit here"
                 )
-    return found
+    return warnings
 
 
 def all_verdicts(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[str]:
-    """What a report says at its end."""
+    """All warnings of a report."""
     return [*(line for run in runs for line in verdicts(run)), *verdicts_against_no_cot(groups)]
 
 
@@ -67,16 +63,16 @@ def _chance(run: RunRecord) -> str | None:
         return None
     if run.experiment.method is Method.NO_COT:
         return f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. {BASELINE}"
-    told = f"was not learned: {_interval(line)} is not above chance ({_percent(line['chance'])})"
+    outcome = f"was not learned: {_interval(line)} is not above chance ({_percent(line['chance'])})"
     if _has_numbered_stages(run) and len(run.stages) > 1:
         before = run.stages[-2]
-        told += f"; {_percent(_accuracy(before.line))} at stage {before.number}"
-        return f"Stage {run.stages[-1].number} {told}{_so_far(run)}. {CHANGE_STAGE}"
-    return f"{run.experiment.method} {told}{_so_far(run)}. {CHANGE_RUN}"
+        outcome += f"; {_percent(_accuracy(before.line))} at stage {before.number}"
+        return f"Stage {run.stages[-1].number} {outcome}{_so_far(run)}. {CHANGE_STAGE}"
+    return f"{run.experiment.method} {outcome}{_so_far(run)}. {CHANGE_RUN}"
 
 
 def _decline(run: RunRecord) -> str | None:
-    """The last stage is below the one before by more than its interval; "not learned": by more than half."""
+    """A line if the last stage is below the one before by more than its interval."""
     if not _has_numbered_stages(run) or len(run.stages) < 2:
         return None
     before, last = run.stages[-2:]
@@ -98,7 +94,7 @@ def _has_numbered_stages(run: RunRecord) -> bool:
 
 
 def _so_far(run: RunRecord) -> str:
-    """Words for a run that has epochs left."""
+    """Text for a run with epochs left."""
     epochs = int(run.stages[-1].line["epoch"]) + 1
     return (
         f", so far ({epochs} of {run.experiment.num_epochs} epochs)"

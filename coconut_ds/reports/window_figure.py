@@ -1,7 +1,4 @@
-"""How the weights of a latent window moved over training, as a picture in the run folder.
-
-Knows: the lines of metrics.jsonl.  Does not know: thoughts, models, the loop.
-"""
+"""A figure of the latent window's weights over training, in the run folder."""
 
 import io
 from pathlib import Path
@@ -14,27 +11,27 @@ PICTURE = "window_weights.png"
 
 
 def draw_window_weights(folder: str | Path) -> Path | None:
-    """Draw every validation's window weights; gives the picture's path, or None where no line has any.
+    """Draw the window weights of every validation; returns the figure's path, or None without weights.
 
-    A later line of the same epoch replaces an earlier one (a resumed run).  Stage switches are dotted.
+    A later line of the same epoch replaces an earlier one (a resumed run).  Dotted lines mark stage switches.
     """
-    from matplotlib.figure import Figure  # half a second that most runs need not wait for
+    from matplotlib.figure import Figure  # takes half a second to import
 
     folder = Path(folder)
     lines = metric_lines(folder / METRICS)
-    found = {line["epoch"]: line for line in lines if line["kind"] == "valid" and "window_weights" in line}
-    if not found:
+    by_epoch = {line["epoch"]: line for line in lines if line["kind"] == "valid" and "window_weights" in line}
+    if not by_epoch:
         return None
-    epochs = sorted(found)
+    epochs = sorted(by_epoch)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for back in range(len(found[epochs[-1]]["window_weights"])):
-        weights = [found[epoch]["window_weights"][back] for epoch in epochs]
+    for back in range(len(by_epoch[epochs[-1]]["window_weights"])):
+        weights = [by_epoch[epoch]["window_weights"][back] for epoch in epochs]
         axes.plot(
             epochs, weights, marker="o", markersize=3, label="newest state" if not back else f"{back} before"
         )
     for before, epoch in zip(epochs, epochs[1:], strict=False):
-        if found[before].get("stage") != found[epoch].get("stage"):
+        if by_epoch[before].get("stage") != by_epoch[epoch].get("stage"):
             axes.axvline((before + epoch) / 2, color="gray", linestyle=":", linewidth=1)
     axes.set(xlabel="epoch", ylabel="weight", ylim=(-0.02, 1.02), title="Latent window")
     axes.legend()

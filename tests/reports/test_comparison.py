@@ -243,9 +243,9 @@ QUICKSTART = {"method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_l
     "correct, settings, said",
     [
         ([100, 100, 100, 48], QUICKSTART, "Stage 3 was not learned: 48.0 % (95 % interval 38.5 to 57.7)"),
-        ([100, 100, 100, 20], QUICKSTART, "after 1 epoch, 100.0 % at stage 2. What may help"),
+        ([100, 100, 100, 20], QUICKSTART, "after 1 epoch, 100.0 % at stage 2. Try more epochs"),
         ([100, 100, 11, 12], QUICKSTART, "is not above chance (10.0 %); 11.0 % at stage 2"),
-        ([100, 100, 11], QUICKSTART, "100.0 % at stage 1, so far (3 of 4 epochs). What may help"),
+        ([100, 100, 11], QUICKSTART, "100.0 % at stage 1, so far (3 of 4 epochs). Try more epochs"),
         ([60, 60, 60, 45], QUICKSTART, "Stage 3 is less accurate than the stage before: 45.0 %"),
         ([60, 60, 60, 55], QUICKSTART, None),
         ([98, 97, 99, 99], QUICKSTART, None),

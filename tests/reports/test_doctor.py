@@ -69,10 +69,10 @@ def test_a_wheel_fits_a_card(capability, architectures, runs):
 
 
 def test_pascal_is_sent_to_the_cu126_build():
-    findings = list(doctor.card(0, FakeCuda(PASCAL)))
+    findings = list(doctor.gpu(0, FakeCuda(PASCAL)))
     assert findings[0].state == doctor.PROBLEM
-    assert "6.1" in findings[0].said and "cu126" in findings[0].remedy
-    assert "newer CUDA" in next(doctor.card(0, FakeCuda(BLACKWELL, architectures=CU126))).remedy
+    assert "6.1" in findings[0].message and "cu126" in findings[0].remedy
+    assert "newer CUDA" in next(doctor.gpu(0, FakeCuda(BLACKWELL, architectures=CU126))).remedy
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_pascal_is_sent_to_the_cu126_build():
     [(PASCAL, "fp32"), (VOLTA, "fp16"), (TURING, "fp16"), (AMPERE, "bf16"), (HOPPER, "bf16")],
 )
 def test_precision_goes_by_the_capability(capability, word):
-    assert doctor.precision("GPU 0", capability).said.startswith(word)
+    assert doctor.precision("GPU 0", capability).message.startswith(word)
 
 
 def test_triton_needs_seven():
@@ -88,15 +88,15 @@ def test_triton_needs_seven():
 
 
 def test_memory_that_others_hold_is_noted():
-    assert "GPU 0 memory" not in states(doctor.card(0, FakeCuda(free=0.95)))
-    assert states(doctor.card(0, FakeCuda(free=0.5)))["GPU 0 memory"] == doctor.NOTE
+    assert "GPU 0 memory" not in states(doctor.gpu(0, FakeCuda(free=0.95)))
+    assert states(doctor.gpu(0, FakeCuda(free=0.5)))["GPU 0 memory"] == doctor.NOTE
 
 
 def test_peer_access():
     assert next(doctor.peer_access(FakeCuda())).state == doctor.OK
     (apart,) = doctor.peer_access(FakeCuda(count=3, peers=False))
-    assert apart.state == doctor.NOTE and "0-1, 0-2, 1-2" in apart.said
-    assert "one GPU" in next(doctor.peer_access(FakeCuda(count=1))).said
+    assert apart.state == doctor.NOTE and "0-1, 0-2, 1-2" in apart.message
+    assert "one GPU" in next(doctor.peer_access(FakeCuda(count=1))).message
 
 
 def test_a_torch_without_cuda_on_a_machine_with_a_driver(monkeypatch):
@@ -130,7 +130,7 @@ def test_an_old_build_lock_is_found(tmp_path, monkeypatch):
     assert list(doctor.stale_locks()) == []
     os.utime(lock, (time.time() - 3600,) * 2)
     (found,) = doctor.stale_locks()
-    assert found.state == doctor.PROBLEM and str(lock) in found.said
+    assert found.state == doctor.PROBLEM and str(lock) in found.message
     with subprocess.Popen(["sleep", "30"], cwd=lock.parent) as compiler:
         assert list(doctor.stale_locks()) == []
         compiler.kill()
@@ -146,7 +146,7 @@ def test_versions_are_compared_with_the_pins(tmp_path):
         "packages": doctor.OK,
     }
     assert found["no-such-package"].remedy == "pip install no-such-package==1.0"
-    assert "3 pinned, 1 in other versions" in found["packages"].said
+    assert "3 pinned, 1 in other versions" in found["packages"].message
 
 
 def test_limits_of_the_system(monkeypatch, tmp_path):

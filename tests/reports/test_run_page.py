@@ -48,8 +48,8 @@ def test_the_text_joins_the_passes_in_the_middle_and_judges_the_budget():
     text = profile_text(profile("cuda:0"), plan())
     assert re.search(r"step 1: pass 1 to 2 +2\.00 +57\.0 +55\.0 57\.0", text)
     assert "step 2: pass 3 " in text and "pass 2 " not in text
-    assert "budget: 102 of 10,464 MiB, 10,362 MiB to spare" in text
-    assert "2 MiB TOO MUCH" in profile_text(profile("cuda:0", gpu=900), plan(gpu=900))
+    assert "budget: 102 of 10,464 MiB, 10,362 MiB free" in text
+    assert "2 MiB OVER BUDGET" in profile_text(profile("cuda:0", gpu=900), plan(gpu=900))
     assert "reserved" in text and "reserved" not in profile_text(profile(), plan())
 
 

@@ -23,7 +23,8 @@ LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | None = None) -> str:
     """Markdown with front matter for the hub.
 
-    `base`: the model that training started from.  `weights`: an adapter's frozen weights, if not those of `base`.
+    `base`: the model that training started from.
+    `weights`: an adapter's frozen weights, if not those of `base`.
     """
     lines = [
         *_front_matter(base, is_adapter),
@@ -72,7 +73,7 @@ def _how_to_load(trained: Trained, base: str, is_adapter: bool, weights: Path | 
             yield "Transformers cannot load that file by itself: export again with `--merge`."
             yield ""
             return
-    yield "The language model alone, in any program:"
+    yield "The language model without latents:"
     yield ""
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"

@@ -44,7 +44,7 @@ def test_the_number_of_latents_is_free(asked):
 
 def test_limits(asked):
     assert asked.max_new_tokens == 9
-    with pytest.raises(DataError, match="question 3 takes .* positions: shorten it"):
+    with pytest.raises(DataError, match="question 3 has .* positions: shorten it"):
         asked.generate(["1=?", "2=?", "1+" * 80 + "1=?"], batch_size=1)
     with pytest.raises(ConfigError, match="max_new_tokens 0: must be 1 or more"):
         asked.generate("1=?", max_new_tokens=0)

@@ -66,9 +66,12 @@ run_ranks() {
         shift
     done
     shift
+    if [[ ! " $*" =~ " --deepspeed"([_-]config)?[\ =][^\ ]+\.json ]]; then # the user's own file counts
+        set -- "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}"
+    fi
     set -m # the launcher and its ranks become a process group of their own
     deepspeed --master_port "${MASTER_PORT:-$(python -m coconut_ds.engine.rendezvous)}" "${launcher_arguments[@]}" \
-        --module coconut_ds "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}" </dev/null &
+        --module coconut_ds "$@" </dev/null &
     launcher=$!
     set +m
     trap 'hand_on TERM' TERM HUP

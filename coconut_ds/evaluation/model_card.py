@@ -106,7 +106,7 @@ def _results(trained: Trained) -> Iterator[str]:
     yield "| data | latents | accuracy, 95 % interval | tokens | against intact |"
     yield "|---|---|---|---|---|"
     for (split, latents, ablation), line in newest.items():
-        name = latents if ablation == "intact" else f"{latents}, {ablation}"
+        name = latents if ablation == "intact" else f"{latents}, {_line(ablation)}"
         against = f"McNemar p = {line['p_value']:.2g}" if "p_value" in line else ""
         accuracy = percent_with_interval(line["num_correct"], line["num_items"])
         data = f"{_line(split)}, {line['num_items']} items"

@@ -59,7 +59,7 @@ def _chance(run: RunRecord) -> str | None:
     if line is None or "chance" not in line or not line["num_items"]:
         return None
     low, _ = wilson_interval(line["num_correct"], line["num_items"])
-    if low > line["chance"]:
+    if low > line["chance"] or line["accuracy"] == 1:  # all right: nothing is left to learn
         return None
     if run.experiment.method is Method.NO_COT:
         return f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. {BASELINE}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 
+from coconut_ds.data.problems import GRADINGS
 from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.files import parse_json, read_json
 
@@ -193,6 +194,8 @@ def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
         if names and numbers and 0 <= line["num_correct"] <= line["num_items"]:
             if not _is_number(line.get("p_value")):
                 line.pop("p_value", None)
+            if line.get("grading") not in GRADINGS:
+                line.pop("grading", None)
             yield line
 
 

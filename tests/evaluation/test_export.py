@@ -17,6 +17,7 @@ from coconut_ds.evaluation.evaluate import Prediction, summarize
 from coconut_ds.evaluation.export import read_back_difference
 from coconut_ds.evaluation.measure import Measurement, write_results
 from coconut_ds.evaluation.saved_models import find_one
+from coconut_ds.model.lora import read_origin
 from tests.run_folders import make_run
 
 QUESTIONS = ["3+4+2+7=?", "1+1+1+1=?"]
@@ -196,3 +197,25 @@ def test_wrong_use(full, tmp_path, capsys, arguments, text):
     assert main(["export", str(full), *[places.get(word, word) for word in arguments]]) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_received_result_adds_nothing_to_the_card(full, tmp_path):
+    line = {"checkpoint": "checkpoint_4", "split": "valid", "latents": 3, "num_correct": 1, "num_items": 2}
+    (full / "evaluations.jsonl").write_text(
+        json.dumps(line | {"mean_tokens": 2.0, "ablation": "a\n# b | c", "grading": ["x"]}) + "\n"
+    )
+    assert main(["export", str(full), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "3, a # b \\| c" in card and "Exact grading" in card
+
+
+@pytest.mark.parametrize("weights", [False, 0, ""])
+def test_a_received_base_record_is_checked(lora, tmp_path, weights):
+    path = lora / "checkpoint_4" / "model" / "base.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"weights": weights}))
+    try:
+        with pytest.raises(CheckpointError, match="does not describe an adapter's base"):
+            read_origin(path.parent)
+    finally:
+        path.write_text(before)

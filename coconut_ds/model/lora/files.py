@@ -153,7 +153,8 @@ def read_origin(folder: str | Path) -> Origin | None:
         values = read_json(path)
         record = values.pop("base", None)
         origin = Origin(**values, base=None if record is None else BaseRecord.read(record))
-        if not all(isinstance(v, str) for v in (origin.model_id, origin.weights or "", origin.fingerprint)):
+        texts = [origin.model_id, origin.fingerprint, *([] if origin.weights is None else [origin.weights])]
+        if not all(isinstance(text, str) for text in texts) or origin.weights == "":
             raise TypeError("its values are not text")
         return origin
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -49,11 +49,12 @@ LEARNS = "changes what is learned"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 # YAML settings that do not change what a resumed run learns.  All others need --allow.
 HARMLESS_EXPERIMENT = {
-    "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval", "eval_max_items",
-    "ablate_after_stage", "grading",
-    "max_new_tokens", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps", "allow_pickle",
-    "train_path", "val_path", "test_path", "load_model_path",
+    "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval",
+    "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps",
+    "allow_pickle", "train_path", "val_path", "test_path", "load_model_path",
 }  # fmt: skip
+# They change what an accuracy means, and `best` compares accuracies of one run.
+MEASURES_EXPERIMENT = ("eval_max_items", "grading", "max_new_tokens")
 IMPOSSIBLE_EXPERIMENT = {
     "method": "another method needs a new run: set a new 'name', and this checkpoint as 'load_model_path'",
     "tuning": SHAPES,
@@ -209,6 +210,9 @@ def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             yield Change(key, old, new, Severity.IMPOSSIBLE, IMPOSSIBLE_EXPERIMENT[key])
         elif key == "latent_window_size" and str(experiment.get("thought", "")).startswith("learnable"):
             yield Change(key, old, new, Severity.IMPOSSIBLE, SHAPES)
+        elif key in MEASURES_EXPERIMENT:
+            why = "accuracies before and after do not compare"
+            yield Change(key, old, new, Severity.NEEDS_ALLOW, why)
         elif key == "num_epochs" and experiment.get("lr_schedule") == "constant":
             yield Change(key, old, new, Severity.HARMLESS, "")
         else:

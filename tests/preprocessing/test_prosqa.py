@@ -100,7 +100,7 @@ def test_depth_matched_decoys_are_as_deep_as_the_target():
 
 
 def test_a_recipe_that_no_graph_fulfils_ends_with_advice(monkeypatch):
-    monkeypatch.setattr("preprocessing.prosqa_like._MOST_GRAPHS", 50)
+    monkeypatch.setattr("preprocessing.prosqa_like._MAX_GRAPHS", 50)
     with pytest.raises(
         DataError, match="none of 50 graphs had a problem of 8 to 8 hops with a decoy as deep"
     ):

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "coconut_ds"
 ROOMS = (
     "errors",
     "terminal",
+    "tables",
     "failures",
     "files",
     "config",

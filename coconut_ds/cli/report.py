@@ -27,8 +27,8 @@ from coconut_ds.reports.comparison import (
     summary_table,
 )
 from coconut_ds.reports.run_records import RunRecord, read_run
-from coconut_ds.reports.tables import Table
 from coconut_ds.reports.verdict import all_verdicts
+from coconut_ds.tables import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

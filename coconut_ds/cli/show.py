@@ -19,6 +19,7 @@ from coconut_ds.data.curriculum import final_stage, last_epoch, render, stage_at
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import UserError
+from coconut_ds.tables import Table
 from coconut_ds.training.run_settings import read_ds_config
 
 PUBLISHED_GPUS = 4
@@ -100,10 +101,14 @@ def _published_batch_line(experiment: Experiment) -> str:
 
 
 def _stage_lines(experiment: Experiment) -> Iterator[str]:
-    yield f"{'epochs':>9}  stage"
-    for first, last in _stage_spans(experiment):
-        span = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
-        yield f"{span:>9}  {stage_number(first, experiment)}: {stage_at(first, experiment)}"
+    rows = [
+        (
+            f"{first + 1}-{last + 1}" if last > first else f"{first + 1}",
+            f"{stage_number(first, experiment)}: {stage_at(first, experiment)}",
+        )
+        for first, last in _stage_spans(experiment)
+    ]
+    yield Table(["epochs", "stage"], rows, align="rl").text()
     yield f"test stage: {final_stage(experiment)}"
     if early := stops_early(experiment):
         yield early

@@ -10,6 +10,7 @@ from statistics import mean, median
 from coconut_ds.data.problems import Problem, card_for, read_problems
 from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
+from coconut_ds.tables import Table
 
 _CHUNK = 2_000
 _MAX_NAMED = 10  # items that a finding lists
@@ -57,10 +58,7 @@ class DataReport:
         """A table for the terminal with one row per file, then all errors, leaks and findings."""
         unit = self.files[0].lengths.unit if self.files else "tokens"
         head = ("file", "problems", "steps mean (max)", "without steps", f"{unit} median", "95 %", "max")
-        rows = [head, *(_row(file) for file in self.files)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        widths[0] = -widths[0]  # names are left-aligned
-        lines = ["  ".join(_padded(*cell) for cell in zip(row, widths, strict=True)) for row in rows]
+        lines = [Table(head, [_row(file) for file in self.files]).text()]
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"leak: {text}" for text in self.leaks]
         lines += [f"note: {file.path}: {finding}" for file in self.files for finding in file.findings]
@@ -70,10 +68,8 @@ class DataReport:
         """Save histograms of lengths and steps as PNG. Raises DataError without files."""
         if not self.files:
             raise DataError("no file could be read, so there is nothing to draw")
-        import matplotlib
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # takes half a second to import
 
-        matplotlib.rcParams["text.parse_math"] = False  # file names are not formulas
         figure = Figure(figsize=(11, 4), layout="constrained")
         unit = self.files[0].lengths.unit
         axes = figure.subplots(1, 2)
@@ -202,10 +198,6 @@ def _leaks(holders: Mapping[bytes, Mapping[str, int]]) -> list[str]:
 
 def _named(items: Sequence[int]) -> str:
     return "items " + ", ".join(map(str, items[:_MAX_NAMED])) + (", ..." if len(items) > _MAX_NAMED else "")
-
-
-def _padded(text: str, width: int) -> str:
-    return text.rjust(width) if width > 0 else text.ljust(-width)
 
 
 def _row(file: FileReport) -> tuple[str, ...]:

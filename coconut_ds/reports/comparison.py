@@ -17,7 +17,7 @@ from coconut_ds.evaluation.intervals import mcnemar_exact, wilson_interval
 from coconut_ds.reports.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
 from coconut_ds.reports.seeds import by_experiment
 from coconut_ds.reports.seeds import identity as identity_of
-from coconut_ds.reports.tables import Table
+from coconut_ds.tables import Table
 
 IN_COLUMNS = ("method", "thought", "tuning")
 MAX_PAIRS, MAX_WORDS, MAX_LETTERS = 15, 2, 120
@@ -132,7 +132,7 @@ def summary_table(groups: Sequence[Group]) -> Table:
                 _number(numbers["budget_mib"], 0),
             ]
         )
-    return Table(head, rows, num_words=8)
+    return Table(head, rows, align="llllllllr")
 
 
 def group_numbers(group: Group) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def best_table(runs: Sequence[RunRecord]) -> Table:
             name = f"checkpoint_{int(best['epoch']) + 1}"
             kept = name if (run.folder / name).is_dir() else "-"
             rows.append([run.experiment.name, f"best_stage_{number}", kept, _percent([best])])
-    return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, num_words=3)
+    return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, align="lllr")
 
 
 def _tested_at(groups: Sequence[Group]) -> str:

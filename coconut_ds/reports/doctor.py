@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from coconut_ds.tables import Table
+
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIB = 2**30
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
@@ -291,11 +293,10 @@ def _output(*command: str) -> str:
 
 def as_text(findings: list[Finding]) -> str:
     """One line per finding, with its remedy below."""
-    width = max(len(finding.what) for finding in findings)
-    lines = []
+    rows = []
     for finding in findings:
-        lines.append(f"{finding.state:<8} {finding.what:<{width}}  {finding.message}")
-        if finding.remedy:
-            lines.append(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
+        rows.append([finding.state, finding.what, finding.message])
+        rows += [["", "", f"-> {finding.remedy}"]] if finding.remedy else []
     problems = sum(finding.state == PROBLEM for finding in findings)
-    return "\n".join([*lines, "", f"{problems} problems" if problems != 1 else "1 problem"])
+    table = Table(["", "", ""], rows, align="l")
+    return f"{table.text()}\n\n{problems} problem" + ("" if problems == 1 else "s")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, STEP
-from coconut_ds.reports.tables import Table
+from coconut_ds.tables import Table
 
 Json = Mapping[str, Any]
 LASTING = {  # row -> (kinds of a census, components of a plan)

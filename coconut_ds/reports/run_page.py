@@ -21,8 +21,8 @@ from coconut_ds.reports.comparison import (
 )
 from coconut_ds.reports.memory_tables import profile_text
 from coconut_ds.reports.run_records import RunRecord, read_run
-from coconut_ds.reports.tables import Table
 from coconut_ds.reports.verdict import all_verdicts
+from coconut_ds.tables import Table
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1080px;
@@ -155,7 +155,7 @@ def as_html(table: Table) -> str:
     """A table as HTML."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        classes = ["" if column < table.num_words else ' class="n"' for column in range(len(cells))]
+        classes = [' class="n"' if table.is_right(column) else "" for column in range(len(cells))]
         inside = [f"<{tag}{c}>{html.escape(cell)}</{tag}>" for cell, c in zip(cells, classes, strict=True)]
         return f"<tr>{''.join(inside)}</tr>"
 

@@ -19,8 +19,8 @@ from coconut_ds.reports.comparison import (
     summary_table,
 )
 from coconut_ds.reports.run_records import read_run
-from coconut_ds.reports.tables import Table
 from coconut_ds.reports.verdict import verdicts
+from coconut_ds.tables import Table
 
 BASE = {"model_id": "gpt2", "train_path": "t_train.json", "val_path": "t_valid.json", "num_epochs": 3}
 STAGED = {"c_thought": 2, "epochs_per_stage": 1, "max_latent_stage": 2}

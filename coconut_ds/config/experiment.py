@@ -9,6 +9,7 @@ exist is not checked here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,18 @@ from coconut_ds.config.methods import (
     method_of,
     thought_and_tuning,
 )
-from coconut_ds.config.no_effect import without_effect
+from coconut_ds.config.no_effect import unread, without_effect
 from coconut_ds.config.rules import contradictions
-from coconut_ds.config.schemas import defaults, kinds, load_schema, shown, unknown_keys, violations
+from coconut_ds.config.schemas import (
+    affects,
+    defaults,
+    kinds,
+    load_schema,
+    settings_with,
+    shown,
+    unknown_keys,
+    violations,
+)
 from coconut_ds.config.schemas.parsing import parse_yaml_value, read_yaml
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import run_folder_of
@@ -92,6 +102,23 @@ class Experiment:
     save_minutes: float | None
     save_steps: int | None
     allow_pickle: bool
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """The settings that this method, thought and tuning learn by, without paths."""
+        values = asdict(self)
+        no_effect = [keys for _, keys in unread(self.method, self.thought, self.tuning, values)]
+        left_out = {*settings_with("path_to", "data", "weights"), *chain.from_iterable(no_effect)}
+        return {
+            key: value
+            for key, value in values.items()
+            if affects(key) in ("learning", "shapes") and key not in left_out
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that affect results; runs that differ only in others are equal."""
+        return {key: value for key, value in asdict(self).items() if affects(key) != "running"}
 
 
 RESETS = {True: "stage_switch", False: "never"}

@@ -4,14 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coconut_ds.config.methods import LATENT_VARIANTS, Method, thought_and_tuning
-from coconut_ds.config.schemas import shown
+from coconut_ds.config.schemas import settings_with, shown
 
 # Values that mean "off"; CoT files of the published code have them.
 OFF = {"c_thought": 0, "max_latent_stage": 0, "epochs_per_stage": 1}
 NO_WINDOW = ("last_hidden", "mlp_projection", "pause")
-LORA = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_use_rslora", "lora_use_dora",
-)  # fmt: skip
 
 
 def without_effect(
@@ -23,7 +20,7 @@ def without_effect(
     """
     thought, tuning = thought_and_tuning(method, settings)
     lines = []
-    for reason, keys in _unread(method, thought, tuning, settings):
+    for reason, keys in unread(method, thought, tuning, settings):
         named = [f"{key}: {shown(given[key])}" for key in keys if _is_set(key, given, defaults)]
         if named:
             lines.append(f"{', '.join(named)}: no effect, {reason}")
@@ -37,18 +34,21 @@ def _is_set(key: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     return key in given and value != defaults[key] and value != OFF.get(key)
 
 
-def _unread(
+def unread(
     method: Method, thought: str, tuning: str, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, Sequence[str]]]:
     """Yield (reason, keys that are not read)."""
+    window = settings_with("group", "Latent window")
     if not method.has_latents:
-        kept = f"; tuning is {tuning}" if settings["latent_variant"] and tuning != "full" else ""
-        keys = ["thought", "latent_variant", "c_thought", "pad_latent_to_max", "thought_lr"]
-        keys += ["latent_window_size", "latent_window_init", "latent_window_scope", "latent_window_weights"]
-        yield f"method {method} has no latents{kept}", [*keys, "ablate_after_stage"]
+        kept = f"; tuning is {tuning}" if settings.get("latent_variant") and tuning != "full" else ""
+        yield (
+            f"method {method} has no latents{kept}",
+            ("thought", "latent_variant", "c_thought", "pad_latent_to_max", "thought_lr", *window)
+            + ("ablate_after_stage",),
+        )
     if not method.has_stages:
-        keys = ["epochs_per_stage", "uniform_prob"]
-        yield f"method {method} has no stages", keys + ([] if method.has_latents else ["max_latent_stage"])
+        last = () if method.has_latents else ("max_latent_stage",)
+        yield f"method {method} has no stages", ("epochs_per_stage", "uniform_prob", *last)
     if method is not Method.ICOT:
         yield f"method {method} is not icot", ["icot_tokens_per_epoch"]
     elif settings["icot_tokens_per_epoch"] is not None:
@@ -56,13 +56,12 @@ def _unread(
     if method.has_latents:
         yield from _unread_by_thought(thought)
     if tuning == "full":
-        yield "tuning is full, not lora", LORA
+        yield "tuning is full, not lora", settings_with("group", "LoRA")
 
 
 def _unread_by_thought(thought: str) -> Iterator[tuple[str, Sequence[str]]]:
     if thought in NO_WINDOW:
-        keys = ["latent_window_size", "latent_window_init", "latent_window_scope", "latent_window_weights"]
-        yield f"thought {thought} has no window", keys
+        yield f"thought {thought} has no window", settings_with("group", "Latent window")
     if thought == "fixed_window":
         yield "thought fixed_window learns no weights", ["latent_window_init"]
     if thought == "learnable_window":

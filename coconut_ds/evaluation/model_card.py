@@ -10,15 +10,6 @@ from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
 
-# The settings that decide what was learned; the rest is in coconut.json.
-SETTINGS = (
-    "method", "thought", "tuning", "c_thought", "max_latent_stage", "epochs_per_stage", "num_epochs",
-    "uniform_prob", "batch_size_training", "gradient_accumulation_steps", "lr", "weight_decay",
-    "reset_optimizer", "seed",
-)  # fmt: skip
-WINDOW_SETTINGS = ("latent_window_size", "latent_window_init", "latent_window_scope")
-LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-
 
 def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | None = None) -> str:
     """Markdown with front matter for the hub.
@@ -129,13 +120,12 @@ def _data(experiment: Experiment) -> Iterator[str]:
 
 
 def _settings(experiment: Experiment) -> Iterator[str]:
-    names = SETTINGS + (WINDOW_SETTINGS if "window" in experiment.thought else ())
     yield "## Training settings"
     yield ""
     yield "| setting | value |"
     yield "|---|---|"
-    for name in names + (LORA_SETTINGS if experiment.tuning == "lora" else ()):
-        yield f"| {name} | {_line(getattr(experiment, name))} |"
+    for name, value in experiment.learning.items():
+        yield f"| {name} | {_line(value)} |"
     yield ""
 
 

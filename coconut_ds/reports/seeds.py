@@ -11,26 +11,18 @@ The seed of a starting run comes from its folder, or from its path if the folder
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.experiment import Experiment, load_experiment
+from coconut_ds.config.schemas import settings_with
 from coconut_ds.errors import ConfigError
 from coconut_ds.reports.run_records import RunRecord
-
-# Settings that do not make a different experiment: names, paths, how it runs.
-NOT_COMPARED = {
-    "project", "name", "save_path", "seed", "debug", "only_eval", "resume", "batch_size_eval",
-    "eval_max_items", "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes",
-    "save_steps", "allow_pickle",
-}  # fmt: skip
-STARTS = ("load_model_path", "model_id")
 
 
 def identity(run: RunRecord) -> dict[str, Any]:
     """The settings that distinguish experiments, including the starting weights."""
-    return {**_settings(run.experiment), "memory": run.memory_split}
+    return {**_but_seed(run.experiment), "memory": run.memory_split}
 
 
 def by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
@@ -46,17 +38,21 @@ def by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     return [sorted(members, key=lambda run: run.experiment.seed) for members in groups]
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    return {key: value for key, value in asdict(experiment).items() if key not in NOT_COMPARED}
+def _but_seed(experiment: Experiment) -> dict[str, Any]:
+    return {key: value for key, value in experiment.identity.items() if key != "seed"}
+
+
+def _starts() -> tuple[str, ...]:
+    return settings_with("path_to", "weights")
 
 
 def _same_but_starts(first: RunRecord, second: RunRecord) -> bool:
     ours, theirs = identity(first), identity(second)
-    return all(ours[key] == theirs[key] for key in ours if key not in STARTS)
+    return all(ours[key] == theirs[key] for key in ours if key not in _starts())
 
 
 def _same_starts(first: RunRecord, second: RunRecord) -> bool:
-    return all(_same_start(key, first.experiment, second.experiment) for key in STARTS)
+    return all(_same_start(key, first.experiment, second.experiment) for key in _starts())
 
 
 def _same_start(key: str, first: Experiment, second: Experiment) -> bool:
@@ -69,8 +65,8 @@ def _same_start(key: str, first: Experiment, second: Experiment) -> bool:
     if None not in origins:
         known = [origin for origin in origins if origin is not None]
         own = [origin.seed for origin in known] == [first.seed, second.seed]
-        ours, theirs = map(_settings, known)
-        alike = all(ours[k] == theirs[k] for k in ours if k not in STARTS)
+        ours, theirs = map(_but_seed, known)
+        alike = all(ours[k] == theirs[k] for k in ours if k not in _starts())
         return own and alike and Path(paths[0]).name == Path(paths[1]).name
     texts = [_without_seed(path, seed) for path, seed in zip(paths, (first.seed, second.seed), strict=True)]
     return None not in texts and texts[0] == texts[1]

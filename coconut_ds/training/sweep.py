@@ -56,11 +56,11 @@ class Point:
         return run_folder(self.experiment)
 
     def is_finished(self) -> bool:
-        """Whether the run folder has the last epoch's result with exactly these settings."""
+        """Whether the run folder has the last epoch's result with settings that lead to the same results."""
         if not (self.folder / "experiment.yaml").is_file():
             return False
         run = read_run(self.folder)
-        if run.experiment != self.experiment:
+        if run.experiment.identity != self.experiment.identity:
             return False
         last = self.experiment.num_epochs - 1
         kind = "test" if self.experiment.test_path else "valid"

@@ -137,6 +137,7 @@ def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
         "| test, 4 items | 3 | 75.0 % [30.1, 95.4] | 2.0 |",
         "made by preprocessing/arithmetic.py",
         "| thought | mlp_projection |",
+        "| lr_schedule | constant |",
         "| gpu peak | 812 |",
         "library_name: transformers",
     ):

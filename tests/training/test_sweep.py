@@ -100,6 +100,8 @@ def test_a_run_is_finished_when_its_last_epoch_is_measured_with_the_same_setting
     assert not point.is_finished()
     finish(point)
     assert point.is_finished()
+    (same,) = sweep.points(config, ZERO2, ["keep_checkpoints=1"], {"seed": [0]})
+    assert same.is_finished()
     (changed,) = sweep.points(config, ZERO2, ["lr=0.25"], {"seed": [0]})
     assert changed.folder == point.folder and not changed.is_finished()
 

@@ -5,6 +5,10 @@ these annotations: `group` (heading in the docs), `expects` (description of a ru
 `refused` (why a key is not accepted, and what to do instead), `inert` (why a key is ignored),
 `published_default` (the default in files of the published code), `also_called` (names of a key in other
 programs) and, beside `properties`, `elsewhere` (advice for keys that only other programs have).
+
+Each key of an experiment also has `affects`, which resuming, reports, sweeps and model cards read: `learning`
+(other results), `shapes` (other results, and a checkpoint cannot be continued), `accuracy` (the same weights
+are measured in another way) or `running` (none of these).  Paths to `data` or `weights` have `path_to`.
 """
 
 import json
@@ -44,6 +48,17 @@ def defaults(schema: Mapping[str, Any], published: bool = False) -> dict[str, An
         key: rule["published_default"] if published and "published_default" in rule else rule["default"]
         for key, rule in rules.items()
     }
+
+
+def affects(key: str) -> str:
+    """What a setting of an experiment affects.  A key of another version counts as `learning`."""
+    return load_schema("experiment")["properties"].get(key, {}).get("affects", "learning")
+
+
+def settings_with(annotation: str, *values: str) -> tuple[str, ...]:
+    """The settings of an experiment whose annotation has one of `values`."""
+    rules = load_schema("experiment")["properties"]
+    return tuple(key for key, rule in rules.items() if rule.get(annotation) in values)
 
 
 def kinds(rule: Mapping[str, Any]) -> list[str]:

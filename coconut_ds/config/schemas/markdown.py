@@ -24,6 +24,7 @@ def settings_table(name: str) -> str:
         schema = schema["properties"][key]
         if "$ref" in schema:
             schema = load_schema(schema_name)["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    columns = ["key", "value", "default", *(["affects"] if name == "experiment" else []), "meaning"]
     lines: list[str] = []
     group = ""
     for key, rule in schema["properties"].items():
@@ -32,12 +33,12 @@ def settings_table(name: str) -> str:
         if not lines or rule.get("group", "") != group:
             group = rule.get("group", "")
             lines += ([f"\n**{group}**\n"] if group else []) + [
-                "| key | value | default | meaning |",
-                "|---|---|---|---|",
+                "| " + " | ".join(columns) + " |",
+                "|---" * len(columns) + "|",
             ]
-        lines.append(
-            f"| `{key}` | {_values(rule)} | {_default(key, rule, schema)} | {rule.get('description', '')} |"
-        )
+        cells = [f"`{key}`", _values(rule), _default(key, rule, schema), rule.get("affects")]
+        cells = [cell for cell in cells if cell is not None] + [rule.get("description", "")]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines).strip("\n") + "\n"
 
 

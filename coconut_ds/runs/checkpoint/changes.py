@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.schemas import affects, settings_with
 from coconut_ds.errors import CheckpointError
 from coconut_ds.runs.base_record import BaseRecord
 from coconut_ds.runs.checkpoint.manifest import Manifest, hash_file
@@ -47,21 +48,14 @@ SHAPES = "the saved tensors have other shapes or names"
 SHARDS = "the saved shards are split differently"
 LEARNS = "changes what is learned"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
-# YAML settings that do not change what a resumed run learns.  All others need --allow.
-HARMLESS_EXPERIMENT = {
-    "project", "name", "save_path", "debug", "only_eval", "resume", "batch_size_eval",
-    "ablate_after_stage", "save_only_improve", "keep_checkpoints", "save_minutes", "save_steps",
-    "allow_pickle", "train_path", "val_path", "test_path", "load_model_path",
-}  # fmt: skip
-# They change what an accuracy means, and `best` compares accuracies of one run.
-MEASURES_EXPERIMENT = ("eval_max_items", "grading", "max_new_tokens")
-IMPOSSIBLE_EXPERIMENT = {
-    "method": "another method needs a new run: set a new 'name', and this checkpoint as 'load_model_path'",
-    "tuning": SHAPES,
-    "thought": SHAPES,
-    "lora_r": SHAPES,
-    "lora_target_modules": SHAPES,
-    "lora_use_dora": SHAPES,
+METHOD = "another method needs a new run: set a new 'name', and this checkpoint as 'load_model_path'"
+MEASURES = "accuracies before and after do not compare"  # and `best` compares accuracies of one run
+# What an experiment's setting affects (schemas/), and whether a run may resume with another value.
+SEVERITIES = {
+    "shapes": (Severity.IMPOSSIBLE, SHAPES),
+    "learning": (Severity.NEEDS_ALLOW, LEARNS),
+    "accuracy": (Severity.NEEDS_ALLOW, MEASURES),
+    "running": (Severity.HARMLESS, ""),
 }
 # Their product with the number of ranks is the rows of a step; they may change together with that number.
 ROWS_EXPERIMENT = ("batch_size_training", "gradient_accumulation_steps")
@@ -202,21 +196,20 @@ def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     ]
     experiment = current.get("experiment", {})
     for key, old, new in _differences(saved.get("experiment", {}), experiment):
-        if key in HARMLESS_EXPERIMENT or (
-            key == "model_id" and all(hashes)
-        ):  # a folder's content is compared
-            yield Change(key, old, new, Severity.HARMLESS, "")
-        elif key in IMPOSSIBLE_EXPERIMENT:
-            yield Change(key, old, new, Severity.IMPOSSIBLE, IMPOSSIBLE_EXPERIMENT[key])
+        severity, why = SEVERITIES[affects(key)]
+        if key == "method":
+            why = METHOD
+        elif key == "model_id" and not all(hashes):
+            severity, why = SEVERITIES["learning"]
         elif key == "latent_window_size" and str(experiment.get("thought", "")).startswith("learnable"):
-            yield Change(key, old, new, Severity.IMPOSSIBLE, SHAPES)
-        elif key in MEASURES_EXPERIMENT:
-            why = "accuracies before and after do not compare"
-            yield Change(key, old, new, Severity.NEEDS_ALLOW, why)
-        elif key == "num_epochs" and experiment.get("lr_schedule") == "constant":
-            yield Change(key, old, new, Severity.HARMLESS, "")
-        else:
-            yield Change(key, old, new, Severity.NEEDS_ALLOW, LEARNS)
+            severity, why = SEVERITIES["shapes"]
+        elif (
+            key in settings_with("path_to", "data", "weights")  # the content is compared
+            or key == "resume"  # a checkpoint has its epoch
+            or (key == "num_epochs" and experiment.get("lr_schedule") == "constant")
+        ):
+            severity, why = SEVERITIES["running"]
+        yield Change(key, old, new, severity, why)
 
 
 def _ds_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:

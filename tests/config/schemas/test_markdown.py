@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from coconut_ds.config.schemas import load_schema, settings_with
 from coconut_ds.config.schemas.markdown import READMES, settings_table, with_tables
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -14,6 +15,20 @@ def test_a_table_has_a_row_for_every_accepted_key():
     assert "| `pin_memory` | true or false | `true` |" in table
     assert "| `device` | `none`, `cpu`, `nvme` | `none` |" in table
     assert "cpu_offload" not in settings_table("ds_config.zero_optimization")
+
+
+def test_every_setting_of_an_experiment_says_what_it_affects():
+    kinds = ("learning", "shapes", "accuracy", "running")
+    rules = load_schema("experiment")["properties"]
+    assert {key for key, rule in rules.items() if rule.get("affects") not in kinds} == set()
+    assert settings_with("affects", "shapes") == (
+        "method", "coconut", "cot", "no_thoughts", "no_cot", "latent_variant", "thought", "tuning",
+        "lora_r", "lora_target_modules", "lora_use_dora", "model_id",
+    )  # fmt: skip
+    assert {key for key in rules if key.endswith(("_path", "_id"))} - {"save_path"} == set(
+        settings_with("path_to", "data", "weights")
+    )
+    assert "| `lr` | a number of more than 0 | `0.0001` | learning |" in settings_table("experiment")
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -1,9 +1,12 @@
 """Differences between saved and current settings, and which of them prevent resuming."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.schemas import affects, settings_with
 from coconut_ds.errors import CheckpointError
 from coconut_ds.runs.checkpoint import Severity, TrainState, classify_changes
 from coconut_ds.runs.checkpoint.changes import refuse_changes
@@ -69,6 +72,17 @@ def test_one_change(path: str, value: Any, severity: Severity) -> None:
     (change,) = classify_changes(SAVED, with_(path, value))
     assert change.severity is severity
     assert path.endswith(change.key) and repr(value)[:40] in str(change)
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(Experiment)])
+def test_what_a_setting_affects_decides(key: str) -> None:
+    """Every setting of an experiment; the four that depend on others are tested above."""
+    (change,) = classify_changes(SAVED, with_(f"experiment.{key}", "another"))
+    if key in (*settings_with("path_to", "data", "weights"), "num_epochs", "resume"):
+        assert change.severity is Severity.HARMLESS
+    else:
+        expected = {"shapes": Severity.IMPOSSIBLE, "running": Severity.HARMLESS}
+        assert change.severity is expected.get(affects(key), Severity.NEEDS_ALLOW)
 
 
 def test_nothing_changed_also_after_a_trip_through_json() -> None:

@@ -15,9 +15,8 @@ from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.evaluation.measure import Measurement, write_results
 from coconut_ds.files import json_text
 from coconut_ds.reports.comparison import group_runs
-from coconut_ds.reports.figures import loss_picture, smoothed_losses, window_picture
+from coconut_ds.reports.figures import draw_window_weights, loss_picture, smoothed_losses, window_picture
 from coconut_ds.reports.run_records import read_run
-from coconut_ds.reports.window_figure import draw_window_weights
 from coconut_ds.runs.run_folder import Run
 
 PACKAGE = Path(__file__).parents[1] / "coconut_ds"

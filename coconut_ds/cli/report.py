@@ -19,6 +19,7 @@ from coconut_ds.errors import ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.reports.comparison import (
     Group,
+    all_verdicts,
     best_table,
     group_numbers,
     group_runs,
@@ -27,7 +28,6 @@ from coconut_ds.reports.comparison import (
     summary_table,
 )
 from coconut_ds.reports.run_records import RunRecord, read_run
-from coconut_ds.reports.verdict import all_verdicts
 from coconut_ds.tables import Table
 
 

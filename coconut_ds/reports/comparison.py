@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from coconut_ds.config.methods import Method
 from coconut_ds.data.curriculum import stage_number
 from coconut_ds.evaluation.intervals import mcnemar_exact, wilson_interval
-from coconut_ds.reports.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage
+from coconut_ds.reports.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage, verdicts
 from coconut_ds.reports.seeds import by_experiment
 from coconut_ds.reports.seeds import identity as identity_of
 from coconut_ds.tables import Table
@@ -258,6 +259,25 @@ class PairedTest:
             f"{self.first} against {self.second} on {self.split}, {counted(self.num_items, 'item')}: "
             f"{self.only_first} solved only by the first, {self.only_second} only by the second, {value}"
         )
+
+
+def all_verdicts(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[str]:
+    """All warnings of a report, also about groups that are not above the no-CoT runs of their data set."""
+    warnings = [line for run in runs for line in verdicts(run)]
+    for base, group in itertools.permutations(groups, 2):
+        (base_split, base_lines), (split, lines) = base.results(), group.results()
+        if base.first.experiment.method is not Method.NO_COT or not base_lines:
+            continue
+        same_data = (split, group.first.dataset) == (base_split, base.first.dataset)
+        if not same_data or group.first.experiment.method is Method.NO_COT:
+            continue
+        ours, theirs = Accuracy.of(lines), Accuracy.of(base_lines)
+        if ours.low <= theirs.value:
+            warnings.append(
+                f"{group.label} is not above {base.label}: {ours} against {theirs}; "
+                "its steps or latents have no benefit here"
+            )
+    return warnings
 
 
 def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:

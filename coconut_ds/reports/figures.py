@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from coconut_ds.files import replace_bytes
 from coconut_ds.reports.comparison import Accuracy, Group
-from coconut_ds.reports.run_records import Line, RunRecord, describe_stage
+from coconut_ds.reports.run_records import Line, RunRecord, describe_stage, read_run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKS = "osD^vP*X"
@@ -138,24 +138,32 @@ def loss_picture(groups: Sequence[Group]) -> Figure | None:
 
 @styled
 def window_picture(run: RunRecord) -> Figure | None:
-    """Weight of each hidden state in the thought over training; None for thoughts without weights."""
-    lines = [line for line in run.of("valid") if line.get("window_weights")]
-    if not lines:
+    """Weight of each hidden state in the thought over training; None for thoughts without weights.
+
+    A later line of the same epoch replaces an earlier one (a resumed run).
+    """
+    by_epoch = {line["epoch"] + 1: line.get("window_weights") for line in run.of("valid")}
+    drawn = {epoch: weights for epoch, weights in by_epoch.items() if weights}
+    if not drawn:
         return None
-    weights = [list(column) for column in zip(*(line["window_weights"] for line in lines), strict=True)]
-    epochs = [line["epoch"] + 1 for line in lines]
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
-    for index, column in enumerate(weights):
-        name = "newest state" if index == 0 else f"{index} before"
+    for index, weights in enumerate(zip(*drawn.values(), strict=True)):
         axes.plot(
-            epochs, column, color=color_of(index), marker=MARKS[index % len(MARKS)], markersize=4, label=name
-        )
+            list(drawn), weights, color=color_of(index), marker=MARKS[index % len(MARKS)], markersize=4,
+            label="newest state" if index == 0 else f"{index} before",
+        )  # fmt: skip
     shade_stages(axes, run)
     axes.set(xlabel="epoch", ylabel="weight")
     axes.set_title("Weights of the latent window", pad=18)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def draw_window_weights(folder: Path) -> Path | None:
+    """Draw window_weights.png in a run folder; returns its path, or None without weights."""
+    figure = window_picture(read_run(folder))
+    return None if figure is None else save(figure, folder, "window_weights")[0]
 
 
 @styled

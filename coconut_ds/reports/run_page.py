@@ -13,6 +13,7 @@ from coconut_ds.reports import figures as learning
 from coconut_ds.reports import memory_figures as memory
 from coconut_ds.reports.comparison import (
     Group,
+    all_verdicts,
     best_table,
     group_runs,
     paired_tests,
@@ -21,7 +22,6 @@ from coconut_ds.reports.comparison import (
 )
 from coconut_ds.reports.memory_tables import profile_text
 from coconut_ds.reports.run_records import RunRecord, read_run
-from coconut_ds.reports.verdict import all_verdicts
 from coconut_ds.tables import Table
 
 CSS = """

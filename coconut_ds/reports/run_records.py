@@ -3,6 +3,9 @@
 run = read_run("runs/gsm-coconut")
 run.result         the test line, else the last line of the validation set
 run.stages         the last validation of every stage
+verdicts(run)      warnings in plain words if it did not learn its task:
+
+Stage 3 was not learned: 20.4 % (95 % interval 17.1 to 24.2) after 18 epochs, 100.0 % at stage 2. ...
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +16,11 @@ from statistics import median
 from typing import Any
 
 from coconut_ds.config.experiment import Experiment, load_experiment
+from coconut_ds.config.methods import Method
 from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage, numbered_stage, stage_at, stage_number
 from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError
+from coconut_ds.evaluation.intervals import wilson_interval
 from coconut_ds.runs.record_shapes import (
     DS_CONFIG,
     ENVIRONMENT,
@@ -30,6 +35,12 @@ from coconut_ds.runs.run_folder import METRICS
 Line = Mapping[str, Any]
 SPLITS = ("test", "valid")
 PREDICTIONS = "predictions.jsonl"
+CHANGE_STAGE = (
+    "Try more epochs of this stage (epochs_per_stage), another seed, "
+    "or earlier stages mixed in (uniform_prob)."
+)
+CHANGE_RUN = "Try more epochs (num_epochs), another lr or seed; `show` prints the model's input."
+BASELINE = "As the baseline without steps and latents, it may be unable to learn more."
 
 
 @dataclass(frozen=True)
@@ -40,17 +51,6 @@ class StageResult:
     stage: Stage
     first_epoch: int
     line: Line
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Budget of one GPU and the host, MiB, from the plan or the profile of the run."""
-
-    device: str
-    gpu_mib: float  # the GPU's memory less reserved_mib
-    reserved_mib: float
-    host_mib: float
-    components_mib: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,10 @@ class RunRecord:
         return list(results.values())
 
     @property
+    def has_numbered_stages(self) -> bool:
+        return self.experiment.method.has_stages and self.experiment.icot_tokens_per_epoch is None
+
+    @property
     def seconds_per_epoch(self) -> float | None:
         """Median seconds of training per complete epoch, so interruptions do not count."""
         times: dict[int, list[float]] = {}
@@ -147,10 +151,6 @@ class RunRecord:
         return median(spans) if spans else None
 
     @property
-    def num_ranks(self) -> int:
-        return max(1, len(self.environment.get("devices", ())))
-
-    @property
     def uses_gpu(self) -> bool:
         return any("gpu_allocated_peak_mib" in line for line in self.of("memory"))
 
@@ -161,22 +161,14 @@ class RunRecord:
         return max((line[name] for line in self.of("memory") if name in line), default=None)
 
     @property
-    def budget(self) -> Budget | None:
-        """The memory budget of the run, if its plan or profile has one."""
-        for source in (self.plan, self.profile):
-            given = (source or {}).get("budget")
-            if given:
-                reserved = given["reserved_mib"]
-                gpu, host = given["gpu_memory_mib"] - reserved, given["host_memory_gib"] * 1024
-                return Budget(given["device"], gpu, reserved, host, given.get("components_mib", {}))
-        return None
-
-    @property
     def budget_mib(self) -> float | None:
-        """The limit for `peak_mib`: the GPU's budget, or one rank's share of the host's."""
-        if self.budget is None:
+        """The limit for `peak_mib`: the GPU's memory less reserved_mib, or one rank's share of the host's."""
+        budget = (self.plan or {}).get("budget") or (self.profile or {}).get("budget")
+        if not budget:
             return None
-        return self.budget.gpu_mib if self.uses_gpu else self.budget.host_mib / self.num_ranks
+        if self.uses_gpu:
+            return budget["gpu_memory_mib"] - budget["reserved_mib"]
+        return budget["host_memory_gib"] * 1024 / max(1, len(self.environment.get("devices", ())))
 
     def predictions(self) -> dict[str, dict[int, bool]]:
         """For each split, whether each item is correct, from the newest `eval` of the intact model."""
@@ -219,3 +211,69 @@ def describe_stage(stage: Stage) -> str:
 
 def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def verdicts(run: RunRecord) -> list[str]:
+    """Warnings about one run; empty if it learned its last stage."""
+    name = run.experiment.name
+    lines = [f"{name}: {line}" for line in (_not_above_chance(run), _decline(run)) if line][:1]
+    if run.untrained_tests:
+        lines.append(
+            f"{name}: its test by an older version used a stage that was not trained "
+            f"and is left out; run it again: python -m coconut_ds eval {run.folder} --split test"
+        )
+    return lines
+
+
+def _not_above_chance(run: RunRecord) -> str | None:
+    line = run.stages[-1].line if run.stages else None
+    if line is None or "chance" not in line or not line["num_items"]:
+        return None
+    low, _ = wilson_interval(line["num_correct"], line["num_items"])
+    if low > line["chance"] or line["accuracy"] == 1:  # nothing is left to learn
+        return None
+    if run.experiment.method is Method.NO_COT:
+        return f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. {BASELINE}"
+    outcome = f"was not learned: {_interval(line)} is not above chance ({_percent(line['chance'])})"
+    if run.has_numbered_stages and len(run.stages) > 1:
+        before, last = run.stages[-2:]
+        outcome += f"; {_percent(_accuracy(before.line))} at stage {before.number}"
+        return f"Stage {last.number} {outcome}{_so_far(run)}. {CHANGE_STAGE}"
+    return f"{run.experiment.method} {outcome}{_so_far(run)}. {CHANGE_RUN}"
+
+
+def _decline(run: RunRecord) -> str | None:
+    """A line if the last stage is below the one before by more than its interval."""
+    if not run.has_numbered_stages or len(run.stages) < 2:
+        return None
+    before, last = run.stages[-2:]
+    accuracy, accuracy_before = _accuracy(last.line), _accuracy(before.line)
+    if accuracy_before <= wilson_interval(last.line["num_correct"], last.line["num_items"])[1]:
+        return None
+    chance = last.line.get("chance", 0.0)
+    kept = (accuracy - chance) / max(accuracy_before - chance, 1e-9)
+    what = "was not learned" if kept < 0.5 else "is less accurate than the stage before"
+    epochs = counted(sum(run.stage_of(line) == last.stage for line in run.of("valid")), "epoch")
+    return (
+        f"Stage {last.number} {what}: {_interval(last.line)} after {epochs}{_so_far(run)}, "
+        f"{_percent(accuracy_before)} at stage {before.number}. {CHANGE_STAGE}"
+    )
+
+
+def _so_far(run: RunRecord) -> str:
+    """Text for a run with epochs left."""
+    epochs, planned = int(run.stages[-1].line["epoch"]) + 1, run.experiment.num_epochs
+    return f", so far ({epochs} of {planned} epochs)" if epochs < planned else ""
+
+
+def _accuracy(line: Line) -> float:
+    return float(line["num_correct"] / max(line["num_items"], 1))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _interval(line: Line) -> str:
+    low, high = wilson_interval(line["num_correct"], line["num_items"])
+    return f"{_percent(_accuracy(line))} (95 % interval {100 * low:.1f} to {100 * high:.1f})"

@@ -19,13 +19,9 @@ from coconut_ds.engine.engine import Engine
 from coconut_ds.engine.signals import Request, Requests, Signals
 from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.errors import ConfigError, StopRequested
-from coconut_ds.evaluation.ablation import Comparison
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.model.build import write_model
-from coconut_ds.reports.run_records import read_run
-from coconut_ds.reports.verdict import verdicts
-from coconut_ds.reports.window_figure import draw_window_weights
 from coconut_ds.runs.checkpoint import (
     LONGEST_REASONING,
     Checkpoints,
@@ -122,6 +118,8 @@ class Trainer:
             result = self.evaluate(self.run_data.test, stage_at(epoch, self.experiment), "test", epoch)
         self.check_written()
         if self.run.writes:
+            from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
+
             for line in verdicts(read_run(self.run.folder)):
                 self.print_line(line)
         return result
@@ -220,6 +218,8 @@ class Trainer:
         )
         if not names or next_is_same_stage or stage.num_latents == 0:
             return
+        from coconut_ds.evaluation.ablation import Comparison  # not needed to train
+
         for name in names:
             result = evaluate(
                 self.engine,
@@ -260,6 +260,8 @@ class Trainer:
             **extra,
         )
         if weights is not None and self.run.writes:
+            from coconut_ds.reports.figures import draw_window_weights  # takes half a second to import
+
             try:
                 draw_window_weights(self.run.folder)
             except OSError as error:  # the numbers are in metrics.jsonl

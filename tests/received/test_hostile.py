@@ -25,7 +25,7 @@ from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.errors import UserError
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.model.build import build_module, load_run_data
-from coconut_ds.reports.window_figure import draw_window_weights
+from coconut_ds.reports.figures import draw_window_weights
 from coconut_ds.runs.checkpoint import Checkpoints
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.terminal import is_printable

@@ -18,8 +18,7 @@ from coconut_ds.reports.comparison import (
     student_t,
     summary_table,
 )
-from coconut_ds.reports.run_records import read_run
-from coconut_ds.reports.verdict import verdicts
+from coconut_ds.reports.run_records import read_run, verdicts
 from coconut_ds.tables import Table
 
 BASE = {"model_id": "gpt2", "train_path": "t_train.json", "val_path": "t_valid.json", "num_epochs": 3}

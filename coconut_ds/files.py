@@ -60,7 +60,9 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            raise ValueError("a key appears twice in one object")
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{twice[:80]!r} appears twice in one object; remove one")
         return values
 
     def integer(digits: str) -> int:
@@ -70,7 +72,7 @@ def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
 
     def constant(name: str) -> float:
         if not allow_nan:
-            raise ValueError(f"{name} is not a JSON number")
+            raise ValueError(f"{name} is not a JSON number; write a finite number")
         return float(name)
 
     try:

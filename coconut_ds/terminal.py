@@ -1,8 +1,9 @@
-"""Escape control characters in printed text, which may come from untrusted files."""
+"""Print notes, and escape control characters in printed text, which may come from untrusted files."""
 
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -49,3 +50,11 @@ def printable_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = out, err
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes to stderr on rank 0 (or the only process); stdout has only a command's result."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)

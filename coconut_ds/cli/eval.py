@@ -21,7 +21,8 @@ zero:2, mean:2, noise:2 and swap:2 replace only the second latent.
 
 import argparse
 
-from coconut_ds.config.arguments import add_allow_stage, add_ds_config_argument, add_overrides
+from coconut_ds.config.deepspeed import add_ds_config_argument
+from coconut_ds.config.experiment import add_allow_stage, add_overrides
 from coconut_ds.evaluation.ablation import parse_ablations
 from coconut_ds.evaluation.measure import EvalOptions, measure
 from coconut_ds.evaluation.saved_models import ds_config_of, find_trained

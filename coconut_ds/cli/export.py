@@ -12,7 +12,7 @@ Nothing is uploaded unless --push names a repository on the Hugging Face Hub.
 
 import argparse
 
-from coconut_ds.config.arguments import add_allow_stage, add_overrides
+from coconut_ds.config.experiment import add_allow_stage, add_overrides
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.export import DTYPES, export_hf, upload, zero_to_fp32_explained
 

@@ -11,9 +11,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments
-from coconut_ds.config.deepspeed import DeepSpeedConfig
-from coconut_ds.config.experiment import experiment_to_yaml
+from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
+from coconut_ds.config.experiment import add_experiment_arguments, experiment_to_yaml
 from coconut_ds.files import json_text
 from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.fit import Fit, fit

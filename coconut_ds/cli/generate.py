@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coconut_ds.config.arguments import add_allow_stage, add_overrides
+from coconut_ds.config.experiment import add_allow_stage, add_overrides
 from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM

@@ -14,7 +14,7 @@ RUN is a run folder, a checkpoint folder, a folder written by `export`, or an ex
 import argparse
 from dataclasses import asdict
 
-from coconut_ds.config.arguments import add_allow_stage, add_overrides
+from coconut_ds.config.experiment import add_allow_stage, add_overrides
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.inspection.latents import first_tokens, inspect

@@ -9,7 +9,8 @@ tensors without storage.  Exit code 0: every plan fits; 3: at least one does not
 import argparse
 from dataclasses import replace
 
-from coconut_ds.config.arguments import DS_CONFIG_FLAGS, add_experiment_arguments, read_experiment
+from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
+from coconut_ds.config.experiment import add_experiment_arguments, read_experiment
 from coconut_ds.errors import BudgetError
 from coconut_ds.files import json_text
 from coconut_ds.memory.arguments import add_planning_arguments, text_shape

@@ -11,9 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments
-from coconut_ds.config.deepspeed import DeepSpeedConfig
-from coconut_ds.config.experiment import Experiment, experiment_to_yaml
+from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
+from coconut_ds.config.experiment import Experiment, add_experiment_arguments, experiment_to_yaml
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.data.run_data import RunData, TestSet

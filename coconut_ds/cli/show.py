@@ -9,11 +9,15 @@ missing.
 import argparse
 from collections.abc import Iterator
 
-from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments, read_experiment
-from coconut_ds.config.deepspeed import DeepSpeedConfig
-from coconut_ds.config.experiment import Experiment, experiment_to_yaml
+from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
+from coconut_ds.config.experiment import (
+    Experiment,
+    add_experiment_arguments,
+    experiment_to_yaml,
+    read_experiment,
+)
 from coconut_ds.config.methods import has_published_keys
-from coconut_ds.config.schemas.parsing import read_yaml
+from coconut_ds.config.schema import read_yaml
 from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
 from coconut_ds.data.problems import Problem, read_problems

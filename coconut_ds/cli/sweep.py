@@ -13,8 +13,9 @@ RUN/sweep.log.  Exit code 0: all runs finished; 1: at least one failed; 75: stop
 
 import argparse
 
-from coconut_ds.config.arguments import DS_CONFIG_FLAGS, add_overrides
-from coconut_ds.config.schemas.parsing import read_yaml
+from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
+from coconut_ds.config.experiment import add_overrides
+from coconut_ds.config.schema import read_yaml
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.reports.comparison import group_runs, paired_tests, stage_table, summary_table
 from coconut_ds.reports.run_records import read_run

@@ -8,7 +8,8 @@ With `only_eval: true` in CONFIG, evaluates `load_model_path` on `val_path`, as 
 
 import argparse
 
-from coconut_ds.config.arguments import add_ds_config_argument, add_experiment_arguments
+from coconut_ds.config.deepspeed import add_ds_config_argument
+from coconut_ds.config.experiment import add_experiment_arguments
 from coconut_ds.evaluation.measure import EvalOptions, measure
 from coconut_ds.evaluation.saved_models import find_trained
 from coconut_ds.training.run_settings import read_settings

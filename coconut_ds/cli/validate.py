@@ -12,13 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from coconut_ds.config.arguments import print_notes
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, load_with_notes
-from coconut_ds.config.schemas.parsing import MAX_BYTES
+from coconut_ds.config.schema import MAX_BYTES
 from coconut_ds.data.json_items import looks_like_data
 from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError, UserError
+from coconut_ds.terminal import print_notes
 
 CARD_SUFFIX = ".card.json"
 

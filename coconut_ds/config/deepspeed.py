@@ -3,8 +3,11 @@
 Stock DeepSpeed ignores unknown top-level keys, drops "auto" silently inside zero_optimization and
 raises on some pairs of settings only when the model is wrapped.  This module refuses all three before
 anything is loaded.  Learning rate, batch sizes etc. are "auto" in the file and come from the experiment.
+Files for the Hugging Face Trainer, older versions of DeepSpeed and of this program are converted, with a note
+for every change; what cannot be converted is left for the schema to refuse.
 """
 
+import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,18 +15,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.config.ds_dialects import adapted
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.schemas import load_schema, violations
-from coconut_ds.config.schemas.parsing import read_json
+from coconut_ds.config.schema import load_schema, read_json, violations
 from coconut_ds.errors import ConfigError
 
+# The spellings of DeepSpeed's guide and of the Hugging Face Trainer.
+DS_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
 OUR_BLOCKS = ("memory_budget", "latent_memory", "$schema")
 AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
     "reduce_bucket_size": lambda hidden_size: hidden_size**2,
     "stage3_prefetch_bucket_size": lambda hidden_size: int(0.9 * hidden_size**2),
     "stage3_param_persistence_threshold": lambda hidden_size: 10 * hidden_size,
 }
+COMMENT = ("_", "//", "#")
+# Refused keys whose `false` has an effect: it turns off a default.
+FALSE_COUNTS = ("cpu_offload_use_pin_memory",)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def load_ds_config(path: str | Path) -> DeepSpeedConfig:
 
 def validate_ds_config(values: Mapping[str, Any], where: str) -> DeepSpeedConfig:
     """Validate `values`; `where` names their source in messages."""
-    values, notes = adapted(values)
+    values, notes = _converted(values)
     errors = violations(values, load_schema("ds_config"), "a setting of DeepSpeed 0.19.8")
     invalid = {error.split(":", 1)[0].split(".", 1)[0] for error in errors}
     errors += _contradictions({key: value for key, value in values.items() if key not in invalid})
@@ -258,3 +264,90 @@ def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:
             f"gpu_memory_mib {memory:g} - reserved_mib {reserved:g} is {memory - reserved:g}; "
             f"lower them by {total - memory + reserved:g} MiB"
         )
+
+
+def _converted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a file for another program or version as the schema has them, and notes."""
+    result, schema = _without_comments(values), load_schema("ds_config")
+    notes = [*_convert(result), *_drop_without_effect(result, schema, schema["$defs"], "")]
+    return result, notes
+
+
+def _without_comments(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {k: _without_comments(v) for k, v in value.items() if not str(k).startswith(COMMENT)}
+
+
+def _convert(values: dict[str, Any]) -> Iterator[str]:
+    if "optimizer" not in values:
+        yield "optimizer: is missing; AdamW with the YAML's lr and weight_decay is used"
+    optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    kind = str(optimizer.get("type")).lower() if isinstance(optimizer, dict) else ""
+    if kind in ("adam", "adamw"):
+        optimizer["type"] = "AdamW"
+        if kind == "adam":
+            yield 'optimizer.type: is "Adam", which DeepSpeed runs as AdamW'
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    for key in ("betas", "eps"):
+        if isinstance(params, dict) and params.get(key) == "auto":
+            del params[key]  # the defaults of AdamW, as in the Trainer
+    zero = values.setdefault("zero_optimization", {})
+    # Stage 1 instead of 0 is the same on one GPU, and needs less memory on several.
+    if isinstance(zero, dict) and zero.get("stage", 0) == 0 and zero.get("stage") is not False:
+        why = "is 0" if "stage" in zero else "is missing"
+        zero["stage"] = 1
+        yield f"zero_optimization.stage: {why}; stage 1 is used, which shards the optimizer states"
+    latent = values.get("latent_memory")
+    if isinstance(latent, dict) and "recompute" in latent and "activation_checkpointing" not in latent:
+        latent["activation_checkpointing"] = latent.pop("recompute")
+        yield "latent_memory.recompute: is now called activation_checkpointing"
+
+
+def _drop_without_effect(
+    values: dict[str, Any], schema: Mapping[str, Any], definitions: Mapping[str, Any], inside: str
+) -> Iterator[str]:
+    """Remove keys that have no effect here, and refused keys that are switched off."""
+    rules = _rules(values, schema)
+    for key in [key for key in values if key in rules]:
+        rule, value = rules[key], values[key]
+        if "inert" in rule:
+            del values[key]
+            yield f"{inside}{key}: {rule['inert']}; it is ignored"
+        elif rule.get("not") == {} and _is_off(value) and key not in FALSE_COUNTS:
+            del values[key]
+            yield f"{inside}{key}: is off, and is not a setting here; it is ignored, delete it"
+        elif isinstance(value, dict):
+            if "$ref" in rule:
+                block = definitions[rule["$ref"].rsplit("/", 1)[1]]
+                rule = {"properties": {**block["properties"], **rule.get("properties", {})}}
+            yield from _drop_without_effect(value, rule, definitions, f"{inside}{key}.")
+
+
+def _rules(values: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule of every key, including the rules for the file's ZeRO stage."""
+    rules = dict(schema.get("properties", {}))
+    for condition in schema.get("allOf", ()):
+        stages = condition.get("if", {}).get("properties", {}).get("stage", {}).get("enum", ())
+        if values.get("stage") in stages:
+            for key, rule in condition["then"]["properties"].items():
+                rules[key] = {**rules.get(key, {}), **rule}
+    return rules
+
+
+def _is_off(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is False or value is None
+    if "enabled" in value:
+        return _is_off(value["enabled"])
+    return bool(value) and all(map(_is_off, value.values()))
+
+
+def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--deepspeed_config."""
+    parser.add_argument(
+        *DS_CONFIG_FLAGS,
+        required=required,
+        metavar="JSON",
+        help="DeepSpeed config, for example ds_configs/zero2_offload.json",
+    )

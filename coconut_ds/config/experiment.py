@@ -1,12 +1,13 @@
-"""The experiment YAML: what is learned, validated once and then frozen.
+"""The experiment YAML: what is learned, validated once and then frozen; and its command-line arguments.
 
     load_experiment("configs/full/gsm_coconut.yaml", ["lr=3e-5"])  ->  Experiment
 
 The flat keys of the published code keep their meaning.  Types, ranges and defaults live in
-schemas/experiment.schema.json, and rules that involve several keys in rules.py.  Whether data and model paths
-exist is not checked here.
+schemas/experiment.schema.json, and rules that involve several keys in methods.py.  Whether data and model
+paths exist is not checked here.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -19,25 +20,28 @@ from coconut_ds.config.methods import (
     LATENT_VARIANTS,
     METHOD_BOOLEANS,
     Method,
+    contradictions,
     has_published_keys,
     method_of,
     thought_and_tuning,
+    unread,
+    without_effect,
 )
-from coconut_ds.config.no_effect import unread, without_effect
-from coconut_ds.config.rules import contradictions
-from coconut_ds.config.schemas import (
+from coconut_ds.config.schema import (
     affects,
     defaults,
     kinds,
     load_schema,
+    parse_yaml_value,
+    read_yaml,
     settings_with,
     shown,
     unknown_keys,
     violations,
 )
-from coconut_ds.config.schemas.parsing import parse_yaml_value, read_yaml
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import run_folder_of
+from coconut_ds.terminal import print_notes
 
 
 @dataclass(frozen=True)
@@ -284,3 +288,41 @@ def _exact(value: Any, annotation: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return float(value) if "float" in annotation else int(value)
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and --set."""
+    parser.add_argument(
+        "config", metavar="CONFIG", help="experiment YAML, for example configs/full/gsm_coconut.yaml"
+    )
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser, of: str = "of the YAML") -> None:
+    """--set, into `overrides`."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override one setting {of}; can be repeated",
+    )
+
+
+def add_allow_stage(parser: argparse.ArgumentParser) -> None:
+    """--allow stage, for commands that read a trained model."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("stage",),
+        help="stage: accept another stage than the trained one",
+    )
+
+
+def read_experiment(args: argparse.Namespace) -> Experiment:
+    """The experiment of a command line; the main rank prints the notes on it.  Raises ConfigError."""
+    experiment, notes = load_named_with_notes(args.config, args.overrides)
+    print_notes(notes)
+    return experiment

@@ -1,10 +1,15 @@
-"""Names of training methods and thoughts, and every way a YAML can choose them."""
+"""Training methods and thoughts: how a YAML chooses them, and the settings that they need, exclude or ignore.
+
+In all functions, `valid` holds the valid settings of the file, and `settings` also the defaults.
+"""
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from coconut_ds.config.schema import did_you_mean, settings_with, shown
 
 
 class Method(StrEnum):
@@ -72,3 +77,157 @@ def thought_names() -> list[str]:
     """The modules of thoughts/, which is the registry."""
     folder = str(Path(__file__).parents[1] / "thoughts")
     return sorted(module.name for module in pkgutil.iter_modules([folder]) if not module.name.startswith("_"))
+
+
+# (keys that a rule reads, the error); the caller skips rules whose keys already failed the schema.
+Contradiction = tuple[set[str], str]
+METHOD_KEYS = {"method", *METHOD_BOOLEANS}
+
+
+def contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Contradiction]:
+    """Yield an error for settings that are valid alone and contradict each other."""
+    yield from _method_contradictions(valid)
+    method = method_of(valid)
+    if method is not None and method.has_latents:
+        yield from _latent_contradictions(method, valid, settings)
+    yield from _thought_contradictions(valid)
+    if method is None or method.has_latents:
+        yield from _window_contradictions(valid, settings)
+    yield from _running_contradictions(settings)
+
+
+def _method_contradictions(valid: Mapping[str, Any]) -> Iterator[Contradiction]:
+    chosen = [key for key in METHOD_BOOLEANS if valid.get(key)]
+    named = valid.get("method")
+    if len(chosen) > 1:
+        text = f"{', '.join(chosen)}: {len(chosen)} methods are true; set exactly one to true"
+    elif named is not None and chosen and chosen[0] != method_of(valid):
+        text = f"method: says {named}, but '{chosen[0]}: true' chooses another; keep one of them"
+    elif named is None and not chosen:
+        text = f"method: is not set; set one of {', '.join(METHOD_BOOLEANS)} to true, or 'method: NAME'"
+    else:
+        return
+    yield METHOD_KEYS, text
+
+
+def _latent_contradictions(
+    method: Method, valid: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[Contradiction]:
+    for key in ("c_thought", "max_latent_stage"):
+        if settings[key] == 0:
+            text = f"{key}: is 0, so method {method} has no latents; set it to at least 1"
+            yield METHOD_KEYS | {key}, text
+    variant = valid.get("latent_variant")
+    if method.is_pause and variant not in (None, "basic", "coconut"):
+        text = (
+            f"latent_variant: is {variant}, but method {method} always uses thought pause; remove it "
+            "(LoRA is 'tuning: lora')"
+        )
+        yield METHOD_KEYS | {"latent_variant"}, text
+    if method.is_pause and valid.get("thought") not in (None, "pause"):
+        text = f"thought: is {valid['thought']}, but method {method} always uses pause; remove it"
+        yield METHOD_KEYS | {"thought"}, text
+
+
+def _thought_contradictions(valid: Mapping[str, Any]) -> Iterator[Contradiction]:
+    thought, names = valid.get("thought"), thought_names()
+    if thought is not None and thought not in names:
+        text = f"thought: must be one of {', '.join(names)}, got {shown(thought)}"
+        yield {"thought"}, text + did_you_mean(thought, names)
+    variant = valid.get("latent_variant")
+    for key, meant in zip(("thought", "tuning"), LATENT_VARIANTS.get(str(variant), ()), strict=False):
+        if valid.get(key) not in (None, meant):
+            text = f"{key}: is {valid[key]}, but latent_variant {variant} means {meant}; keep one of the two"
+            yield {key, "latent_variant"}, text
+
+
+def _window_contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Contradiction]:
+    weights, size = settings["latent_window_weights"], settings["latent_window_size"]
+    if "fixed_window" not in (valid.get("thought"), valid.get("latent_variant")):
+        return
+    if len(weights) != size:
+        text = (
+            f"{len(weights)} weights {weights} for latent_window_size {size}; give {size}, newest state first"
+        )
+    elif not weights[0] > 0:
+        text = (
+            f"{weights} start with 0, and a short row has only the newest state; give a first weight above 0"
+        )
+    else:
+        return
+    keys = {"thought", "latent_variant", "latent_window_size", "latent_window_weights"}
+    yield keys, f"latent_window_weights: {text}"
+
+
+def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradiction]:
+    name, epochs, resume = settings.get("name"), settings["num_epochs"], settings["resume"]
+    if isinstance(name, str) and (
+        not name.isprintable() or {"/", "\\"} & set(name) or name.strip(". ") != name
+    ):
+        text = "is not a folder name inside save_path; use letters, digits, '-', '_', '.'"
+        yield {"name"}, f"name: {shown(name)} {text}"
+    if settings["only_eval"]:
+        if settings["load_model_path"] is None:
+            text = "load_model_path: is missing, but 'only_eval: true' evaluates a checkpoint; add its path"
+            yield {"only_eval", "load_model_path"}, text
+        return
+    if settings["train_path"] is None:
+        yield {"only_eval", "train_path"}, "train_path: is missing; set it to the training data"
+    if epochs <= resume:
+        text = f"num_epochs: is {epochs}, but resume skips {resume} of them, so none is left"
+        yield {"num_epochs", "resume"}, f"{text}; set num_epochs above {resume}"
+
+
+# Values that mean "off"; CoT files of the published code have them.
+OFF = {"c_thought": 0, "max_latent_stage": 0, "epochs_per_stage": 1}
+NO_WINDOW = ("last_hidden", "mlp_projection", "pause")
+
+
+def without_effect(
+    method: Method, valid: Mapping[str, Any], defaults: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str]:
+    """One line per reason, with the keys of the file that the method, thought or tuning does not read.
+
+    Defaults and values that mean "off" are not listed.
+    """
+
+    def is_set(key: str) -> bool:
+        value = valid.get(key)
+        if key == "latent_variant":
+            return LATENT_VARIANTS.get(str(value), ("last_hidden",))[0] != "last_hidden"
+        return key in valid and value != defaults[key] and value != OFF.get(key)
+
+    lines = []
+    for reason, keys in unread(method, *thought_and_tuning(method, settings), settings):
+        named = [f"{key}: {shown(valid[key])}" for key in keys if is_set(key)]
+        if named:
+            lines.append(f"{', '.join(named)}: no effect, {reason}")
+    return lines
+
+
+def unread(
+    method: Method, thought: str, tuning: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield (reason, keys that are not read)."""
+    window = settings_with("group", "Latent window")
+    if not method.has_latents:
+        kept = f"; tuning is {tuning}" if settings.get("latent_variant") and tuning != "full" else ""
+        keys = ["thought", "latent_variant", "c_thought", "pad_latent_to_max", "thought_lr"]
+        yield f"method {method} has no latents{kept}", [*keys, *window, "ablate_after_stage"]
+    if not method.has_stages:
+        last = [] if method.has_latents else ["max_latent_stage"]
+        yield f"method {method} has no stages", ["epochs_per_stage", "uniform_prob", *last]
+    if method is not Method.ICOT:
+        yield f"method {method} is not icot", ["icot_tokens_per_epoch"]
+    elif settings["icot_tokens_per_epoch"] is not None:
+        yield "icot_tokens_per_epoch takes the place of stages", ["epochs_per_stage", "max_latent_stage"]
+    if method.has_latents and thought in NO_WINDOW:
+        yield f"thought {thought} has no window", window
+    if method.has_latents and thought == "fixed_window":
+        yield "thought fixed_window learns no weights", ["latent_window_init"]
+    if method.has_latents and thought == "learnable_window":
+        yield "thought learnable_window learns its weights", ["latent_window_weights"]
+    if method.has_latents and thought in ("last_hidden", "fixed_window"):
+        yield f"thought {thought} has no parameters", ["thought_lr"]
+    if tuning == "full":
+        yield "tuning is full, not lora", settings_with("group", "LoRA")

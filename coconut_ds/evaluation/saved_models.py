@@ -23,7 +23,7 @@ from coconut_ds.config.experiment import (
     validate_experiment,
     without_permissions,
 )
-from coconut_ds.config.schemas.parsing import read_json
+from coconut_ds.config.schema import read_json
 from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError

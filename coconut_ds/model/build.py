@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coconut_ds.config.arguments import is_main_process, print_notes
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.positions import LengthCheck, limit_of
@@ -39,6 +38,7 @@ from coconut_ds.runs.checkpoint import (
     load_foreign_weights,
     load_thought_weights,
 )
+from coconut_ds.terminal import print_notes
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
@@ -63,8 +63,7 @@ def load_run_data(experiment: Experiment) -> RunData:
     test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
     if check := length_check(experiment, vocabulary):
         notes = check.refuse(train, valid.tokenized, test.tokenized if test else ())
-        if is_main_process():
-            print_notes(notes)
+        print_notes(notes)
     return RunData(vocabulary, train, valid, test)
 
 

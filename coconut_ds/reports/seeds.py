@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.experiment import Experiment, load_experiment
-from coconut_ds.config.schemas import settings_with
+from coconut_ds.config.schema import settings_with
 from coconut_ds.errors import ConfigError
 from coconut_ds.reports.run_records import RunRecord
 

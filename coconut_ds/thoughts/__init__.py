@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.schemas import did_you_mean
+from coconut_ds.config.schema import did_you_mean
 from coconut_ds.errors import ConfigError
 
 

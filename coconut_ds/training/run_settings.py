@@ -5,10 +5,10 @@ import argparse
 import psutil
 import torch
 
-from coconut_ds.config.arguments import is_main_process, print_notes, read_experiment
 from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget, load_ds_config
-from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.experiment import Experiment, read_experiment
 from coconut_ds.model.loading import load_config
+from coconut_ds.terminal import print_notes
 
 MIB, GIB = 2**20, 2**30
 RESERVED_MIB = 800  # CUDA context, NCCL and cuBLAS workspaces, as in ds_configs/
@@ -36,8 +36,7 @@ def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
             f"{path}: memory_budget: missing; using {budget.device}: "
             f"{budget.gpu_memory_mib:,} MiB per GPU, {budget.reserved_mib} reserved"
         )
-    if is_main_process():
-        print_notes(notes)
+    print_notes(notes)
     return ds_config.for_run(experiment, budget, hidden_size)
 
 

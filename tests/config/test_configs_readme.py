@@ -12,7 +12,7 @@ import pytest
 
 from coconut_ds.config.experiment import Experiment, load_experiment
 from coconut_ds.config.methods import Method
-from coconut_ds.config.schemas import defaults, load_schema
+from coconut_ds.config.schema import defaults, load_schema
 from tests.conftest import ROOT
 
 DATA_SETS = ("gsm", "prontoqa", "prosqa", "math")

@@ -17,7 +17,7 @@ from coconut_ds.config.deepspeed import (
     validate_ds_config,
 )
 from coconut_ds.config.experiment import Experiment, validate_experiment
-from coconut_ds.config.schemas import load_schema
+from coconut_ds.config.schema import load_schema
 from coconut_ds.errors import ConfigError
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"

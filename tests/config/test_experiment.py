@@ -18,7 +18,7 @@ from coconut_ds.config.experiment import (
     validate_experiment,
 )
 from coconut_ds.config.methods import LATENT_VARIANTS, METHOD_BOOLEANS, thought_names
-from coconut_ds.config.schemas import defaults, load_schema
+from coconut_ds.config.schema import defaults, load_schema
 from coconut_ds.errors import ConfigError
 
 # The released gsm_coconut.yaml, key for key, with the three keys that its forks added.

@@ -15,7 +15,7 @@ from coconut_ds.config.experiment import (
     validate_experiment,
 )
 from coconut_ds.config.methods import METHOD_BOOLEANS
-from coconut_ds.config.schemas.parsing import read_yaml
+from coconut_ds.config.schema import read_yaml
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.largest_batches import TextShape

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.schemas import affects, settings_with
+from coconut_ds.config.schema import affects, settings_with
 from coconut_ds.errors import CheckpointError
 from coconut_ds.runs.base_record import BaseRecord
 from coconut_ds.runs.checkpoint.manifest import Manifest, hash_file

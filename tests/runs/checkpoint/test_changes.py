@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.schemas import affects, settings_with
+from coconut_ds.config.schema import affects, settings_with
 from coconut_ds.errors import CheckpointError
 from coconut_ds.runs.checkpoint import Severity, TrainState, classify_changes
 from coconut_ds.runs.checkpoint.changes import refuse_changes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coconut_ds.config.schemas.parsing import MAX_BYTES, read_json, read_yaml
+from coconut_ds.config.schema import MAX_BYTES, read_json, read_yaml
 from coconut_ds.errors import ConfigError
 
 BAD_TEXTS = [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coconut_ds.config.experiment import parse_overrides, validate_experiment
-from coconut_ds.config.schemas import did_you_mean, edit_distance, load_schema, unknown_keys
+from coconut_ds.config.schema import did_you_mean, edit_distance, load_schema, unknown_keys
 from coconut_ds.errors import ConfigError
 
 SCHEMA = load_schema("experiment")

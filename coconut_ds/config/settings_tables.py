@@ -1,6 +1,6 @@
 """Generate the settings tables of the READMEs from the schemas.
 
-    python -m coconut_ds.config.schemas.markdown          rewrites the tables in configs/ and ds_configs/
+    python -m coconut_ds.config.settings_tables          rewrites the tables in configs/ and ds_configs/
 
 A table is placed between `<!-- settings: NAME -->` and `<!-- end -->`; a test checks that it is up to date.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.config.schemas import expectation, load_schema, shown
+from coconut_ds.config.schema import expectation, load_schema, shown
 
 READMES = ("configs/README.md", "ds_configs/README.md")
 MARKED = re.compile(r"(<!-- settings: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)

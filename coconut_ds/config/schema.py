@@ -1,8 +1,8 @@
-"""The JSON Schemas of the two settings files, and readable messages for violations.
+"""Read a settings file, check it against its JSON Schema, and describe every violation.
 
-The schema files define every key's type, default and description.  Besides the standard keywords they use
-these annotations: `group` (heading in the docs), `expects` (description of a rule that has no short form),
-`refused` (why a key is not accepted, and what to do instead), `inert` (why a key is ignored),
+The schema files in schemas/ define every key's type, default and description.  Besides the standard keywords
+they use these annotations: `group` (heading in the docs), `expects` (description of a rule that has no short
+form), `refused` (why a key is not accepted, and what to do instead), `inert` (why a key is ignored),
 `published_default` (the default in files of the published code), `also_called` (names of a key in other
 programs) and, beside `properties`, `elsewhere` (advice for keys that only other programs have).
 
@@ -11,17 +11,25 @@ Each key of an experiment also has `affects`, which resuming, reports, sweeps an
 are measured in another way) or `running` (none of these).  Paths to `data` or `weights` have `path_to`.
 """
 
+import errno
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from coconut_ds.errors import ConfigError
+from coconut_ds.files import parse_json, read_bytes
+from coconut_ds.terminal import is_printable
+
+MAX_BYTES = 1 << 17  # PyYAML takes about a second for this size
 MAX_UNKNOWN = 20  # keys in a message; each is compared with all known keys
 TYPE_WORDS = {
     "integer": "a whole number",
@@ -37,17 +45,15 @@ TYPE_WORDS = {
 @cache
 def load_schema(name: str) -> dict[str, Any]:
     """The schema `experiment` or `ds_config`.  The dict is shared: do not modify it."""
-    text = resources.files(__name__).joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("schemas", f"{name}.schema.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def defaults(schema: Mapping[str, Any], published: bool = False) -> dict[str, Any]:
     """Defaults of all properties that have one; `published`: for a file of the published code."""
-    rules = {key: rule for key, rule in schema["properties"].items() if "default" in rule}
-    return {
-        key: rule["published_default"] if published and "published_default" in rule else rule["default"]
-        for key, rule in rules.items()
-    }
+    name = "published_default" if published else "default"
+    rules = schema["properties"].items()
+    return {key: rule.get(name, rule["default"]) for key, rule in rules if "default" in rule}
 
 
 def affects(key: str) -> str:
@@ -201,3 +207,118 @@ def _not_finite(value: object, here: str) -> Iterator[str]:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _not_finite(item, f"{here}.{index}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.  ConfigError: unreadable, too large, not UTF-8, not a plain mapping."""
+    text = _read_text(path)
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_marked(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; settings are flat 'key: value' lines") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    return _mapping(value, path, "'key: value' lines")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.  ConfigError as for YAML, and for NaN and duplicate keys."""
+    text = _read_text(path)
+    try:
+        value = parse_json(text, allow_nan=False)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        hint = " (JSON has no comments)" if _starts_comment(text, error.pos) else ""
+        raise ConfigError(f"{path}: not valid JSON: {error.msg} at {where}{hint}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {str(error)[:300]}") from None
+    return _mapping(value, path, "a JSON object")
+
+
+def parse_yaml_value(text: str, where: str) -> Any:
+    """Parse one value as YAML: '3' is a number, 'true' a boolean, '[6, 3]' a list."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{where}: the value {text[:80]!r} is not valid YAML; quote it") from None
+
+
+def _read_text(path: str | Path) -> str:
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; give a file in it")
+    try:
+        data = read_bytes(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EFBIG:
+            raise ConfigError(
+                f"{path}: is larger than {MAX_BYTES >> 10} KiB, so it is not a settings file"
+            ) from None
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _mapping(value: object, path: str | Path, wanted: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = "is empty" if value is None else f"holds a {type(value).__name__}"
+        raise ConfigError(f"{path}: {kind}; expected {wanted}")
+    odd = [key for key in value if not isinstance(key, str)]
+    if odd:
+        raise ConfigError(f"{path}: keys must be words, got {odd[0]!r}")
+    for key, text in _texts(value):
+        if not is_printable(text):
+            raise ConfigError(f"{path}: {key[:80]!r} holds control characters ({text[:80]!r}); remove them")
+    return value
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (outermost key, text) for every text in a value, including keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield str(name), str(name)
+            yield from _texts(item, key or str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a small file could unfold to gigabytes) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not allowed; write the value out", problem_mark=mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in getattr(node, "value", []):
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                problem = f"'{key}' appears twice (first in line {seen[key]}); remove one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _marked(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{error.problem or error.context}{where}"
+
+
+def _starts_comment(text: str, position: int) -> bool:
+    return text[position : position + 2] in ("//", "/*") or text[position : position + 1] == "#"

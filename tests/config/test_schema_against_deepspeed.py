@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from coconut_ds.config.schemas import load_schema
+from coconut_ds.config.schema import load_schema
 
 
 def accepted(rule: dict[str, Any]) -> set[str]:

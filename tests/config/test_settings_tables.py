@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.config.schemas import load_schema, settings_with
-from coconut_ds.config.schemas.markdown import READMES, settings_table, with_tables
+from coconut_ds.config.schema import load_schema, settings_with
+from coconut_ds.config.settings_tables import READMES, settings_table, with_tables
 
-ROOT = Path(__file__).parent.parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_table_has_a_row_for_every_accepted_key():
@@ -35,4 +35,4 @@ def test_every_setting_of_an_experiment_says_what_it_affects():
 def test_settings_tables_are_made_from_the_schema(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     assert "<!-- settings: " in text
-    assert with_tables(text) == text, "run: python -m coconut_ds.config.schemas.markdown"
+    assert with_tables(text) == text, "run: python -m coconut_ds.config.settings_tables"

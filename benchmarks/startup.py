@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.engine.rendezvous import free_port
+from coconut_ds.engine.watchdog import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = "COCONUT_DS_STARTUP_OUT"

@@ -22,7 +22,7 @@ export PYTHONWARNINGS=ignore::FutureWarning
 
 train() { # train CONFIG NAME ARGUMENT...: one run under DeepSpeed
     local port
-    port=$(python -m coconut_ds.engine.rendezvous)
+    port=$(python -c 'from coconut_ds.engine.watchdog import free_port; print(free_port())')
     deepspeed --num_gpus $ranks --master_port "$port" --log_level error --module coconut_ds train "$1" \
         --deepspeed_config $ds_config \
         --set "name=$2" --set "seed=$seed" --set gradient_accumulation_steps=$micro_batches "${@:3}"

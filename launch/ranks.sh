@@ -70,7 +70,7 @@ run_ranks() {
         set -- "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}"
     fi
     set -m # the launcher and its ranks become a process group of their own
-    deepspeed --master_port "${MASTER_PORT:-$(python -m coconut_ds.engine.rendezvous)}" "${launcher_arguments[@]}" \
+    deepspeed --master_port "${MASTER_PORT:-$(python -c 'from coconut_ds.engine.watchdog import free_port; print(free_port())')}" "${launcher_arguments[@]}" \
         --module coconut_ds "$@" </dev/null &
     launcher=$!
     set +m

@@ -40,20 +40,6 @@ class PlainEngine(ReadingEngine):
     def reset_optimizer(self):
         pass
 
-    def barrier(self):
-        pass
-
-    def sum_over_ranks(self, values):
-        return list(values)
-
-    max_over_ranks = sum_over_ranks
-
-    def gather(self, value):
-        return [value]
-
-    def broadcast_object(self, value):
-        return value
-
     def checkpoint_bytes(self):
         return self.expected_bytes
 

@@ -10,7 +10,7 @@ import pytest
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
 from coconut_ds.data.curriculum import Stage
-from coconut_ds.engine.divergence import write_batches
+from coconut_ds.engine.watchdog import write_batches
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.evaluation.measure import Measurement, write_results
 from coconut_ds.files import json_text

@@ -16,7 +16,6 @@ from coconut_ds.config.experiment import Experiment, add_experiment_arguments, e
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.data.run_data import RunData, TestSet
-from coconut_ds.engine.distributed import Collectives
 from coconut_ds.engine.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.evaluate import evaluate
@@ -101,16 +100,9 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
 
 def _lock(folder: Path, ranks: Ranks) -> RunLock | None:
     """Keep other runs out of the folder; the main rank's ConfigError is raised on all ranks.  Collective."""
-    lock, message = None, None
-    if ranks.is_main:
-        try:
-            lock = RunLock(folder)
-        except ConfigError as error:
-            message = str(error)
-    message = Collectives(ranks).broadcast_object(message)
-    if message is not None:
-        raise ConfigError(message)
-    return lock
+    locks: list[RunLock] = []
+    ranks.on_main(lambda: locks.append(RunLock(folder)))
+    return locks[0] if locks else None
 
 
 def _plan(

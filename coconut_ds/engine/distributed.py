@@ -1,20 +1,23 @@
-"""Collectives over all ranks, and an engine for evaluation only.  Does not import DeepSpeed."""
+"""Ranks and their collectives, and an engine for evaluation only.  Does not import DeepSpeed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from coconut_ds.data.batching import Batch
+from coconut_ds.errors import UserError
 from coconut_ds.model.coconut import Coconut
 
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Ranks:
-    """The rank of this process, the number of ranks, and its device."""
+    """This process among all ranks; every method is collective."""
 
     rank: int
     world_size: int
@@ -24,72 +27,67 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-
-class Collectives:
-    """Collective operations; `ranks` identifies this process."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    @property
-    def rank(self) -> int:
-        return self.ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.ranks.world_size
-
-    @property
-    def is_main(self) -> bool:
-        return self.ranks.is_main
-
-    @property
-    def device(self) -> torch.device:
-        return self.ranks.device
-
     def barrier(self) -> None:
-        dist.barrier()
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(reduced, op=operation)
+        return reduced.tolist()
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Exact sums (float64) of each value over the ranks. Collective."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        """Exact sums (float64) of each value over the ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """The largest of each value over the ranks. Collective."""
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.tolist()
+        """The largest of each value over the ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def any_over_ranks(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Collective."""
+        """Whether `flag` is true on any rank."""
         return self.max_over_ranks([float(flag)])[0] > 0
 
     def all_over_ranks(self, flag: bool) -> bool:
-        """Whether `flag` is true on every rank. Collective."""
+        """Whether `flag` is true on every rank."""
         return not self.any_over_ranks(not flag)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in rank order, on every rank. Collective."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        """Every rank's `value`, in rank order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank. Collective."""
+        """Rank 0's `value` on every rank."""
         holder = [value]
-        dist.broadcast_object_list(holder, src=0, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
 
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on the main rank; return its result, or raise its UserError, on all ranks."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as error:
+                failure = error
+        result, failure = self.broadcast_object((result, failure))
+        if failure is not None:
+            raise failure
+        return result
 
-class ReadingEngine(Collectives):
+
+class ReadingEngine(Ranks):
     """The complete model on every rank, without gradients or an optimizer, for evaluation."""
 
     zero_stage = 0
 
     def __init__(self, module: Coconut, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
-        self.ranks = ranks
+        super().__init__(ranks.rank, ranks.world_size, ranks.device)
         self.module = module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
 
     def train(self) -> None:

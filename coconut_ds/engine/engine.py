@@ -7,13 +7,11 @@ the number of ranks, because DeepSpeed averages over them.
 
 import argparse
 import gc
-import importlib
 import math
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +25,16 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from coconut_ds.data.batching import Batch
-from coconut_ds.engine.distributed import Collectives, Ranks
-from coconut_ds.engine.rendezvous import free_port, meet
-from coconut_ds.engine.watchdog import ended_after
-from coconut_ds.errors import CheckpointError, ConfigError, Diverged
+from coconut_ds.engine import deepspeed_patches as patches
+from coconut_ds.engine.distributed import Ranks
+from coconut_ds.engine.watchdog import ended_after, free_port, meet
+from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.failures import phase
 from coconut_ds.model.coconut import Coconut
 
-# torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-
-# The text of DeepSpeed's bare Exception (runtime/fp16/loss_scaler.py).
-SCALER_AT_MINIMUM = "loss scale already at minimum"
-SHARED_MEMORY = Path("/dev/shm")
 FP32_BYTES = 4
 START_SECONDS = 20.0  # minimum time to wait for ranks: their starts differ more than their steps
 # Slurm's `srun` uses its own names for RANK, WORLD_SIZE and LOCAL_RANK.
@@ -61,6 +52,8 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     Raises, on all ranks, ConfigError if a rank's device cannot compute in `precision` ("fp32", "fp16",
     "bf16"), and RankLost if a rank does not connect within `limit` seconds (0: no limit).
     """
+    # torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
     if "RANK" not in os.environ:
@@ -81,7 +74,8 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
         del store
         device = torch.device(get_accelerator().current_device_name())
         if device.type == "cpu":
-            _unlink_shared_memory(dist.get_rank())
+            dist.barrier()
+            patches.unlink_shared_memory(dist.get_rank())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -102,18 +96,6 @@ def _choose_device(precision: str) -> None:
         )
 
 
-def _unlink_shared_memory(rank: int) -> None:
-    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce, so that it ends with the ranks.
-
-    DeepSpeed never unlinks it, so every start would use up that much memory until the next reboot.
-    Source: deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`; all ranks have opened it when it returns.
-    Collective.
-    """
-    dist.barrier()
-    owner = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    SHARED_MEMORY.joinpath(f"deepspeed_allreduce_buffer_{os.getuid()}_{owner}_{rank}").unlink(missing_ok=True)
-
-
 def _check_precision(precision: str, capability: tuple[int, int]) -> None:
     """Check by compute capability: DeepSpeed rejects fp16 on Pascal and accepts emulated bf16 on Turing."""
     name = f"compute capability {capability[0]}.{capability[1]}"
@@ -127,19 +109,6 @@ def _check_precision(precision: str, capability: tuple[int, int]) -> None:
             f"fp16 is slow on {name} (1/64 of the fp32 rate on Pascal); use ds_configs/zero2_offload.json, "
             "or set DS_ALLOW_DEPRECATED_FP16=1 to use it anyway, to save memory"
         )
-
-
-def _import_muon_uncompiled() -> None:
-    """Save a second in `deepspeed.initialize`: it imports Muon, whose decorators load torch's Inductor."""
-    switch = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    with suppress(ImportError):
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    if before is None:
-        del os.environ[switch]
-    else:
-        os.environ[switch] = before
 
 
 def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -176,21 +145,19 @@ class Schedule:
         if step < self.warmup_steps:
             return step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        match self.name:
-            case "constant":
-                return 1.0
-            case "linear":
-                return max(0.0, 1 - progress)
-            case "cosine":
-                return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-        raise ValueError(self.name)
+        factors = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
+        }
+        return max(0.0, factors[self.name])
 
     def build(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Build the torch scheduler (importing Transformers' own would also import PEFT and accelerate)."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step))
 
 
-class Engine(Collectives):
+class Engine(Ranks):
     """A Coconut model under DeepSpeed."""
 
     def __init__(
@@ -202,36 +169,19 @@ class Engine(Collectives):
         schedule: Schedule | None = None,
     ) -> None:
         """Wrap `module`; `ds_config`: DeepSpeed's settings with every "auto" resolved. Collective."""
-        self.ranks = ranks
+        super().__init__(ranks.rank, ranks.world_size, ranks.device)
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**_for_device(ds_config, ranks.device), "managed_gradient_accumulation": False}
-        _import_muon_uncompiled()
-        self._engine, self._optimizer, _, self._scheduler = deepspeed.initialize(
+        patches.import_muon_uncompiled()
+        self._engine, self._optimizer, _, scheduler = deepspeed.initialize(
             model=module,
             model_parameters=[dict(group) for group in parameter_groups],
             config=config,
             lr_scheduler=schedule.build if schedule is not None else None,
         )
         self.zero_stage: int = self._engine.zero_optimization_stage()
-        self._own_groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self._base_optimizer.param_groups
-        ]
-        self._own_clipping = getattr(self._optimizer, "clip_grad", None)
-        if getattr(self._optimizer, "round_robin_gradients", False):
-            self._link_in_round_robin_order()
-
-    def _link_in_round_robin_order(self) -> None:
-        """Let DeepSpeed record the position of each weight in the flat partitions, for `convert_shards`.
-
-        DeepSpeed assumes the model's order, but `round_robin_gradients` uses another.
-        Source: deepspeed/runtime/zero/stage_1_and_2.py, `_link_all_hp_params`.
-        """
-        optimizer = self._optimizer
-        model_order, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
-        optimizer._link_all_hp_params()
-        optimizer._param_slice_mappings = optimizer._create_param_mapping()
-        optimizer.bit16_groups = model_order
+        patches.link_in_round_robin_order(self._optimizer)
+        self._own_settings = patches.OwnSettings(self._optimizer, scheduler)
 
     @property
     def module(self) -> Coconut:
@@ -272,49 +222,25 @@ class Engine(Collectives):
     @phase("optimizer step")
     def step(self) -> bool:
         """Reduce, clip, update; return false if fp16 overflowed and the update was skipped."""
-        self._forget_powers_of_beta()
-        try:
+        patches.forget_powers_of_beta(self._optimizer)
+        with patches.minimum_loss_scale_explained():
             self._engine.step()
-        except Exception as error:
-            if SCALER_AT_MINIMUM not in str(error):
-                raise
-            raise Diverged(
-                "the fp16 loss scale is at its minimum and gradients still overflow; "
-                "train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
-            ) from error
         return bool(self._engine.was_step_applied())
-
-    def _forget_powers_of_beta(self) -> None:
-        """Make the CPU Adam compute its powers of beta from the step number.
-
-        By default it multiplies them up step by step, but uses pow() in the first step after a load, so a
-        resumed run would differ in the last digits (IncrementStep in DeepSpeed's cpu_adam.h).
-        """
-        adam = self._base_optimizer
-        if isinstance(adam, DeepSpeedCPUAdam):
-            group = adam.param_groups[0]
-            settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], adam.adam_w_mode)
-            adam.ds_opt_adam.destroy_adam(adam.opt_id)
-            adam.ds_opt_adam.create_adam(adam.opt_id, *settings, False)
 
     def reset_optimizer(self) -> None:
         """Reset Adam's moments; keep the master weights and the learning rate.
 
         Source: section 4.2 of the Coconut paper, "reset the optimizer when the training stage switches".
         """
-        self._base_optimizer.state = defaultdict(dict)
+        patches.reset_moments(self._optimizer)
 
     def optimizer_tensors(self) -> Iterator[Tensor]:
         """This rank's master weights and moments, on any device."""
-        optimizer = self._base_optimizer
+        optimizer = patches.base_optimizer(self._optimizer)
         for group in optimizer.param_groups:
             yield from group["params"]
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-
-    @property
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self._optimizer, "optimizer", self._optimizer)
 
     @contextmanager
     def full_weights(self) -> Iterator[Coconut]:
@@ -357,7 +283,7 @@ class Engine(Collectives):
         )
         if path is None:
             raise ConfigError(f"{folder}: not a DeepSpeed checkpoint")
-        self._keep_own_settings()
+        self._own_settings.restore()
         return client_state
 
     def convert_shards(self, folder: Path, target: Path) -> None:
@@ -385,22 +311,15 @@ class Engine(Collectives):
         Raises CheckpointError on every rank if a weight or buffer differs from what was saved, or if a
         parameter group is so small that a rank has no part of it, which DeepSpeed cannot load.
         """
-        groups = [] if self.zero_stage == 3 else self._optimizer.bit16_groups
-        if self.any_over_ranks(any(all(p._hp_mapping is None for p in group) for group in groups)):
+        if self.any_over_ranks(patches.has_group_without_part(self._optimizer, self.zero_stage)):
             raise CheckpointError(
                 f"a parameter group has no part for one of {self.world_size} ranks, which DeepSpeed cannot "
                 "load; resume with fewer ranks"
             )
         (first_file, *_) = sorted(folder.glob("*mp_rank_00_model_states.pt"))
         saved = torch.load(first_file, map_location="cpu", weights_only=False)
-        # DeepSpeed's universal load restores master weights and moments, but no buffers.
-        self._engine.load_module_state_dict(saved, strict=not self.excludes_frozen)
-        config = self._engine._config
-        config.load_universal_checkpoint = True
-        try:
+        with patches.universal_load(self._engine, saved, strict=not self.excludes_frozen):
             client_state = self.load_shards(folder)
-        finally:
-            config.load_universal_checkpoint = False
         different = self.gather(self._different_from(saved["module"], folder))
         if any(different):
             names = ", ".join(sorted({name for rank in different for name in rank})[:5])
@@ -430,32 +349,11 @@ class Engine(Collectives):
                     different.append(name)
         return different
 
-    def _keep_own_settings(self) -> None:
-        """Restore the settings that a load overwrites: learning rate, weight decay, clipping.
-
-        Source: deepspeed/runtime/zero/stage_1_and_2.py, `_load_legacy_checkpoint` and `_load_global_state`.
-        """
-        for group, own in zip(self._base_optimizer.param_groups, self._own_groups, strict=True):
-            group.update(own)
-        if self._own_clipping is not None:
-            self._optimizer.clip_grad = self._own_clipping
-        if self._scheduler is not None:
-            scheduler = self._scheduler
-            scheduler.base_lrs = [own["initial_lr"] for own in self._own_groups]
-            rates = [
-                base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(self._base_optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            scheduler._last_lr = rates
-
     def close(self) -> None:
         """Free the memory and leave the process group."""
         self._engine.destroy()
         gc.collect()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        finish_distributed()
 
 
 def finish_distributed() -> None:

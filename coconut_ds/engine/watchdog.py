@@ -1,34 +1,160 @@
-"""Abort a run that makes no progress, and name the rank that the others wait for.
+"""End a run that cannot continue, and say why: a rank does not connect, nothing moves, the loss diverges.
 
-    rank 1 stopped at beat 812 (step 40, 300 s ago); rank 0 waits at beat 813
-    stack traces of all threads -> stderr and RUN/stuck/rank_0.txt; exit code 77
+    free_port, meet     all ranks connect before the process group starts, or a message names the missing one
+    ended_after         a time limit for what has none
+    Watchdog            rank 1 stopped at beat 812 (step 40, 300 s ago); rank 0 waits at beat 813
+                        stack traces of all threads -> stderr and RUN/stuck/rank_0.txt; exit code 77
+    LossGuard           the batch that made the loss non-finite -> RUN/diverged/; exit code 76
 
 Heartbeats are files in the run folder.  No clock is shared: a rank counts the seconds since it saw a beat
-change, without those in which it was itself suspended.  NCCL and gloo time out after ten minutes or more, and
-then name neither the rank nor the operation.
+change, without those in which it was itself suspended.  torch, NCCL and gloo alone time out after ten minutes
+or more, and then name neither the rank nor the operation.
 """
 
 import faulthandler
 import json
+import math
 import os
+import random
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from coconut_ds.errors import ConfigError, RankLost
+from coconut_ds.errors import ConfigError, Diverged, RankLost, port_in_use
 from coconut_ds.files import json_text, make_folder, open_append, replace_text
 
+if TYPE_CHECKING:  # printing a free port does not need torch
+    from torch.distributed import TCPStore
+
+    from coconut_ds.data.batching import Batch
+
+# Below the range of automatically assigned ports: gloo's sockets could take one of those first.
+PORTS = (20000, 32000)
+ANSWER_SECONDS = 15.0  # time for rank 0's store to answer, and then for rank 0 to register
+FAREWELL_SECONDS = 5.0  # how long rank 0 keeps its store open for ranks that still read from it
+POLL_SECONDS = 0.1
+FOREVER = 1e9
 HEARTBEATS, STACKS = ".heartbeats", "stuck"
 # Several ranks may detect this at once; each needs time to write its stacks before one of them exits.
 LAST_WORDS_SECONDS = 2.0
 # A check that comes this many periods late means that this process was suspended or starved of CPU.
 ASLEEP_PERIODS = 10
+DIVERGED = "diverged"
+# fp16 starts at a loss scale of 2^16 and halves it after two overflows: 2 x 16 skips reach scale 1.
+MAX_SKIPPED = 40
+
+
+def free_port() -> int:
+    """A port that no program on this machine is listening on."""
+    while True:
+        port = random.randint(*PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def meet(rank: int, world_size: int, limit: float, message: str | None = None) -> "TCPStore":
+    """Wait for all ranks. Keep the returned store until the process group has started.  Collective.
+
+    `limit` in seconds; 0 disables it.  `message`: why this rank cannot take part, raised as ConfigError on
+    all ranks.  Raises RankLost if a rank is missing, ConfigError if another program uses the port.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Under torchrun the agent owns the store through all restarts; otherwise rank 0 does.
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    deadline = time.monotonic() + (limit or FOREVER)
+    where = f"{address}:{port}"
+    if rank == 0 and not of_agent:
+        store = _listen(address, port, world_size)
+    else:
+        _wait(lambda: _accepts(address, port), deadline, lambda: _missing([0], world_size, limit, where))
+        store = _connect(address, port, world_size)
+    prefix = f"coconut_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if store.add(f"{prefix}/claim_{rank}", 1) > 1:
+        raise port_in_use(address, port)  # another run has a rank with the same number here
+    keys = [f"{prefix}/rank_{other}" for other in range(world_size)]
+    store.set(keys[rank], message or "")
+    if not of_agent:
+        answer = min(deadline, time.monotonic() + ANSWER_SECONDS)
+        _wait(lambda: store.check(keys[:1]), answer, lambda: port_in_use(address, port))
+
+    def lost() -> RankLost:
+        missing = [other for other in range(world_size) if not store.check([keys[other]])]
+        return _missing(missing, world_size, limit, where)
+
+    _wait(lambda: store.check(keys), deadline, lost)
+    messages = [text for key in keys if (text := store.get(key).decode())]
+    if messages:
+        _leave(store, f"{prefix}/left", rank, world_size)
+        raise ConfigError(messages[0])
+    return store
+
+
+def _listen(address: str, port: int, world_size: int) -> "TCPStore":
+    from torch.distributed import DistNetworkError, TCPStore
+
+    try:
+        return TCPStore(address, port, world_size, True, wait_for_workers=False, multi_tenant=True)
+    except DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise port_in_use(address, port) from error
+        raise
+
+
+def _accepts(address: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((address, port), timeout=5):
+        return True
+    return False
+
+
+def _connect(address: str, port: int, world_size: int) -> "TCPStore":
+    """Connect to the store, in a thread: the client itself has no timeout for an answer."""
+    from torch.distributed import DistError, TCPStore
+
+    stores = []
+
+    def connect() -> None:
+        timeout = timedelta(seconds=ANSWER_SECONDS / 2)
+        with suppress(DistError):
+            stores.append(TCPStore(address, port, world_size, False, timeout, wait_for_workers=False))
+
+    thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if not stores:
+        raise port_in_use(address, port)
+    return stores[0]
+
+
+def _wait(done: Callable[[], bool], deadline: float, failure: Callable[[], Exception]) -> None:
+    while not done():
+        if time.monotonic() > deadline:
+            raise failure()
+        time.sleep(POLL_SECONDS)
+
+
+def _missing(ranks: list[int], world_size: int, limit: float, where: str) -> RankLost:
+    names = ", ".join(map(str, ranks))
+    return RankLost(
+        f"rank {os.environ['RANK']}: rank {names} of {world_size} did not connect to {where} within "
+        f"{limit:g} s; look for its message, then start again. To wait longer: --stuck-seconds N."
+    )
+
+
+def _leave(store: "TCPStore", key: str, rank: int, world_size: int) -> None:
+    """Let rank 0, which owns the store, end after the others."""
+    store.add(key, 1)
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    while rank == 0 and store.add(key, 0) < world_size and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
@@ -186,3 +312,56 @@ class Watchdog:
                 writer.flush()
                 faulthandler.dump_traceback(file=writer, all_threads=True)
         time.sleep(LAST_WORDS_SECONDS)
+
+
+@dataclass
+class LossGuard:
+    """Checks every step for divergence; `folder` is the run folder."""
+
+    folder: Path
+    rank: int
+    max_skipped: int = MAX_SKIPPED
+    _skipped: int = 0
+
+    def check(
+        self, step: int, loss: float, applied: bool, batches: "Sequence[Batch]", losses: Sequence[float]
+    ) -> None:
+        """Raise Diverged on every rank if training cannot continue.
+
+        `loss`: summed over ranks, so all ranks see the same one.  `applied`: false if gradients overflowed
+        and DeepSpeed skipped the step, which it does in fp32 too, without end.  `batches`, `losses`: this
+        rank's micro-batches, which are then written to a file.
+        """
+        self._skipped = 0 if applied else self._skipped + 1
+        if not math.isfinite(loss):
+            reason = f"the loss of step {step} is {loss}"
+        elif self._skipped >= self.max_skipped:
+            reason = f"{self._skipped} steps in a row overflowed and were skipped, up to step {step}"
+        else:
+            return
+        file = self.folder / DIVERGED / f"step_{step}_rank_{self.rank}.json"
+        try:
+            write_batches(file, batches, losses)
+            where = f"The batch of each rank is in {file.parent}."
+        except OSError as error:
+            where = f"The batch of this rank could not be written ({error})."
+        raise Diverged(
+            f"{reason}. {where} The newest checkpoint is from before that step. "
+            "Before you resume, lower 'lr' or 'gradient_clipping', or fix the data"
+        )
+
+
+def write_batches(file: Path, batches: "Sequence[Batch]", losses: Sequence[float]) -> None:
+    """Write one JSON file with the loss, problem numbers and token ids of every micro-batch."""
+    make_folder(file.parent)
+    records = [
+        {
+            "loss": loss,
+            "problems": batch.indices,
+            "input_ids": batch.input_ids_BT.tolist(),
+            "labels": batch.labels_BT.tolist(),
+            "num_latents": batch.num_latents,
+        }
+        for batch, loss in zip(batches, losses, strict=True)
+    ]
+    replace_text(file, json_text(records, indent=1))

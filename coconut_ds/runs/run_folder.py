@@ -198,6 +198,11 @@ class Run:
             self.write_error = str(cannot_write(self.folder / name, error))
             self.writes = False
 
+    def check_written(self) -> None:
+        """Raise ConfigError if a line could not be written."""
+        if self.write_error is not None:
+            raise ConfigError(self.write_error)
+
     def _stop_wandb(self, error: Exception) -> None:
         warnings.warn(
             f"wandb stopped ({error}); metrics are still written to {self.folder / METRICS}", stacklevel=3

@@ -28,8 +28,8 @@ from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, load_experiment, parse_overrides
 from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import parse_yaml_value, read_yaml
-from coconut_ds.engine.rendezvous import free_port
 from coconut_ds.engine.signals import PID_FOLDER
+from coconut_ds.engine.watchdog import free_port
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.files import open_append
 from coconut_ds.reports.run_records import read_run

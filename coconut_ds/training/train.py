@@ -8,11 +8,9 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.run_data import RunData
-from coconut_ds.engine.distributed import Collectives
 from coconut_ds.engine.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
 from coconut_ds.engine.signals import Signals
 from coconut_ds.engine.watchdog import Watchdog
-from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.failures import lost_ranks_explained, phase
 from coconut_ds.memory.budget import enforce_memory_budget
@@ -64,18 +62,11 @@ def send_report(run: Run) -> None:
 
 def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -> Run:
     """Open and lock the run folder. Raises the main rank's ConfigError on all ranks. Collective."""
-    collectives = Collectives(ranks)
-    devices = collectives.gather(describe(ranks))
+    devices = ranks.gather(describe(ranks))
     settings = ds_config.resolved_file(experiment, ranks.world_size)
-    run, message = None, None
-    try:
-        run = Run(experiment, settings, is_main=ranks.is_main, devices=devices)
-    except ConfigError as error:
-        message = str(error)
-    message = collectives.broadcast_object(message)
-    if run is None or message is not None:
-        raise ConfigError(message)
-    return run
+    opened: list[Run] = []
+    ranks.on_main(lambda: opened.append(Run(experiment, settings, devices=devices)))
+    return opened[0] if opened else Run(experiment, settings, is_main=False)
 
 
 @phase("initialise")

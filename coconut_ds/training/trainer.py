@@ -14,11 +14,10 @@ from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig, training_steps
 from coconut_ds.data.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
 from coconut_ds.data.run_data import RunData, TestSet
-from coconut_ds.engine.divergence import LossGuard
 from coconut_ds.engine.engine import Engine
 from coconut_ds.engine.signals import Request, Requests, Signals
-from coconut_ds.engine.watchdog import Watchdog
-from coconut_ds.errors import ConfigError, StopRequested
+from coconut_ds.engine.watchdog import LossGuard, Watchdog
+from coconut_ds.errors import StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.model.build import write_model
@@ -132,7 +131,7 @@ class Trainer:
         if state is not None:
             self.state = state
             self.saved_at = (state.epoch, state.step_in_epoch)
-        self.write_settings()
+        self.engine.on_main(self.run.write_settings)
         self.run.rewind(self.state.positions)
         wandb_id = self.run.start_wandb(self.state.wandb_id)
         self.state = replace(self.state, wandb_id=wandb_id)
@@ -302,23 +301,9 @@ class Trainer:
         self.saved_at = position
         self.requests.saved()
 
-    def write_settings(self) -> None:
-        """Record the settings of this start. Raises the main rank's ConfigError on all ranks. Collective."""
-        message = None
-        try:
-            self.run.write_settings()
-        except ConfigError as error:
-            message = str(error)
-        self.raise_from_main(message)
-
     def check_written(self) -> None:
         """Raise ConfigError on all ranks if the main rank could not write a log line. Collective."""
-        self.raise_from_main(self.run.write_error)
-
-    def raise_from_main(self, message: str | None) -> None:
-        message = self.engine.broadcast_object(message)
-        if message is not None:
-            raise ConfigError(message)
+        self.engine.on_main(self.run.check_written)
 
     def keep_going(self) -> None:
         """Handle requests between the batches of an evaluation."""

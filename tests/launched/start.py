@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from coconut_ds.engine import rendezvous
+from coconut_ds.engine import watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -24,7 +24,7 @@ def environment(**extra):
 
 
 def free_port():
-    return str(rendezvous.free_port())
+    return str(watchdog.free_port())
 
 
 def start(module, *arguments, ranks=2, timeout=240, cwd=ROOT, **extra):

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import load_named_experiment
-from coconut_ds.engine.divergence import write_batches
-from coconut_ds.engine.watchdog import Watchdog
+from coconut_ds.engine.watchdog import Watchdog, write_batches
 from coconut_ds.errors import UserError
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.model.build import build_module, load_run_data

@@ -44,6 +44,7 @@ class Shards(Protocol):
     def barrier(self) -> None: ...
     def gather(self, value: Any, /) -> list[Any]: ...
     def broadcast_object(self, value: Any, /) -> Any: ...
+    def on_main(self, action: Callable[[], Result], /) -> Result: ...
     def save_shards(self, folder: Path, client_state: dict[str, Any], /) -> None: ...
     def load_shards(self, folder: Path, /) -> dict[str, Any]: ...
     def load_converted_shards(self, folder: Path, /) -> dict[str, Any]: ...
@@ -233,18 +234,14 @@ class Checkpoints:
 
     def _on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action` on the main rank; return its result, or raise its CheckpointError, on all ranks."""
-        answer: tuple[Any, str | None] = (None, None)
-        if self.engine.is_main:
+
+        def explained() -> Result:
             try:
-                answer = (action(), None)
-            except CheckpointError as error:
-                answer = (None, str(error))
+                return action()
             except OSError as error:
-                answer = (None, self._cannot_write(error))
-        result, message = self.engine.broadcast_object(answer)
-        if message is not None:
-            raise CheckpointError(message)
-        return result
+                raise CheckpointError(self._cannot_write(error)) from error
+
+        return self.engine.on_main(explained)
 
     def _on_every_rank(self, draft: Path, action: Callable[[], None]) -> None:
         """Run `action` on every rank; if it fails on one, raise CheckpointError on all."""

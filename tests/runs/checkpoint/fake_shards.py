@@ -1,39 +1,20 @@
-"""An engine without DeepSpeed: one tensor file as shard; its collectives use torch.distributed or nothing."""
+"""An engine without DeepSpeed: one tensor file as shard."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from coconut_ds.engine.distributed import Ranks
 
 
-class FakeShards:
+class FakeShards(Ranks):
     def __init__(self, weights: torch.Tensor, rank: int = 0, world_size: int = 1) -> None:
-        self.weights, self.rank, self.world_size = weights, rank, world_size
+        super().__init__(rank, world_size, torch.device("cpu"))
+        self.weights = weights
         self.fails_in_save: Exception | None = None
         self.converted = False  # whether the shards came through a conversion
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def gather(self, value: Any) -> list[Any]:
-        values = [value]
-        if self.world_size > 1:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value)
-        return values
-
-    def broadcast_object(self, value: Any) -> Any:
-        holder = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(holder, src=0)
-        return holder[0]
 
     def _file(self, folder: Path) -> Path:
         return folder / f"zero_rank_{self.rank}.pt"

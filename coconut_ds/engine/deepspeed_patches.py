@@ -1,0 +1,150 @@
+"""Everything that reaches into DeepSpeed's internals: one function per reason, written for VERSION.
+
+Each function names the file of DeepSpeed that it depends on.  tests/engine/test_deepspeed_patches.py fails
+when another version is installed or one of those places changes; then check every function here.
+"""
+
+import importlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconut_ds.errors import Diverged
+
+VERSION = "0.19.8"
+SHARED_MEMORY = Path("/dev/shm")
+SCALER_AT_MINIMUM = "loss scale already at minimum"
+
+
+def import_muon_uncompiled() -> None:
+    """Save a second in `deepspeed.initialize`: it imports Muon, whose decorators load torch's Inductor.
+
+    deepspeed/runtime/zero/muon/muon_optimizer.py
+    """
+    users_own = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    with suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    del os.environ["TORCHDYNAMO_DISABLE"]
+    if users_own is not None:
+        os.environ["TORCHDYNAMO_DISABLE"] = users_own
+
+
+def unlink_shared_memory(rank: int) -> None:
+    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce, so that it ends with the ranks.
+
+    DeepSpeed never unlinks it, so every start would use up that much memory until the next reboot.  Call it
+    on every rank when all have opened the memory.  deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`
+    """
+    owner = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    SHARED_MEMORY.joinpath(f"deepspeed_allreduce_buffer_{os.getuid()}_{owner}_{rank}").unlink(missing_ok=True)
+
+
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside ZeRO's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def link_in_round_robin_order(optimizer: Any) -> None:
+    """Let DeepSpeed record the position of each weight in the flat partitions, for universal checkpoints.
+
+    DeepSpeed assumes the model's order, but `round_robin_gradients` uses another.
+    deepspeed/runtime/zero/stage_1_and_2.py, `_link_all_hp_params`
+    """
+    if getattr(optimizer, "round_robin_gradients", False):
+        model_order, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
+        optimizer._link_all_hp_params()
+        optimizer._param_slice_mappings = optimizer._create_param_mapping()
+        optimizer.bit16_groups = model_order
+
+
+def forget_powers_of_beta(optimizer: Any) -> None:
+    """Make the CPU Adam compute its powers of beta from the step number.
+
+    By default it multiplies them up step by step, but uses pow() in the first step after a load, so a
+    resumed run would differ in the last digits.  deepspeed/ops/csrc/includes/cpu_adam.h, `IncrementStep`
+    """
+    adam: Any = base_optimizer(optimizer)
+    if hasattr(adam, "ds_opt_adam"):
+        group = adam.param_groups[0]
+        settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], adam.adam_w_mode)
+        adam.ds_opt_adam.destroy_adam(adam.opt_id)
+        adam.ds_opt_adam.create_adam(adam.opt_id, *settings, False)
+
+
+@contextmanager
+def minimum_loss_scale_explained() -> Iterator[None]:
+    """Turn the bare Exception of the loss scaler into Diverged.  deepspeed/runtime/fp16/loss_scaler.py"""
+    try:
+        yield
+    except Exception as error:
+        if SCALER_AT_MINIMUM not in str(error):
+            raise
+        raise Diverged(
+            "the fp16 loss scale is at its minimum and gradients still overflow; "
+            "train in fp32 (ds_configs/zero2_offload.json), in bf16, or with LoRA"
+        ) from error
+
+
+def reset_moments(optimizer: Any) -> None:
+    """Drop Adam's moments; keep the master weights."""
+    base_optimizer(optimizer).state = defaultdict(dict)
+
+
+class OwnSettings:
+    """Settings that a load overwrites: learning rate, weight decay, clipping.
+
+    deepspeed/runtime/zero/stage_1_and_2.py, `_load_legacy_checkpoint` and `_load_global_state`
+    """
+
+    def __init__(self, optimizer: Any, scheduler: Any) -> None:
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in base_optimizer(optimizer).param_groups
+        ]
+        self._clipping = getattr(optimizer, "clip_grad", None)
+
+    def restore(self) -> None:
+        """Set them back; the learning rate is that of the scheduler's step."""
+        groups = base_optimizer(self._optimizer).param_groups
+        for group, own in zip(groups, self._groups, strict=True):
+            group.update(own)
+        if self._clipping is not None:
+            self._optimizer.clip_grad = self._clipping
+        if (scheduler := self._scheduler) is not None:
+            scheduler.base_lrs = [own["initial_lr"] for own in self._groups]
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            scheduler._last_lr = [
+                rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)
+            ]
+            for group, rate in zip(groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
+
+def has_group_without_part(optimizer: Any, zero_stage: int) -> bool:
+    """Whether this rank has no part of a parameter group, which a universal load cannot handle.
+
+    deepspeed/runtime/zero/stage_1_and_2.py, `_load_universal_checkpoint`
+    """
+    groups: Sequence[Any] = [] if zero_stage == 3 else optimizer.bit16_groups
+    return any(all(parameter._hp_mapping is None for parameter in group) for group in groups)
+
+
+@contextmanager
+def universal_load(engine: Any, saved: Mapping[str, Any], strict: bool) -> Iterator[None]:
+    """Let `engine.load_checkpoint` read a universal checkpoint, and restore the module from `saved`.
+
+    Such a load restores master weights and moments, but no buffers.  deepspeed/runtime/engine.py
+    """
+    engine.load_module_state_dict(saved, strict=strict)
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False

@@ -58,11 +58,12 @@ class PlainEngine(ReadingEngine):
 
 
 @contextlib.contextmanager
-def plain_trainer(values, **changes):
+def plain_trainer(values, allow=(), **changes):
     """A Trainer of the experiment `values | changes`, ready for `run_all`."""
     experiment = validate_experiment({**values, **changes}, "test")
     run_data = load_run_data(experiment)
     engine = PlainEngine(build_module(experiment, run_data.vocabulary, LatentMemory()))
     with Signals() as signals, Run(experiment, {}) as run:
         watchdog = Watchdog(run.folder, 0, 1, 0)
-        yield Trainer(experiment, run_data, engine, run, signals, Options(stuck_seconds=0), watchdog)
+        options = Options(allow=tuple(allow), stuck_seconds=0)
+        yield Trainer(experiment, run_data, engine, run, signals, options, watchdog)

@@ -23,10 +23,10 @@ from coconut_ds.reports.comparison import (
     best_table,
     group_numbers,
     group_runs,
-    paired_tests,
     stage_table,
     summary_table,
 )
+from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import RunRecord, read_run
 from coconut_ds.tables import Table
 
@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
 def text(runs: list[RunRecord], groups: list[Group], tables: list[Table]) -> str:
     """The text for the terminal."""
     parts = [table.text() for table in tables if table.rows]
-    tests = paired_tests(groups)
-    if tests:
-        parts.append("\n".join(["paired tests (McNemar, exact)", *(f"  {test}" for test in tests)]))
+    if lines := pair(groups).lines():
+        parts.append("\n".join(["paired tests (McNemar, exact)", *(f"  {line}" for line in lines)]))
     elif len(groups) > 1:
         commands = " and ".join(f"`eval {group.first.folder} --split test`" for group in groups[:2])
         parts.append(f"no paired test: {commands} write the predictions it needs")
@@ -98,7 +97,9 @@ def _page_path(args: argparse.Namespace, runs: list[RunRecord]) -> Path | None:
 
 
 def _plain(groups: list[Group]) -> dict[str, object]:
+    pairing = pair(groups)
     return {
         "groups": [group_numbers(group) for group in groups],
-        "paired_tests": [asdict(test) for test in paired_tests(groups)],
+        "paired_tests": [asdict(test) for test in pairing.tests],
+        "not_paired": list(pairing.left_out),
     }

@@ -17,7 +17,8 @@ from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
 from coconut_ds.config.experiment import add_overrides
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.errors import ConfigError, StopRequested
-from coconut_ds.reports.comparison import group_runs, paired_tests, stage_table, summary_table
+from coconut_ds.reports.comparison import group_runs, stage_table, summary_table
+from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import read_run
 from coconut_ds.training.sweep import (
     FAILED,
@@ -93,7 +94,7 @@ def summary(outcomes: list[Outcome]) -> str:
     if done:
         groups = group_runs([read_run(point.folder) for point in done])
         parts += ["", stage_table(groups).text(), "", summary_table(groups).text(), ""]
-        parts += [str(test) for test in paired_tests(groups)]
+        parts += pair(groups).lines()
     parts += [
         f"{outcome.state}: {outcome.point.experiment.name}: {outcome.message}"
         for outcome in outcomes

@@ -10,6 +10,7 @@ Source: Coconut, arXiv 2412.06769, sections 3 and 4.2.  Training uses `sample.to
 
 import itertools
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,15 @@ class Stage:
             return f"first {self.hidden_tokens} reasoning tokens hidden"
         steps = "all steps" if self.hidden_steps == ALL_STEPS else f"{self.hidden_steps} steps"
         return f"{steps} hidden, {self.num_latents} latents"
+
+    @classmethod
+    def parse(cls, text: object) -> "Stage | None":
+        """The stage that `str` describes; None for any other text."""
+        if match := re.fullmatch(r"first (\d{1,9}) reasoning tokens hidden", str(text)):
+            return cls(0, 0, int(match[1]))
+        if match := re.fullmatch(r"(all|\d{1,9}) steps hidden, (\d{1,9}) latents", str(text)):
+            return cls(ALL_STEPS if match[1] == "all" else int(match[1]), int(match[2]))
+        return None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 {"name": "gsm", "grading": "exact", "max_new_tokens": 64, ...}             data/gsm.card.json beside it
 """
 
+import hashlib
 import json
 import re
 import threading
@@ -166,6 +167,14 @@ def split_completion(text: str, grading: str = "exact") -> tuple[str, str]:
 def cot_matches(reasoning: str, steps: Sequence[str]) -> bool:
     """Whether the generated reasoning equals the reference, one step per line."""
     return "\n".join(steps) == reasoning
+
+
+def examples_digest(problems: Sequence[Problem]) -> str:
+    """A short hash of the questions and answers of an evaluation set, in their order."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(ascii((problem.question, problem.answer)).encode())
+    return digest.hexdigest()[:16]
 
 
 def chance_of(problems: Sequence[Problem]) -> float:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from coconut_ds.data.problems import Card, Problem, card_for, read_problems
+from coconut_ds.data.problems import Card, Problem, card_for, examples_digest, read_problems
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, tokenize
 
 
@@ -18,6 +19,11 @@ class TestSet:
 
     def __len__(self) -> int:
         return len(self.problems)
+
+    @cached_property
+    def examples(self) -> str:
+        """A hash of its questions and answers: equal for results that compare example by example."""
+        return examples_digest(self.problems)
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,15 @@ class Evaluation:
     grading: str  # the rule behind `accuracy`
     chance: float = 0.0  # accuracy of guessing on this set (chance_of)
     seconds_per_item: float = 0.0  # of generation, with all ranks
+    examples: str = ""  # hash of the evaluated problems (examples_digest)
 
     def numbers(self) -> dict[str, Any]:
         """Numbers for a log line."""
         names = ("loss", "accuracy", "cot_match", "num_items", "num_correct", "mean_tokens")
-        return {name: getattr(self, name) for name in (*names, "seconds_per_item", "grading", "chance")}
+        return {
+            name: getattr(self, name)
+            for name in (*names, "seconds_per_item", "grading", "chance", "examples")
+        }
 
 
 @phase("evaluation")
@@ -119,6 +123,7 @@ def evaluate(
         result,
         seconds_per_item=seconds / max(result.num_items, 1),
         chance=chance_of(test_set.problems),
+        examples=test_set.examples,
     )
 
 

@@ -27,6 +27,7 @@ from coconut_ds.engine.distributed import Ranks, ReadingEngine
 from coconut_ds.engine.engine import Engine, finish_distributed, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.ablation import Comparison
+from coconut_ds.evaluation.data_files import OWN, TRAINING
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.evaluation.intervals import percent_with_interval, wilson_interval
 from coconut_ds.evaluation.saved_models import Trained
@@ -60,6 +61,8 @@ class Measurement:
     against_intact: Comparison | None = None
     trained_at: Stage | None = None  # from its manifest
     notes: tuple[str, ...] = ()
+    file: str = ""
+    role: str = ""  # of the file (data_files.py)
 
     def key(self) -> dict[str, Any]:
         """The fields that identify the lines of this measurement."""
@@ -68,23 +71,35 @@ class Measurement:
             "split": self.split,
             "latents": self.stage.num_latents,
             "ablation": self.ablation or "intact",
+            "file": self.file,
+            "role": self.role,
+            "examples": self.evaluation.examples,
+            "stage": str(self.stage),
+            "grading": self.evaluation.grading,
         }
 
     def numbers(self) -> dict[str, Any]:
         low, high = wilson_interval(self.evaluation.num_correct, self.evaluation.num_items)
         numbers: dict[str, Any] = {**self.key(), **self.evaluation.numbers()}
         numbers |= {"accuracy_low": low, "accuracy_high": high}
-        numbers |= {"stage": str(self.stage), "trained_at": self.trained_at and str(self.trained_at)}
+        numbers["trained_at"] = self.trained_at and str(self.trained_at)
         if self.against_intact is not None:
             numbers |= self.against_intact.against_intact()
         return numbers
+
+    @property
+    def data(self) -> str:
+        """'valid', 'valid (other.json)', 'train (train.json, training data)'."""
+        remarks = [] if self.role == OWN or self.file in ("", self.split) else [Path(self.file).name]
+        remarks += ["training data"] if self.role == TRAINING else []
+        return self.split + (f" ({', '.join(remarks)})" if remarks else "")
 
     def __str__(self) -> str:
         if self.against_intact is not None:
             return f"  {self.against_intact}"
         result = self.evaluation
         return (
-            f"{self.checkpoint}  {self.split}, {self.stage}\n"
+            f"{self.checkpoint}  {self.data}, {self.stage}\n"
             + "".join(f"  note: {line}\n" for line in self.notes)
             + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
             f"({result.grading} grading), "
@@ -103,15 +118,17 @@ def measure(
     Raises UserError for wrong input; data is read before a model is loaded.
     """
     prepared = [(trained, *_read_data(trained, options)) for trained in models]
+    roles = [t.files.role(options.split, split_path(t.experiment, options.split)) for t in models]
     precision = ds_config.precision if ds_config else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "fp32"
     results = []
     with lost_ranks_explained():
         ranks = start_distributed(precision)
-        for trained, vocabulary, test_set in prepared:
+        for (trained, vocabulary, test_set), role in zip(prepared, roles, strict=True):
             engine = _engine(trained, vocabulary, ds_config, ranks, precision)
-            for result in _measurements(engine, trained, vocabulary, test_set, options):
+            for measured in _measurements(engine, trained, vocabulary, test_set, options):
+                result = replace(measured, role=role)
                 results.append(result)
                 if ranks.is_main:
                     tqdm.write(str(result))
@@ -202,6 +219,7 @@ def _measurements(
             result,
             trained_at=trained.trained_at,
             notes=tuple(trained.notes),
+            file=split_path(trained.experiment, options.split),
         )
 
     intact = result_of(None)

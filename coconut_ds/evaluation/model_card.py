@@ -1,14 +1,23 @@
 """The README.md of an exported model: description, loading, results, data, settings."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.problems import Card, card_for
+from coconut_ds.evaluation.data_files import OTHER, OWN, TRAINING
 from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
+
+RESULT_KEY = ("split", "file", "examples", "stage", "latents", "ablation", "grading")
+ROLES = {
+    OWN: "the run's own file",
+    TRAINING: "**training data**",
+    OTHER: "not a file of this run's settings",
+}
 
 
 def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | None = None) -> str:
@@ -87,25 +96,41 @@ def _results(trained: Trained) -> Iterator[str]:
         for line in evaluation_lines(trained.folder / "evaluations.jsonl")
         if line["checkpoint"] == trained.name
     ]
-    newest = {(line["split"], line["latents"], line["ablation"]): line for line in lines}
+    newest = {tuple(line.get(name) for name in RESULT_KEY): line for line in lines}
     yield "## Results"
     yield ""
     if not newest:
         yield "There are no results of `coconut_ds eval` from before the export."
         yield ""
         return
-    yield "| data | latents | accuracy, 95 % interval | tokens | against intact |"
-    yield "|---|---|---|---|---|"
-    for (split, latents, ablation), line in newest.items():
-        name = latents if ablation == "intact" else f"{latents}, {_line(ablation)}"
+    yield "| data | stage | latents | grading | accuracy, 95 % interval | tokens | against intact |"
+    yield "|---|---|---|---|---|---|---|"
+    for line in newest.values():
+        ablation = line["ablation"]
+        name = line["latents"] if ablation == "intact" else f"{line['latents']}, {_line(ablation)}"
         against = f"McNemar p = {line['p_value']:.2g}" if "p_value" in line else ""
         accuracy = percent_with_interval(line["num_correct"], line["num_items"])
-        data = f"{_line(split)}, {line['num_items']} items"
-        yield f"| {data} | {name} | {accuracy} | {line['mean_tokens']:.1f} | {against} |"
+        grading = line.get("grading", "not recorded")
+        cells = [_data_of(line), _stage_of(line, trained), name, grading, accuracy]
+        yield f"| {' | '.join(map(str, cells))} | {line['mean_tokens']:.1f} | {against} |"
     yield ""
-    rules = " and ".join(sorted({line.get("grading", "exact") for line in newest.values()}))
-    yield f"{rules.capitalize()} grading, greedy decoding; Wilson intervals. Tokens do not include latents."
+    yield "Greedy decoding; Wilson intervals. Tokens do not include latents."
     yield ""
+
+
+def _data_of(line: Mapping[str, Any]) -> str:
+    """'valid, t_valid.json (the run's own file), 500 items'."""
+    file = _line(Path(line["file"]).name) if line.get("file") else "file not recorded"
+    role = f" ({ROLES[line['role']]})" if line.get("role") in ROLES else ""
+    return f"{_line(line['split'])}, {file}{role}, {line['num_items']} items"
+
+
+def _stage_of(line: Mapping[str, Any], trained: Trained) -> str:
+    stage = line.get("stage")
+    if stage is None:
+        return "not recorded"
+    own = trained.trained_at is None or stage == str(trained.trained_at)
+    return _line(stage) + ("" if own else f" (trained at: {trained.trained_at})")
 
 
 def _data(experiment: Experiment) -> Iterator[str]:

@@ -27,6 +27,7 @@ from coconut_ds.config.schema import read_json
 from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.evaluation.data_files import DataFiles
 from coconut_ds.files import EXPORT_FILE, run_folder_of
 from coconut_ds.model.build import build_module
 from coconut_ds.model.coconut import Coconut
@@ -78,6 +79,7 @@ class Trained:
     folder: Path  # for results
     trained_at: Stage | None = None  # from its manifest, if there is one
     note: str | None = None  # a caveat about the selected checkpoint
+    files: DataFiles = DataFiles()  # of its own settings
 
     @property
     def notes(self) -> list[str]:
@@ -202,6 +204,7 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
         raise ConfigError(
             f"{folder} is neither a run folder (it has no experiment.yaml) nor an exported folder"
         )
+    own = load_experiment(settings)
     experiment = without_permissions(load_experiment(settings, overrides), overrides)
     experiment = replace(experiment, only_eval=True)
     folders = CheckpointFolders(folder)
@@ -216,7 +219,8 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
         model_id = str(folder / name / "model") if experiment.tuning == "full" else experiment.model_id
         at_checkpoint = replace(experiment, model_id=model_id, load_model_path=str(folder / name))
         note = misleading if name == best else None
-        models.append(Trained(at_checkpoint, stage, name, folder, stage_of(manifest), note))
+        files = DataFiles.of(own, manifest.settings)
+        models.append(Trained(at_checkpoint, stage, name, folder, stage_of(manifest), note, files))
     return models
 
 
@@ -240,18 +244,23 @@ def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     name = experiment.load_model_path or experiment.model_id
     # The YAML of a received folder may have any `save_path`.
     folder = run_folder_of(path) or run_folder(experiment)
-    trained_at = _trained_stage(Path(name))
+    manifest = _manifest_of(Path(name))
+    trained_at = stage_of(manifest) if manifest else _exported_stage(Path(name))
     note = misleading_best(Path(name)) if trained_at else None
-    return Trained(experiment, final_stage(experiment), name, folder, trained_at, note)
+    files = DataFiles.of(experiment, manifest.settings if manifest else None)
+    return Trained(experiment, final_stage(experiment), name, folder, trained_at, note, files)
 
 
-def _trained_stage(weights: Path) -> Stage | None:
-    """The stage that a checkpoint, its model/ folder or an exported folder was trained at, if it says so."""
+def _manifest_of(weights: Path) -> Manifest | None:
+    """The manifest of a checkpoint or of its model/ folder; None if `weights` is something else."""
     checkpoint = resolve_pointer(weights)
     holder = checkpoint.resolve().parent if checkpoint.name == "model" else checkpoint
-    if (holder / MANIFEST).is_file():
-        return stage_of(Manifest.read(holder))
-    return Stage(**read_export(checkpoint)["stage"]) if (checkpoint / EXPORT_FILE).is_file() else None
+    return Manifest.read(holder) if (holder / MANIFEST).is_file() else None
+
+
+def _exported_stage(folder: Path) -> Stage | None:
+    """The stage that an exported folder was trained at; None if `folder` is something else."""
+    return Stage(**read_export(folder)["stage"]) if (folder / EXPORT_FILE).is_file() else None
 
 
 def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
@@ -262,7 +271,8 @@ def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
     experiment = validate_experiment(settings | parse_overrides(overrides), str(folder / EXPORT_FILE))
     experiment = without_permissions(experiment, overrides)
     stage = Stage(**values["stage"])
-    return Trained(experiment, stage, str(folder), folder, trained_at=stage)
+    own = validate_experiment(settings, str(folder / EXPORT_FILE))
+    return Trained(experiment, stage, str(folder), folder, trained_at=stage, files=DataFiles.of(own))
 
 
 def read_export(folder: Path) -> dict[str, Any]:

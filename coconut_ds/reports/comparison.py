@@ -1,8 +1,7 @@
-"""Compare runs: seeds grouped, one line per method; accuracy by stage; paired tests between methods.
+"""Compare runs: seeds grouped, one line per method; accuracy by stage.
 
 summary_table(groups)    method, thought, tuning, dataset, seeds, accuracy and interval, tokens, peak, ...
 stage_table(groups)      accuracy at every stage, one column per group
-paired_tests(groups)     McNemar on the items that both groups answered
 """
 
 import itertools
@@ -13,15 +12,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from coconut_ds.config.methods import Method
-from coconut_ds.data.curriculum import stage_number
-from coconut_ds.evaluation.intervals import mcnemar_exact, wilson_interval
-from coconut_ds.reports.run_records import SPLITS, RunRecord, StageResult, counted, describe_stage, verdicts
+from coconut_ds.evaluation.intervals import wilson_interval
+from coconut_ds.reports.run_records import SPLITS, Line, RunRecord, StageResult, describe_stage, verdicts
 from coconut_ds.reports.seeds import by_experiment
 from coconut_ds.reports.seeds import identity as identity_of
 from coconut_ds.tables import Table
 
 IN_COLUMNS = ("method", "thought", "tuning")
-MAX_PAIRS, MAX_WORDS, MAX_LETTERS = 15, 2, 120
+MAX_WORDS, MAX_LETTERS = 2, 120
 
 
 @dataclass(frozen=True)
@@ -197,14 +195,18 @@ def best_table(runs: Sequence[RunRecord]) -> Table:
     """The best validation accuracy of every stage and its checkpoint, for runs with stages."""
     rows = []
     for run in runs:
-        lines = [line for line in run.of("valid") if run.experiment.method.has_stages]
-        numbers = sorted({stage_number(int(line["epoch"]), run.experiment) for line in lines})
-        for number in numbers:
-            at = [line for line in lines if stage_number(int(line["epoch"]), run.experiment) == number]
-            best = max(at, key=lambda line: (line["accuracy"], -line["epoch"]))
-            name = f"checkpoint_{int(best['epoch']) + 1}"
-            kept = name if (run.folder / name).is_dir() else "-"
-            rows.append([run.experiment.name, f"best_stage_{number}", kept, _percent([best])])
+        if not run.experiment.method.has_stages:
+            continue
+        lines = run.of("valid")
+        names = run.best_checkpoints()
+        for number in sorted(names.keys() | {run.stage_number_of(line) for line in lines}):
+            if number in names:
+                name, accuracy = names[number]
+                measured = "-" if accuracy is None else _percent([{"accuracy": accuracy}])
+            else:
+                at = [line for line in lines if run.stage_number_of(line) == number]
+                name, measured = "-", _percent([max(at, key=lambda line: line["accuracy"])])
+            rows.append([run.experiment.name, f"best_stage_{number}", name, measured])
     return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, align="lllr")
 
 
@@ -241,35 +243,23 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """McNemar's exact test of two groups on the same items; runs are paired by seed."""
-
-    first: str
-    second: str
-    split: str
-    num_items: int
-    only_first: int
-    only_second: int
-    p_value: float
-
-    def __str__(self) -> str:
-        value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
-        return (
-            f"{self.first} against {self.second} on {self.split}, {counted(self.num_items, 'item')}: "
-            f"{self.only_first} solved only by the first, {self.only_second} only by the second, {value}"
-        )
-
-
 def all_verdicts(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[str]:
     """All warnings of a report, also about groups that are not above the no-CoT runs of their data set."""
     warnings = [line for run in runs for line in verdicts(run)]
+    warnings += [
+        f"{group.label}: its seeds were measured on different examples ({split}); the mean does not compare"
+        for group in groups
+        for split, lines in [group.results()]
+        if len(_examples(lines)) > 1
+    ]
     for base, group in itertools.permutations(groups, 2):
         (base_split, base_lines), (split, lines) = base.results(), group.results()
         if base.first.experiment.method is not Method.NO_COT or not base_lines:
             continue
         same_data = (split, group.first.dataset) == (base_split, base.first.dataset)
-        if not same_data or group.first.experiment.method is Method.NO_COT:
+        if not same_data or len(_examples([*lines, *base_lines])) > 1:
+            continue
+        if group.first.experiment.method is Method.NO_COT:
             continue
         ours, theirs = Accuracy.of(lines), Accuracy.of(base_lines)
         if ours.low <= theirs.value:
@@ -280,31 +270,9 @@ def all_verdicts(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[str
     return warnings
 
 
-def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
-    """Tests of all pairs of groups whose runs have predictions (from `eval`) on the same set."""
-    pairs = itertools.islice(itertools.combinations(groups, 2), MAX_PAIRS)
-    return [test for first, second in pairs if (test := _paired(first, second)) is not None]
-
-
-def _paired(first: Group, second: Group) -> PairedTest | None:
-    by_seed = {run.experiment.seed: run for run in second.runs}
-    pairs = [(run, by_seed[run.experiment.seed]) for run in first.runs if run.experiment.seed in by_seed]
-    if not pairs and len(first.runs) == len(second.runs) == 1:
-        pairs = [(first.first, second.first)]
-    answers = [(one.predictions(), other.predictions()) for one, other in pairs]
-    common = {split for ours, theirs in answers for split in ours.keys() & theirs.keys()}
-    split = min(common, key=lambda name: (name != "test", name), default=None)
-    if split is None or first.first.dataset != second.first.dataset:
-        return None
-    only_first = only_second = num_items = 0
-    for ours, theirs in answers:
-        own, other = ours.get(split, {}), theirs.get(split, {})
-        for item in own.keys() & other.keys():
-            num_items += 1
-            only_first += own[item] and not other[item]
-            only_second += other[item] and not own[item]
-    p_value = mcnemar_exact(only_first, only_second)
-    return PairedTest(first.label, second.label, split, num_items, only_first, only_second, p_value)
+def _examples(lines: Sequence[Line]) -> set[str]:
+    """The sets of examples behind some results, where recorded."""
+    return {line["examples"] for line in lines if isinstance(line.get("examples"), str)}
 
 
 def student_t(degrees: int, confidence: float = 0.95) -> float:

@@ -16,11 +16,11 @@ from coconut_ds.reports.comparison import (
     all_verdicts,
     best_table,
     group_runs,
-    paired_tests,
     stage_table,
     summary_table,
 )
 from coconut_ds.reports.memory_tables import profile_text
+from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import RunRecord, read_run
 from coconut_ds.tables import Table
 
@@ -59,10 +59,9 @@ def write_page(
 
     warnings = [f'<p class="verdict over">{html.escape(line)}</p>' for line in all_verdicts(runs, groups)]
     parts = [*_head(runs), "<h2>Results</h2>", *warnings, *map(as_html, (t for t in tables if t.rows))]
-    tests = paired_tests(groups)
-    if tests:
+    if tests := pair(groups).lines():
         parts.append("<p>Paired tests (McNemar, exact):</p><ul>")
-        parts += [f"<li>{html.escape(str(test))}</li>" for test in tests] + ["</ul>"]
+        parts += [f"<li>{html.escape(test)}</li>" for test in tests] + ["</ul>"]
     pictures = [
         picture("accuracy", learning.accuracy_picture(groups), "Validation accuracy after every epoch."),
         picture("stages", learning.stage_picture(groups), "Accuracy where each stage ends."),

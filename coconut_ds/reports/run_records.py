@@ -18,9 +18,10 @@ from typing import Any
 from coconut_ds.config.experiment import Experiment, load_experiment
 from coconut_ds.config.methods import Method
 from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage, numbered_stage, stage_at, stage_number
-from coconut_ds.data.problems import card_for
+from coconut_ds.data.problems import GRADINGS, card_for
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import wilson_interval
+from coconut_ds.runs.checkpoint import CheckpointFolders, best_per_stage
 from coconut_ds.runs.record_shapes import (
     DS_CONFIG,
     ENVIRONMENT,
@@ -51,6 +52,23 @@ class StageResult:
     stage: Stage
     first_epoch: int
     line: Line
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The graded answers of one `eval`; texts are "" where an older version recorded none."""
+
+    split: str
+    examples: str  # hash of questions and answers
+    file: str
+    grading: str
+    checkpoint: str
+    correct: dict[int, bool]  # by index
+    expected: dict[int, str]
+
+    def __str__(self) -> str:
+        file = f" {Path(self.file).name}" if self.file not in ("", self.split) else ""
+        return f"{self.split}{file}, {counted(len(self.correct), 'example')}"
 
 
 @dataclass(frozen=True)
@@ -85,10 +103,25 @@ class RunRecord:
         return ", ".join([*words, *halves])
 
     def stage_of(self, line: Line) -> Stage:
-        """The stage of a validation or test line."""
+        """The stage of a validation or test line, as logged; the settings may have changed since."""
+        if logged := Stage.parse(line.get("at")):
+            return logged
         if line["kind"] == "test" and "at" not in line:  # older versions hid every step for all methods
             return numbered_stage(self.experiment.max_latent_stage + 1, self.experiment)
         return stage_at(int(line["epoch"]), self.experiment)
+
+    def stage_number_of(self, line: Line) -> int:
+        """The number of the stage of a validation line, as logged with its stage."""
+        number = line.get("stage")
+        if Stage.parse(line.get("at")) and isinstance(number, int):
+            return number
+        return stage_number(int(line["epoch"]), self.experiment)
+
+    def best_checkpoints(self) -> dict[int, tuple[str, float | None]]:
+        """The checkpoint `best_stage_N` and its validation accuracy, by N, from the manifests."""
+        manifests = CheckpointFolders(self.folder).manifests()
+        best = best_per_stage(manifests)
+        return {number: (name, manifests[name].state.accuracy) for number, name in best.items()}
 
     def measured(self, split: str) -> list[Line]:
         """The lines of a split, without tests by older versions at a stage that was not trained."""
@@ -100,7 +133,9 @@ class RunRecord:
         return [line for line in self.of("test") if self._at_untrained_stage(line)]
 
     def _at_untrained_stage(self, line: Line) -> bool:
-        trained, tested = stage_at(int(line["epoch"]), self.experiment), self.stage_of(line)
+        validated = [self.stage_of(valid) for valid in self.of("valid") if valid["epoch"] == line["epoch"]]
+        trained = validated[-1] if validated else stage_at(int(line["epoch"]), self.experiment)
+        tested = self.stage_of(line)
         # Stage max_latent_stage hides all steps of problems with that many steps.
         same = trained.hidden_tokens or trained.hidden_steps >= self.experiment.max_latent_stage
         return trained.num_latents != tested.num_latents or not (trained == tested or same)
@@ -126,9 +161,9 @@ class RunRecord:
         results: dict[Stage, StageResult] = {}
         for line in self.of("valid"):
             epoch = int(line["epoch"])
-            stage = stage_at(epoch, self.experiment)
+            stage = self.stage_of(line)
             first = results[stage].first_epoch if stage in results else epoch
-            number = results[stage].number if stage in results else stage_number(epoch, self.experiment)
+            number = results[stage].number if stage in results else self.stage_number_of(line)
             results[stage] = StageResult(number, stage, first, line)
         return list(results.values())
 
@@ -170,17 +205,27 @@ class RunRecord:
             return budget["gpu_memory_mib"] - budget["reserved_mib"]
         return budget["host_memory_gib"] * 1024 / max(1, len(self.environment.get("devices", ())))
 
-    def predictions(self) -> dict[str, dict[int, bool]]:
-        """For each split, whether each item is correct, from the newest `eval` of the intact model."""
-        newest: dict[str, tuple[Any, dict[int, bool]]] = {}
+    def answers(self) -> list[Answers]:
+        """The answers of the intact model from `eval`; of one set of examples only the newest.
+
+        Ordered by split (test, validation, others), then the newest first.
+        """
+        newest: dict[tuple[str, str, str], tuple[tuple[str, int], Answers]] = {}
         for line in prediction_lines(self.folder / PREDICTIONS):
             if line.get("ablation", "intact") != "intact":
                 continue
-            measurement = (line["checkpoint"], line["latents"])
-            if newest.get(line["split"], (None,))[0] != measurement:
-                newest[line["split"]] = (measurement, {})
-            newest[line["split"]][1][line["index"]] = bool(line["correct"])
-        return {split: correct for split, (_, correct) in newest.items()}
+            texts = [value if isinstance(value := line.get(k), str) else "" for k in ("examples", "file")]
+            grading = line["grading"] if line.get("grading") in GRADINGS else ""
+            key, measurement = (line["split"], texts[0], grading), (line["checkpoint"], line["latents"])
+            if newest.get(key, (None,))[0] != measurement:
+                newest.pop(key, None)  # the newest comes last
+                newest[key] = measurement, Answers(*key[:2], texts[1], grading, line["checkpoint"], {}, {})
+            answers = newest[key][1]
+            answers.correct[line["index"]] = line["correct"]
+            if isinstance(line.get("expected"), str):
+                answers.expected[line["index"]] = line["expected"]
+        found = [answers for _, answers in reversed(newest.values())]
+        return sorted(found, key=lambda answers: [answers.split != split for split in SPLITS])
 
 
 def read_run(folder: str | Path) -> RunRecord:

@@ -26,6 +26,7 @@ REQUIRED = {
     "test": MEASURED,
     "memory": ("epoch",),
 }
+MEASURED_ON = ("file", "role", "examples", "stage")  # texts; lines of older versions have none of them
 OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr")
 
 NUMBER = {"type": "number", "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
@@ -196,6 +197,9 @@ def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
                 line.pop("p_value", None)
             if line.get("grading") not in GRADINGS:
                 line.pop("grading", None)
+            for name in MEASURED_ON:
+                if not isinstance(line.get(name), str):
+                    line.pop(name, None)
             yield line
 
 

@@ -27,6 +27,7 @@ from coconut_ds.runs.checkpoint import (
     TrainState,
     misleading_best,
     settings_to_compare,
+    stage_of,
 )
 from coconut_ds.runs.run_folder import Run
 
@@ -101,6 +102,8 @@ class Trainer:
         start = self.experiment.load_model_path
         if start and (note := misleading_best(Path(start))):
             self.print_line(f"load_model_path: {note}")
+        if self.checkpoints.loaded and self.state.epoch >= self.experiment.num_epochs:
+            self.print_line(self.finished())
         result = None
         for epoch in range(self.state.epoch, self.experiment.num_epochs):
             if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
@@ -114,7 +117,7 @@ class Trainer:
             epoch = max(self.state.epoch - 1, 0)
             if early := stops_early(replace(self.experiment, num_epochs=epoch + 1)):
                 self.print_line(early)
-            result = self.evaluate(self.run_data.test, stage_at(epoch, self.experiment), "test", epoch)
+            result = self.evaluate(self.run_data.test, self.trained_stage(), "test", epoch)
         self.check_written()
         if self.run.writes:
             from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
@@ -122,6 +125,29 @@ class Trainer:
             for line in verdicts(read_run(self.run.folder)):
                 self.print_line(line)
         return result
+
+    def finished(self) -> str:
+        """What a run that has no epoch left says at its start: accuracy, checkpoints, how to train on."""
+        accuracy, best = self.state.accuracy, self.checkpoints.folders.pointed_at("best")
+        measured = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
+        num_epochs = f"num_epochs={self.state.epoch + 1}"
+        allow = "" if self.experiment.lr_schedule == "constant" else " --allow num_epochs"
+        return (
+            f"{self.run.folder} is finished: {self.state.epoch} of {self.experiment.num_epochs} epochs"
+            f"{measured} ({self.trained_stage()}). "
+            f"Newest checkpoint: {self.run.folder / 'latest'}"
+            + (f"; best: {self.run.folder / 'best'} ({best})" if best else "")
+            + f". To train on: --set {num_epochs}{allow} (or more)"
+        )
+
+    def trained_stage(self) -> Stage:
+        """The stage of the weights: by the settings that trained them if this start has trained nothing."""
+        loaded = self.checkpoints.loaded
+        if loaded is not None and loaded.state.global_step == self.state.global_step:
+            recorded = stage_of(loaded)
+            if recorded is not None:
+                return recorded
+        return stage_at(max(self.state.epoch - 1, 0), self.experiment)
 
     def resume(self) -> None:
         if self.experiment.debug:

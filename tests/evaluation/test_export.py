@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coconut_ds
 from coconut_ds.__main__ import main
+from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
 from coconut_ds.evaluation.evaluate import Prediction, summarize
@@ -126,7 +128,8 @@ def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
     predictions = [Prediction(i, "### 1", "1", "1", i < 3, False, 2) for i in range(4)]
     trained = find_one(str(full))
     evaluation = summarize(predictions, 0.5, "exact")
-    write_results(Measurement(trained.name, "test", trained.stage, None, evaluation), full)
+    measured = Measurement(trained.name, "test", trained.stage, None, evaluation, file="t.json", role="own")
+    write_results(measured, full)
     memory = {"kind": "memory", "gpu_peak_mib": 812.4, "epoch": 0}
     (full / "metrics.jsonl").write_text(
         "".join(json.dumps(memory | {"gpu_peak_mib": m}) + "\n" for m in (5, 812.4))
@@ -134,7 +137,8 @@ def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
     assert main(["export", str(full), "--output", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for part in (
-        "| test, 4 items | 3 | 75.0 % [30.1, 95.4] | 2.0 |",
+        "| test, t.json (the run's own file), 4 items | 3 steps hidden, 3 latents | 3 | exact | "
+        "75.0 % [30.1, 95.4] | 2.0 |",
         "made by preprocessing/arithmetic.py",
         "| thought | mlp_projection |",
         "| lr_schedule | constant |",
@@ -207,7 +211,44 @@ def test_a_received_result_adds_nothing_to_the_card(full, tmp_path):
     )
     assert main(["export", str(full), "--output", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "3, a # b \\| c" in card and "Exact grading" in card
+    assert "3, a # b \\| c" in card and "| not recorded |" in card
+
+
+def test_every_row_of_the_card_says_file_stage_and_grading(tiny_experiment, tmp_path):
+    """One split name is no data set: each file, stage and rule has a row, and training data its label."""
+    run = make_run(tiny_experiment, tmp_path)
+    trained = find_one(str(run))
+    result = summarize([Prediction(0, "### 1", "1", "1", True, False, 2)], 0.5, "exact")
+    own = Measurement(trained.name, "valid", trained.stage, None, result, file="v.json", role="own")
+    other_rule = replace(result, grading="latex")
+    for measured in (
+        own,
+        replace(own, file="/data/x.json", role="other"),
+        replace(own, file="/data/train.json", role="training"),
+        replace(own, stage=Stage(1, 1)),
+        replace(own, evaluation=other_rule),
+        replace(own, evaluation=replace(other_rule, num_correct=0)),  # measured again: replaces its row
+    ):
+        write_results(measured, run)
+    with open(run / "evaluations.jsonl", "a") as writer:  # an older version, and a received line
+        old = {"checkpoint": trained.name, "split": "valid", "latents": 3, "ablation": "intact"}
+        old |= {"num_correct": 1, "num_items": 1, "mean_tokens": 2.0, "file": 5, "role": ["own"]}
+        writer.write(json.dumps(old) + "\n")
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    rows = [row.split(" | ")[:5] for row in card.splitlines() if row.startswith("| valid")]
+    at, all_right = "3 steps hidden, 3 latents", "100.0 % [20.7, 100.0]"
+    assert rows == [
+        ["| valid, v.json (the run's own file), 1 items", at, "3", "exact", all_right],
+        ["| valid, x.json (not a file of this run's settings), 1 items", at, "3", "exact", all_right],
+        ["| valid, train.json (**training data**), 1 items", at, "3", "exact", all_right],
+        [
+            "| valid, v.json (the run's own file), 1 items",
+            f"1 steps hidden, 1 latents (trained at: {at})", "1", "exact", all_right,
+        ],
+        ["| valid, v.json (the run's own file), 1 items", at, "3", "latex", "0.0 % [0.0, 79.3]"],
+        ["| valid, file not recorded, 1 items", "not recorded", "3", "not recorded", all_right],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("weights", [False, 0, ""])

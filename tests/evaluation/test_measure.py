@@ -10,9 +10,12 @@ import yaml
 
 from coconut_ds.__main__ import main
 from coconut_ds.data.curriculum import ALL_STEPS, Stage
+from coconut_ds.data.problems import examples_digest, read_problems
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation import measure
+from coconut_ds.evaluation.data_files import DataFiles
 from coconut_ds.evaluation.saved_models import ds_config_of, find_one, find_trained
+from coconut_ds.runs.checkpoint.manifest import hash_file
 from tests.launched.start import ROOT, environment
 from tests.run_folders import make_run
 
@@ -121,6 +124,49 @@ def evaluate(run, *arguments, ranks=1):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def test_a_result_knows_its_file(run, tiny_experiment, tmp_path):
+    """By the run's own settings, whatever `--set` or --split name; a copy of the training file too."""
+    train, valid = (Path(tiny_experiment[key]) for key in ("train_path", "val_path"))
+    copy, other = tmp_path / "copy.json", tmp_path / "other.json"
+    copy.write_bytes(train.read_bytes())
+    other.write_text(json.dumps(json.loads(valid.read_text())[:3]))
+    for split, value, role in (
+        ("valid", None, "own"),
+        ("valid", f"val_path={valid.parent}/../{valid.parent.name}/{valid.name}", "own"),
+        ("valid", f"val_path={other}", "other"),
+        ("valid", f"val_path={train}", "training"),
+        ("valid", f"val_path={copy}", "training"),
+        ("test", f"test_path={valid}", "other"),
+        ("train", None, "training"),
+        (str(valid), None, "own"),
+        (str(other), f"train_path={other}", "other"),
+    ):
+        for target in (run, run / "checkpoint_4"):
+            trained = find_one(str(target), overrides=[value] if value else [])
+            assert trained.files.role(split, measure.split_path(trained.experiment, split)) == role, split
+
+
+def test_a_file_that_was_trained_on_counts_after_it_changed(tmp_path):
+    (tmp_path / "now.json").write_text("[1]")
+    (tmp_path / "copy.json").write_text("[2]")
+    files = DataFiles(str(tmp_path / "now.json"), train_sha256=hash_file(tmp_path / "copy.json"))
+    assert files.role("valid", str(tmp_path / "copy.json")) == "training"
+    assert files.role("valid", str(tmp_path / "now.json")) == "training"
+
+
+def test_a_measurement_prints_and_records_what_it_was_measured_on(run, tiny_experiment, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(Path(tiny_experiment["val_path"]).read_text())[:3]))
+    assert main(["eval", str(run), "--set", f"val_path={other}"]) == 0
+    assert "valid (other.json), 3 steps hidden" in capsys.readouterr().out
+    last = lines(run / "evaluations.jsonl")[-1]
+    assert (last["file"], last["role"], last["grading"]) == (str(other), "other", "exact")
+    assert (last["stage"], last["examples"]) == (
+        "3 steps hidden, 3 latents", examples_digest(read_problems(other)),
+    )  # fmt: skip
+    assert all(last["examples"] == p["examples"] for p in lines(run / "predictions.jsonl")[-3:])
 
 
 @pytest.fixture(scope="module")

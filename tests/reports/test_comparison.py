@@ -3,6 +3,7 @@
 import html
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import scipy.stats
@@ -13,70 +14,14 @@ from coconut_ds.reports.comparison import (
     Accuracy,
     best_table,
     group_runs,
-    paired_tests,
     stage_table,
     student_t,
     summary_table,
 )
-from coconut_ds.reports.run_records import read_run, verdicts
+from coconut_ds.reports.run_records import verdicts
+from coconut_ds.runs.checkpoint import Manifest, TrainState
 from coconut_ds.tables import Table
-
-BASE = {"model_id": "gpt2", "train_path": "t_train.json", "val_path": "t_valid.json", "num_epochs": 3}
-STAGED = {"c_thought": 2, "epochs_per_stage": 1, "max_latent_stage": 2}
-DS_CONFIG = {
-    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "fp16": {"enabled": True},
-}
-PLAN = {
-    "budget": {
-        "device": "card", "gpus": 2, "gpu_memory_mib": 11264, "reserved_mib": 800, "host_memory_gib": 32,
-        "components_mib": {"activations": 6000}, "on_exceed": "error",
-    },
-    "fits": True, "verdict": "fits", "states": [], "host_per_rank": [], "phases": [],
-    "stages": [{"first_epoch": 0, "gpu_mib": 100.0}],
-}  # fmt: skip
-
-
-def validation(epoch, correct, **more):
-    numbers = {"num_correct": correct, "num_items": 100, "accuracy": correct / 100, "mean_tokens": 2.0}
-    numbers |= {"loss": 1.0, "cot_match": 0.0}
-    return {"kind": "valid", "time": 10.0 * epoch, "epoch": epoch, "stage": epoch, **numbers, **more}
-
-
-@pytest.fixture
-def make_run(tmp_path):
-    """A run folder with `correct[epoch]` of 100 items right, and `test` of its test items."""
-
-    def make(name, correct, test=None, answers=None, old=False, chance=None, **settings):
-        folder = tmp_path / name
-        (folder / "memory").mkdir(parents=True)
-        experiment = validate_experiment(
-            {**BASE, "name": name, "save_path": str(tmp_path), **settings}, "test"
-        )
-        (folder / "experiment.yaml").write_text(experiment_to_yaml(experiment))
-        (folder / "ds_config.json").write_text(json.dumps(DS_CONFIG))
-        (folder / "memory" / "plan.json").write_text(json.dumps(PLAN))
-        lines = []
-        for epoch, number in enumerate(correct):
-            times = [100.0 * epoch + 2 * step for step in range(5)]
-            lines += [
-                {"kind": "train", "time": time, "epoch": epoch, "loss": 1.0, "step": 1} for time in times
-            ]
-            lines.append({"kind": "memory", "epoch": epoch, "gpu_allocated_peak_mib": 100.0 * (epoch + 1)})
-            lines.append(validation(epoch, number, **({} if chance is None else {"chance": chance})))
-        if test is not None:
-            at = {} if old else {"at": "as logged"}
-            lines.append({**validation(len(correct) - 1, test, **at), "kind": "test"})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "ti')
-        if answers is not None:
-            key = {"checkpoint": "checkpoint_3", "split": "test", "latents": 4, "ablation": "intact"}
-            predictions = [{**key, "index": i, "correct": right} for i, right in enumerate(answers)]
-            predictions.append({**key, "ablation": "zero", "index": 0, "correct": not answers[0]})
-            (folder / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
-        return read_run(folder)
-
-    return make
+from tests.reports.conftest import BASE, STAGED, validation
 
 
 def test_student_t_is_scipys():
@@ -191,20 +136,6 @@ def test_labels_say_what_differs(make_run):
     assert group_runs([runs[0], far])[1].label == "far"
 
 
-def test_methods_are_paired_item_by_item(make_run):
-    right, wrong = [True] * 12, [False] * 12
-    ours = make_run("c", [1, 2, 3], 4, answers=[*right, True, True], method="coconut", **STAGED)
-    theirs = make_run("n", [1, 2, 3], 4, answers=[*wrong, True, False], method="no_cot")
-    (test,) = paired_tests(group_runs([ours, theirs]))
-    assert (test.split, test.num_items, test.only_first, test.only_second) == ("test", 14, 13, 0)
-    assert test.p_value == pytest.approx(scipy.stats.binomtest(0, 13).pvalue)
-
-
-def test_a_run_without_predictions_is_not_paired(make_run):
-    ours = make_run("c", [1, 2, 3], 4, answers=[True], method="coconut", **STAGED)
-    assert paired_tests(group_runs([ours, make_run("n", [1, 2, 3], 4, method="no_cot")])) == []
-
-
 def test_report_prints_text_latex_markdown_and_json(make_run, capsys):
     folders = [
         str(make_run("c", [1, 2, 3], 70, method="coconut", **STAGED).folder),
@@ -282,13 +213,45 @@ def test_not_above_no_cot_is_said_last(make_run, capsys):
     assert last.startswith("coconut is not above no_cot: 14.0 % [8.5, 22.1] against 13.0 %")
 
 
+def write_manifest(run, epoch, accuracy, **changes):
+    """A checkpoint after `epoch`, made by a start with other settings than the run folder's."""
+    settings = {"experiment": {**asdict(run.experiment), **changes}}
+    state = TrainState(epoch=epoch, accuracy=accuracy)
+    (run.folder / f"checkpoint_{epoch}").mkdir()
+    Manifest(state, settings, 1, True, {}).write(run.folder / f"checkpoint_{epoch}")
+
+
 def test_the_best_of_every_stage_and_its_checkpoint(make_run):
     run = make_run(
         "c", [10, 90, 80, 70, 75], method="coconut", **(STAGED | {"epochs_per_stage": 2, "num_epochs": 5})
     )
-    (run.folder / "checkpoint_5").mkdir()
+    write_manifest(run, 5, 0.75)
     assert best_table([run, make_run("n", [1], method="no_cot")]).rows == [
         ["c", "best_stage_0", "-", "90.0 %"],
         ["c", "best_stage_1", "-", "80.0 %"],
         ["c", "best_stage_2", "checkpoint_5", "75.0 %"],
     ]
+
+
+def test_a_changed_schedule_does_not_relabel_what_was_trained(make_run):
+    """Trained with one epoch a stage, then resumed with two: epoch 4 is at stage 1 again."""
+    stages = ["0 steps hidden, 0 latents", "1 steps hidden, 2 latents", "2 steps hidden, 4 latents"]
+    logged = [{"at": stages[number], "stage": number} for number in (0, 1, 2, 1)]
+    now = STAGED | {"epochs_per_stage": 2, "num_epochs": 4}
+    run = make_run("c", [90, 80, 60, 85], 84, method="coconut", logged=logged, test_at=stages[1], **now)
+    write_manifest(run, 1, 0.9, epochs_per_stage=1)
+    write_manifest(run, 2, 0.8, epochs_per_stage=1)
+    write_manifest(run, 4, 0.85)
+    assert best_table([run]).rows == [
+        ["c", "best_stage_0", "checkpoint_1", "90.0 %"],
+        ["c", "best_stage_1", "checkpoint_4", "85.0 %"],
+        ["c", "best_stage_2", "-", "60.0 %"],
+    ]
+    assert [(r.number, str(r.stage), r.line["accuracy"]) for r in run.stages] == [
+        (0, stages[0], 0.9),
+        (1, stages[1], 0.85),
+        (2, stages[2], 0.6),
+    ]
+    assert str(run.result_stage) == stages[1] and run.untrained_tests == []
+    other = make_run("d", [90, 80], 9, method="coconut", logged=logged[:2], test_at=stages[2], **now)
+    assert [line["accuracy"] for line in other.untrained_tests] == [0.09]

@@ -104,3 +104,37 @@ def test_a_start_that_is_refused_leaves_the_settings_of_the_run_as_they_were(tin
     with plain_trainer(values, lr=0.5) as trainer, pytest.raises(CheckpointError, match="--allow lr"):
         trainer.run_all()
     assert settings.read_text() == written
+
+
+def test_a_finished_run_is_tested_at_the_stage_it_was_trained_at(tiny_experiment, tmp_path):
+    """Started again with a longer stage 0, whose schedule has another stage at the last epoch."""
+    values = tiny_experiment | CHEAP | {"num_epochs": 2, "save_path": str(tmp_path)}
+    with plain_trainer(values) as trainer:
+        trainer.run_all()
+    changes = {"epochs_per_stage": 5, "test_path": tiny_experiment["val_path"]}
+    with plain_trainer(values, allow=["epochs_per_stage"], **changes) as trainer:
+        trainer.run_all()
+        (test,) = lines_of(trainer.run, "test")
+    assert test["at"] == lines_of(trainer.run, "valid")[-1]["at"] == "1 steps hidden, 1 latents"
+
+
+@pytest.mark.parametrize("schedule, allow", [("constant", ""), ("linear", " --allow num_epochs")])
+def test_a_finished_run_says_so_and_how_to_train_on(tiny_experiment, tmp_path, capsys, schedule, allow):
+    values = tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path), "lr_schedule": schedule}
+    with plain_trainer(values) as trainer:
+        trainer.run_all()
+    assert "is finished" not in capsys.readouterr().out
+    with plain_trainer(values) as trainer:
+        trainer.run_all()
+        accuracy, folder = trainer.state.accuracy, trainer.run.folder
+    line = next(line for line in capsys.readouterr().out.splitlines() if "is finished" in line)
+    assert line == (
+        f"{folder} is finished: 1 of 1 epochs, validation accuracy {100 * accuracy:.1f} % "
+        f"(0 steps hidden, 0 latents). "
+        f"Newest checkpoint: {folder}/latest; best: {folder}/best (checkpoint_1). "
+        f"To train on: --set num_epochs=2{allow} (or more)"
+    )
+    allowed = ["num_epochs"] if allow else []
+    with plain_trainer(values, allow=allowed, num_epochs=2) as trainer:
+        trainer.run_all()
+        assert trainer.state.epoch == 2

@@ -22,7 +22,7 @@ from coconut_ds.runs.checkpoint.foreign import (
 )
 from coconut_ds.runs.checkpoint.manifest import Manifest, TrainState
 from coconut_ds.runs.checkpoint.protocol import Checkpoints
-from coconut_ds.runs.checkpoint.stages import LONGEST_REASONING, TrainedStage, stage_of
+from coconut_ds.runs.checkpoint.stages import LONGEST_REASONING, TrainedStage, best_per_stage, stage_of
 
 __all__ = [
     "CheckpointFolders",
@@ -33,6 +33,7 @@ __all__ = [
     "TrainState",
     "TrainedStage",
     "WINDOW_NAME",
+    "best_per_stage",
     "classify_changes",
     "find_adapter",
     "is_published_file",

@@ -77,6 +77,7 @@ class Checkpoints:
         self.keep = keep
         self.only_improving = only_improving
         self.expected_bytes = expected_bytes
+        self.loaded: Manifest | None = None  # of the checkpoint that load() restored
         self._log = log
 
     @property
@@ -138,6 +139,7 @@ class Checkpoints:
             self._log(
                 f"resumed from {folder}: {manifest.state.epoch} epochs, step {manifest.state.global_step}"
             )
+        self.loaded = manifest
         return manifest.state
 
     def _new_draft(self, name: str) -> Path:

@@ -19,6 +19,13 @@ number_of_ranks() {
     if [ "${DS_ACCELERATOR:-}" != cpu ] && [ "$gpus" -gt 0 ]; then echo "$gpus"; else echo 2; fi
 }
 
+# Beside a GPU each rank gets cores of its own, near their memory (CPU Adam gains most).  DeepSpeed's launcher does that
+# with numactl and counts all cores of the machine, so a container with fewer is left alone.
+can_bind_cores() {
+    [ "${DS_ACCELERATOR:-}" != cpu ] && [ "${BIND_CORES:-1}" = 1 ] && [ -z "${KMP_AFFINITY:-}" ] &&
+        [ "$(nproc)" = "$(nproc --all)" ] && numactl -C 0 -m 0 true 2>/dev/null
+}
+
 # Every rank leaves a file named like its process id in this folder (coconut_ds/engine/signals.py).
 living_ranks() {
     local id
@@ -69,6 +76,7 @@ run_ranks() {
     if [[ ! " $*" =~ " --deepspeed"([_-]config)?[\ =][^\ ]+\.json ]]; then # the user's own file counts
         set -- "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}"
     fi
+    if can_bind_cores; then launcher_arguments+=(--bind_cores_to_rank); fi
     set -m # the launcher and its ranks become a process group of their own
     deepspeed --master_port "${MASTER_PORT:-$(python -c 'from coconut_ds.engine.watchdog import free_port; print(free_port())')}" "${launcher_arguments[@]}" \
         --module coconut_ds "$@" </dev/null &

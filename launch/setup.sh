@@ -6,10 +6,13 @@
 #   source launch/setup.sh            the same, and the environment is active afterwards
 #
 # Needs Python 3.11 or newer with venv, and g++ (for DeepSpeed's optimizer on the host).
-# PYTHON=/path/to/python chooses the interpreter.  A second run changes nothing and takes a second.
+# The torch build is chosen by the GPUs and their driver (torch_build.sh); TORCH_BUILD=default or cu126 overrides that,
+# DS_ACCELERATOR=cpu ignores GPUs.  PYTHON=/path/to/python chooses the interpreter.  A second run takes a second.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+source launch/torch_build.sh
 
 setup_fail() {
     printf 'setup: %s\n' "$@" >&2
@@ -61,7 +64,7 @@ pip_install() {
     else
         echo "failed"
         tail -n 20 .venv/setup.log >&2
-        setup_fail "pip could not install $label; the whole log is in .venv/setup.log"
+        setup_fail "pip could not install $label; the complete log is in .venv/setup.log"
     fi
 }
 
@@ -75,20 +78,24 @@ once() {
     fi
 }
 
+# The build follows from the GPUs of this machine, and stays while requirements.txt and the build stay.
 install_torch() {
-    pip_install "torch" "$(grep '^torch==' requirements.txt)"
-}
-
-# Operators are compiled for one accelerator; DeepSpeed should not find another one by itself later.
-choose_accelerator() {
-    if [ -z "${DS_ACCELERATOR:-}" ] &&
-        ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    local gpus="" build requirement
+    if [ "${DS_ACCELERATOR:-}" != cpu ]; then gpus=$(list_gpus); fi
+    build=${TORCH_BUILD:-$(torch_build "$gpus")}
+    requirement=$(torch_requirement "$build")
+    echo "$requirement" >.venv/torch.requirement
+    once torch .venv/torch.requirement pip_install "torch ($build build; a CUDA build takes minutes)" $requirement
+    check_torch "$gpus" "$build"
+    # Operators are compiled for one accelerator; DeepSpeed must not choose another one later.
+    if [ -z "$gpus" ]; then
         export DS_ACCELERATOR=cpu
+        echo "setup: no GPU in use; ranks run on the CPU" >&2
     fi
 }
 
 # On the CPU DeepSpeed brings its operators along, and no start has to ask the compiler whether they are up to
-# date.  On a GPU they need the CUDA toolkit, and are compiled at their first use (compile_operators).
+# date.  On a GPU compile_operators compiles CPU Adam, which needs g++ and ninja but no CUDA toolkit.
 # pip's cache may hold a DeepSpeed without operators, or one built for the processor of another machine.
 install_deepspeed() {
     local operators=(DS_BUILD_OPS=0)
@@ -118,6 +125,7 @@ install_test_requirements() {
 compile_operators() {
     local started=$SECONDS
     printf "setup: loading DeepSpeed's operators ... "
+    .venv/bin/python -m coconut_ds.engine.build_locks
     if timeout 900 .venv/bin/python >.venv/setup.log 2>&1 <<'PYTHON'
 from deepspeed.accelerator import get_accelerator
 
@@ -131,22 +139,29 @@ PYTHON
     else
         echo "failed"
         tail -n 20 .venv/setup.log >&2
-        setup_fail "DeepSpeed's operators could not be compiled; the whole log is in .venv/setup.log" \
-            "If it waited without end: a compilation was interrupted earlier; remove $TORCH_EXTENSIONS_DIR"
+        setup_fail "DeepSpeed's operators could not be compiled; the complete log is in .venv/setup.log"
     fi
+}
+
+# The optimizer on the host (CPU Adam) uses every physical core; ranks without a GPU use one each.
+threads_per_rank() {
+    local cores gpus
+    if [ "${DS_ACCELERATOR:-}" = cpu ]; then echo 1 && return; fi
+    cores=$(lscpu --parse=CORE,SOCKET | grep -v '^#' | sort -u | wc -l)
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    echo $((cores > gpus ? cores / gpus : 1))
 }
 
 make_environment
 check_compiler
-once torch requirements.txt install_torch
-choose_accelerator
-once requirements requirements.txt install_requirements
+install_torch
+once requirements <(cat requirements.txt .venv/torch.requirement) install_requirements
 if [ "${1:-}" = "--tests" ]; then
     once test-requirements tests/requirements.txt install_test_requirements
 fi
 
 export PATH="$PWD/.venv/bin:$PATH" # also for ninja, which compiles DeepSpeed's operators
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank)}" TOKENIZERS_PARALLELISM=false
 # Operators are compiled against this environment; shared with another one they would be compiled in turns.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
-once operators requirements.txt compile_operators
+once operators <(cat requirements.txt .venv/torch.requirement) compile_operators

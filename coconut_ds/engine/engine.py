@@ -29,6 +29,7 @@ from torch import Tensor
 
 from coconut_ds.data.batching import Batch
 from coconut_ds.engine import deepspeed_patches as patches
+from coconut_ds.engine.build_locks import remove_stale_locks
 from coconut_ds.engine.distributed import Ranks
 from coconut_ds.engine.watchdog import ended_after, free_port, meet
 from coconut_ds.errors import CheckpointError, ConfigError
@@ -60,6 +61,9 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for lock in remove_stale_locks():
+            print(f"removed {lock}, left by an interrupted build of an operator", flush=True)
     message = None
     try:
         _choose_device(precision)
@@ -88,6 +92,8 @@ def _choose_device(precision: str) -> None:
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; lower --num_gpus"
             )
         torch.cuda.set_device(local_rank)
+        # cuDNN attention makes a plan for every new shape, about a second each on Hopper.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         _check_precision(precision, torch.cuda.get_device_capability(local_rank))
     elif precision == "fp16":
         raise ConfigError(
@@ -112,21 +118,19 @@ def _check_precision(precision: str, capability: tuple[int, int]) -> None:
 
 
 def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """`ds_config` with torch's AdamW on CPU ranks without offload.
+    """`ds_config` with torch's AdamW where the optimizer is not offloaded.
 
-    DeepSpeed would use its fused Adam there, a C++ operator that must be compiled first.
-    Raises ConfigError for settings that need a GPU.
+    DeepSpeed would compile its fused Adam there, which needs the CUDA toolkit on a GPU; `"torch_adam": false`
+    in the file asks for it.  Raises ConfigError for settings that need a GPU.
     """
-    if device.type != "cpu":
-        return dict(ds_config)
-    zero = ds_config["zero_optimization"]
+    zero, on_cpu = ds_config["zero_optimization"], device.type == "cpu"
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if zero.get(key):
+        if on_cpu and zero.get(key):
             raise ConfigError(f"zero_optimization.{key}: needs a GPU; delete it to run on the CPU")
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return dict(ds_config)
     optimizer = ds_config["optimizer"]
-    params = {**optimizer["params"], "torch_adam": True}
+    params = {"torch_adam": True, **optimizer["params"]} | ({"torch_adam": True} if on_cpu else {})
     if not params.pop("bias_correction", True):
         return dict(ds_config)  # torch's AdamW always corrects the bias
     return {**ds_config, "optimizer": {**optimizer, "params": params}}

@@ -19,13 +19,13 @@ from typing import Any
 
 import psutil
 
+from coconut_ds.engine.build_locks import stale_locks
 from coconut_ds.tables import Table
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIB = 2**30
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 OFFLOAD_RAM_GIB = 32  # host_memory_gib of the shipped ds_configs
-STALE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def examine(folder: Path, cuda: Any = None) -> list[Finding]:
     if cuda.is_available():
         findings += [finding for number in range(cuda.device_count()) for finding in gpu(number, cuda)]
         findings += peer_access(cuda)
-    findings += [*compilers(cuda.is_available(), torch.version.cuda), *stale_locks(), *versions(REQUIREMENTS)]
+    findings += [*compilers(), *build_locks(), *versions(REQUIREMENTS)]
     return [*findings, host_memory(), locked_memory(), shared_memory(), disk(folder)]
 
 
@@ -65,7 +65,7 @@ def torch_build(version: str, cuda_version: str | None, cuda: Any) -> Iterator[F
     if cuda.is_available():
         return
     if shutil.which("nvidia-smi") and cuda_version is None:
-        remedy = "install a CUDA build of torch (cu126 for GTX 10xx and older GPUs)"
+        remedy = "rm .venv/torch.sha256, then bash launch/setup.sh, which chooses the build for the GPU"
         yield Finding("GPUs", PROBLEM, "a driver is installed, but this torch was built without CUDA", remedy)
     elif cuda_version:
         remedy = (
@@ -90,7 +90,8 @@ def gpu(number: int, cuda: Any) -> Iterator[Finding]:
     else:
         old = capability < (7, 5)
         remedy = (
-            "install the cu126 build of torch: newer CUDA builds do not include Maxwell, Pascal and Volta"
+            "rm .venv/torch.sha256, then TORCH_BUILD=cu126 bash launch/setup.sh: newer CUDA builds do not "
+            "include Maxwell, Pascal and Volta"
             if old
             else "install a torch built with a newer CUDA"
         )
@@ -152,8 +153,8 @@ def peer_access(cuda: Any) -> Iterator[Finding]:
         yield Finding("peer access", NOTE, "one GPU", "use --num_gpus 1 and twice the gradient accumulation")
 
 
-def compilers(on_gpu: bool, cuda_version: str | None) -> Iterator[Finding]:
-    """The tools with which DeepSpeed builds its operators at the first start."""
+def compilers() -> Iterator[Finding]:
+    """The tools with which DeepSpeed builds CPU Adam, the only operator used here; no CUDA toolkit."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         remedy = "apt-get install g++; DeepSpeed compiles its CPU Adam at the first start"
@@ -169,41 +170,14 @@ def compilers(on_gpu: bool, cuda_version: str | None) -> Iterator[Finding]:
     else:
         remedy = f"put {beside.parent} on the PATH" if beside.exists() else "pip install ninja"
         yield Finding("ninja", PROBLEM, "not on the PATH", remedy)
-    if on_gpu:
-        yield cuda_compiler(cuda_version)
 
 
-def cuda_compiler(cuda_version: str | None) -> Finding:
-    """nvcc, which GPU operators and the offloaded Adam need."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = f"{home}/bin/nvcc" if home else "nvcc"
-    if shutil.which(nvcc) is None:
-        remedy = 'install the CUDA toolkit of torch\'s version, or set "torch_adam": true in optimizer.params'
-        return Finding("nvcc", PROBLEM, "missing", remedy)
-    release = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
-    version = f"{release[1]}.{release[2]}" if release else "unknown version"
-    if release and cuda_version and release[1] != cuda_version.split(".")[0]:
-        return Finding(
-            "nvcc", PROBLEM, f"{version}, torch has {cuda_version}", "set CUDA_HOME to the same version"
-        )
-    return Finding("nvcc", OK, version)
-
-
-def stale_locks() -> Iterator[Finding]:
+def build_locks() -> Iterator[Finding]:
     """Locks of killed builds, for which every later start would wait."""
-    roots = {Path.home() / ".cache" / "torch_extensions", Path(sys.prefix) / "torch_extensions"}
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        roots = {Path(os.environ["TORCH_EXTENSIONS_DIR"])}
-    for lock in sorted(lock for root in roots for lock in root.glob("**/lock")):
-        age = time.time() - lock.stat().st_mtime
-        if age > STALE_SECONDS and not _works_in(lock.parent):
-            message = f"{lock} is {age / 60:.0f} minutes old, and no build is running there"
-            yield Finding("build lock", PROBLEM, message, f"rm {lock}")
-
-
-def _works_in(folder: Path) -> bool:
-    """Whether a process such as ninja runs in a folder."""
-    return any(process.info["cwd"] == str(folder) for process in psutil.process_iter(["cwd"]))
+    for lock in stale_locks():
+        age = (time.time() - lock.stat().st_mtime) / 60
+        message = f"{lock} is {age:.0f} minutes old, and no build is running there"
+        yield Finding("build lock", PROBLEM, message, f"rm {lock}")
 
 
 def versions(path: Path) -> Iterator[Finding]:

@@ -111,15 +111,8 @@ def test_a_torch_without_cuda_on_a_machine_with_a_driver(monkeypatch):
 
 def test_what_deepspeed_compiles_with(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    found = states(doctor.compilers(True, "13.0"))
-    assert found == {"C++ compiler": doctor.PROBLEM, "ninja": doctor.PROBLEM, "nvcc": doctor.PROBLEM}
-
-
-def test_nvcc_must_have_torchs_version(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
-    monkeypatch.setattr(doctor, "_output", lambda *command: "Cuda compilation tools, release 12.6, V12.6.85")
-    assert doctor.cuda_compiler("12.6").state == doctor.OK
-    assert doctor.cuda_compiler("13.0").state == doctor.PROBLEM
+    found = states(doctor.compilers())
+    assert found == {"C++ compiler": doctor.PROBLEM, "ninja": doctor.PROBLEM}  # and no CUDA toolkit
 
 
 def test_an_old_build_lock_is_found(tmp_path, monkeypatch):
@@ -127,12 +120,12 @@ def test_an_old_build_lock_is_found(tmp_path, monkeypatch):
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert list(doctor.stale_locks()) == []
+    assert list(doctor.build_locks()) == []
     os.utime(lock, (time.time() - 3600,) * 2)
-    (found,) = doctor.stale_locks()
+    (found,) = doctor.build_locks()
     assert found.state == doctor.PROBLEM and str(lock) in found.message
     with subprocess.Popen(["sleep", "30"], cwd=lock.parent) as compiler:
-        assert list(doctor.stale_locks()) == []
+        assert list(doctor.build_locks()) == []
         compiler.kill()
 
 

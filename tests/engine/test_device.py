@@ -1,0 +1,59 @@
+"""What an engine adapts to the device of its rank, and the locks of interrupted builds."""
+
+import os
+import subprocess
+import time
+
+import pytest
+import torch
+
+from coconut_ds.engine import engine
+from coconut_ds.engine.build_locks import remove_stale_locks
+from coconut_ds.errors import ConfigError
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def for_device(device: str, params: dict, **zero) -> dict:
+    ds_config = {"optimizer": {"type": "AdamW", "params": params}, "zero_optimization": {"stage": 2, **zero}}
+    return engine._for_device(ds_config, torch.device(device))["optimizer"]["params"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "params, zero, expected",
+    [
+        ({"lr": 1}, {}, {"lr": 1, "torch_adam": True}),
+        ({"lr": 1, "bias_correction": True}, {}, {"lr": 1, "torch_adam": True}),
+        ({"lr": 1, "bias_correction": False}, {}, {"lr": 1, "bias_correction": False}),
+        ({"lr": 1}, OFFLOAD, {"lr": 1}),
+        ({"lr": 1}, {"offload_optimizer": {"device": "none"}}, {"lr": 1, "torch_adam": True}),
+    ],
+)
+def test_an_optimizer_beside_the_weights_needs_no_compiler(device, params, zero, expected):
+    assert for_device(device, params, **zero) == expected
+
+
+def test_fused_adam_is_there_for_those_who_ask_for_it():
+    assert for_device("cuda", {"torch_adam": False}) == {"torch_adam": False}
+    assert for_device("cpu", {"torch_adam": False}) == {"torch_adam": True}
+
+
+def test_quantized_collectives_need_a_gpu():
+    with pytest.raises(ConfigError, match="zero_quantized_weights: needs a GPU"):
+        for_device("cpu", {}, zero_quantized_weights=True)
+    assert for_device("cuda", {}, zero_quantized_weights=True)
+
+
+def test_locks_of_interrupted_builds_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    young, old, in_use = (tmp_path / "py311" / name / "lock" for name in ("young", "old", "in_use"))
+    for lock in (young, old, in_use):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    for lock in (old, in_use):
+        os.utime(lock, (time.time() - 3600,) * 2)
+    with subprocess.Popen(["sleep", "60"], cwd=in_use.parent) as build:
+        assert remove_stale_locks() == [old]
+        build.kill()
+    assert young.exists() and in_use.exists() and not old.exists()

@@ -1,7 +1,7 @@
 """Locks of interrupted operator builds.
 
-torch's extension loader waits for the file `lock` in an operator's build folder without a time limit.  A killed
-build leaves that file, so every later start would hang.  (torch/utils/file_baton.py, torch 2.13)
+torch's extension loader waits for the file `lock` in an operator's build folder without a time limit.  A
+killed build leaves that file, so every later start would hang.  (torch/utils/file_baton.py, torch 2.13)
 
     python -m coconut_ds.engine.build_locks      remove them
 """

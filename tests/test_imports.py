@@ -14,6 +14,7 @@ ROOMS = (
     "errors",
     "terminal",
     "tables",
+    "templates",
     "failures",
     "files",
     "config",

@@ -17,12 +17,11 @@ from dataclasses import asdict
 from coconut_ds.config.experiment import add_allow_stage, add_overrides
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.errors import ConfigError
-from coconut_ds.evaluation.inspection.latents import first_tokens, inspect
-from coconut_ds.evaluation.inspection.page import page, terminal, terminal_match
-from coconut_ds.evaluation.inspection.step_match import match_steps
+from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.files import json_text, open_output
+from coconut_ds.reports.inspection_page import page, terminal, terminal_match
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from coconut_ds.reports.figures import MARKS, color_of, new_figure, shade_stages, styled
-from coconut_ds.reports.memory_tables import Row, against_plan, heaviest, is_on_gpu
+from coconut_ds.reports.memory_tables import Row, against_plan, is_on_gpu
 from coconut_ds.reports.run_records import RunRecord
 
 Json = Mapping[str, Any]
@@ -270,8 +270,3 @@ def stages_picture(runs: Sequence[RunRecord]) -> Figure | None:
     axes.set_title(f"Peak of every epoch: {what}", pad=18)
     axes.legend(loc="lower right", fontsize=8)
     return figure
-
-
-def peak_contents(profile: Json) -> list[tuple[str, float]]:
-    """MiB alive at the peak by the phase that allocated them, largest first."""
-    return sorted(heaviest(profile)["at_peak"]["made_in_mib"].items(), key=lambda item: -item[1])

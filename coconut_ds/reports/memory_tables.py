@@ -89,6 +89,11 @@ def totals(rows: Sequence[Row]) -> Row:
     return Row("total", planned, total([(row.measured, row.lasts) for row in rows]), True)
 
 
+def peak_contents(profile: Json) -> list[tuple[str, float]]:
+    """MiB alive at the peak by the phase that allocated them, largest first."""
+    return sorted(heaviest(profile)["at_peak"]["made_in_mib"].items(), key=lambda item: -item[1])
+
+
 def profile_text(profile: Json, plan: Json | None) -> str:
     """The complete text for a terminal."""
     ranks, where = profile["ranks"], "GPU" if is_on_gpu(profile) else "CPU"
@@ -100,9 +105,9 @@ def profile_text(profile: Json, plan: Json | None) -> str:
         "",
         _comparison(against_plan(profile, plan), profile).text(),
     ]
-    at_peak = heaviest(profile)["at_peak"]
-    made = sorted(at_peak["made_in_mib"].items(), key=lambda item: -item[1])[:4]
-    lines += ["", f"alive at the peak ('{at_peak['phase']}'), by phase of allocation: " + _list(made)]
+    made = ", ".join(f"{name} {size:,.1f}" for name, size in peak_contents(profile)[:4])
+    phase = heaviest(profile)["at_peak"]["phase"]
+    lines += ["", f"alive at the peak ('{phase}'), by phase of allocation: {made}"]
     lines += _verdict(profile)
     return "\n".join(lines)
 
@@ -173,7 +178,3 @@ def _verdict(profile: Json) -> list[str]:
     free = allowed - rank["peak_mib"]
     result = f"{free:,.0f} MiB free" if free >= 0 else f"{-free:,.0f} MiB OVER BUDGET"
     return [f"budget: {rank['peak_mib']:,.0f} of {allowed:,.0f} MiB, {result}"]
-
-
-def _list(made: Sequence[tuple[str, float]]) -> str:
-    return ", ".join(f"{name} {size:,.1f}" for name, size in made)

@@ -12,12 +12,11 @@ from coconut_ds.__main__ import main
 from coconut_ds.data.batching import collate
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.evaluation.ablation import record_latents
-from coconut_ds.evaluation.inspection.frontier import Graph, frontiers, read_graph
-from coconut_ds.evaluation.inspection.latents import first_tokens, inspect, prompts_by_latents
-from coconut_ds.evaluation.inspection.page import page, terminal, terminal_match
-from coconut_ds.evaluation.inspection.step_match import match_steps, result_of
+from coconut_ds.evaluation.frontier import Graph, frontiers, read_graph
+from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps, prompts_by_latents, result_of
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.evaluation.saved_models import find_one
+from coconut_ds.reports.inspection_page import page, terminal, terminal_match
 from tests.run_folders import make_run
 
 QUESTION = (
@@ -195,7 +194,7 @@ def test_page_is_self_contained_and_escapes(asked, problems):
     graph = replace(shown, frontiers=tuple(found))
     html = page("<b>run</b>", [shown, graph], None)
     assert "<script>" not in html and "<b>run" not in html
-    assert not re.search(r"(src|href)=['\"](?!data:image/png;base64,)", html)
+    assert not re.search(r"(src|href)=['\"](?!data:)", html)
     pictures = re.findall(r"base64,([^']+)'", html)
     assert len(pictures) == 3
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)

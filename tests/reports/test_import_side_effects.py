@@ -15,4 +15,4 @@ def test_no_global_setting_of_matplotlib(path: Path) -> None:
 
 
 def test_drawing_modules_are_checked() -> None:
-    assert {"checks", "figures", "memory_figures", "page"} <= {path.stem for path in DRAWS}
+    assert {"checks", "figures", "memory_figures", "inspection_page"} <= {path.stem for path in DRAWS}

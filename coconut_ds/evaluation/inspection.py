@@ -1,12 +1,15 @@
 """Inspect the latents of one problem: what they decode to, their norms, what they attend to.
 
+inspect(model, problem)          one problem
+match_steps(inspections, ...)    how often latents decode to the results of the steps they replace
+
 The latents are recorded and put into the embeddings.  A separate pass then reads all columns at once with
 eager attention, which returns its weights.  With causal attention this equals the latent loop.
 
 Shapes: B rows, T columns, K latents, D hidden size, V vocabulary, L layers, H heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,15 +17,15 @@ import torch
 from torch import Tensor
 
 from coconut_ds.data.batching import Batch, collate
-from coconut_ds.data.curriculum import Sample, Stage, prompt_only, render
-from coconut_ds.data.problems import Problem
-from coconut_ds.data.tokenizer import tokenize
+from coconut_ds.data.curriculum import Sample
+from coconut_ds.data.problems import Problem, split_completion
 from coconut_ds.evaluation.ablation import record_latents
-from coconut_ds.evaluation.inspection.frontier import Frontier, frontiers, read_graph
+from coconut_ds.evaluation.frontier import Frontier, frontiers, read_graph
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.model.coconut import Coconut
 
 MAX_SINGLE_TOKENS = 40  # longer questions are shown by sentence
+Tokens = Callable[[str], set[int]]  # text -> its possible first tokens
 MAX_ANSWER_TOKENS = 8  # answer tokens that are shown as rows of the attention
 
 
@@ -63,6 +66,17 @@ class Inspection:
     def states(self) -> list[tuple[Guess, ...]]:
         """What the model's state decodes to after 0, 1, ... latents."""
         return [*(view.before for view in self.latents), self.output]
+
+
+@dataclass(frozen=True)
+class StepMatch:
+    """rates[k][j]: share of problems whose state after k latents decodes to the result of step j."""
+
+    top: int  # number of most likely tokens that count
+    rates: tuple[tuple[float, ...], ...]
+    by_chance: tuple[tuple[float, ...], ...]  # with the steps of another problem
+    continued: tuple[float, ...]  # [k]: share of correct remaining steps in words after k latents
+    num_problems: int
 
 
 @torch.no_grad()
@@ -117,15 +131,8 @@ def inspect(model: CoconutForCausalLM, problem: Problem, top: int = 5) -> Inspec
 
 def prompts_by_latents(model: CoconutForCausalLM, problem: Problem) -> list[Sample]:
     """The prompt with 0, 1, ... latents, up to the stage's number."""
-    (tokenized,) = tokenize([problem], model.vocabulary)
-    experiment = replace(model.trained.experiment, pad_latent_to_max=True)
-    stage = model.trained.stage
-    return [
-        prompt_only(
-            render(tokenized, Stage(stage.hidden_steps, count), experiment, model.vocabulary, index=count)
-        )
-        for count in range(stage.num_latents + 1)
-    ]
+    counts = range(model.trained.stage.num_latents + 1)
+    return [replace(model.samples([problem.question], count)[0], index=count) for count in counts]
 
 
 def _read_at_once(model: Coconut, batch: Batch, latents_KD: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,3 +235,56 @@ def first_tokens(model: CoconutForCausalLM, text: str) -> set[int]:
     encode = model.vocabulary.tokenizer
     spellings = [encode(spelling, add_special_tokens=False)["input_ids"] for spelling in (text, f" {text}")]
     return {ids[0] for ids in spellings if ids and model.vocabulary.spell([ids[0]]).strip()}
+
+
+def match_steps(
+    inspections: Sequence[Inspection], tokens_of: Tokens, latents_per_step: int, top: int
+) -> StepMatch | None:
+    """None for fewer than 2 problems with steps.  `tokens_of`: text -> its possible first tokens."""
+    with_steps = [inspection for inspection in inspections if inspection.problem.steps]
+    if len(with_steps) < 2:
+        return None
+    solutions = [inspection.problem.steps for inspection in with_steps]
+    return StepMatch(
+        top,
+        _rates(with_steps, solutions, tokens_of, top),
+        _rates(with_steps, solutions[1:] + solutions[:1], tokens_of, top),
+        _continued(with_steps, latents_per_step),
+        len(with_steps),
+    )
+
+
+def result_of(step: str) -> str:
+    """The text after the last '=' of a step (`<<3+4=7>>`: 7), else its last word."""
+    result = step.rpartition("=")[2] if "=" in step else step.rpartition(" ")[2]
+    return result.strip(" .<>\n")
+
+
+def _rates(
+    inspections: Sequence[Inspection],
+    solutions: Sequence[tuple[str, ...]],
+    tokens_of: Tokens,
+    top: int,
+) -> tuple[tuple[float, ...], ...]:
+    num_states, num_steps = len(inspections[0].states()), max(map(len, solutions))
+    hits = [[0] * num_steps for _ in range(num_states)]
+    tried = [0] * num_steps
+    for inspection, steps in zip(inspections, solutions, strict=True):
+        for j, step in enumerate(steps):
+            expected = tokens_of(result_of(step))
+            tried[j] += 1
+            for k, guesses in enumerate(inspection.states()):
+                hits[k][j] += any(guess.token_id in expected for guess in guesses[:top])
+    return tuple(tuple(hit / count for hit, count in zip(row, tried, strict=True)) for row in hits)
+
+
+def _continued(inspections: Sequence[Inspection], latents_per_step: int) -> tuple[float, ...]:
+    """Share of problems with exactly the steps that the latents did not replace."""
+    shares = []
+    for k in range(len(inspections[0].in_words)):
+        right = [
+            split_completion(i.in_words[k])[0] == "\n".join(i.problem.steps[-(-k // latents_per_step) :])
+            for i in inspections
+        ]
+        shares.append(sum(right) / len(right))
+    return tuple(shares)

@@ -1,1 +1,0 @@
-"""Inspect latents of single problems: what they decode to, attend to, and which steps they match."""

@@ -1,36 +1,43 @@
-"""Confidence intervals of accuracies, and a paired test of two models on the same items."""
+"""Confidence intervals of accuracies, and a paired test of two models on the same items.
 
-from math import comb, sqrt
-from statistics import NormalDist
+Importing scipy.stats takes half a second, so only the functions that need it do.
+"""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
 
 
-def wilson_interval(num_correct: int, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of an accuracy as fractions (low, high); (0, 1) without items.
+def wilson_interval(num_correct: int, num_items: int) -> tuple[float, float]:
+    """95 % interval of an accuracy as fractions (low, high), Wilson's score interval; (0, 1) without items.
 
-    Source: Wilson 1927, the score interval.  It stays inside [0, 1] and is not empty at 0 % and 100 %.
+    Raises ValueError if num_correct is not in 0..num_items.
     """
-    if not 0 <= num_correct <= num_items:
-        raise ValueError(f"{num_correct} of {num_items} is not a proportion")
-    if num_items == 0:
+    from scipy.stats import binomtest
+
+    correct, items = int(num_correct), int(num_items)  # a log line from elsewhere may have fractions
+    if correct == items == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share, spread = num_correct / num_items, z * z / num_items
-    center = (share + spread / 2) / (1 + spread)
-    half = z * sqrt(share * (1 - share) / num_items + spread / num_items / 4) / (1 + spread)
-    return max(0.0, center - half), min(1.0, center + half)
+    interval = binomtest(correct, items).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of at least two accuracies (Student's t), inside [0, 1]."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return max(0.0, mean(values) - half), min(1.0, mean(values) + half)
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Two-sided p-value of two models on the same items; items that both or neither solve do not count.
 
-    only_first, only_second: items solved by only one of them.
-    Source: McNemar 1947 in its exact form, a sign test.
+    only_first, only_second: items solved by only one of them.  McNemar's test in its exact form, a sign test.
     """
-    if min(only_first, only_second) < 0:
-        raise ValueError(f"counts of items cannot be negative: {only_first}, {only_second}")
-    tosses, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(comb(tosses, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**tosses)  # integers until the division avoid underflow
+    from scipy.stats import binomtest
+
+    different = only_first + only_second
+    return float(binomtest(only_first, different).pvalue) if different else 1.0
 
 
 def percent_with_interval(num_correct: int, num_items: int) -> str:

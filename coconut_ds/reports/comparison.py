@@ -5,14 +5,13 @@ stage_table(groups)      accuracy at every stage, one column per group
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from coconut_ds.config.methods import Method
-from coconut_ds.evaluation.intervals import wilson_interval
+from coconut_ds.evaluation.intervals import interval_over_seeds, wilson_interval
 from coconut_ds.reports.run_records import SPLITS, Line, RunRecord, StageResult, describe_stage, verdicts
 from coconut_ds.reports.seeds import by_experiment
 from coconut_ds.reports.seeds import identity as identity_of
@@ -40,8 +39,7 @@ class Accuracy:
         values = [line["num_correct"] / max(line["num_items"], 1) for line in lines]
         if len(lines) == 1:
             return cls(values[0], *wilson_interval(lines[0]["num_correct"], lines[0]["num_items"]), 1)
-        half = student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-        return cls(mean(values), max(0.0, mean(values) - half), min(1.0, mean(values) + half), len(values))
+        return cls(mean(values), *interval_over_seeds(values), len(values))
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
@@ -273,28 +271,3 @@ def all_verdicts(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[str
 def _examples(lines: Sequence[Line]) -> set[str]:
     """The sets of examples behind some results, where recorded."""
     return {line["examples"] for line in lines if isinstance(line.get("examples"), str)}
-
-
-def student_t(degrees: int, confidence: float = 0.95) -> float:
-    """The two-sided quantile of Student's t distribution.
-
-    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4, the distribution for integer degrees of freedom.
-    """
-
-    def inside(t: float) -> float:
-        theta = math.atan(t / math.sqrt(degrees))
-        sine, cosine = math.sin(theta), math.cos(theta)
-        term = cosine if degrees % 2 else 1.0
-        total = 0.0 if degrees == 1 else term
-        for n in range(2 + degrees % 2, degrees - 1, 2):
-            term *= cosine * cosine * (n - 1) / n
-            total += term
-        return (theta + sine * total) * 2 / math.pi if degrees % 2 else sine * total
-
-    if degrees < 1:
-        raise ValueError(f"{degrees} degrees of freedom: an interval over seeds needs two seeds")
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
-    return high

@@ -1,19 +1,23 @@
 """Check experiments, DeepSpeed configs and data files without starting anything.
 
     python -m coconut_ds validate FILE... [--model ID_OR_FOLDER] [--picture PNG]
+    python -m coconut_ds validate CONFIG --deepspeed_config JSON [--ranks N]      would `train` start?
 
 YAML files are experiments.  JSON files may be DeepSpeed configs, data sets or data cards; the type is
 detected from the content.  All errors in all files are reported at once.  Data files are checked together:
 lengths, leaks between splits, problems longer than the model allows.
-Exit code 2: a file is invalid, or the splits leak.
+With --deepspeed_config, each experiment is checked as `train` checks it before the engine starts: both files
+together, data, tokenizer, memory plan and weights.  Nothing is downloaded.
+Exit code 2: a file is invalid, the splits leak, or `train` would refuse to start.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from coconut_ds.config.deepspeed import load_ds_config
-from coconut_ds.config.experiment import Experiment, load_with_notes
+from coconut_ds.config.deepspeed import add_ds_config_argument, load_ds_config
+from coconut_ds.config.experiment import Experiment, add_overrides, load_with_notes, validate_experiment
 from coconut_ds.config.schema import MAX_BYTES
 from coconut_ds.data.json_items import looks_like_data
 from coconut_ds.data.problems import card_for
@@ -21,6 +25,10 @@ from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.terminal import print_notes
 
 CARD_SUFFIX = ".card.json"
+# Stands for the experiment if only data files are given: no latents, nothing hidden.
+EVERY_STEP_SHOWN = validate_experiment(
+    {"name": "validate", "model_id": "-", "train_path": "-", "val_path": "-", "method": "cot"}, "validate"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="ID", help="count lengths in tokens of this model instead of words"
     )
+    add_ds_config_argument(parser, required=False)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="number of GPUs for --deepspeed_config (default: memory_budget.gpus)",
+    )
+    add_overrides(parser)
     parser.add_argument("--picture", metavar="PNG", help="write histograms of the lengths in the data files")
 
 
@@ -39,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             if _is_data(path):
                 data_files.append(path)
             else:
-                print(f"{path}: ok, {_check_settings(path)}")
+                print(f"{path}: ok, {_check_settings(path, args)}")
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -48,10 +64,12 @@ def run(args: argparse.Namespace) -> int:
     return ConfigError.exit_code if failed else 0
 
 
-def _check_settings(path: Path) -> str:
+def _check_settings(path: Path, args: argparse.Namespace) -> str:
     """One line about a valid file; ConfigError or DataError with all errors of an invalid one."""
     if path.suffix in (".yaml", ".yml"):
-        experiment, notes = load_with_notes(path)
+        if args.deepspeed_config:
+            return _check_start(path, args)
+        experiment, notes = load_with_notes(path, args.overrides)
         print_notes([*notes, *_length_notes(experiment)])
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
     if path.suffix != ".json":
@@ -63,10 +81,41 @@ def _check_settings(path: Path) -> str:
         return f"the card of {card.name}, graded as {card.grading}"
     ds_config = load_ds_config(path)
     print_notes(ds_config.notes)
+    if ds_config.nvme_blocks:
+        from coconut_ds.engine.engine import refuse_missing_operators  # imports DeepSpeed
+
+        refuse_missing_operators(ds_config)
     precision = "fp16 (GPUs only)" if ds_config.precision == "fp16" else ds_config.precision
     if ds_config.stock.get("bf16", {}).get("enabled") == "auto":
         precision = "bf16 where the YAML says 'bf16: true'"
     return f"a DeepSpeed config (ZeRO stage {ds_config.zero_stage}, {precision})"
+
+
+def _check_start(path: Path, args: argparse.Namespace) -> str:
+    """Check what `train` checks before its engine starts, with its functions; UserError as there."""
+    from coconut_ds.data.problems import read_problems
+    from coconut_ds.evaluation.saved_models import find_trained
+    from coconut_ds.model.loading import is_on_this_machine
+    from coconut_ds.training.run_settings import read_settings
+    from coconut_ds.training.train import check_model, check_start
+
+    settings = argparse.Namespace(
+        config=str(path), overrides=args.overrides, deepspeed_config=args.deepspeed_config
+    )
+    experiment, ds_config = read_settings(settings)
+    assert ds_config.memory_budget is not None  # read_settings fills it in
+    ranks = args.ranks or ds_config.memory_budget.gpus
+    start = f"{experiment.method} on {ranks} ranks with {args.deepspeed_config}"
+    if not is_on_this_machine(experiment.model_id):
+        ds_config.resolve(experiment, ranks)
+        for file in (experiment.train_path, experiment.val_path, experiment.test_path):
+            if file:
+                read_problems(file)
+        return f"{start}; model_id {experiment.model_id} is not on this machine and was not checked"
+    if experiment.only_eval:
+        find_trained(str(path), overrides=args.overrides)
+    check_model(experiment, ds_config, check_start(experiment, ds_config, ranks), ranks)
+    return f"`train` would start: {start}"
 
 
 def _length_notes(experiment: Experiment) -> list[str]:
@@ -88,13 +137,15 @@ def _length_notes(experiment: Experiment) -> list[str]:
 def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
     """Print the report on the data files; return the number of errors and leaks."""
     from coconut_ds.data.checks import check_data_files  # imports torch, which settings files do not need
-    from coconut_ds.data.positions import limit_of
-    from coconut_ds.data.tokenizer import load_vocabulary
-    from coconut_ds.model.loading import load_config
+    from coconut_ds.data.tokenizer import load_vocabulary, refuse_unsavable
+    from coconut_ds.model.build import length_check
 
-    vocabulary = None if model is None else load_vocabulary(model)
-    limit = None if model is None else limit_of(load_config(model))
-    report = check_data_files(paths, vocabulary, limit.positions if limit else None)
+    vocabulary, check = None, None
+    if model is not None:
+        vocabulary = load_vocabulary(model)
+        refuse_unsavable(vocabulary, model)
+        check = length_check(replace(EVERY_STEP_SHOWN, model_id=model), vocabulary)
+    report = check_data_files(paths, vocabulary, check)
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:
         report.save_picture(picture)

@@ -80,6 +80,12 @@ class DeepSpeedConfig:
         return _offloads(self.stock, "offload_param")
 
     @property
+    def nvme_blocks(self) -> list[str]:
+        """The blocks of zero_optimization that offload to an NVMe drive."""
+        zero, blocks = self.stock["zero_optimization"], ("offload_optimizer", "offload_param")
+        return [block for block in blocks if zero.get(block, {}).get("device") == "nvme"]
+
+    @property
     def precision(self) -> str:
         """ "fp32", "fp16" or "bf16"."""
         return next((kind for kind in ("fp16", "bf16") if _enabled(self.stock, kind)), "fp32")

@@ -3,10 +3,11 @@
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+from coconut_ds.data.positions import LengthCheck
 from coconut_ds.data.problems import Problem, card_for, read_problems
 from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
@@ -89,20 +90,24 @@ class DataReport:
 
 
 def check_data_files(
-    paths: Iterable[str | Path], vocabulary: Vocabulary | None = None, model_length: int | None = None
+    paths: Iterable[str | Path], vocabulary: Vocabulary | None = None, check: LengthCheck | None = None
 ) -> DataReport:
     """Read and check data files; lengths are in tokens with a vocabulary, in words without.
 
-    `model_length`: the model's number of positions; default: what the tokenizer states.
+    `check`: refuses examples that are too long, as training does; default: the tokenizer's length, in a note.
     A file that cannot be used adds an entry to `errors`; nothing is raised for it.
     """
     files, errors = [], []
     holders: dict[bytes, dict[str, int]] = {}  # question -> first index in each file that has it
-    limit = model_length or _stated_length(vocabulary)
+    limit = check.limit.positions if check else _stated_length(vocabulary)
     for path in map(Path, paths):
         try:
             problems = read_problems(path)
-            files.append(_check_file(path, problems, vocabulary, limit))
+            file = _check_file(path, problems, vocabulary, limit)
+            if check and max(file.lengths.total) > check.limit.positions:
+                tokens = tokenize(problems, check.vocabulary)
+                replace(check, experiment=replace(check.experiment, train_path=str(path))).refuse(tokens, ())
+            files.append(file)
         except DataError as error:
             errors.append(str(error))
             continue

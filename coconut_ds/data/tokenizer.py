@@ -5,6 +5,8 @@
 
 import hashlib
 import json
+import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from coconut_ds.errors import ConfigError, DataError, first_line
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
+
+TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 # For every `from_pretrained`: never run code from a model folder, and do not ask whether to.
 DATA_ONLY: Any = {"trust_remote_code": False}
@@ -122,6 +126,31 @@ def load_vocabulary(model_id: str) -> Vocabulary:
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
     )
+
+
+def refuse_unsavable(vocabulary: Vocabulary, model_id: str) -> None:
+    """Raise ConfigError for a tokenizer that a checkpoint could not contain, before training starts.
+
+    Saves it once to a temporary folder.  A chat template's name becomes a file name, so it is checked first.
+    """
+    templates = vocabulary.tokenizer.chat_template
+    for name in templates if isinstance(templates, dict) else ():
+        if not isinstance(name, str) or not TEMPLATE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"model_id: the tokenizer of {model_id!r} has a chat template named {str(name)[:80]!r}, "
+                "which cannot be saved as a file; rename it to letters, digits, - and _, or delete it, in "
+                "chat_template of tokenizer_config.json or in additional_chat_templates/"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            vocabulary.tokenizer.save_pretrained(folder)
+        except OSError:  # says nothing about the tokenizer: the disk of temporary files may be full
+            return
+        except Exception as error:  # transformers raises anything for settings of the wrong type
+            raise ConfigError(
+                f"model_id: the tokenizer of {model_id!r} cannot be saved, so checkpoints would fail: "
+                f"{first_line(error)}; fix its tokenizer_config.json"
+            ) from error
 
 
 def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[TokenizedProblem]:

@@ -27,6 +27,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.data.batching import Batch
 from coconut_ds.engine import deepspeed_patches as patches
 from coconut_ds.engine.build_locks import remove_stale_locks
@@ -45,6 +46,25 @@ SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK
 def world_size_from_environment() -> int:
     """The number of ranks, from the launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get(SLURM_NAMES["WORLD_SIZE"], "1")))
+
+
+def refuse_missing_operators(ds_config: DeepSpeedConfig) -> None:
+    """Raise ConfigError if the config offloads to NVMe and DeepSpeed cannot build its operator for that.
+
+    DeepSpeed notices only when it wraps the model.  deepspeed/ops/op_builder/async_io.py
+    """
+    if not ds_config.nvme_blocks:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        lines = [
+            f"{ds_config.path}: zero_optimization.{block}.device: nvme needs DeepSpeed's async_io operator, "
+            "which cannot be built on this machine; install libaio-dev (Fedora: libaio-devel), or write "
+            '"device": "cpu"'
+            for block in ds_config.nvme_blocks
+        ]
+        raise ConfigError("\n".join(lines))
 
 
 def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:

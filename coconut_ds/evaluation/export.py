@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from coconut_ds.config.experiment import experiment_to_yaml, load_experiment
 from coconut_ds.data.problems import card_for
-from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary
+from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary, refuse_unsavable
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation.evaluate import max_new_tokens
 from coconut_ds.evaluation.model_card import model_card
@@ -61,6 +61,7 @@ def export_hf(
     if merged and trained.experiment.tuning != "lora":
         raise ConfigError(f"--merge: {target} has no adapters (tuning: full); leave out --merge")
     vocabulary = load_vocabulary(trained.experiment.model_id)
+    refuse_unsavable(vocabulary, trained.experiment.model_id)
     module = trained.build(vocabulary)
     is_adapter = isinstance(module.base, PeftModel) and not merged
     if is_adapter and dtype != "fp32":

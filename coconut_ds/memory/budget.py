@@ -79,6 +79,23 @@ def limit_gpu(budget: MemoryBudget, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
+def judged_plan(
+    experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The plan of a run, None if its model cannot be planned, and why it is refused, None if it is not."""
+    plan = None
+    try:
+        made = check_plan(experiment, ds_config, run_data, ranks)
+        plan = made.to_json()
+        refuse_or_warn(made)
+    except UserError as error:
+        return plan, str(error)
+    except Exception as error:  # the other ranks wait, and a model that cannot be planned may train
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(f"this model cannot be planned ({type(error).__name__}: {reason})", stacklevel=2)
+    return plan, None
+
+
 def enforce_memory_budget(
     experiment: Experiment,
     ds_config: DeepSpeedConfig,
@@ -90,18 +107,11 @@ def enforce_memory_budget(
 
     Rank 0 plans and broadcasts.  Raises BudgetError on all ranks.
     """
-    plan, message = None, None
+    plan: dict[str, Any] | None = None
+    message: str | None = None
     folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
     if ranks.is_main and not skip_plan and ds_config.memory_budget is not None:
-        try:
-            made = check_plan(experiment, ds_config, run_data, ranks)
-            plan = made.to_json()
-            refuse_or_warn(made)
-        except UserError as error:
-            message = str(error)
-        except Exception as error:  # the other ranks wait, and a model that cannot be planned may train
-            reason = (str(error).splitlines() or [""])[0]
-            warnings.warn(f"this model cannot be planned ({type(error).__name__}: {reason})", stacklevel=2)
+        plan, message = judged_plan(experiment, ds_config, run_data, ranks)
         if folder is not None and plan is not None:
             try:
                 replace_text(make_folder(folder) / "plan.json", json_text(plan, indent=2))

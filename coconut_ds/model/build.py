@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.notes import shared_questions, unknown_text
 from coconut_ds.data.positions import LengthCheck, limit_of
 from coconut_ds.data.run_data import RunData, load_test_set
 from coconut_ds.data.token_cache import cache_folder, cached_tokens
-from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, refuse_unsavable
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.fork_windows import require_fixed_window, require_learned_window
@@ -45,12 +46,14 @@ DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
 
 
 def load_run_data(experiment: Experiment) -> RunData:
-    """Read and tokenize every file of the experiment; the main process prints notes on their lengths.
+    """Read and tokenize every file of the experiment; the main process prints notes on them.
 
     Raises ConfigError for the tokenizer, DataError for the data and for examples that are too long.
     """
     debug = experiment.debug
     vocabulary = load_vocabulary(experiment.model_id)
+    if not experiment.only_eval:
+        refuse_unsavable(vocabulary, experiment.model_id)
     train: Sequence[TokenizedProblem] = []
     if not experiment.only_eval:
         limit = DEBUG_TRAIN_ITEMS if debug else None
@@ -64,6 +67,9 @@ def load_run_data(experiment: Experiment) -> RunData:
     if check := length_check(experiment, vocabulary):
         notes = check.refuse(train, valid.tokenized, test.tokenized if test else ())
         print_notes(notes)
+    sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
+    print_notes(shared_questions(train, experiment.train_path, sets))
+    print_notes(unknown_text(vocabulary, train, experiment.train_path, sets))
     return RunData(vocabulary, train, valid, test)
 
 

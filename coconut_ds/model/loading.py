@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.hub_kernels import is_kernel
@@ -28,6 +29,12 @@ LIMITS = {
 }
 # Progress bars of loading and saving weights would interrupt a command's own output.
 disable_progress_bar()
+
+
+def is_on_this_machine(model_id: str) -> bool:
+    """Whether the model is a local path or in the hub's cache.  Raises ConfigError for a missing path."""
+    where, _ = locate_model(model_id)
+    return Path(where).exists() or isinstance(try_to_load_from_cache(where, "config.json"), str)
 
 
 def load_config(model_id: str) -> PretrainedConfig:

@@ -8,12 +8,20 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.run_data import RunData
-from coconut_ds.engine.engine import Engine, Ranks, Schedule, start_distributed, world_size_from_environment
+from coconut_ds.engine.engine import (
+    Engine,
+    Ranks,
+    Schedule,
+    refuse_missing_operators,
+    start_distributed,
+    world_size_from_environment,
+)
 from coconut_ds.engine.signals import Signals
 from coconut_ds.engine.watchdog import Watchdog
+from coconut_ds.errors import BudgetError
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.failures import lost_ranks_explained, phase
-from coconut_ds.memory.budget import enforce_memory_budget
+from coconut_ds.memory.budget import enforce_memory_budget, judged_plan
 from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.model.lora import parameter_groups
 from coconut_ds.runs.run_folder import Run
@@ -27,8 +35,7 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     """
     with Signals() as signals, lost_ranks_explained():
         with signals.nothing_to_save():
-            ds_config.resolve(experiment, world_size_from_environment())  # before anything starts
-            run_data = load_run_data(experiment)
+            run_data = check_start(experiment, ds_config, world_size_from_environment())
             ranks = start_distributed(ds_config.precision, options.stuck_seconds)
         seconds = 0 if experiment.debug else options.stuck_seconds
         with (
@@ -47,6 +54,28 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
             send_report(run)
         engine.close()
     return result
+
+
+def check_start(experiment: Experiment, ds_config: DeepSpeedConfig, world_size: int) -> RunData:
+    """Read the data and check everything that needs neither ranks nor a model; `validate` does the same.
+
+    Raises UserError.
+    """
+    ds_config.resolve(experiment, world_size)
+    refuse_missing_operators(ds_config)
+    return load_run_data(experiment)
+
+
+def check_model(
+    experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, world_size: int
+) -> None:
+    """Plan the run and load its weights as `train` does, without ranks and run folder.  Raises UserError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not experiment.only_eval:
+        _, refusal = judged_plan(experiment, ds_config, run_data, Ranks(0, world_size, device))
+        if refusal is not None:
+            raise BudgetError(refusal)
+    build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
 
 
 def send_report(run: Run) -> None:

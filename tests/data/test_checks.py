@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.checks import check_data_files
+from coconut_ds.data.positions import LengthCheck, Limit
 from coconut_ds.data.problems import read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import DataError
@@ -78,8 +80,18 @@ def test_lengths_are_tokens_with_a_vocabulary_and_long_items_are_found(arithmeti
     expected = [len(p.question) + sum(map(len, p.steps)) + len(p.answer) for p in problems]
     report = check_data_files([path], vocabulary)
     assert report.files[0].lengths.total == expected and report.is_valid, report.table()
-    short = check_data_files([path], vocabulary, model_length=max(expected) - 1)
-    assert "are longer than the model's" in short.table()
+    experiment = validate_experiment(
+        {"name": "n", "model_id": "m", "train_path": "t", "val_path": "v", "method": "cot"}, "test"
+    )
+    for is_hard in (True, False):
+        short = check_data_files(
+            [path], vocabulary, LengthCheck(experiment, vocabulary, Limit(max(expected) - 1, is_hard))
+        )
+        too_long = expected.index(max(expected))
+        if is_hard:  # refused, as in training
+            assert f"{path}, item {too_long}: this example has {max(expected)} tokens" in short.errors[0]
+        else:
+            assert "are longer than the model's" in short.table() and not short.errors
 
 
 def test_the_picture_is_a_png(tmp_path):

@@ -51,9 +51,9 @@ def test_every_split_is_looked_through_before_the_first_step(key, run_files, tin
 
 def test_validate_of_the_data_names_the_item(run_files, tiny_experiment, capsys):
     _, data = run_files("train_path", 400, item=3)
-    main(["validate", data, "--model", tiny_experiment["model_id"]])
-    output = capsys.readouterr().out
-    assert "1 of 4 are longer than the model's" in output and ": items 3" in output
+    assert main(["validate", data, "--model", tiny_experiment["model_id"]]) == 2
+    output = capsys.readouterr().err
+    assert f"{data}, item 3: this example has" in output and "shorten or remove it" in output
 
 
 def experiment_of(tiny_experiment, **changes):

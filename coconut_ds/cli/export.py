@@ -12,24 +12,19 @@ Nothing is uploaded unless --push names a repository on the Hugging Face Hub.
 
 import argparse
 
-from coconut_ds.config.experiment import add_allow_stage, add_overrides
+from coconut_ds.cli import add_model_arguments
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.export import DTYPES, export_hf, upload, zero_to_fp32_explained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN", help="run folder or checkpoint folder")
+    add_model_arguments(parser, latents=False)
     parser.add_argument("--to", choices=("hf", "zero"), default="hf", help="export format (default: hf)")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
-    parser.add_argument(
-        "--checkpoint", metavar="NAME", help="checkpoint name, latest (default), best or best_stage_N"
-    )
     parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into the weights")
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the weights (default: fp32)"
     )
-    add_allow_stage(parser)
-    add_overrides(parser, "of the run")
     parser.add_argument("--push", metavar="USER/NAME", help="also upload to this Hub repository")
     parser.add_argument("--private", action="store_true", help="with --push: make the repository private")
 

@@ -13,9 +13,10 @@ used; any other file has one question per line.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from coconut_ds.config.experiment import add_allow_stage, add_overrides
+from coconut_ds.cli import add_model_arguments
 from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
@@ -24,14 +25,10 @@ from coconut_ds.files import json_text, open_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, exported folder or experiment YAML")
-    parser.add_argument(
-        "--checkpoint", metavar="NAME", help="checkpoint name, latest (default), best or best_stage_N"
-    )
+    add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a question; can be repeated")
     source.add_argument("--file", metavar="FILE", help="questions: .json problems, or one per line")
-    parser.add_argument("--latents", type=int, metavar="N", help="number of latents (default: as trained)")
     parser.add_argument(
         "--max_new_tokens", type=int, metavar="N", help="maximum answer length (default: as in evaluation)"
     )
@@ -39,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=32, metavar="N", help="questions per batch (default: 32)"
     )
     parser.add_argument("--output", metavar="FILE", help="write questions and answers to FILE as JSON lines")
-    add_allow_stage(parser)
-    add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +60,11 @@ def _questions(args: argparse.Namespace) -> list[str] | None:
     elif args.file and args.file.endswith(".json"):
         questions = [problem.question for problem in read_problems(args.file)]
     elif args.file:
-        questions = _lines_of(args.file)
+        try:
+            lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+            questions = [line for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--file {args.file}: cannot be read ({error})") from error
     elif sys.stdin.isatty():
         return None
     else:
@@ -75,32 +74,18 @@ def _questions(args: argparse.Namespace) -> list[str] | None:
     return questions
 
 
-def _lines_of(name: str) -> list[str]:
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file {name}: cannot be read ({error})") from error
-    return [line for line in text.splitlines() if line.strip()]
-
-
 def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace) -> None:
     model.samples(questions)  # raises for a question that is too long before the first answer
-    if args.output:
-        with open_output(args.output, "--output") as writer:
-            for question, answer in _answers(model, questions, args):
-                record = {"question": question, "answer": answer}
-                writer.write(json_text(record, ensure_ascii=False) + "\n")
-        return
-    for question, answer in _answers(model, questions, args):
-        print(f"{question}\n{answer}\n", flush=True)
-
-
-def _answers(
-    model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace
-) -> Iterator[tuple[str, str]]:
-    for start in range(0, len(questions), args.batch_size):
-        batch = questions[start : start + args.batch_size]
-        yield from zip(batch, model.generate(batch, None, args.max_new_tokens), strict=True)
+    with open_output(args.output, "--output") if args.output else nullcontext() as writer:
+        for start in range(0, len(questions), args.batch_size):
+            batch = questions[start : start + args.batch_size]
+            answers = model.generate(batch, None, args.max_new_tokens)
+            for question, answer in zip(batch, answers, strict=True):
+                if writer is None:
+                    print(f"{question}\n{answer}\n", flush=True)
+                else:
+                    record = {"question": question, "answer": answer}
+                    writer.write(json_text(record, ensure_ascii=False) + "\n")
 
 
 def _converse(model: CoconutForCausalLM, max_new_tokens: int | None) -> None:

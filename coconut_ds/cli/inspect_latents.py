@@ -14,7 +14,7 @@ RUN is a run folder, a checkpoint folder, a folder written by `export`, or an ex
 import argparse
 from dataclasses import asdict
 
-from coconut_ds.config.experiment import add_allow_stage, add_overrides
+from coconut_ds.cli import add_model_arguments
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps
@@ -25,7 +25,7 @@ from coconut_ds.reports.inspection_page import page, terminal, terminal_match
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN|CONFIG", help="run folder, exported folder or experiment YAML")
+    add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--question", metavar="TEXT", help="question to inspect")
     source.add_argument(
@@ -37,15 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", type=int, default=3, metavar="N", help="problems to show in full (default: 3)"
     )
-    parser.add_argument(
-        "--checkpoint", metavar="NAME", help="checkpoint name, latest (default), best or best_stage_N"
-    )
-    parser.add_argument("--latents", type=int, metavar="N", help="number of latents (default: as trained)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="tokens per latent (default: 5)")
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page with figures")
     parser.add_argument("--json", metavar="FILE", help="write all numbers of all problems to FILE")
-    add_allow_stage(parser)
-    add_overrides(parser, "of the run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,13 +61,10 @@ def run(args: argparse.Namespace) -> int:
             "step_match": match and asdict(match),
             "problems": [asdict(inspection) for inspection in inspections],
         }
-        _write("--json", args.json, json_text(numbers, indent=1) + "\n")
+        with open_output(args.json, "--json") as writer:
+            writer.write(json_text(numbers, indent=1) + "\n")
     if args.html:
         title = f"{trained.experiment.name}, {trained.name}"
-        _write("--html", args.html, page(title, inspections[: args.show], match))
+        with open_output(args.html, "--html") as writer:
+            writer.write(page(title, inspections[: args.show], match))
     return 0
-
-
-def _write(option: str, name: str, text: str) -> None:
-    with open_output(name, option) as writer:
-        writer.write(text)

@@ -23,11 +23,7 @@ from coconut_ds.training.run_settings import read_ds_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
     parser.add_argument(
-        *DS_CONFIG_FLAGS,
-        nargs="+",
-        required=True,
-        metavar="JSON",
-        help="DeepSpeed configs to compare",
+        *DS_CONFIG_FLAGS, nargs="+", required=True, metavar="JSON", help="DeepSpeed configs to compare"
     )
     add_planning_arguments(parser)
     form = parser.add_mutually_exclusive_group()

@@ -8,12 +8,10 @@ in the run folder for `report`.  No weights are kept.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import Experiment, add_experiment_arguments, experiment_to_yaml
-from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.data.run_data import RunData, TestSet
 from coconut_ds.engine.engine import Engine, Ranks, start_distributed
@@ -61,14 +59,18 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
     folder = run_folder(experiment) / "memory"
     run_data = load_run_data(experiment)
     ranks = start_distributed(ds_config.precision)
-    lock = _lock(folder.parent, ranks)
+    locks: list[RunLock] = []  # keep other runs out of the folder
+    ranks.on_main(lambda: locks.append(RunLock(folder.parent)))
     picture = folder / f"snapshot_rank_{ranks.rank}.pickle" if snapshot else None
     meter = PhaseMeter(ranks.device, recorder_for(ranks.device, picture))
     meter.begin(INITIALISE)
     engine = start_engine(experiment, ds_config, run_data, ranks)
     meter.begin(BETWEEN)
     plan = engine.broadcast_object(_plan(experiment, ds_config, run_data, ranks) if ranks.is_main else None)
-    batch = _batch(experiment, run_data, plan)
+    stage = max(plan["stages"], key=lambda stage: stage["gpu_mib"])
+    at = next(at for at in stages_of(experiment) if at.epoch == stage["first_epoch"])
+    num_rows = experiment.batch_size_training
+    batch = largest_batch(list(run_data.train), at, experiment, run_data.vocabulary, num_rows)
     with MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan):
         own = profile_steps(
             engine,
@@ -79,30 +81,28 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
             lambda where: write_model(engine.module, run_data.vocabulary, where),
             folder,
         )
-    all_ranks = engine.gather(own.to_json())
+    result = {
+        "experiment": experiment.name,
+        "ds_config": ds_config.path,
+        "budget": plan["budget"],
+        "batch": str(shape_of(batch)),
+        "stage": stage["stage"],
+        "ranks": engine.gather(own.to_json()),
+    }
     text = None
     if engine.is_main:
-        result = {
-            "experiment": experiment.name,
-            "ds_config": ds_config.path,
-            "budget": plan["budget"],
-            "batch": str(shape_of(batch)),
-            "stage": _peak_phase(plan)["stage"],
-            "ranks": all_ranks,
-        }
-        _write(folder, experiment, ds_config.resolve(experiment, ranks.world_size), plan, result)
+        make_folder(folder)
+        replace_text(folder / "plan.json", json_text(plan, indent=2) + "\n")
+        replace_text(folder / "profile.json", json_text(result) + "\n")
+        if not (folder.parent / "experiment.yaml").exists():
+            settings = ds_config.resolve(experiment, ranks.world_size)
+            replace_text(folder.parent / "experiment.yaml", experiment_to_yaml(experiment))
+            replace_text(folder.parent / "ds_config.json", json_text(settings, indent=2, default=str) + "\n")
         text = profile_text(result, plan) + f"\n\n{folder / 'profile.json'}"
     engine.close()
-    if lock is not None:
+    for lock in locks:
         lock.release()
     return text
-
-
-def _lock(folder: Path, ranks: Ranks) -> RunLock | None:
-    """Keep other runs out of the folder; the main rank's ConfigError is raised on all ranks.  Collective."""
-    locks: list[RunLock] = []
-    ranks.on_main(lambda: locks.append(RunLock(folder)))
-    return locks[0] if locks else None
 
 
 def _plan(
@@ -114,18 +114,6 @@ def _plan(
     return planner.plan(experiment, ds_config, ranks.world_size).to_json()
 
 
-def _peak_phase(plan: dict[str, Any]) -> dict[str, Any]:
-    """The stage that needs the most memory."""
-    return max(plan["stages"], key=lambda stage: stage["gpu_mib"])
-
-
-def _batch(experiment: Experiment, run_data: RunData, plan: dict[str, Any]) -> Batch:
-    at = next(at for at in stages_of(experiment) if at.epoch == _peak_phase(plan)["first_epoch"])
-    return largest_batch(
-        list(run_data.train), at, experiment, run_data.vocabulary, experiment.batch_size_training
-    )
-
-
 def _evaluate(engine: Engine, experiment: Experiment, run_data: RunData) -> None:
     """One evaluation batch per rank, of the longest problems, at the final stage."""
     valid = run_data.valid
@@ -134,18 +122,3 @@ def _evaluate(engine: Engine, experiment: Experiment, run_data: RunData) -> None
     chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:limit]
     longest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
     evaluate(engine, longest, final_stage(experiment), experiment, run_data.vocabulary)
-
-
-def _write(
-    folder: Path,
-    experiment: Experiment,
-    settings: dict[str, Any],
-    plan: dict[str, Any],
-    result: dict[str, Any],
-) -> None:
-    make_folder(folder)
-    replace_text(folder / "plan.json", json_text(plan, indent=2) + "\n")
-    replace_text(folder / "profile.json", json_text(result) + "\n")
-    if not (folder.parent / "experiment.yaml").exists():
-        replace_text(folder.parent / "experiment.yaml", experiment_to_yaml(experiment))
-        replace_text(folder.parent / "ds_config.json", json_text(settings, indent=2, default=str) + "\n")

@@ -17,18 +17,9 @@ from pathlib import Path
 
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import json_text
-from coconut_ds.reports.comparison import (
-    Group,
-    all_verdicts,
-    best_table,
-    group_numbers,
-    group_runs,
-    stage_table,
-    summary_table,
-)
+from coconut_ds.reports.comparison import Group, all_tables, all_verdicts, group_numbers, group_runs
 from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import RunRecord, read_run
-from coconut_ds.tables import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +39,26 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("report: name at least one run folder")
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     groups = group_runs(runs)
-    tables = [stage_table(groups), summary_table(groups), best_table(runs)]
     if args.json:
-        print(json_text(_plain(groups), indent=1))
+        pairing = pair(groups)
+        numbers = {
+            "groups": [group_numbers(group) for group in groups],
+            "paired_tests": [asdict(test) for test in pairing.tests],
+            "not_paired": list(pairing.left_out),
+        }
+        print(json_text(numbers, indent=1))
         return 0
     if args.latex or args.markdown:
-        print("\n\n".join(table.latex() if args.latex else table.markdown() for table in tables[:2]))
+        tables = all_tables(runs, groups)[:2]
+        print("\n\n".join(table.latex() if args.latex else table.markdown() for table in tables))
         return 0
-    print(text(runs, groups, tables))
+    print(text(runs, groups))
     page = None if args.no_page else _page_path(args, runs)
     if page is not None:
         from coconut_ds.reports.run_page import write_page  # importing matplotlib takes a second
 
         try:
-            for path in write_page(page, runs, groups, tables):
+            for path in write_page(page, runs):
                 print(path)
         except OSError as error:
             if args.html:
@@ -73,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def text(runs: list[RunRecord], groups: list[Group], tables: list[Table]) -> str:
+def text(runs: list[RunRecord], groups: list[Group]) -> str:
     """The text for the terminal."""
+    tables = all_tables(runs, groups)
     parts = [table.text() for table in tables if table.rows]
     if lines := pair(groups).lines():
         parts.append("\n".join(["paired tests (McNemar, exact)", *(f"  {line}" for line in lines)]))
@@ -94,12 +92,3 @@ def _page_path(args: argparse.Namespace, runs: list[RunRecord]) -> Path | None:
     if args.compare:
         return runs[0].folder / "memory" / f"compare_{runs[-1].folder.resolve().name}.html"
     return runs[0].folder / "memory" / "report.html" if len(runs) == 1 else None
-
-
-def _plain(groups: list[Group]) -> dict[str, object]:
-    pairing = pair(groups)
-    return {
-        "groups": [group_numbers(group) for group in groups],
-        "paired_tests": [asdict(test) for test in pairing.tests],
-        "not_paired": list(pairing.left_out),
-    }

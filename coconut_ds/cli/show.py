@@ -7,7 +7,9 @@ missing.
 """
 
 import argparse
-from collections.abc import Iterator
+import itertools
+import textwrap
+from collections.abc import Iterable, Iterator
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import (
@@ -43,28 +45,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args)
     ds_config = read_ds_config(args.deepspeed_config, experiment) if args.deepspeed_config else None
-    print("Settings\n" + _indented(experiment_to_yaml(experiment)))
+    _print_section("Settings", [experiment_to_yaml(experiment)])
     if ds_config is not None:
-        print("Memory\n" + _indented("\n".join(_memory_lines(ds_config))))
-    path = experiment.val_path if experiment.only_eval else experiment.train_path
+        _print_section("Memory", _memory_lines(ds_config))
     try:
-        problems = read_problems(path)
+        problems = read_problems(experiment.val_path if experiment.only_eval else experiment.train_path)
     except UserError as error:
         problems = []
-        print(f"Data\n  {error}\n")
+        _print_section("Data", [str(error)])
     lines = [*_batch_lines(experiment, ds_config, args.gpus, len(problems))]
     if has_published_keys(read_yaml(args.config)):
-        lines.append(_published_batch_line(experiment))
-    print("Batches\n" + _indented("\n".join(lines)))
-    print("Stages\n" + _indented("\n".join(_stage_lines(experiment))))
+        rows = BatchConfig.of(experiment, PUBLISHED_GPUS, rank=0).rows_per_step
+        lines.append(
+            f"the published code uses {PUBLISHED_GPUS} GPUs, an effective batch of {rows}; "
+            "with fewer GPUs, raise gradient_accumulation_steps to keep it"
+        )
+    _print_section("Batches", lines)
+    _print_section("Stages", _stage_lines(experiment))
     if problems:
         chosen = problems[min(args.item, len(problems) - 1)]
-        print("Samples\n" + _indented("\n".join(_sample_lines(experiment, chosen))))
+        _print_section("Samples", _sample_lines(experiment, chosen))
     return 0
 
 
-def _indented(text: str) -> str:
-    return "".join(f"  {line}\n" for line in text.rstrip().splitlines())
+def _print_section(title: str, lines: Iterable[str]) -> None:
+    print(title + "\n" + textwrap.indent("\n".join(lines).rstrip(), "  ") + "\n")
 
 
 def _memory_lines(ds_config: DeepSpeedConfig) -> Iterator[str]:
@@ -96,22 +101,11 @@ def _batch_lines(
         yield f"{num_problems} problems -> {steps} steps per epoch, {steps * epochs} steps in {epochs} epochs"
 
 
-def _published_batch_line(experiment: Experiment) -> str:
-    layout = BatchConfig.of(experiment, PUBLISHED_GPUS, rank=0)
-    return (
-        f"the published code uses {PUBLISHED_GPUS} GPUs, an effective batch of {layout.rows_per_step}; "
-        "with fewer GPUs, raise gradient_accumulation_steps to keep it"
-    )
-
-
 def _stage_lines(experiment: Experiment) -> Iterator[str]:
-    rows = [
-        (
-            f"{first + 1}-{last + 1}" if last > first else f"{first + 1}",
-            f"{stage_number(first, experiment)}: {stage_at(first, experiment)}",
-        )
-        for first, last in _stage_spans(experiment)
-    ]
+    rows = []
+    for first, last in _stage_spans(experiment):
+        epochs = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
+        rows.append((epochs, f"{stage_number(first, experiment)}: {stage_at(first, experiment)}"))
     yield Table(["epochs", "stage"], rows, align="rl").text()
     yield f"test stage: {final_stage(experiment)}"
     if early := stops_early(experiment):
@@ -122,12 +116,10 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
 
 def _stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
     """First and last epoch (from 0) of every stage of the run."""
-    last = last_epoch(experiment)
-    first = experiment.resume
-    for epoch in range(experiment.resume, last + 1):
-        if epoch == last or stage_at(epoch + 1, experiment) != stage_at(epoch, experiment):
-            yield first, epoch
-            first = epoch + 1
+    epochs = range(experiment.resume, last_epoch(experiment) + 1)
+    for _, same_stage in itertools.groupby(epochs, key=lambda epoch: stage_at(epoch, experiment)):
+        first, *others = same_stage
+        yield first, (others or [first])[-1]
 
 
 def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:

@@ -105,6 +105,11 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     return labeled
 
 
+def all_tables(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[Table]:
+    """Accuracy by stage, the summary, and the best of every stage."""
+    return [stage_table(groups), summary_table(groups), best_table(runs)]
+
+
 def summary_table(groups: Sequence[Group]) -> Table:
     """One line per group."""
     on_gpu = any(run.uses_gpu for group in groups for run in group.runs)

@@ -10,14 +10,7 @@ from coconut_ds.config.experiment import experiment_to_yaml
 from coconut_ds.files import make_folder, replace_text, run_folder_of
 from coconut_ds.reports import figures as learning
 from coconut_ds.reports import memory_figures as memory
-from coconut_ds.reports.comparison import (
-    Group,
-    all_verdicts,
-    best_table,
-    group_runs,
-    stage_table,
-    summary_table,
-)
+from coconut_ds.reports.comparison import all_tables, all_verdicts, group_runs
 from coconut_ds.reports.memory_tables import peak_contents, profile_text
 from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import RunRecord, read_run
@@ -25,10 +18,9 @@ from coconut_ds.tables import Table
 from coconut_ds.templates import render
 
 
-def write_page(
-    page: Path, runs: Sequence[RunRecord], groups: Sequence[Group], tables: Sequence[Table]
-) -> list[Path]:
+def write_page(page: Path, runs: Sequence[RunRecord]) -> list[Path]:
     """Write the page and its figures; returns their paths, the page first."""
+    groups = group_runs(runs)
     if run_folder_of(page) or not page.parent.exists():
         make_folder(page.parent)
     prefix = "" if page.stem == "report" else f"{page.stem}_"
@@ -58,7 +50,7 @@ def write_page(
         made=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
         warnings=all_verdicts(runs, groups),
-        tables=tables,
+        tables=all_tables(runs, groups),
         tests=pair(groups).lines(),
         learning=pictures(
             ("accuracy", learning.accuracy_picture(groups), "Validation accuracy after every epoch."),
@@ -86,10 +78,7 @@ def write_page(
 
 def report_of(folder: Path) -> Path:
     """Write the report of a run folder; returns its path.  Raises ConfigError if it is no run folder."""
-    run = read_run(folder)
-    groups = group_runs([run])
-    tables = [stage_table(groups), summary_table(groups), best_table([run])]
-    return write_page(folder / "memory" / "report.html", [run], groups, tables)[0]
+    return write_page(folder / "memory" / "report.html", [read_run(folder)])[0]
 
 
 def _at_peak(run: RunRecord) -> Table:

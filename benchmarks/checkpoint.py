@@ -24,7 +24,8 @@ from benchmarks.synthetic import engine_around, experiment_like, problems_like, 
 from benchmarks.train_step import SIZES, make_model
 from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.engine.engine import Engine, finish_distributed
-from coconut_ds.runs.checkpoint import Checkpoints, TrainState
+from coconut_ds.runs.checkpoint_folders import TrainState
+from coconut_ds.runs.checkpoints import Checkpoints
 
 
 def one_step(engine: Engine) -> None:

@@ -10,6 +10,7 @@ The folder that the user names may be a link; links inside it are not followed.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -52,6 +53,12 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
 def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> Any:
     """The value in a JSON file.  OSError; ValueError also for duplicate keys, NaN and huge integers."""
     return parse_json(read_bytes(path, limit), allow_nan=False)
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:
@@ -116,12 +123,12 @@ def replace_bytes(path: Path, content: bytes, durable: bool = True) -> None:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Sync the entries of `folder` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Sync a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
     finally:

@@ -13,7 +13,7 @@ from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
-from tests.runs.checkpoint.fake_shards import FakeShards
+from tests.runs.fake_shards import FakeShards
 
 
 class PlainEngine(ReadingEngine):

@@ -25,7 +25,7 @@ OTHERS = {
     "files.py",
     "data/token_cache.py",
     "data/tokenizer.py",
-    "runs/checkpoint/manifest.py",
+    "runs/checkpoint_folders.py",
     "training/sweep.py",
     "memory/options.py",
     "evaluation/model_card.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.runs.checkpoint.manifest import hash_file
+from coconut_ds.files import hash_file
 
 OWN, TRAINING, OTHER = "own", "training", "other"
 

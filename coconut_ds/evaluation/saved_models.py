@@ -31,8 +31,14 @@ from coconut_ds.evaluation.data_files import DataFiles
 from coconut_ds.files import EXPORT_FILE, run_folder_of
 from coconut_ds.model.build import build_module
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.runs.checkpoint import CheckpointFolders, Manifest, misleading_best, resolve_pointer, stage_of
-from coconut_ds.runs.checkpoint.manifest import MANIFEST
+from coconut_ds.runs.checkpoint_folders import (
+    MANIFEST,
+    CheckpointFolders,
+    Manifest,
+    misleading_best,
+    resolve_pointer,
+    stage_of,
+)
 from coconut_ds.runs.run_folder import run_folder
 
 # Without gradients only this technique saves memory.

@@ -31,8 +31,8 @@ from coconut_ds.model.lora import (
     save_adapter,
     save_thought,
 )
-from coconut_ds.runs.base_record import BaseRecord
-from coconut_ds.runs.checkpoint import (
+from coconut_ds.runs.changes import BaseRecord
+from coconut_ds.runs.weights import (
     WINDOW_NAME,
     find_adapter,
     is_published_file,

@@ -26,7 +26,7 @@ from coconut_ds.data.batching import Batch, refuse_long_prompts
 from coconut_ds.failures import phase
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.techniques import Techniques
-from coconut_ds.runs.base_record import BaseRecord
+from coconut_ds.runs.changes import BaseRecord
 from coconut_ds.thoughts import History, Thought
 
 if TYPE_CHECKING:  # importing PEFT is slow, and only LoRA runs need it

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
-from coconut_ds.runs.weight_files import describe_tensor, is_weight, refuse_non_finite
+from coconut_ds.runs.weights import describe_tensor, is_weight, refuse_non_finite
 
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")

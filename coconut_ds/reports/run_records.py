@@ -21,7 +21,7 @@ from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage, numbered_s
 from coconut_ds.data.problems import GRADINGS, card_for
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import wilson_interval
-from coconut_ds.runs.checkpoint import CheckpointFolders, best_per_stage
+from coconut_ds.runs.checkpoint_folders import CheckpointFolders, best_per_stage
 from coconut_ds.runs.record_shapes import (
     DS_CONFIG,
     ENVIRONMENT,

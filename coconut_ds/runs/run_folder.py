@@ -19,10 +19,10 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 from coconut_ds.config.experiment import Experiment, experiment_to_yaml
@@ -185,10 +185,8 @@ class Run:
             return
         self._append(METRICS, {"time": round(time.time(), 3), "kind": kind, **numbers})
         if self._wandb is not None:
-            try:
+            with self._without_wandb_errors():
                 self._wandb.log(wandb_numbers(kind, numbers))
-            except Exception as error:  # wandb's own errors share no base class
-                self._stop_wandb(error)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a line. If that fails, stop writing; all ranks then end at the next step."""
@@ -203,11 +201,15 @@ class Run:
         if self.write_error is not None:
             raise ConfigError(self.write_error)
 
-    def _stop_wandb(self, error: Exception) -> None:
-        warnings.warn(
-            f"wandb stopped ({error}); metrics are still written to {self.folder / METRICS}", stacklevel=3
-        )
-        self._wandb = None
+    @contextmanager
+    def _without_wandb_errors(self) -> Iterator[None]:
+        """Stop using wandb, with a warning, if anything fails there."""
+        try:
+            yield
+        except Exception as error:  # wandb's own errors share no base class
+            text = f"wandb stopped ({error}); metrics are still written to {self.folder / METRICS}"
+            warnings.warn(text, stacklevel=4)
+            self._wandb = None
 
     def sample(self, **fields: Any) -> None:
         """Append one decoded problem to samples.jsonl."""
@@ -224,22 +226,17 @@ class Run:
         if self._wandb is None or not self._samples:
             return
         columns: list[str | int] = list(self._samples[-1])
-        try:
+        with self._without_wandb_errors():
             import wandb
 
             rows = [[str(sample.get(str(column), "")) for column in columns] for sample in self._samples]
             self._wandb.log({"samples": wandb.Table(columns=columns, data=rows)})
-        except Exception as error:
-            self._stop_wandb(error)
 
     def attach(self, path: Path, kind: str) -> None:
         """Send a file to wandb as an artifact of this run."""
-        if self._wandb is None:
-            return
-        try:
-            self._wandb.log_artifact(str(path), name=f"{self.experiment.name}-{kind}", type=kind)
-        except Exception as error:
-            self._stop_wandb(error)
+        if self._wandb is not None:
+            with self._without_wandb_errors():
+                self._wandb.log_artifact(str(path), name=f"{self.experiment.name}-{kind}", type=kind)
 
     def positions(self) -> dict[str, int]:
         """The current length in bytes of every JSON-lines file, to be stored in a checkpoint."""
@@ -293,9 +290,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

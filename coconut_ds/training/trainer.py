@@ -21,14 +21,9 @@ from coconut_ds.errors import StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.memory.peak import PeakMeter
 from coconut_ds.model.build import write_model
-from coconut_ds.runs.checkpoint import (
-    LONGEST_REASONING,
-    Checkpoints,
-    TrainState,
-    misleading_best,
-    settings_to_compare,
-    stage_of,
-)
+from coconut_ds.runs.changes import settings_to_compare
+from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
+from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
 
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation

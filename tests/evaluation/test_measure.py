@@ -15,7 +15,7 @@ from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation import measure
 from coconut_ds.evaluation.data_files import DataFiles
 from coconut_ds.evaluation.saved_models import ds_config_of, find_one, find_trained
-from coconut_ds.runs.checkpoint.manifest import hash_file
+from coconut_ds.files import hash_file
 from tests.launched.start import ROOT, environment
 from tests.run_folders import make_run
 

@@ -233,7 +233,7 @@ def test_disk_too_small_for_a_checkpoint(bench: Bench, small_disk: Path, alone: 
     """Found before anything is written; with room again, the run goes on."""
     on_disk(bench, small_disk)
     filler = {
-        "at": "coconut_ds.runs.checkpoint.protocol:Checkpoints.save",
+        "at": "coconut_ds.runs.checkpoints:Checkpoints.save",
         "call": 2,
         "do": f"fill {small_disk}/filler",
     }
@@ -255,7 +255,7 @@ def test_disk_full_in_the_middle_of_saving(
 ) -> None:
     """Another program takes the space after the check."""
     on_disk(bench, small_disk)
-    filler = {"rank": rank, "at": "coconut_ds.runs.checkpoint.protocol:save_random_state", "call": 2}
+    filler = {"rank": rank, "at": "coconut_ds.runs.checkpoints:save_random_state", "call": 2}
     ended = bench.train(faults=[{**filler, "do": f"fill {small_disk}/filler"}])
     assert ended.left == [] and 2 in ended.codes, ended.output
     assert f"rank {rank}: " in ended.output and "the disk is full" in ended.output, ended.output

@@ -8,7 +8,7 @@ from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
 
 ENGINE = "coconut_ds.engine.engine:Engine"
-PROTOCOL, FOLDERS = "coconut_ds.runs.checkpoint.protocol", "coconut_ds.runs.checkpoint.folders"
+PROTOCOL, FOLDERS = "coconut_ds.runs.checkpoints", "coconut_ds.runs.checkpoint_folders"
 PUBLISH = f"{FOLDERS}:CheckpointFolders.publish"
 # name: (place, call, when, newest checkpoint after it).  There is one every 4 steps and every epoch (6).
 PLACES = {
@@ -36,7 +36,7 @@ ON_THE_MAIN_RANK = {
         "before",
         "checkpoint_0_step_0000004",
     ),
-    "saving: after the rename": (f"{FOLDERS}:sync_folder", 2, "before", "checkpoint_1"),
+    "saving: after the rename": ("pathlib:Path.rename", 2, "after", "checkpoint_1"),
     "saving: before retention": (f"{FOLDERS}:CheckpointFolders.retire", 2, "before", "checkpoint_1"),
     "saving: in retention": (f"{FOLDERS}:CheckpointFolders._remove", 1, "after", "checkpoint_1"),
 }

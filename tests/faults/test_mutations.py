@@ -15,8 +15,13 @@ from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import load_experiment
 from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import UserError
-from coconut_ds.runs.checkpoint import CheckpointFolders, TrainState
-from coconut_ds.runs.checkpoint.manifest import Manifest, sync_and_hash
+from coconut_ds.runs.checkpoint_folders import (
+    CheckpointFolders,
+    Manifest,
+    TrainState,
+    digest_of,
+    sync_and_hash,
+)
 from coconut_ds.runs.run_folder import run_folder
 from tests.faults.conftest import EXPERIMENT
 from tests.faults.processes import ROOT
@@ -101,11 +106,9 @@ def test_manifest(folder: Path, seed: int) -> None:
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text())
     if draw.random() < 0.5:
-        from coconut_ds.runs.checkpoint.manifest import _digest
-
         body.pop("sha256")
         body = mutate(draw, body)
-        path.write_bytes(json.dumps({"sha256": _digest(body), **body}).encode("utf-8", "surrogatepass"))
+        path.write_bytes(json.dumps({"sha256": digest_of(body), **body}).encode("utf-8", "surrogatepass"))
     else:
         path.write_bytes(as_bytes(draw, body, json.dumps))
     read("manifest", lambda: CheckpointFolders(folder / "run", lambda _: None).check("checkpoint_1"))

@@ -19,7 +19,7 @@ from coconut_ds.memory.guard import MemoryGuard, largest_tensors
 from coconut_ds.memory.plan import MIB, BatchShape, Phase, Plan, StagePlan
 from coconut_ds.memory.zero import Item
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.runs.checkpoint import Checkpoints
+from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.training import train
 from tests.launched.start import ROOT, start
 

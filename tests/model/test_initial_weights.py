@@ -15,7 +15,7 @@ from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import CheckpointError, DataError
 from coconut_ds.model.build import build_module, write_model
 from coconut_ds.model.loading import new_base
-from coconut_ds.runs.checkpoint.foreign import load_foreign_weights
+from coconut_ds.runs.weights import load_foreign_weights
 
 SYMBOLS = ["<eos>", "<pad>", "\n", " ", "#", "+", "=", "?", *map(str, range(10))]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -15,7 +15,8 @@ from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
 from coconut_ds.data.token_cache import cached_tokens
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.evaluation.export import export_hf
-from coconut_ds.runs.checkpoint.manifest import MANIFEST, _digest, hash_file, list_files, sync_and_hash
+from coconut_ds.files import hash_file
+from coconut_ds.runs.checkpoint_folders import MANIFEST, digest_of, list_files, sync_and_hash
 from tests.reports.made_profile import plan, profile
 from tests.run_folders import make_run
 
@@ -72,7 +73,7 @@ def sign(checkpoint: Path, body: Any = None) -> None:
         names = [name for name in list_files(checkpoint) if name != MANIFEST]
         body["files"] = {name: asdict(record) for name, record in sync_and_hash(checkpoint, names).items()}
         body.pop("sha256")
-    text = json.dumps({"sha256": _digest(body), **body})
+    text = json.dumps({"sha256": digest_of(body), **body})
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 

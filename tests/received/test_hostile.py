@@ -25,12 +25,12 @@ from coconut_ds.errors import UserError
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.reports.figures import draw_window_weights
-from coconut_ds.runs.checkpoint import Checkpoints
+from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.terminal import is_printable
 from tests.received.commands import CHEAP, PAGE, PLANS, READING, call
 from tests.received.kinds import sign
-from tests.runs.checkpoint.fake_shards import FakeShards
+from tests.runs.fake_shards import FakeShards
 
 CANARIES = Path("/nonexistent")  # set by the fixture; a canary that runs makes a folder in it
 MODEL_FOLDERS = (

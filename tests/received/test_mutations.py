@@ -19,11 +19,11 @@ from coconut_ds.data.token_cache import cached_tokens
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import UserError
 from coconut_ds.reports import figures as pictures
-from coconut_ds.runs.checkpoint import Checkpoints
+from coconut_ds.runs.checkpoints import Checkpoints
 from tests.mutations import as_bytes, damage, mutate, time_limit
 from tests.received.commands import call
 from tests.received.kinds import resigned, sign
-from tests.runs.checkpoint.fake_shards import FakeShards
+from tests.runs.fake_shards import FakeShards
 
 NUM = 500
 SECONDS = 60  # of one mutation; a busy machine takes ten times as long as a quiet one

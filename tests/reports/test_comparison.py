@@ -18,7 +18,7 @@ from coconut_ds.reports.comparison import (
     summary_table,
 )
 from coconut_ds.reports.run_records import verdicts
-from coconut_ds.runs.checkpoint import Manifest, TrainState
+from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 from coconut_ds.tables import Table
 from tests.reports.conftest import BASE, STAGED, validation
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.runs.checkpoint import Manifest, TrainedStage
+from coconut_ds.runs.checkpoint_folders import Manifest, TrainedStage
 from tests.plain_engine import PlainEngine, plain_trainer
 
 CHEAP = {

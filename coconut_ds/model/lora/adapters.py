@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import ConfigError
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.runs.base_record import BaseRecord
+from coconut_ds.runs.changes import BaseRecord
 
 if TYPE_CHECKING:  # importing PEFT is slow, and only LoRA runs need it
     from peft import PeftModel

@@ -22,9 +22,14 @@ from coconut_ds.errors import CheckpointError, first_line
 from coconut_ds.files import json_text, read_json
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.lora.adapters import Origin, assert_tied
-from coconut_ds.runs.base_record import BaseRecord
-from coconut_ds.runs.checkpoint.foreign import model_folder
-from coconut_ds.runs.weight_files import describe_tensor, is_weight, read_safetensors, refuse_non_finite
+from coconut_ds.runs.changes import BaseRecord
+from coconut_ds.runs.weights import (
+    describe_tensor,
+    is_weight,
+    model_folder,
+    read_safetensors,
+    refuse_non_finite,
+)
 from coconut_ds.thoughts.learnable_window import LearnableWindow
 
 if TYPE_CHECKING:

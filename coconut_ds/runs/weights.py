@@ -1,4 +1,4 @@
-"""Read weights from other programs: state dict files, Hugging Face folders, safetensors; and from our own.
+"""Read weights from untrusted files: our checkpoints, Hugging Face folders, safetensors, torch.save.
 
     checkpoint_7                 a file written by torch.save: the published Coconut code's checkpoints
     model.safetensors            one file
@@ -9,15 +9,17 @@ model/loading.py checks the names and shapes.
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from coconut_ds.errors import CheckpointError
+from coconut_ds.errors import CheckpointError, first_line
 from coconut_ds.files import read_json
-from coconut_ds.runs.checkpoint.folders import resolve_pointer
-from coconut_ds.runs.weight_files import read_safetensors, refuse_non_finite
+from coconut_ds.runs.checkpoint_folders import resolve_pointer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
@@ -25,6 +27,10 @@ THOUGHT_FILE = "thought.safetensors"
 # Published Coconut wraps the model in this attribute and stores its input embedding under a second name.
 WRAPPER, SECOND_NAME = "base_causallm.", "embedding.weight"
 WINDOW_NAME = "latent_weights"  # of the learnable-window forks, oldest state first
+# What torch.load raises for a file that torch.save did not write.
+DAMAGED = (
+    OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, ImportError,
+)  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -114,18 +120,10 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{file} is damaged or holds more than tensors, and opening it could run code of its author. "
             "If you trust its source: --set allow_pickle=true"
         ) from error
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        ImportError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file} was not written by torch.save, or is damaged ({reason})") from error
+    except DAMAGED as error:
+        raise CheckpointError(
+            f"{file} was not written by torch.save, or is damaged ({first_line(error)})"
+        ) from error
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -157,3 +155,56 @@ def _plain_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             f"{path}: holds weights that do not belong to the model: {', '.join(sorted(outer)[:5])}"
         )
     return inner if window is None else {**inner, WINDOW_NAME: window}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of one file. Raises CheckpointError if it is missing, damaged or holds NaN."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors, torch (unknown types) and the system raise their own
+        raise CheckpointError(f"{file} cannot be read as safetensors ({first_line(error)})") from error
+    refuse_non_finite(tensors, file)
+    return tensors
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise CheckpointError with the names of tensors that hold NaN or infinity.
+
+    `source`: the file, or the folder with the files.
+    """
+    if names := [name for name, value in tensors.items() if not _is_finite(value)]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{_file_of(names[0], Path(source))} holds NaN or infinite weights: "
+            f"{', '.join(names[:3])}{more}, "
+            "so every loss would be NaN; use another file or an older checkpoint"
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not is_weight(value) or value.numel() == 0:
+        return True
+    # Two numbers instead of a mask of the tensor's size; if there is a NaN, both are NaN.
+    wide = value.float() if value.element_size() == 1 else value
+    return bool(torch.stack(torch.aminmax(wide)).isfinite().all())
+
+
+def _file_of(name: str, source: Path) -> Path:
+    """The safetensors file in the folder that holds the tensor `name`; otherwise `source`."""
+    for file in sorted(source.glob("*.safetensors")) if source.is_dir() else ():
+        with safe_open(file, "pt") as reader:
+            if any(name == key or name.endswith(f".{key}") for key in reader.keys()):  # noqa: SIM118
+                return file
+    return source
+
+
+def is_weight(value: Tensor) -> bool:
+    """Whether a tensor is dense and floating-point."""
+    return value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+
+
+def describe_tensor(value: Tensor) -> str:
+    """A tensor's shape, and its dtype if it cannot be a weight."""
+    return f"{tuple(value.shape)}" + ("" if is_weight(value) else f" of {value.dtype}")

@@ -16,9 +16,8 @@ from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
 from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.model.build import build_module, write_model
-from coconut_ds.runs.checkpoint import TrainState, settings_to_compare
-from coconut_ds.runs.checkpoint.changes import refuse_changes
-from coconut_ds.runs.checkpoint.manifest import Manifest
+from coconut_ds.runs.changes import refuse_changes, settings_to_compare
+from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 from tests.run_folders import make_run
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.checkpoint import Checkpoints, TrainState
-from coconut_ds.runs.checkpoint.manifest import MANIFEST, Manifest
-from tests.runs.checkpoint.fake_shards import FakeShards, write_model
+from coconut_ds.runs.checkpoint_folders import MANIFEST, Manifest, TrainState
+from coconut_ds.runs.checkpoints import Checkpoints
+from tests.runs.fake_shards import FakeShards, write_model
 
 SETTINGS = {"experiment": {"lr": 1e-4, "method": "coconut"}, "ds_config": {}, "data": {"train": "abc"}}
 
@@ -211,13 +211,13 @@ class Killed(BaseException):
     """Simulates SIGKILL: nothing in the program catches it."""
 
 
-@pytest.mark.parametrize("step", ["save_random_state", "sync_and_hash", "replace_text", "sync_folder"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("step", ["save_random_state", "sync_and_hash", "replace_text", "sync_path"])
+@pytest.mark.parametrize("call", [1, 2, 5, 7])
 def test_killed_at_any_step_of_saving_leaves_the_older_one(
     bench: Bench, monkeypatch, step: str, call: int
 ) -> None:
-    import coconut_ds.runs.checkpoint.folders as folders
-    import coconut_ds.runs.checkpoint.protocol as protocol
+    import coconut_ds.runs.checkpoint_folders as folders
+    import coconut_ds.runs.checkpoints as protocol
 
     bench.save(bench.fresh(), 1)
     checkpoints = bench.fresh()
@@ -289,7 +289,7 @@ def test_room_for_what_is_expected_is_asked_for_once(bench: Bench, monkeypatch: 
 def test_a_lost_rank_or_a_full_memory_is_not_a_disk_error(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
-    import coconut_ds.runs.checkpoint.protocol as protocol
+    import coconut_ds.runs.checkpoints as protocol
 
     def failing(*_: object) -> None:
         raise error

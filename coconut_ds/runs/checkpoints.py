@@ -5,21 +5,32 @@ checkpoint_N          renamed: from here on the checkpoint is valid
 latest, best          replaced atomically; then old folders are removed
 """
 
+import random
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 
 from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
 from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
-from coconut_ds.files import replace_text, sync_folder
-from coconut_ds.runs.checkpoint.changes import refuse_changes
-from coconut_ds.runs.checkpoint.folders import DRAFT, CheckpointFolders, Log, checkpoint_name
-from coconut_ds.runs.checkpoint.manifest import FileRecord, Manifest, TrainState, list_files, sync_and_hash
-from coconut_ds.runs.checkpoint.random_state import restore_random_state, save_random_state
+from coconut_ds.files import replace_text, sync_path
+from coconut_ds.runs.changes import refuse_changes
+from coconut_ds.runs.checkpoint_folders import (
+    DRAFT,
+    CheckpointFolders,
+    FileRecord,
+    Log,
+    Manifest,
+    TrainState,
+    checkpoint_name,
+    list_files,
+    sync_and_hash,
+)
 
 SPARE_BYTES = 16 * 2**20
 # torch.save raises RuntimeError without a reason if the disk is full.
@@ -230,7 +241,7 @@ class Checkpoints:
         manifest = Manifest(state, self.settings, self.engine.world_size, False, files)
         self.folders.with_stage(manifest).write(draft)
         for folder in {(draft / path).parent for path in files}:
-            sync_folder(folder)
+            sync_path(folder)
         self.folders.publish(draft, name)
         self.folders.retire(name, keep=self.keep, only_improving=self.only_improving)
 
@@ -272,3 +283,42 @@ class Checkpoints:
     def _remaining(self) -> str:
         names = self.folders.names()
         return f"The newest checkpoint is still {names[-1]}." if names else "There is no older checkpoint."
+
+
+def save_random_state(path: Path) -> None:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert isinstance(keys, np.ndarray)
+    torch.save(
+        {
+            "python": (version, list(words), gauss),
+            "numpy": (
+                str(name),
+                torch.from_numpy(keys.astype(np.int64)),
+                int(position),
+                int(has_gauss),
+                float(cached),
+            ),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+        path,
+    )
+
+
+def restore_random_state(path: Path) -> None:
+    """Restore the state. Raises CheckpointError if save_random_state did not write `path`."""
+    try:
+        _restore(torch.load(path, weights_only=True))
+    except Exception as error:  # torch and every generator raise their own on damaged files
+        raise CheckpointError(f"{path} is not a saved random state ({first_line(error)})") from error
+
+
+def _restore(state: Any) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

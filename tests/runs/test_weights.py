@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.checkpoint import Checkpoints, TrainState, load_foreign_weights, load_thought_weights
-from tests.runs.checkpoint.fake_shards import FakeShards
+from coconut_ds.runs.checkpoint_folders import TrainState
+from coconut_ds.runs.checkpoints import Checkpoints
+from coconut_ds.runs.weights import load_foreign_weights, load_thought_weights
+from tests.runs.fake_shards import FakeShards
 
 PLAIN = {"transformer.wte.weight": torch.arange(6.0).reshape(3, 2), "transformer.ln_f.bias": torch.ones(2)}
 

@@ -1,23 +1,114 @@
-"""Compare the settings of a checkpoint with the current ones, and decide whether the run may resume.
+"""What a checkpoint records of its run, and whether a run with other settings may resume from it.
 
-settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "libraries": {...},
-            "code": "git commit"}
+settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "base": {...},
+            "libraries": {...}, "code": "git commit"}
+
+"base" describes the base model: weights, configuration, tokenizer.  It is made from the loaded model, not
+from its files: the model may move, and a folder, a .gguf file and a snapshot of the hub's cache compare
+equal.
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import affects, settings_with
+from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.base_record import BaseRecord
-from coconut_ds.runs.checkpoint.manifest import Manifest, hash_file
+from coconut_ds.files import hash_file, json_text
+from coconut_ds.runs.checkpoint_folders import Manifest
 from coconut_ds.runs.run_folder import code_version, library_versions
+
+SAMPLES = 1024  # elements of each tensor whose values are hashed
+CHUNK = 1 << 22  # elements summed at a time
+# Configuration keys that do not affect what the model computes.
+IGNORED_KEYS = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """`weights` is None if checkpoints hold all weights."""
+
+    weights: str | None
+    config: Mapping[str, Any]
+    tokenizer: str
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, vocabulary: Vocabulary, with_weights: bool) -> Self:
+        """Record a model that has its final weights and the special-token rows, but no adapters."""
+        config = json.loads(base.config.to_json_string(use_diff=True))
+        return cls(
+            weights_digest(base, vocabulary.special_token_ids) if with_weights else None,
+            {key: value for key, value in config.items() if key not in IGNORED_KEYS},
+            vocabulary.digest(),
+        )
+
+    @classmethod
+    def read(cls, values: Any) -> Self:
+        """Read a record from JSON. Raises TypeError if it is not one."""
+        record = cls(**values)
+        if not (
+            isinstance(record.weights, str | None)
+            and isinstance(record.config, dict)
+            and isinstance(record.tokenizer, str)
+        ):
+            raise TypeError("not the record of a base model")
+        return record
+
+    def differences(self, current: "BaseRecord") -> Iterator[tuple[str, Any, Any]]:
+        """Yield (part, saved, current) for every difference.
+
+        Configuration keys that only one of the two has come from another version and are not compared.
+        """
+        if self.weights and current.weights and self.weights != current.weights:
+            yield "weights", self.weights, current.weights
+        for key in sorted(self.config.keys() & current.config.keys()):
+            if self.config[key] != current.config[key]:
+                yield f"config.{key}", self.config[key], current.config[key]
+        if self.tokenizer != current.tokenizer:
+            yield "tokenizer", self.tokenizer, current.tokenizer
+
+
+def weights_digest(base: PreTrainedModel, special_token_ids: Sequence[int]) -> str:
+    """A short hash of all tensors, without the special-token rows, which are added here and may train.
+
+    Per tensor: name, shape, evenly spaced elements, and the sum of all elements' bits. Changing one element
+    always changes that sum; the order of additions does not.
+    """
+    digest = hashlib.sha256()
+    modules: tuple[Any, Any] = (base.get_input_embeddings(), base.get_output_embeddings())
+    vocabulary = {module.weight.data_ptr() for module in modules}
+    for name, value in sorted(base.state_dict().items()):
+        rows = special_token_ids if value.data_ptr() in vocabulary else ()
+        for part in _without_rows(value, rows):
+            flat = part.detach().cpu().flatten()
+            sample = flat[:: max(1, flat.numel() // SAMPLES)].float()
+            bits = sum(
+                int(chunk.float().view(torch.int32).sum(dtype=torch.int64)) for chunk in flat.split(CHUNK)
+            )
+            digest.update(f"{name} {tuple(part.shape)} {bits}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _without_rows(value: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
+    if not rows:
+        yield value
+        return
+    for before, after in pairwise([-1, *sorted(rows), len(value)]):
+        if before + 1 < after:
+            yield value[before + 1 : after]
 
 
 class Severity(IntEnum):
@@ -35,15 +126,12 @@ class Change:
     why: str
 
     def __str__(self) -> str:
+        remedy = ("", f"; --allow {self.key}", "; impossible")[self.severity]
         values = f"{self.key}: {_short(self.saved)} when saved, {_short(self.current)} now"
-        remedies = {
-            Severity.HARMLESS: "",
-            Severity.NEEDS_ALLOW: f"; --allow {self.key}",
-            Severity.IMPOSSIBLE: "; impossible",
-        }
-        return values + (f" ({self.why}{remedies[self.severity]})" if self.why else "")
+        return values + (f" ({self.why}{remedy})" if self.why else "")
 
 
+HARMLESS = (Severity.HARMLESS, "")
 SHAPES = "the saved tensors have other shapes or names"
 SHARDS = "the saved shards are split differently"
 LEARNS = "changes what is learned"
@@ -55,7 +143,7 @@ SEVERITIES = {
     "shapes": (Severity.IMPOSSIBLE, SHAPES),
     "learning": (Severity.NEEDS_ALLOW, LEARNS),
     "accuracy": (Severity.NEEDS_ALLOW, MEASURES),
-    "running": (Severity.HARMLESS, ""),
+    "running": HARMLESS,
 }
 # Their product with the number of ranks is the rows of a step; they may change together with that number.
 ROWS_EXPERIMENT = ("batch_size_training", "gradient_accumulation_steps")
@@ -125,12 +213,10 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         *_base_changes(saved.get("base"), current.get("base")),
     ]
     for key, old, new in _differences(saved.get("libraries", {}), current.get("libraries", {})):
-        severity, why = Severity.HARMLESS, ""
-        if key == "deepspeed":
-            severity, why = Severity.NEEDS_ALLOW, "its checkpoint format may differ"
-        changes.append(Change(key, old, new, severity, why))
+        rule = (Severity.NEEDS_ALLOW, "its checkpoint format may differ") if key == "deepspeed" else HARMLESS
+        changes.append(Change(key, old, new, *rule))
     if saved.get("code") != current.get("code"):
-        changes.append(Change("code", saved.get("code"), current.get("code"), Severity.HARMLESS, ""))
+        changes.append(Change("code", saved.get("code"), current.get("code"), *HARMLESS))
     return sorted(changes, key=lambda change: -change.severity)
 
 
@@ -208,20 +294,17 @@ def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             or key == "resume"  # a checkpoint has its epoch
             or (key == "num_epochs" and experiment.get("lr_schedule") == "constant")
         ):
-            severity, why = SEVERITIES["running"]
+            severity, why = HARMLESS
         yield Change(key, old, new, severity, why)
 
 
 def _ds_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
     for key, old, new in _differences(dict(_flatten(saved)), dict(_flatten(current))):
-        if any(key == owned or key.startswith(owned + ".") for owned in OWNED_BY_YAML):
-            continue
-        fitting = [rule for rule in DS_RULES if key == rule or key.startswith(rule + ".")]
-        if fitting:
-            severity, why = DS_RULES[max(fitting, key=len)]
+        parts = key.split(".")
+        blocks = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        if OWNED_BY_YAML.isdisjoint(blocks):
+            severity, why = next((DS_RULES[block] for block in blocks if block in DS_RULES), HARMLESS)
             yield Change(key, old, new, severity, why)
-        else:
-            yield Change(key, old, new, Severity.HARMLESS, "")
 
 
 def _data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
@@ -260,9 +343,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterat
 
 def _plain(value: Any) -> Any:
     """The value after a round trip through JSON."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value
+    return json.loads(json_text(value, default=str))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,11 +8,15 @@ import torch
 from coconut_ds.config.experiment import Method, validate_experiment
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.checkpoint import Checkpoints, TrainState, resolve_pointer
-from coconut_ds.runs.checkpoint.folders import misleading_best
-from coconut_ds.runs.checkpoint.manifest import Manifest
-from coconut_ds.runs.checkpoint.stages import LONGEST_REASONING
-from tests.runs.checkpoint.fake_shards import FakeShards, write_model
+from coconut_ds.runs.checkpoint_folders import (
+    LONGEST_REASONING,
+    Manifest,
+    TrainState,
+    misleading_best,
+    resolve_pointer,
+)
+from coconut_ds.runs.checkpoints import Checkpoints
+from tests.runs.fake_shards import FakeShards, write_model
 
 BASE = {"name": "n", "save_path": "runs", "model_id": "gpt2", "train_path": "t", "val_path": "v"}
 STAGED = {"method": "coconut", "c_thought": 2, "epochs_per_stage": [2, 3], "max_latent_stage": 2}

@@ -8,9 +8,8 @@ import pytest
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import affects, settings_with
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.checkpoint import Severity, TrainState, classify_changes
-from coconut_ds.runs.checkpoint.changes import refuse_changes
-from coconut_ds.runs.checkpoint.manifest import Manifest
+from coconut_ds.runs.changes import Severity, classify_changes, refuse_changes
+from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 
 SAVED: dict[str, Any] = {
     "experiment": {

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coconut_ds.evaluation.pretrained import CoconutForCausalLM
+    from coconut_ds.evaluation.pretrained import CoconutConfig, CoconutForCausalLM
 
-__all__ = ["CoconutForCausalLM"]
+__all__ = ["CoconutConfig", "CoconutForCausalLM"]
 
 
 def __getattr__(name: str) -> Any:
-    """`CoconutForCausalLM` on first use: the package itself must not wait for torch."""
+    """The public classes on first use: the package itself must not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'coconut_ds' has no attribute {name!r}")
-    from coconut_ds.evaluation.pretrained import CoconutForCausalLM
+    from coconut_ds.evaluation import pretrained
 
-    return CoconutForCausalLM
+    return getattr(pretrained, name)

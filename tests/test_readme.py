@@ -7,6 +7,7 @@ import pytest
 
 from coconut_ds.__main__ import COMMANDS
 from tests.conftest import ROOT
+from tests.run_folders import make_run
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = TEXT.split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
@@ -62,6 +63,16 @@ def test_commands_name_what_exists(line):
             assert (ROOT / word).exists(), word
     if "coconut_ds" in words:
         assert words[words.index("coconut_ds") + 1] in COMMANDS
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/understanding.md"])
+def test_python_examples_run(page, tiny_experiment, tmp_path, monkeypatch):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    make_run(tiny_experiment, tmp_path / "runs", name="quickstart-coconut", max_new_tokens=4)
+    monkeypatch.chdir(tmp_path)
+    assert examples
+    for example in examples:
+        exec(example, {})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
     python -m coconut_ds export RUN --to zero --output state_dict          prints how to use zero_to_fp32
 
 Without --merge, a LoRA run is exported as a PEFT folder.  Every exported folder has a model card (README.md)
-and a coconut.json; coconut_ds.CoconutForCausalLM.from_pretrained(FOLDER).generate(...) answers with latents.
+and a coconut.json; coconut_ds.CoconutForCausalLM.from_pretrained(FOLDER) loads it with latents.
 The export is loaded again and its logits are compared with the model's before the folder gets its final name.
 Nothing is uploaded unless --push names a repository on the Hugging Face Hub.
 """

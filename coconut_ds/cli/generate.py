@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.output or len(questions) > 1:
         _answer_all(model, questions, args)
     else:
-        _show(model.stream(questions[0], None, args.max_new_tokens))
+        _show(model.stream_answer(questions[0], None, args.max_new_tokens))
     return 0
 
 
@@ -79,7 +79,7 @@ def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argpa
     with open_output(args.output, "--output") if args.output else nullcontext() as writer:
         for start in range(0, len(questions), args.batch_size):
             batch = questions[start : start + args.batch_size]
-            answers = model.generate(batch, None, args.max_new_tokens)
+            answers = model.answer_questions(batch, None, args.max_new_tokens)
             for question, answer in zip(batch, answers, strict=True):
                 if writer is None:
                     print(f"{question}\n{answer}\n", flush=True)
@@ -99,7 +99,7 @@ def _converse(model: CoconutForCausalLM, max_new_tokens: int | None) -> None:
         if not question.strip():
             return
         try:
-            _show(model.stream(question, None, max_new_tokens))
+            _show(model.stream_answer(question, None, max_new_tokens))
         except DataError as error:
             print(error)
 

@@ -8,21 +8,17 @@ README.md                                             the model card
 import secrets
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 
-from coconut_ds.config.experiment import experiment_to_yaml, load_experiment
-from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary, refuse_unsavable
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.evaluation.evaluate import max_new_tokens
 from coconut_ds.evaluation.model_card import model_card
-from coconut_ds.evaluation.saved_models import Trained, find_one, read_export
+from coconut_ds.evaluation.saved_models import Trained, find_one, original_model_id, portable_settings
 from coconut_ds.files import EXPORT_FILE, json_text
 from coconut_ds.model.build import write_model
 from coconut_ds.model.coconut import Coconut
@@ -57,7 +53,7 @@ def export_hf(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {output} already exists; name a new folder")
     trained = find_one(target, checkpoint, overrides, allow=allow)
-    original = original_model_id(target, trained)
+    original = original_model_id(trained)
     if merged and trained.experiment.tuning != "lora":
         raise ConfigError(f"--merge: {target} has no adapters (tuning: full); leave out --merge")
     vocabulary = load_vocabulary(trained.experiment.model_id)
@@ -105,36 +101,21 @@ def _base_weights(module: Coconut) -> Path | None:
 def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:
     """The content of coconut.json."""
     experiment = trained.experiment
-    limit = max_new_tokens(experiment, card_for(experiment.val_path))
-    kept = replace(experiment, model_id=base, load_model_path=None, max_new_tokens=limit, save_path="runs")
-    if merged:
-        kept = replace(kept, tuning="full")
+    settings = portable_settings(trained, merged)
     return {
         "format": FORMAT,
         "method": str(experiment.method),
         "thought": experiment.thought,
         "c_thought": experiment.c_thought,
         "num_latents": trained.stage.num_latents,
-        "max_new_tokens": limit,
+        "max_new_tokens": settings["experiment"]["max_new_tokens"],
         "base_model": base,
         "checkpoint": trained.name,
-        "stage": asdict(trained.stage),
         "thought_settings": asdict(ThoughtSettings.of(experiment)),
-        "experiment": yaml.safe_load(experiment_to_yaml(kept)),
+        **settings,
         "libraries": library_versions(),
         "code": code_version(),
     }
-
-
-def original_model_id(target: str, trained: Trained) -> str:
-    """The `model_id` that training started from."""
-    settings = trained.folder / "experiment.yaml"
-    if settings.is_file():
-        return load_experiment(settings).model_id
-    exported = trained.folder / EXPORT_FILE
-    if exported.is_file():
-        return str(read_export(trained.folder).get("base_model", trained.experiment.model_id))
-    return trained.experiment.model_id
 
 
 @torch.no_grad()

@@ -57,10 +57,12 @@ def _how_to_load(trained: Trained, base: str, is_adapter: bool, weights: Path | 
     yield "With latents:"
     yield ""
     yield "```python"
-    yield "import coconut_ds"
+    yield "from coconut_ds import CoconutForCausalLM"
     yield ""
-    yield 'model = coconut_ds.CoconutForCausalLM.from_pretrained("THIS_FOLDER")'
-    yield f'model.generate("...", num_latents={trained.stage.num_latents})'
+    yield 'model = CoconutForCausalLM.from_pretrained("THIS_FOLDER")'
+    yield f'model.answer_questions(["..."], num_latents={trained.stage.num_latents})'
+    yield 'inputs = model.tokenizer("...\\n", return_tensors="pt")  # a question and a newline'
+    yield "model.generate(**inputs, do_sample=True, num_return_sequences=4)"
     yield "```"
     yield ""
     if weights is not None:

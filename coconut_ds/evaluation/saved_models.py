@@ -7,16 +7,18 @@ configs/published/gsm_coconut_eval.yaml      `load_model_path` at the stage of e
 """
 
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import yaml
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, LatentMemory, validate_ds_config
 from coconut_ds.config.experiment import (
     Experiment,
+    experiment_to_yaml,
     load_experiment,
     load_named_experiment,
     parse_overrides,
@@ -25,9 +27,11 @@ from coconut_ds.config.experiment import (
 )
 from coconut_ds.config.schema import read_json
 from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage
+from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation.data_files import DataFiles
+from coconut_ds.evaluation.evaluate import max_new_tokens
 from coconut_ds.files import EXPORT_FILE, run_folder_of
 from coconut_ds.model.build import build_module
 from coconut_ds.model.coconut import Coconut
@@ -147,7 +151,11 @@ def find_trained(
     elif checkpoints:
         raise ConfigError(f"--checkpoint {checkpoints[0]}: {target} is not a run folder")
     else:
-        models = [_exported(path, overrides) if path.is_dir() else _from_yaml(path, overrides)]
+        models = [
+            described_model(read_export(path), path, overrides)
+            if path.is_dir()
+            else _from_yaml(path, overrides)
+        ]
     if "stage" not in allow:
         for trained in models:
             _refuse_other_stage(trained)
@@ -269,8 +277,9 @@ def _exported_stage(folder: Path) -> Stage | None:
     return Stage(**read_export(folder)["stage"]) if (folder / EXPORT_FILE).is_file() else None
 
 
-def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
-    values = read_export(folder)
+def described_model(values: Mapping[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Trained:
+    """The model in `folder` with the settings {"experiment": ..., "stage": ...}.  Raises ConfigError."""
+    _check_description(values, folder)
     settings = {**values["experiment"], "load_model_path": str(folder), "only_eval": True}
     if not (folder / "adapter_config.json").is_file():
         settings |= {"model_id": str(folder), "tuning": "full"}
@@ -281,14 +290,44 @@ def _exported(folder: Path, overrides: Sequence[str]) -> Trained:
     return Trained(experiment, stage, str(folder), folder, trained_at=stage, files=DataFiles.of(own))
 
 
+def portable_settings(trained: Trained, merged: bool) -> dict[str, Any]:
+    """Experiment and stage for `described_model`, without paths of this machine's weights and runs.
+
+    `merged`: the weights will include adapters.
+    """
+    experiment = trained.experiment
+    kept = replace(
+        experiment,
+        model_id=original_model_id(trained),
+        load_model_path=None,
+        max_new_tokens=max_new_tokens(experiment, card_for(experiment.val_path)),
+        save_path="runs",
+        tuning="full" if merged else experiment.tuning,
+    )
+    return {"experiment": yaml.safe_load(experiment_to_yaml(kept)), "stage": asdict(trained.stage)}
+
+
+def original_model_id(trained: Trained) -> str:
+    """The `model_id` that training started from."""
+    settings = trained.folder / "experiment.yaml"
+    if settings.is_file():
+        return load_experiment(settings).model_id
+    if (trained.folder / EXPORT_FILE).is_file():
+        return str(read_export(trained.folder).get("base_model", trained.experiment.model_id))
+    return trained.experiment.model_id
+
+
 def read_export(folder: Path) -> dict[str, Any]:
     """The settings of an exported folder.  Raises ConfigError."""
-    path = folder / EXPORT_FILE
-    values = read_json(path)
+    values = read_json(folder / EXPORT_FILE)
+    _check_description(values, folder)
+    return values
+
+
+def _check_description(values: Mapping[str, Any], folder: Path) -> None:
     error = jsonschema.exceptions.best_match(EXPORT_SHAPE.iter_errors(values))
     if error is not None:
         raise ConfigError(
-            f"{path}: {error.json_path.removeprefix('$.')}: {error.message[:200]}; "
+            f"{folder / EXPORT_FILE}: {error.json_path.removeprefix('$.')}: {error.message[:200]}; "
             "is this a folder written by `export`?"
         )
-    return values

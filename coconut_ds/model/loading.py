@@ -42,25 +42,31 @@ def load_config(model_id: str) -> PretrainedConfig:
     where, extra = locate_model(model_id)
     try:
         config = AutoConfig.from_pretrained(where, **DATA_ONLY, **extra)
-        sizes = config.get_text_config()
-        out_of_range = [
-            f"{name} {value!r}"
-            for name, limit in LIMITS.items()
-            if (value := getattr(sizes, name, 1)) is not None
-            and not (type(value) is int and 1 <= value <= limit)
-        ]
+        config.get_text_config()
     except Exception as error:  # transformers raises anything on a damaged file
         raise ConfigError(_cannot_load("a configuration", model_id, error)) from error
+    check_config(config, model_id)
+    return config
+
+
+def check_config(config: PretrainedConfig, model_id: str) -> None:
+    """Refuse a configuration with impossible sizes or with code to download.  Raises ConfigError."""
+    sizes = config.get_text_config()
+    out_of_range = [
+        f"{name} {value!r}"
+        for name, limit in LIMITS.items()
+        if (value := getattr(sizes, name, 1)) is not None and not (type(value) is int and 1 <= value <= limit)
+    ]
     if out_of_range:
         raise ConfigError(
             f"model_id: the configuration of {model_id!r} has impossible sizes: {', '.join(out_of_range)}"
         )
-    if is_kernel(config._attn_implementation):
-        raise ConfigError(
-            f"model_id: {model_id!r} names a kernel to download ({config._attn_implementation!r}), which is "
-            "code; remove 'attn_implementation' from its config.json"
-        )
-    return config
+    for attention in {config._attn_implementation, sizes._attn_implementation}:
+        if is_kernel(attention):
+            raise ConfigError(
+                f"model_id: {model_id!r} names a kernel to download ({attention!r}), which is code; remove "
+                "'attn_implementation' from its config.json"
+            )
 
 
 def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:

@@ -67,9 +67,9 @@ def test_the_exported_model_answers_with_latents_as_the_run_does(request, tmp_pa
     outside = coconut_ds.CoconutForCausalLM.from_pretrained(tmp_path / "out")
     assert outside.trained.stage == inside.trained.stage
     for num_latents in (None, 0, 5):
-        answers = outside.generate(QUESTIONS, num_latents)
-        assert answers == inside.generate(QUESTIONS, num_latents)
-        assert [outside.generate(question, num_latents) for question in QUESTIONS] == answers
+        answers = outside.answer_questions(QUESTIONS, num_latents)
+        assert answers == inside.answer_questions(QUESTIONS, num_latents)
+        assert [outside.answer_questions(question, num_latents) for question in QUESTIONS] == answers
 
 
 def test_merged_lora_is_a_plain_model_with_the_same_logits(lora, tmp_path):

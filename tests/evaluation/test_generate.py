@@ -24,15 +24,15 @@ def asked(run):
 
 
 def test_a_list_is_answered_as_one_by_one(asked):
-    answers = asked.generate(QUESTIONS, batch_size=2)
-    assert answers == [asked.generate(question) for question in QUESTIONS]
+    answers = asked.answer_questions(QUESTIONS, batch_size=2)
+    assert answers == [asked.answer_questions(question) for question in QUESTIONS]
     assert len(set(answers)) > 1
 
 
 def test_streamed_pieces_are_the_answer(asked):
     for question in QUESTIONS:
-        pieces = list(asked.stream(question))
-        assert "".join(pieces) == asked.generate(question)
+        pieces = list(asked.stream_answer(question))
+        assert "".join(pieces) == asked.answer_questions(question)
         assert len(pieces) > 1
 
 
@@ -45,13 +45,13 @@ def test_the_number_of_latents_is_free(asked):
 def test_limits(asked):
     assert asked.max_new_tokens == 9
     with pytest.raises(DataError, match="question 3 has .* positions: shorten it"):
-        asked.generate(["1=?", "2=?", "1+" * 80 + "1=?"], batch_size=1)
+        asked.answer_questions(["1=?", "2=?", "1+" * 80 + "1=?"], batch_size=1)
     with pytest.raises(ConfigError, match="max_new_tokens 0: must be 1 or more"):
-        asked.generate("1=?", max_new_tokens=0)
+        asked.answer_questions("1=?", max_new_tokens=0)
 
 
 def test_prompt_and_file_and_standard_input(run, asked, tmp_path, capsys, monkeypatch):
-    expected = asked.generate(QUESTIONS)
+    expected = asked.answer_questions(QUESTIONS)
     assert main(["generate", str(run), "--prompt", QUESTIONS[0]]) == 0
     assert capsys.readouterr().out == expected[0] + "\n"
     problems = tmp_path / "p.json"
@@ -75,7 +75,7 @@ def test_at_the_terminal_until_an_empty_line(run, asked, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", Terminal(f"{QUESTIONS[0]}\n{'1+' * 80}1=?\n\n"))
     assert main(["generate", str(run)]) == 0
     output = capsys.readouterr().out
-    assert "3 latents" in output and asked.generate(QUESTIONS[0]) in output and "shorten it" in output
+    assert "3 latents" in output and asked.answer_questions(QUESTIONS[0]) in output and "shorten it" in output
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_attention_is_a_share_and_never_looks_ahead(asked, problems):
 
 def test_in_words_is_what_the_model_says_with_fewer_latents(asked, problems):
     shown = inspect(asked, problems[0])
-    assert list(shown.in_words) == [asked.generate(problems[0].question, k) for k in range(4)]
+    assert list(shown.in_words) == [asked.answer_questions(problems[0].question, k) for k in range(4)]
     assert shown.completion == shown.in_words[-1]
 
 
@@ -96,7 +96,7 @@ def test_a_question_that_fills_the_model_is_inspected(asked):
     question = "1" + "+" * (asked.model.num_positions - overhead - 1)
     assert len(asked.samples([question])[0].tokens) == asked.model.num_positions
     shown = inspect(asked, Problem(question, (), ""))
-    assert list(shown.in_words) == [asked.generate(question, k) for k in range(4)]
+    assert list(shown.in_words) == [asked.answer_questions(question, k) for k in range(4)]
 
 
 def test_attention_is_left_as_it_was(asked, problems):

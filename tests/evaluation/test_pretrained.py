@@ -1,0 +1,355 @@
+"""CoconutForCausalLM as a transformers model: generate, forward, save, load, pipeline, AutoModel.
+
+Shapes: B rows, T columns, V vocabulary.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LogitsProcessor,
+    pipeline,
+)
+
+from coconut_ds import CoconutForCausalLM
+from coconut_ds.__main__ import main
+from coconut_ds.data.batching import collate
+from coconut_ds.errors import CheckpointError, ConfigError, DataError
+from coconut_ds.evaluation.pretrained import CoconutConfig
+from tests.run_folders import make_run
+
+QUESTIONS = ["3+4+2+7=?", "1+1+1+1=?", "9=?", "5+5=?"]
+KINDS = {
+    "full": {},
+    "window": {"thought": "fixed_window"},
+    "mlp": {"thought": "mlp_projection"},
+    "lora": {"tuning": "lora", "thought": "learnable_window"},
+    "no_cot": {"method": "no_cot"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_experiment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    return {
+        kind: make_run(tiny_experiment, folder, name=kind, max_new_tokens=9, **keys)
+        for kind, keys in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def model(runs):
+    return CoconutForCausalLM.from_pretrained(runs["full"])
+
+
+def prompts(model, questions=QUESTIONS):
+    return model.tokenizer([q + "\n" for q in questions], padding=True, return_tensors="pt")
+
+
+def answers_of(model, ids, columns):
+    """The answer of each row of ids, as evaluation returns it: cut before eos."""
+    rows = ids[:, columns:].tolist()
+    eos = model.vocabulary.eos_id
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def evaluated(model, questions=QUESTIONS, num_latents=None, limit=9):
+    samples = model.samples(questions, num_latents)
+    return model.model.generate(collate(samples, model.vocabulary.pad_id), limit, model.vocabulary.eos_id)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_latents", [None, 0, 5])
+def test_greedy_tokens_equal_those_of_the_runs_evaluation(runs, kind, num_latents):
+    if kind == "no_cot" and num_latents == 5:
+        return
+    model = CoconutForCausalLM.from_pretrained(runs[kind])
+    inputs = prompts(model)
+    ids = model.generate(**inputs, num_latents=num_latents)
+    columns = inputs.input_ids.shape[1]
+    assert torch.equal(ids[:, :columns], inputs.input_ids)
+    answers = answers_of(model, ids, columns)
+    assert answers == evaluated(model, num_latents=num_latents)
+    assert len({tuple(answer) for answer in answers}) > 1
+
+
+def test_without_a_cache_and_with_beams_and_one_by_one(model):
+    inputs = prompts(model)
+    greedy = model.generate(**inputs)
+    assert torch.equal(model.generate(**inputs, use_cache=False), greedy)
+    for row, question in enumerate(QUESTIONS):
+        alone = prompts(model, [question]).input_ids
+        ids = model.generate(alone)
+        assert answers_of(model, ids, alone.shape[1]) == answers_of(
+            model, greedy[row : row + 1], inputs.input_ids.shape[1]
+        )
+    beams = model.generate(**inputs, num_beams=3, num_return_sequences=2, max_new_tokens=4)
+    assert beams.shape[0] == 2 * len(QUESTIONS)
+
+
+def test_rows_end_where_their_positions_do(model):
+    """Prompts of 119, 123 and 127 of 128 positions in one batch."""
+    questions = ["1+" * n + "1=?" for n in (55, 57, 59)]
+    inputs = prompts(model, questions)
+    ids = model.generate(**inputs, max_new_tokens=20)
+    expected = evaluated(model, questions, limit=20)
+    assert [len(answer) for answer in expected][1:] == [6, 2]
+    for answer, row in zip(expected, ids[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+        assert row[: len(answer)] == answer
+        assert {*row[len(answer) :]} <= {model.vocabulary.pad_id, model.vocabulary.eos_id}
+    with pytest.raises(DataError, match="prompt 1 has .* positions: shorten it"):
+        model.generate(**prompts(model, ["1+" * 80 + "1=?"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}])
+def test_sampled_tokens_have_the_models_distribution(model, options):
+    inputs = prompts(model, QUESTIONS[:2])
+    ids, mask = model.add_latents(**inputs)
+    with torch.no_grad():
+        logits_BV = model(ids, mask).logits[:, -1] / options.get("temperature", 1.0)
+    if k := options.get("top_k"):
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(k).values[:, -1:], -torch.inf)
+    expected_BV = logits_BV.softmax(-1)
+    if p := options.get("top_p"):
+        values, order = expected_BV.sort(descending=True)
+        dropped = values.cumsum(-1) - values >= p
+        kept_BV = torch.zeros_like(expected_BV).scatter(1, order, values.masked_fill(dropped, 0))
+        expected_BV = kept_BV / kept_BV.sum(-1, keepdim=True)
+    options = {"top_k": 0, "do_sample": True, "max_new_tokens": 1, "num_return_sequences": 4000, **options}
+    torch.manual_seed(0)
+    drawn = model.generate(**inputs, **options)[:, -1].view(2, 4000)
+    for row in range(2):
+        share_V = torch.bincount(drawn[row], minlength=expected_BV.shape[1]) / 4000
+        assert not share_V[expected_BV[row] == 0].any()
+        assert 0.5 * (share_V - expected_BV[row]).abs().sum() < 0.05
+
+
+def test_samples_repeat_with_the_seed(model):
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return model.generate(**prompts(model), do_sample=True, temperature=2.0, num_return_sequences=3)
+
+    ids = drawn(1)
+    assert ids.shape[0] == 3 * len(QUESTIONS)
+    assert torch.equal(ids, drawn(1)) and not torch.equal(ids, drawn(2))
+    # Row r of the result continues prompt r // 3.
+    assert torch.equal(ids[::3, : prompts(model).input_ids.shape[1]], prompts(model).input_ids)
+
+
+def test_generation_settings_come_from_the_run_and_can_be_overridden(model):
+    config = model.generation_config
+    assert (config.max_new_tokens, config.eos_token_id) == (9, model.vocabulary.eos_id)
+    inputs = prompts(model)
+    columns = inputs.input_ids.shape[1]
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == columns + 2
+    assert model.generate(**inputs, max_length=columns + 3).shape[1] == columns + 3
+    least = model.generate(**inputs, min_length=columns + 9)[:, columns:]
+    assert not (least == config.eos_token_id).any()
+    as_record = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(as_record.sequences, model.generate(**inputs))
+    eos = int(model.generate(**inputs)[0, columns])
+    assert model.generate(inputs.input_ids[:1], attention_mask=inputs.attention_mask[:1],
+                          eos_token_id=eos).shape[1] == columns + 1  # fmt: skip
+
+    class Always(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.nn.functional.one_hot(torch.tensor([7] * len(scores)), scores.shape[1]).float()
+
+    assert (model.generate(**inputs, logits_processor=[Always()])[:, columns:] == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_forward_has_the_loss_and_gradients_of_training(runs, kind):
+    model = CoconutForCausalLM.from_pretrained(runs[kind])
+    samples = model.samples(QUESTIONS)
+    samples = [
+        type(s)(s.index, (*s.tokens, 5, 6, 7), s.num_prompt, s.num_latents, s.first_latent) for s in samples
+    ]
+    batch = collate(samples, model.vocabulary.pad_id, loss_denominator=3 * len(samples))
+    output = model(batch.input_ids_BT, batch.attention_mask_BT, labels=batch.labels_BT)
+    assert output.logits.shape == (*batch.shape, len(model.tokenizer))
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = model.model(batch)
+    loss.backward()
+    torch.testing.assert_close(output.loss, loss)
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
+
+
+def test_without_latents_it_is_the_language_model(model):
+    inputs = prompts(model)
+    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+    positions = (inputs.attention_mask.cumsum(1) - 1).clamp(min=0)
+    expected = model.model.causal_lm(**inputs, position_ids=positions, labels=labels)
+    output = model(**inputs, labels=labels)
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load_round_trip(runs, kind, tmp_path):
+    model = CoconutForCausalLM.from_pretrained(runs[kind])
+    model.save_pretrained(tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix not in {".json", ".txt"}) == [
+        ".safetensors"
+    ]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, CoconutConfig) and config.stage == {
+        "hidden_steps": model.trained.stage.hidden_steps,
+        "num_latents": model.trained.stage.num_latents,
+        "hidden_tokens": 0,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    ids, mask = model.add_latents(**prompts(model))
+    expected = model.eval()(ids, mask).logits
+    for read in (AutoModelForCausalLM.from_pretrained, CoconutForCausalLM.from_pretrained):
+        loaded = read(tmp_path)
+        assert type(loaded) is CoconutForCausalLM and not loaded.training
+        torch.testing.assert_close(loaded(ids, mask).logits, expected, rtol=1e-5, atol=1e-5)
+        assert loaded.generation_config.max_new_tokens == 9
+        assert torch.equal(loaded.generate(**prompts(loaded)), model.generate(**prompts(model)))
+        assert loaded.answer_questions(QUESTIONS) == model.answer_questions(QUESTIONS)
+        assert loaded.trained.stage == model.trained.stage
+    loaded.save_pretrained(tmp_path / "again")
+    again = CoconutForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "again/config.json").read_text())["experiment"] == config.experiment
+
+
+def test_the_folder_of_export_loads(runs, tmp_path):
+    assert main(["export", str(runs["full"]), "--output", str(tmp_path / "out")]) == 0
+    model = CoconutForCausalLM.from_pretrained(runs["full"])
+    loaded = CoconutForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.generate(**prompts(loaded)), model.generate(**prompts(model)))
+    # For transformers alone it is the language model without latents.
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(plain(**prompts(model)).logits, model.model.causal_lm(**prompts(model)).logits)
+
+
+@pytest.mark.parametrize("name", ["", "best", "checkpoint_1"])
+def test_checkpoints_of_a_run_load(runs, name):
+    model = CoconutForCausalLM.from_pretrained(runs["full"] / name)
+    assert model.trained.name == (name if name == "checkpoint_1" else "checkpoint_4")
+    assert model.device.type == "cpu" and model.dtype == torch.float32
+    assert CoconutForCausalLM.from_pretrained(runs["full"] / name, dtype=torch.float64).dtype == torch.float64
+
+
+def test_the_pipeline_answers(model, caplog):
+    logging.getLogger("transformers").propagate = True
+    answer = pipeline("text-generation", model=model, tokenizer=model.tokenizer)
+    texts = [q + "\n" for q in QUESTIONS]
+    for options in ({}, {"batch_size": 3}):
+        results = answer(texts, do_sample=False, max_new_tokens=9, return_full_text=False, **options)
+        generated = [result[0]["generated_text"] for result in results]
+        assert generated == model.answer_questions(QUESTIONS)
+    assert "not supported" not in caplog.text
+
+
+def test_a_model_from_a_configuration_alone(tiny_experiment):
+    config = CoconutConfig(
+        text_config=GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1, n_positions=32),
+        experiment=tiny_experiment | {"thought": "fixed_window"},
+        stage={"hidden_steps": 1, "num_latents": 2},
+        start_token_id=27,
+        end_token_id=28,
+        latent_token_id=29,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    ids, mask = model.add_latents(torch.tensor([[1, 2, 3]]))
+    assert ids.tolist() == [[1, 2, 3, 27, 29, 29, 28]] and mask.all()
+    assert model(ids, labels=ids).loss.isfinite()
+    assert model.model.thought.window_weights() == pytest.approx([0.6, 0.3, 0.1])
+
+
+def test_wrong_use(model, runs, tmp_path):
+    right = prompts(model)
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.generate(right.input_ids.flip(1), attention_mask=right.attention_mask.flip(1))
+    with pytest.raises(ValueError, match="pass the tokenizer's attention_mask"):
+        model.generate(right.input_ids)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model.generate()
+    start, latent = model.vocabulary.start_id, model.vocabulary.latent_id
+    with pytest.raises(ValueError, match="must begin in one column"):
+        model(torch.tensor([[1, start, latent, 2], [1, 2, start, latent]]))
+    with pytest.raises(ConfigError, match="'quantization_config' is not an option"):
+        CoconutForCausalLM.from_pretrained(runs["full"], quantization_config=None)
+    with pytest.raises(ConfigError, match="cannot load a configuration"):
+        CoconutForCausalLM.from_pretrained("missing")
+    with pytest.raises(ConfigError, match="holds a gpt2 model without a thought"):
+        CoconutForCausalLM.from_pretrained(runs["full"] / "checkpoint_4" / "model")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_received_folders_run_no_code(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    code = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n"
+    (tmp_path / "saved/evil.py").write_text(code)
+    (tmp_path / "saved/custom_generate").mkdir()
+    (tmp_path / "saved/custom_generate/generate.py").write_text(code)
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    changes = [
+        {"text_config": config["text_config"] | {"attn_implementation": "evil/kernel"}},
+        {"auto_map": auto, "text_config": config["text_config"] | {"auto_map": auto}},
+        {"experiment": config["experiment"] | {"allow_pickle": True, "load_model_path": "x.bin"}},
+    ]
+    for change in changes:
+        (tmp_path / "saved/config.json").write_text(json.dumps(config | change))
+        CoconutForCausalLM.from_pretrained(tmp_path / "saved").generate(**prompts(model))
+    refused = [
+        {"text_config": config["text_config"] | {"n_layer": 10**9}},
+        {"attn_implementation": "evil/kernel"},
+        {"experiment": {"method": 3}},
+        {"stage": {"hidden_steps": 0, "num_latents": -1}},
+    ]
+    for change in refused:
+        (tmp_path / "saved/config.json").write_text(json.dumps(config | change))
+        with pytest.raises((ConfigError, CheckpointError)):
+            CoconutForCausalLM.from_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_text(json.dumps(config))
+    (tmp_path / "saved/model.safetensors").unlink()
+    torch.save({"x": Payload(tmp_path / "ran")}, tmp_path / "saved/pytorch_model.bin")
+    with pytest.raises((OSError, ConfigError, CheckpointError)):
+        CoconutForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_weights_are_refused(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "ln_f" in name)
+    save_file(
+        {n: v for n, v in weights.items() if n != name}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="weights are missing or unexpected: .*ln_f"):
+        CoconutForCausalLM.from_pretrained(tmp_path)
+    save_file(weights | {name: weights[name] * torch.nan}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="NaN"):
+        CoconutForCausalLM.from_pretrained(tmp_path)
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, coconut_ds; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

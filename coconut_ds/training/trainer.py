@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,11 +53,8 @@ class Trainer:
         options: Options,
         watchdog: Watchdog,
     ) -> None:
-        self.experiment = experiment
-        self.run_data = run_data
-        self.engine = engine
-        self.run = run
-        self.options = options
+        self.experiment, self.run_data, self.engine, self.run = experiment, run_data, engine, run
+        self.options, self.watchdog = options, watchdog
         self.layout = BatchConfig.of(experiment, engine.world_size, engine.rank)
         self.peak = PeakMeter(engine.device)
         self.checkpoints = Checkpoints(
@@ -80,7 +77,6 @@ class Trainer:
             max_minutes=options.max_minutes,
             failed=lambda: run.write_error is not None,
         )
-        self.watchdog = watchdog
         self.guard = LossGuard(run.folder, engine.rank)
 
     def settings(self) -> dict[str, Any]:
@@ -148,14 +144,12 @@ class Trainer:
         if self.experiment.debug:
             return
         self.watchdog.beat("loading a checkpoint", patience=10)
-        state = self.checkpoints.load(self.options.checkpoint, allow=self.options.allow)
-        if state is not None:
+        if state := self.checkpoints.load(self.options.checkpoint, allow=self.options.allow):
             self.state = state
             self.saved_at = (state.epoch, state.step_in_epoch)
         self.engine.on_main(self.run.write_settings)
         self.run.rewind(self.state.positions)
-        wandb_id = self.run.start_wandb(self.state.wandb_id)
-        self.state = replace(self.state, wandb_id=wandb_id)
+        self.state = replace(self.state, wandb_id=self.run.start_wandb(self.state.wandb_id))
 
     def resets_optimizer(self, epoch: int) -> bool:
         match self.experiment.reset_optimizer:
@@ -175,13 +169,12 @@ class Trainer:
         total = first + self.layout.num_steps(len(self.run_data.train) - done)
         self.engine.train()  # transformers loads models in evaluation mode
         self.peak.start()
-        with self.bar(f"epoch {epoch + 1}: {stage}", total, first) as bar:
+        with self.bar(None, f"epoch {epoch + 1}: {stage}", total=total, initial=first) as bar:
             for micro_batches in steps:
                 numbers = self.step(micro_batches)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{numbers['tokens_per_s']:.0f}")
                 bar.update()
-                number = stage_number(epoch, self.experiment)
-                self.run.log("train", step=self.state.global_step, epoch=epoch, stage=number, **numbers)
+                self.log("train", epoch, stage_number(epoch, self.experiment), **numbers)
                 match self.requests.poll(self.state.global_step):
                     case Request.SAVE:
                         self.write_checkpoint()
@@ -190,7 +183,12 @@ class Trainer:
                     case Request.FAIL:
                         self.check_written()
         if self.state.step_in_epoch > first:
-            self.run.log("memory", step=self.state.global_step, epoch=epoch, **self.peak.numbers())
+            self.log("memory", epoch, **self.peak.numbers())
+
+    def log(self, kind: str, epoch: int, stage: int | None = None, **numbers: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        place = {"epoch": epoch} if stage is None else {"epoch": epoch, "stage": stage}
+        self.run.log(kind, step=self.state.global_step, **place, **numbers)
 
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """Run one optimizer step and return its numbers for the log."""
@@ -241,43 +239,25 @@ class Trainer:
         from coconut_ds.evaluation.ablation import Comparison  # not needed to train
 
         for name in names:
-            result = evaluate(
-                self.engine,
-                self.run_data.valid,
-                stage,
-                self.experiment,
-                self.run_data.vocabulary,
-                self.progress,
-                self.keep_going,
-                ablation=name,
-            )
+            result = self.measure(self.run_data.valid, stage, ablation=name)
             comparison = Comparison.between(name, intact.predictions, result.predictions)
             numbers = {**result.numbers(), **comparison.against_intact()}
-            self.run.log("ablation", step=self.state.global_step, epoch=epoch, ablation=name, **numbers)
+            self.log("ablation", epoch, ablation=name, **numbers)
             self.print_line(f"  {comparison}")
+
+    def measure(self, test_set: TestSet, stage: Stage, ablation: str | None = None) -> Evaluation:
+        vocabulary = self.run_data.vocabulary
+        return evaluate(
+            self.engine, test_set, stage, self.experiment, vocabulary, self.bar, self.keep_going, ablation
+        )
 
     def evaluate(self, test_set: TestSet, stage: Stage, name: str, epoch: int) -> Evaluation:
         """Evaluate, log the numbers and print one line."""
-        result = evaluate(
-            self.engine,
-            test_set,
-            stage,
-            self.experiment,
-            self.run_data.vocabulary,
-            self.progress,
-            self.keep_going,
-        )
+        result = self.measure(test_set, stage)
         weights = self.engine.module.thought.window_weights()
         extra = {} if weights is None else {"window_weights": weights}
-        number = stage_number(epoch, self.experiment)
-        self.run.log(
-            name,
-            step=self.state.global_step,
-            epoch=epoch,
-            stage=number,
-            at=str(stage),
-            **result.numbers(),
-            **extra,
+        self.log(
+            name, epoch, stage_number(epoch, self.experiment), at=str(stage), **result.numbers(), **extra
         )
         if weights is not None and self.run.writes:
             from coconut_ds.reports.figures import draw_window_weights  # takes half a second to import
@@ -300,13 +280,8 @@ class Trainer:
 
     def save(self, result: Evaluation) -> None:
         """Finish the epoch and write its checkpoint."""
-        self.state = replace(
-            self.state,
-            epoch=self.state.epoch + 1,
-            step_in_epoch=0,
-            samples_in_epoch=0,
-            accuracy=result.accuracy,
-        )
+        position = {"epoch": self.state.epoch + 1, "step_in_epoch": 0, "samples_in_epoch": 0}
+        self.state = replace(self.state, accuracy=result.accuracy, **position)
         self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
@@ -350,13 +325,8 @@ class Trainer:
             if self.engine.is_main:
                 write_model(module, self.run_data.vocabulary, folder)
 
-    def progress(self, batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-        return iter(tqdm(batches, desc=name, leave=False, disable=None if self.engine.is_main else True))
-
-    def bar(self, title: str, total: int, first: int) -> tqdm:
-        return tqdm(
-            desc=title, total=total, initial=first, leave=False, disable=None if self.engine.is_main else True
-        )
+    def bar(self, batches: Iterable[Batch] | None, title: str, **counts: int) -> tqdm:
+        return tqdm(batches, desc=title, leave=False, disable=None if self.engine.is_main else True, **counts)
 
     def print_line(self, line: str) -> None:
         if self.engine.is_main:

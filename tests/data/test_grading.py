@@ -1,7 +1,6 @@
 """The grading rule: taken from the card or the experiment, and printed with every accuracy."""
 
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 
@@ -42,18 +41,12 @@ def test_the_line_of_training_names_the_rule():
         ),
         experiment=validate_experiment(SMALLEST, "test"),
         run_data=SimpleNamespace(vocabulary=None),
-        progress=None,
-        keep_going=None,
-        state=SimpleNamespace(global_step=1),
-        run=SimpleNamespace(
-            log=lambda *_, **numbers: lines.append(numbers["grading"]),
-            sample=lambda **_: None,
-            show_samples=lambda: None,
-        ),
+        measure=lambda *_: result("latex"),
+        log=lambda *_, **numbers: lines.append(numbers["grading"]),
+        run=SimpleNamespace(sample=lambda **_: None, show_samples=lambda: None),
         peak=SimpleNamespace(summary=lambda: ""),
         print_line=lines.append,
         check_written=lambda: None,
     )
-    with patch("coconut_ds.training.trainer.evaluate", lambda *_: result("latex")):
-        Trainer.evaluate(trainer, HALF, Stage(3, 6), "valid", 0)
+    Trainer.evaluate(trainer, HALF, Stage(3, 6), "valid", 0)
     assert lines[0] == "latex" and "accuracy 100.0 % (latex grading)" in lines[1]

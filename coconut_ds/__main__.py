@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coconut_ds.errors import UserError
-from coconut_ds.terminal import printable_streams
+from coconut_ds.files import printable_streams
 
 # The command name is the first word of the module name: inspect_latents.py is `inspect`.
 COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}

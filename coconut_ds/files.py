@@ -1,5 +1,6 @@
-"""Read and write files in folders that another person may have made.
+"""Read, write and print what another person may have made.
 
+    printable_streams          escape control characters in everything that is printed
     json_text                  standard JSON: null for NaN and infinities
     read_bytes, read_json      read files up to a size; refuse devices, do not wait for pipes
     replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
@@ -14,9 +15,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +32,12 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # a file system doe
 MAX_DIGITS = 19  # of an integer, as in 2**63
 EXPORT_FILE = "coconut.json"  # settings beside exported weights
 RUN_SIGNS = ("ds_config.json", "environment.json", "metrics.jsonl", "latest")
+# C0 and C1 except tab and line ends, surrogates, and characters that change the text direction.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# Used by nested progress bars and by reports of transformers: cursor up, bold, colors.
+HARMLESS = re.compile("(\x1b\\[(?:A|0m|1m|3[1-7]m))")
 
 
 def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
@@ -214,3 +224,48 @@ def cannot_write(folder: Path, error: OSError) -> ConfigError:
 
 def _is_a_link(path: Path) -> ConfigError:
     return ConfigError(f"{path} is a link, and links in a run folder are not followed; delete it")
+
+
+def is_printable(text: str) -> bool:
+    """Whether a text has no control characters other than line ends and tabs."""
+    return CONTROL.search(text) is None
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters escaped: \\x1b."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class PrintableStream:
+    """A text stream that writes `printable` text; other attributes are those of the wrapped stream."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = HARMLESS.split(text)
+        parts[::2] = map(printable, parts[::2])
+        self._stream.write("".join(parts))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_streams() -> Iterator[None]:
+    """Replace stdout and stderr by PrintableStream."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = PrintableStream(out), PrintableStream(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes to stderr on rank 0 (or the only process); stdout has only a command's result."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)

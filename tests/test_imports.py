@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parent.parent / "coconut_ds"
 # Top to bottom.
 ROOMS = (
     "errors",
-    "terminal",
     "tables",
     "templates",
     "failures",

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from coconut_ds.__main__ import main
-from coconut_ds.terminal import PrintableStream, is_printable
+from coconut_ds.files import PrintableStream, is_printable
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from coconut_ds.config.schema import MAX_BYTES
 from coconut_ds.data.json_items import looks_like_data
 from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError, UserError
-from coconut_ds.terminal import print_notes
+from coconut_ds.files import print_notes
 
 CARD_SUFFIX = ".card.json"
 # Stands for the experiment if only data files are given: no latents, nothing hidden.

@@ -40,8 +40,7 @@ from coconut_ds.config.schema import (
     violations,
 )
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import run_folder_of
-from coconut_ds.terminal import print_notes
+from coconut_ds.files import print_notes, run_folder_of
 
 
 @dataclass(frozen=True)

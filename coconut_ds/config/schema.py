@@ -26,8 +26,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import parse_json, read_bytes
-from coconut_ds.terminal import is_printable
+from coconut_ds.files import is_printable, parse_json, read_bytes
 
 MAX_BYTES = 1 << 17  # PyYAML takes about a second for this size
 MAX_UNKNOWN = 20  # keys in a message; each is compared with all known keys

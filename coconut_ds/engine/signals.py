@@ -13,16 +13,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 
 from coconut_ds.errors import StopRequested
+
+if TYPE_CHECKING:
+    from coconut_ds.engine.distributed import Ranks
 
 # Environment variable with the folder where ranks write their process ids, for launch/train.sh and sweeps.
 PID_FOLDER = "COCONUT_PID_FOLDER"
@@ -98,9 +101,7 @@ class Launcher:
     """
 
     def __init__(self) -> None:
-        self._parents: list[
-            tuple[psutil.Process, int]
-        ] = []  # a process below the launcher, and its parent's pid
+        self._parents: list[tuple[psutil.Process, int]] = []  # a process below it, and its parent's pid
         child = psutil.Process()
         for parent in child.parents()[:2]:
             if "deepspeed" not in " ".join(parent.cmdline()[:4]):
@@ -124,20 +125,13 @@ class Request(IntEnum):
     FAIL = 3
 
 
-class Ranks(Protocol):
-    @property
-    def is_main(self) -> bool: ...
-    def max_over_ranks(self, values: Sequence[float], /) -> list[float]: ...
-    def gather(self, value: str, /) -> list[str]: ...
-
-
 class Requests:
     """Requests to all ranks; `poll` is collective, so all ranks must call it at the same points."""
 
     def __init__(
         self,
         signals: Signals,
-        ranks: Ranks,
+        ranks: "Ranks",
         folder: Path,
         *,
         save_minutes: float | None = None,
@@ -181,26 +175,25 @@ class Requests:
     def _of_this_rank(self, step: int | None) -> Request:
         if self._failed():
             return Request.FAIL
-        if self._signals.received is not None:
-            self._reason = f"received {self._signals.received.name}"
+        if reason := self._reason_to_stop():
+            self._reason = reason
             return Request.STOP
-        if self._launcher.is_gone():
-            self._reason = "the deepspeed launcher ended"
-            return Request.STOP
-        if not self._ranks.is_main:  # only the main rank checks clocks and files
-            return Request.NOTHING
-        now = self._clock()
-        if self._max_minutes is not None and now - self._started >= 60 * self._max_minutes:
-            self._reason = f"--max-minutes {self._max_minutes:g} reached"
-            return Request.STOP
-        if self._files[Request.STOP].exists():
-            self._reason = f"found {self._files[Request.STOP]}"
-            return Request.STOP
-        if step is not None and self._is_time_to_save(step, now):
-            return Request.SAVE
-        return Request.NOTHING
+        return Request.SAVE if step is not None and self._is_time_to_save(step) else Request.NOTHING
 
-    def _is_time_to_save(self, step: int, now: float) -> bool:
+    def _reason_to_stop(self) -> str | None:
+        if self._signals.received is not None:
+            return f"received {self._signals.received.name}"
+        if self._launcher.is_gone():
+            return "the deepspeed launcher ended"
+        if not self._ranks.is_main:  # only the main rank checks clocks and files
+            return None
+        if self._max_minutes is not None and self._clock() - self._started >= 60 * self._max_minutes:
+            return f"--max-minutes {self._max_minutes:g} reached"
+        return f"found {self._files[Request.STOP]}" if self._files[Request.STOP].exists() else None
+
+    def _is_time_to_save(self, step: int) -> bool:
+        if not self._ranks.is_main:
+            return False
         by_steps = self._save_steps is not None and step % self._save_steps == 0
-        by_clock = self._save_minutes is not None and now - self._saved >= 60 * self._save_minutes
+        by_clock = self._save_minutes is not None and self._clock() - self._saved >= 60 * self._save_minutes
         return by_steps or by_clock or self._files[Request.SAVE].exists()

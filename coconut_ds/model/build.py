@@ -18,6 +18,7 @@ from coconut_ds.data.run_data import RunData, load_test_set
 from coconut_ds.data.token_cache import cache_folder, cached_tokens
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, refuse_unsavable
 from coconut_ds.errors import ConfigError, DataError
+from coconut_ds.files import print_notes
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.fork_windows import require_fixed_window, require_learned_window
 from coconut_ds.model.loading import install_weights, load_base, load_config
@@ -39,7 +40,6 @@ from coconut_ds.runs.weights import (
     load_foreign_weights,
     load_thought_weights,
 )
-from coconut_ds.terminal import print_notes
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32

@@ -7,8 +7,8 @@ import torch
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget, load_ds_config
 from coconut_ds.config.experiment import Experiment, read_experiment
+from coconut_ds.files import print_notes
 from coconut_ds.model.loading import load_config
-from coconut_ds.terminal import print_notes
 
 MIB, GIB = 2**20, 2**30
 RESERVED_MIB = 800  # CUDA context, NCCL and cuBLAS workspaces, as in ds_configs/

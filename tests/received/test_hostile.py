@@ -22,12 +22,12 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import load_named_experiment
 from coconut_ds.engine.watchdog import Watchdog, write_batches
 from coconut_ds.errors import UserError
+from coconut_ds.files import is_printable
 from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.model.build import build_module, load_run_data
 from coconut_ds.reports.figures import draw_window_weights
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
-from coconut_ds.terminal import is_printable
 from tests.received.commands import CHEAP, PAGE, PLANS, READING, call
 from tests.received.kinds import sign
 from tests.runs.fake_shards import FakeShards

@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "coconut_ds"
 # Top to bottom.
 ROOMS = (
     "errors",
-    "tables",
     "templates",
     "failures",
     "files",
+    "tables",
     "config",
     "data",
     "runs",

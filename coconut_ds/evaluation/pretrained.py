@@ -51,7 +51,7 @@ from coconut_ds.files import EXPORT_FILE
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import check_config, load_config
 from coconut_ds.model.lora import merge
-from coconut_ds.runs.weight_files import refuse_non_finite
+from coconut_ds.runs.weights import refuse_non_finite
 from coconut_ds.thoughts import Thought, ThoughtSettings, build_thought
 
 

@@ -174,7 +174,7 @@ class Trainer:
                 numbers = self.step(micro_batches)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{numbers['tokens_per_s']:.0f}")
                 bar.update()
-                self.log("train", epoch, stage_number(epoch, self.experiment), **numbers)
+                self.log("train", epoch, stage=stage_number(epoch, self.experiment), **numbers)
                 match self.requests.poll(self.state.global_step):
                     case Request.SAVE:
                         self.write_checkpoint()
@@ -185,10 +185,9 @@ class Trainer:
         if self.state.step_in_epoch > first:
             self.log("memory", epoch, **self.peak.numbers())
 
-    def log(self, kind: str, epoch: int, stage: int | None = None, **numbers: Any) -> None:
+    def log(self, kind: str, epoch: int, **numbers: Any) -> None:
         """Append a line to metrics.jsonl."""
-        place = {"epoch": epoch} if stage is None else {"epoch": epoch, "stage": stage}
-        self.run.log(kind, step=self.state.global_step, **place, **numbers)
+        self.run.log(kind, step=self.state.global_step, epoch=epoch, **numbers)
 
     def step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """Run one optimizer step and return its numbers for the log."""
@@ -257,7 +256,12 @@ class Trainer:
         weights = self.engine.module.thought.window_weights()
         extra = {} if weights is None else {"window_weights": weights}
         self.log(
-            name, epoch, stage_number(epoch, self.experiment), at=str(stage), **result.numbers(), **extra
+            name,
+            epoch,
+            stage=stage_number(epoch, self.experiment),
+            at=str(stage),
+            **result.numbers(),
+            **extra,
         )
         if weights is not None and self.run.writes:
             from coconut_ds.reports.figures import draw_window_weights  # takes half a second to import
@@ -280,8 +284,8 @@ class Trainer:
 
     def save(self, result: Evaluation) -> None:
         """Finish the epoch and write its checkpoint."""
-        position = {"epoch": self.state.epoch + 1, "step_in_epoch": 0, "samples_in_epoch": 0}
-        self.state = replace(self.state, accuracy=result.accuracy, **position)
+        accuracy, epoch = result.accuracy, self.state.epoch + 1
+        self.state = replace(self.state, epoch=epoch, step_in_epoch=0, samples_in_epoch=0, accuracy=accuracy)
         self.write_checkpoint()
 
     def write_checkpoint(self) -> None:

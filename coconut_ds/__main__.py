@@ -82,7 +82,13 @@ def _main(argv: Sequence[str] | None) -> int:
                 return UserError.exit_code
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args = parser.parse_args(without_bare_deepspeed(arguments))
+    args, rest = parser.parse_known_args(without_bare_deepspeed(arguments))
+    if rest and hasattr(args, "overrides"):
+        from coconut_ds.config.foreign_flags import unrecognized  # only for this error
+
+        parser.error(unrecognized(rest, arguments))
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if not (is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,6 +5,7 @@
     read_bytes, read_json      read files up to a size; refuse devices, do not wait for pipes
     replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
     open_append, make_folder   refuse links
+    from_start                 a path that a run folder records, from another working folder
     run_folder_of              the run, checkpoint or exported folder that contains a path
 
 The folder that the user names may be a link; links inside it are not followed.
@@ -31,7 +32,8 @@ MAX_JSON_BYTES = 64 * MIB
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # a file system does not support the call
 MAX_DIGITS = 19  # of an integer, as in 2**63
 EXPORT_FILE = "coconut.json"  # settings beside exported weights
-RUN_SIGNS = ("ds_config.json", "environment.json", "metrics.jsonl", "latest")
+ENVIRONMENT = "environment.json"
+RUN_SIGNS = ("ds_config.json", ENVIRONMENT, "metrics.jsonl", "latest")
 # C0 and C1 except tab and line ends, surrogates, and characters that change the text direction.
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -206,6 +208,41 @@ def run_folder_of(path: str | Path) -> Path | None:
         ):
             return folder
     return None
+
+
+def from_start(value: str, recorded_in: str | Path) -> str:
+    """A path that a file of a run folder records.  A relative one counts from where the run was started.
+
+    If it does not exist there, it counts from the working folder, as before a run folder was moved.  A name
+    that exists nowhere stays as it is, since it may be an id of the hub, unless it has a file ending.
+    """
+    start = _start_folder(Path(recorded_in))
+    if start is None or os.path.isabs(value) or start == Path.cwd():
+        return value
+    there = start / value
+    if _exists(there) or (there.suffix and not _exists(Path(value))):
+        return str(there)
+    return value
+
+
+def _start_folder(path: Path) -> Path | None:
+    """The working folder of the newest start of the run that `path` belongs to, if it is recorded."""
+    for folder in [Path(os.path.abspath(path)), *Path(os.path.abspath(path)).parents][:4]:
+        if (folder / ENVIRONMENT).is_file():
+            try:
+                start = Path(read_json(folder / ENVIRONMENT)["folder"])
+            except (OSError, ValueError, TypeError, KeyError):
+                return None
+            return start if start.is_absolute() else None
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        # RUN/best_stage_2 is a name, not a file.
+        return path.exists() or (path.name.startswith("best_stage_") and path.parent.is_dir())
+    except (OSError, ValueError):  # too long a name, or a zero byte
+        return False
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -40,7 +40,7 @@ from coconut_ds.config.schema import (
     violations,
 )
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import print_notes, run_folder_of
+from coconut_ds.files import from_start, print_notes, run_folder_of
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Experiment:
         return {key: value for key, value in asdict(self).items() if affects(key) != "running"}
 
 
+PATHS = ("model_id", "load_model_path", "train_path", "val_path", "test_path", "save_path")
 RESETS = {True: "stage_switch", False: "never"}
 
 
@@ -135,9 +136,17 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return load_with_notes(path, overrides)[0]
 
 
-def load_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
-    """The experiment, and a note for each setting that has no effect or an unexpected default."""
+def load_with_notes(
+    path: str | Path, overrides: Sequence[str] = (), at_start: bool = False
+) -> tuple[Experiment, list[str]]:
+    """The experiment, and a note for each setting that has no effect or an unexpected default.
+
+    `at_start`: relative paths in a run folder count from where the run was started (from_start).
+    """
     values = read_yaml(path)
+    for key in PATHS if at_start and Path(path).name == "experiment.yaml" else ():
+        if isinstance(values.get(key), str):
+            values[key] = from_start(values[key], path)
     published = has_published_keys(values)  # from the file alone: --set method=cot does not change its origin
     where = str(path)
     if overrides:
@@ -153,6 +162,11 @@ def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Exp
     return replace(experiment, allow_pickle=bool(parse_overrides(overrides).get("allow_pickle", False)))
 
 
+def load_run_experiment(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The settings of a run folder, to read its data and weights.  Raises ConfigError."""
+    return load_with_notes(folder / "experiment.yaml", overrides, at_start=True)[0]
+
+
 def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Load an experiment named on a command line; a YAML in a run folder counts as received."""
     return load_named_with_notes(path, overrides)[0]
@@ -160,7 +174,7 @@ def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Ex
 
 def load_named_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
     """`load_named_experiment`, with the notes of `load_with_notes`."""
-    experiment, notes = load_with_notes(path, overrides)
+    experiment, notes = load_with_notes(path, overrides, at_start=True)
     is_received = Path(path).name == "experiment.yaml" or run_folder_of(path) is not None
     return without_permissions(experiment, overrides) if is_received else experiment, notes
 

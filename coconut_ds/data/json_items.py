@@ -48,7 +48,8 @@ def read_text(path: Path, advice: str) -> str:
     try:
         content = read_bytes(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {advice}") from None
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"{path}: no such file{where}; {advice}") from None
     except IsADirectoryError:
         raise DataError(f"{path}: this is a folder; give the JSON file inside it") from None
     except OSError as error:

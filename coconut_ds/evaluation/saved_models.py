@@ -19,8 +19,8 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig, LatentMemory, validate_
 from coconut_ds.config.experiment import (
     Experiment,
     experiment_to_yaml,
-    load_experiment,
     load_named_experiment,
+    load_run_experiment,
     parse_overrides,
     validate_experiment,
     without_permissions,
@@ -218,8 +218,8 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
         raise ConfigError(
             f"{folder} is neither a run folder (it has no experiment.yaml) nor an exported folder"
         )
-    own = load_experiment(settings)
-    experiment = without_permissions(load_experiment(settings, overrides), overrides)
+    own = load_run_experiment(folder)
+    experiment = without_permissions(load_run_experiment(folder, overrides), overrides)
     experiment = replace(experiment, only_eval=True)
     folders = CheckpointFolders(folder)
     best = folders.pointed_at("best") if "best" in checkpoints else None
@@ -311,7 +311,7 @@ def original_model_id(trained: Trained) -> str:
     """The `model_id` that training started from."""
     settings = trained.folder / "experiment.yaml"
     if settings.is_file():
-        return load_experiment(settings).model_id
+        return load_run_experiment(trained.folder).model_id
     if (trained.folder / EXPORT_FILE).is_file():
         return str(read_export(trained.folder).get("base_model", trained.experiment.model_id))
     return trained.experiment.model_id

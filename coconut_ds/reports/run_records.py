@@ -21,6 +21,7 @@ from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage, numbered_s
 from coconut_ds.data.problems import GRADINGS, card_for
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import wilson_interval
+from coconut_ds.files import from_start
 from coconut_ds.runs.checkpoint_folders import CheckpointFolders, best_per_stage
 from coconut_ds.runs.record_shapes import (
     DS_CONFIG,
@@ -91,7 +92,7 @@ class RunRecord:
     def dataset(self) -> str:
         """Name of the data set, from its card or its file name."""
         experiment = self.experiment
-        return card_for(experiment.test_path or experiment.val_path).name
+        return card_for(from_start(experiment.test_path or experiment.val_path, self.folder)).name
 
     @property
     def memory_split(self) -> str:

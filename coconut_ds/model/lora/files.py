@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coconut_ds.errors import CheckpointError, first_line
-from coconut_ds.files import json_text, read_json
+from coconut_ds.files import from_start, json_text, read_json
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.lora.adapters import Origin, assert_tied
 from coconut_ds.runs.changes import BaseRecord
@@ -161,7 +161,8 @@ def read_origin(folder: str | Path) -> Origin | None:
         texts = [origin.model_id, origin.fingerprint, *([] if origin.weights is None else [origin.weights])]
         if not all(isinstance(text, str) for text in texts) or origin.weights == "":
             raise TypeError("its values are not text")
-        return origin
+        weights = None if origin.weights is None else from_start(origin.weights, folder)
+        return replace(origin, weights=weights)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not describe an adapter's base ({first_line(error)})") from error
 

@@ -19,8 +19,8 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Self
@@ -149,7 +149,9 @@ class Run:
         self.writes = is_main and not experiment.debug
         self.devices, self.command = devices, command or sys.argv
         self.write_error: str | None = None  # why a line could not be written
+        self.is_stopping: Callable[[], bool] = lambda: False  # a launcher that stops the run also ends wandb
         self._wandb: Any = None
+        self._wandb_failed = False
         self._lock: RunLock | None = None
         self._lines: dict[str, JsonLines] = {}
         self._samples: deque[dict[str, Any]] = deque(maxlen=MAX_SAMPLES)
@@ -207,9 +209,10 @@ class Run:
         try:
             yield
         except Exception as error:  # wandb's own errors share no base class
-            text = f"wandb stopped ({error}); metrics are still written to {self.folder / METRICS}"
-            warnings.warn(text, stacklevel=4)
-            self._wandb = None
+            if not self.is_stopping():
+                text = f"wandb stopped ({error}); metrics are still written to {self.folder / METRICS}"
+                warnings.warn(text, stacklevel=4)
+            self._wandb, self._wandb_failed = None, True
 
     def sample(self, **fields: Any) -> None:
         """Append one decoded problem to samples.jsonl."""
@@ -279,8 +282,14 @@ class Run:
 
     def close(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._without_wandb_errors():
+                self._wandb.finish()
             self._wandb = None
+        if self._wandb_failed:
+            with suppress(Exception):  # wandb's exit handler would print a traceback for its lost service
+                import wandb
+
+                wandb.teardown(1)
         for lines in self._lines.values():
             lines.close()
         if self._lock is not None:

@@ -55,6 +55,7 @@ class Trainer:
     ) -> None:
         self.experiment, self.run_data, self.engine, self.run = experiment, run_data, engine, run
         self.options, self.watchdog = options, watchdog
+        run.is_stopping = lambda: signals.received is not None
         self.layout = BatchConfig.of(experiment, engine.world_size, engine.rank)
         self.peak = PeakMeter(engine.device)
         self.checkpoints = Checkpoints(

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import pytest
 from coconut_ds.config.experiment import Experiment, load_experiment, validate_experiment
 from coconut_ds.errors import ConfigError
 from coconut_ds.runs.run_folder import MAX_SAMPLES, Run, code_version, replace_text, run_folder
+from tests.conftest import ROOT
 
 PUBLISHED = {
     "project": "coconut", "name": "first", "coconut": True, "c_thought": 1, "epochs_per_stage": 1,
@@ -283,6 +285,31 @@ def test_wandb_gets_curves_over_the_step_a_bounded_table_and_files(
     assert len(table["samples"].data) == MAX_SAMPLES
     assert table["samples"].data[-1] == ["valid", str(MAX_SAMPLES + 19), "7"]
     assert told.artifacts == [(str(tmp_path / "report.html"), f"{experiment.name}-report", "report")]
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+def test_a_wandb_whose_service_was_ended_prints_no_traceback(experiment, tmp_path, is_stopping) -> None:
+    """As after Ctrl-C under `deepspeed`, whose launcher ends the children of a rank too."""
+    program = (
+        "import pickle, psutil, sys, warnings\n"
+        "from coconut_ds.runs.run_folder import Run\n"
+        "with Run(pickle.loads(bytes.fromhex(sys.argv[1])), {}) as run:\n"
+        "    run.start_wandb()\n"
+        f"    run.is_stopping = lambda: {is_stopping}\n"
+        "    for child in psutil.Process().children(recursive=True):\n"
+        "        child.kill()\n"
+        "        child.wait()\n"
+        "    run.log('train', step=1, loss=1.0)\n"
+        "print('stopped', file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", program, pickle.dumps(experiment).hex()]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("wandb stopped" in done.stderr) is not is_stopping
+    assert done.stderr.splitlines()[-1] == "stopped"
+    assert is_stopping is False or done.stderr.splitlines() == ["stopped"]
 
 
 def test_a_wandb_that_breaks_off_is_a_warning(experiment: Experiment, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Run folders as tables, figures and HTML pages; checks of the machine."""
+"""Run folders and inspections as tables, figures and HTML pages."""

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 
 from coconut_ds.__main__ import main
-from coconut_ds.reports import doctor
+from coconut_ds.cli import doctor
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]

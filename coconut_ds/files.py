@@ -3,6 +3,7 @@
     printable_streams          escape control characters in everything that is printed
     json_text                  standard JSON: null for NaN and infinities
     read_bytes, read_json      read files up to a size; refuse devices, do not wait for pipes
+    hash_file                  the sha256 of a file
     replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
     open_append, make_folder   refuse links
     from_start                 a path that a run folder records, from another working folder
@@ -62,15 +63,15 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
     return content
 
 
+def hash_file(path: str | Path) -> str:
+    """The sha256 of a file, as hexadecimal text.  Raises OSError."""
+    with open(path, "rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
 def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> Any:
     """The value in a JSON file.  OSError; ValueError also for duplicate keys, NaN and huge integers."""
     return parse_json(read_bytes(path, limit), allow_nan=False)
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as reader:
-        return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def parse_json(text: str | bytes, allow_nan: bool = True) -> Any:

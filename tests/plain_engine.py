@@ -7,10 +7,12 @@ import torch
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.data.run_data import load_run_data
 from coconut_ds.engine.distributed import Ranks, ReadingEngine
 from coconut_ds.engine.signals import Signals
 from coconut_ds.engine.watchdog import Watchdog
-from coconut_ds.model.build import build_module, load_run_data
+from coconut_ds.model.build import build_module
+from coconut_ds.model.loading import load_config
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
 from tests.runs.fake_shards import FakeShards
@@ -61,7 +63,7 @@ class PlainEngine(ReadingEngine):
 def plain_trainer(values, allow=(), **changes):
     """A Trainer of the experiment `values | changes`, ready for `run_all`."""
     experiment = validate_experiment({**values, **changes}, "test")
-    run_data = load_run_data(experiment)
+    run_data = load_run_data(experiment, load_config(experiment.model_id))
     engine = PlainEngine(build_module(experiment, run_data.vocabulary, LatentMemory()))
     with Signals() as signals, Run(experiment, {}) as run:
         watchdog = Watchdog(run.folder, 0, 1, 0)

@@ -23,7 +23,6 @@ PACKAGE = Path(__file__).parents[1] / "coconut_ds"
 # json.dumps of text or settings: cache keys, digests, --set values, messages, YAML strings.
 OTHERS = {
     "files.py",
-    "data/token_cache.py",
     "data/tokenizer.py",
     "runs/checkpoint_folders.py",
     "training/sweep.py",

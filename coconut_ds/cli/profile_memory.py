@@ -13,7 +13,7 @@ from typing import Any
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import Experiment, add_experiment_arguments, experiment_to_yaml
 from coconut_ds.data.curriculum import final_stage
-from coconut_ds.data.run_data import RunData, TestSet
+from coconut_ds.data.run_data import RunData, TestSet, load_run_data
 from coconut_ds.engine.engine import Engine, Ranks, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.evaluate import evaluate
@@ -24,7 +24,8 @@ from coconut_ds.memory.guard import MemoryGuard
 from coconut_ds.memory.largest_batches import largest_batch, shape_of, stages_of
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profiler import BETWEEN, INITIALISE, PhaseMeter, profile_steps
-from coconut_ds.model.build import load_run_data, write_model
+from coconut_ds.model.build import write_model
+from coconut_ds.model.loading import load_config
 from coconut_ds.reports.memory_tables import profile_text
 from coconut_ds.runs.run_folder import RunLock, run_folder
 from coconut_ds.training.run_settings import read_settings
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) -> str | None:
     """Profile on every rank; the main rank writes the files and returns the text.  Collective."""
     folder = run_folder(experiment) / "memory"
-    run_data = load_run_data(experiment)
+    run_data = load_run_data(experiment, load_config(experiment.model_id))
     ranks = start_distributed(ds_config.precision)
     locks: list[RunLock] = []  # keep other runs out of the folder
     ranks.on_main(lambda: locks.append(RunLock(folder.parent)))

@@ -13,7 +13,6 @@ Exit code 2: a file is invalid, the splits leak, or `train` would refuse to star
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from coconut_ds.config.deepspeed import add_ds_config_argument, load_ds_config
@@ -124,27 +123,30 @@ def _length_notes(experiment: Experiment) -> list[str]:
     if not all(Path(path).exists() for path in [experiment.model_id, *paths] if path):
         return []
     from coconut_ds.data.problems import read_problems
+    from coconut_ds.data.run_data import (  # imports torch, which settings files do not need
+        LengthCheck,
+        limit_of,
+    )
     from coconut_ds.data.tokenizer import load_vocabulary, tokenize
-    from coconut_ds.model.build import length_check  # imports torch, which settings files do not need
+    from coconut_ds.model.loading import load_config
 
     vocabulary = load_vocabulary(experiment.model_id)
-    check = length_check(experiment, vocabulary)
-    return (
-        check.refuse(*(tokenize(read_problems(p), vocabulary) if p else [] for p in paths)) if check else []
-    )
+    check = LengthCheck(experiment, vocabulary, limit_of(load_config(experiment.model_id)))
+    return check.refuse(check.uses(*(tokenize(read_problems(p), vocabulary) if p else [] for p in paths)))
 
 
 def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
     """Print the report on the data files; return the number of errors and leaks."""
     from coconut_ds.data.checks import check_data_files  # imports torch, which settings files do not need
+    from coconut_ds.data.run_data import LengthCheck, limit_of
     from coconut_ds.data.tokenizer import load_vocabulary, refuse_unsavable
-    from coconut_ds.model.build import length_check
+    from coconut_ds.model.loading import load_config
 
     vocabulary, check = None, None
     if model is not None:
         vocabulary = load_vocabulary(model)
         refuse_unsavable(vocabulary, model)
-        check = length_check(replace(EVERY_STEP_SHOWN, model_id=model), vocabulary)
+        check = LengthCheck(EVERY_STEP_SHOWN, vocabulary, limit_of(load_config(model)))
     report = check_data_files(paths, vocabulary, check)
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:

@@ -142,12 +142,12 @@ def collate(
     )
 
 
-def refuse_long_prompts(lengths: Sequence[int], num_positions: int | None, name: str, first: int = 1) -> None:
+def refuse_long_prompts(lengths: Sequence[int], num_positions: int | None, name: str) -> None:
     """Raise DataError if a prompt has more tokens, including latents, than the model has positions.
 
-    `name`, `first`: what the message calls a prompt, and the number of the first one.
+    `name`: what the message calls a prompt.
     """
-    for number, length in enumerate(lengths, first):
+    for number, length in enumerate(lengths, 1):
         if num_positions is not None and length > num_positions:
             raise DataError(
                 f"{name} {number} has {length:,} tokens with its latents, and the model has "

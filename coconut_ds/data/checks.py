@@ -3,12 +3,12 @@
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from coconut_ds.data.positions import LengthCheck
 from coconut_ds.data.problems import Problem, card_for, read_problems
+from coconut_ds.data.run_data import LengthCheck, Use, trained_stages
 from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
 from coconut_ds.tables import Table
@@ -99,14 +99,14 @@ def check_data_files(
     """
     files, errors = [], []
     holders: dict[bytes, dict[str, int]] = {}  # question -> first index in each file that has it
-    limit = check.limit.positions if check else _stated_length(vocabulary)
+    limit = check.limit.positions if check and check.limit else _stated_length(vocabulary)
     for path in map(Path, paths):
         try:
             problems = read_problems(path)
             file = _check_file(path, problems, vocabulary, limit)
-            if check and max(file.lengths.total) > check.limit.positions:
+            if check and check.limit and max(file.lengths.total) > check.limit.positions:
                 tokens = tokenize(problems, check.vocabulary)
-                replace(check, experiment=replace(check.experiment, train_path=str(path))).refuse(tokens, ())
+                check.refuse([Use(str(path), tokens, trained_stages(check.experiment), trains=True)])
             files.append(file)
         except DataError as error:
             errors.append(str(error))

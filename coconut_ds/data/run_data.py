@@ -1,11 +1,36 @@
-"""The data of a run: training examples and evaluation sets, read before any model."""
+"""The data of a run, read and checked before any model.
 
-from collections.abc import Sequence
+Examples longer than the model are refused.  Notes name questions of an evaluation file that are also in the
+training file, and text that the tokenizer does not know, so that the model reads one unknown token for it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from transformers import PretrainedConfig
+
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.curriculum import Stage, final_stage, last_epoch, numbered_stage, render, stage_at
 from coconut_ds.data.problems import Card, Problem, card_for, examples_digest, read_problems
-from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, tokenize
+from coconut_ds.data.tokenizer import (
+    CachedProblems,
+    TokenizedProblem,
+    Vocabulary,
+    cached_tokens,
+    load_vocabulary,
+    refuse_unsavable,
+    tokenize,
+)
+from coconut_ds.errors import DataError
+from coconut_ds.files import print_notes
+
+DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
+MAX_NAMED, MAX_LETTERS = 5, 60  # unknown texts in a note
+# Models with one of these settings compute their positions; others have a table of learned positions.
+COMPUTED_POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "alibi")
 
 
 @dataclass(frozen=True)
@@ -36,7 +61,230 @@ class RunData:
     test: TestSet | None
 
 
+def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
+    """Read and tokenize every file of an experiment; the main process prints notes on them.
+
+    `config`: its model's.  Raises ConfigError for the tokenizer, DataError for the data and for examples that
+    are too long.
+    """
+    debug = experiment.debug
+    vocabulary = load_vocabulary(experiment.model_id)
+    train: Sequence[TokenizedProblem] = []
+    if not experiment.only_eval:
+        refuse_unsavable(vocabulary, experiment.model_id)
+        limit = DEBUG_TRAIN_ITEMS if debug else None
+        train = cached_tokens(experiment.train_path, vocabulary, limit=limit)
+    limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
+    valid = load_test_set(experiment.val_path, vocabulary, limit)
+    test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
+    check = LengthCheck(experiment, vocabulary, limit_of(config))
+    print_notes(check.refuse(check.uses(train, valid.tokenized, test.tokenized if test else ())))
+    sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
+    print_notes(shared_questions(train, experiment.train_path, sets))
+    print_notes(unknown_text(vocabulary, train, experiment.train_path, sets))
+    return RunData(vocabulary, train, valid, test)
+
+
+def load_evaluation_data(
+    experiment: Experiment, config: PretrainedConfig, path: str, stage: Stage, limit: int | None
+) -> tuple[Vocabulary, TestSet]:
+    """Read and tokenize a file to evaluate at `stage`.  Prints and raises like `load_run_data`."""
+    vocabulary = load_vocabulary(experiment.model_id)
+    test_set = load_test_set(path, vocabulary, limit)
+    check = LengthCheck(experiment, vocabulary, limit_of(config))
+    print_notes(check.refuse([Use(path, test_set.tokenized, [stage])]))
+    return vocabulary, test_set
+
+
 def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -> TestSet:
     """Read problems to grade, with their card.  Raises DataError."""
     problems = read_problems(path, limit)
     return TestSet(problems, tokenize(problems, vocabulary), card_for(path))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Maximum tokens, including latents, per row; `is_hard`: the model fails on longer rows."""
+
+    positions: int
+    is_hard: bool
+
+
+def limit_of(config: PretrainedConfig) -> Limit | None:
+    """The limit in a model's configuration, None if it has none."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    return Limit(positions, not any(getattr(text, name, None) for name in COMPUTED_POSITIONS))
+
+
+@dataclass(frozen=True)
+class Use:
+    """Problems of a file and the stages that they are rendered at."""
+
+    path: str | None
+    problems: Sequence[TokenizedProblem]
+    stages: Sequence[Stage]
+    trains: bool = False  # also at the stages that `uniform_prob` draws; no answer needs room
+
+
+@dataclass(frozen=True)
+class LengthCheck:
+    """Checks rows against the limit of an experiment's model."""
+
+    experiment: Experiment
+    vocabulary: Vocabulary
+    limit: Limit | None
+
+    def uses(
+        self,
+        train: Sequence[TokenizedProblem],
+        valid: Sequence[TokenizedProblem],
+        test: Sequence[TokenizedProblem],
+    ) -> list[Use]:
+        """What a run does with its data."""
+        experiment = self.experiment
+        every = trained_stages(experiment)
+        return [
+            Use(experiment.train_path, train, every, trains=True),
+            Use(experiment.val_path, valid, every),
+            Use(experiment.test_path, test, [final_stage(experiment)]),
+        ]
+
+    def refuse(self, uses: Iterable[Use]) -> list[str]:
+        """Raise DataError for rows above a hard limit or prompts above a soft one; return notes on the rest.
+
+        Every row is measured at the stage where it is longest, including latents and special tokens.
+        """
+        if self.limit is None:
+            return []
+        notes, errors = [], []
+        for use in uses:
+            text = self._too_long(use, self.limit)
+            if text and self.limit.is_hard:
+                errors.append(text)
+            elif text:
+                notes.append(f"{text}; the model was not trained on such lengths")
+                errors.append("" if use.trains else self._too_long(use, self.limit, prompts=True))
+        if any(errors):
+            raise DataError("\n".join(f"{text}; shorten or remove it" for text in errors if text))
+        return notes
+
+    def _too_long(self, use: Use, limit: Limit, prompts: bool = False) -> str:
+        """A message with the longest row above the limit and their number; empty if all fit."""
+        experiment = self.experiment
+        mixes = use.trains and experiment.uniform_prob > 0 and experiment.method.has_stages
+        last = experiment.c_thought * experiment.max_latent_stage
+        latents = max(last, *(stage.num_latents for stage in use.stages)) + 2
+        room = limit.positions - (latents if experiment.method.has_latents else 0)
+        too_long: list[tuple[int, int, Stage]] = []
+        # Only problems that are above the limit with every step and every latent are rendered.
+        for index in np.flatnonzero(num_tokens(use.problems) > room).tolist():
+            problem, lengths = use.problems[index], []
+            drawn = [numbered_stage(n, experiment) for n in range(len(problem.steps) + 1)] if mixes else []
+            for stage in [*use.stages, *drawn]:
+                sample = render(problem, stage, experiment, self.vocabulary)
+                lengths.append((sample.num_prompt if prompts else len(sample.tokens), stage))
+            tokens, stage = max(lengths, key=lambda pair: pair[0])
+            if tokens > limit.positions:
+                too_long.append((tokens, index, stage))
+        if not too_long:
+            return ""
+        tokens, index, stage = max(too_long, key=lambda row: row[0])
+        more = f", and {len(too_long) - 1} more items are too long" if len(too_long) > 1 else ""
+        part = "the prompt of " if prompts else ""
+        return (
+            f"{use.path}, item {index}: {part}this example has {tokens:,} tokens ({stage}), "
+            f"and the model has {limit.positions:,} positions{more}"
+        )
+
+
+def trained_stages(experiment: Experiment) -> list[Stage]:
+    """Every stage that the epochs of a run reach, without those that `uniform_prob` draws."""
+    last = last_epoch(experiment)
+    epochs = range(min(experiment.resume, last), last + 1)
+    return list(dict.fromkeys(stage_at(epoch, experiment) for epoch in epochs))
+
+
+def num_tokens(problems: Sequence[TokenizedProblem]) -> np.ndarray:
+    """The number of tokens of every problem: question, steps and answer."""
+    if isinstance(problems, CachedProblems):
+        return problems.num_tokens()
+    return np.array([len(p.question) + sum(map(len, p.steps)) + len(p.answer) for p in problems], dtype=int)
+
+
+def shared_questions(
+    train: Sequence[TokenizedProblem], train_path: str, sets: Mapping[str, TestSet]
+) -> Iterator[str]:
+    """A note for each evaluation file with questions of the training file; compared as token ids."""
+    asked = {problem.question for test_set in sets.values() for problem in test_set.tokenized}
+    seen: dict[tuple[int, ...], int] = {}  # question -> index in the training file
+    for index, problem in enumerate(train):
+        if problem.question in asked:
+            seen.setdefault(problem.question, index)
+    for path, test_set in sets.items():
+        shared = [i for i, problem in enumerate(test_set.tokenized) if problem.question in seen]
+        if shared:
+            first = shared[0]
+            yield (
+                f"{path}: {len(shared)} of {len(test_set)} questions are also in {train_path}, so accuracy "
+                f"on them does not measure generalization; the first is item {first} = item "
+                f"{seen[test_set.tokenized[first].question]}: {_short(test_set.problems[first].question)!r}"
+            )
+
+
+def unknown_text(
+    vocabulary: Vocabulary, train: Sequence[TokenizedProblem], train_path: str, sets: Mapping[str, TestSet]
+) -> Iterator[str]:
+    """One note with the count and the texts that the tokenizer maps to its unknown token, if any."""
+    unknown = vocabulary.tokenizer.unk_token_id
+    if unknown is None:
+        return
+    texts: Counter[str] = Counter()
+    files = []
+    for path, problems, tokenized in [
+        (train_path, None, train),
+        *((path, test_set.problems, test_set.tokenized) for path, test_set in sets.items()),
+    ]:
+        indices = [i for i, problem in enumerate(tokenized) if _has(problem, unknown)]
+        if indices:
+            files.append(path)
+            known = read_problems(path, indices[-1] + 1) if problems is None else problems
+            for index in indices:
+                texts.update(_unknown_parts(known[index], vocabulary, unknown))
+    if not texts:
+        return
+    named = ", ".join(f"{_short(text)!r} ({count})" for text, count in texts.most_common(MAX_NAMED))
+    more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
+    yield (
+        f"{', '.join(files)}: the tokenizer of model_id does not know {sum(texts.values())} pieces of text, "
+        f"and the model cannot tell them apart: {named}{more}"
+    )
+
+
+def _has(problem: TokenizedProblem, unknown: int) -> bool:
+    # The answer ends with eos, which is the unknown token in GPT-2's vocabulary.
+    return (
+        unknown in problem.question
+        or unknown in problem.answer[:-1]
+        or any(unknown in s for s in problem.steps)
+    )
+
+
+def _unknown_parts(problem: Problem, vocabulary: Vocabulary, unknown: int) -> Iterator[str]:
+    """The pieces of a problem that become the unknown token; the texts, without a fast tokenizer."""
+    tokenizer = vocabulary.tokenizer
+    for text in (problem.question + "\n", *(step + "\n" for step in problem.steps), "### " + problem.answer):
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, **options)
+        spans = (
+            encoded["offset_mapping"] if tokenizer.is_fast else [(0, len(text))] * len(encoded["input_ids"])
+        )
+        for token, (start, end) in zip(encoded["input_ids"], spans, strict=True):
+            if token == unknown:
+                yield text[start:end]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."

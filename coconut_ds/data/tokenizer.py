@@ -1,26 +1,42 @@
-"""Turn problems into token ids, in the text format of the Coconut release.
+"""Turn problems into token ids, in the text format of the Coconut release, and keep those of a file on disk.
 
 {question}\\n  <|start-latent|> <|latent|>... <|end-latent|>  {step}\\n ...  ### {answer}<eos>
+
+    cache/tokens/3f0c....npz    tokens         ids of all pieces, one after the other
+                                piece_ends     where each one ends: question, steps ..., answer, question, ...
+                                first_pieces   which piece is each problem's question; last, their number
 """
 
 import hashlib
+import io
 import json
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Sequence
+import zipfile
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+from filelock import FileLock
+from platformdirs import user_cache_path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from coconut_ds.data.problems import Problem
+from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
+from coconut_ds.files import hash_file, replace_bytes
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+CACHE_FORMAT = 2  # increase it when the text format or the arrays change
+_CHUNK = 4_096  # problems tokenized at a time
 
 # For every `from_pretrained`: never run code from a model folder, and do not ask whether to.
 DATA_ONLY: Any = {"trust_remote_code": False}
@@ -193,3 +209,133 @@ def _cannot_encode(texts: Sequence[str], vocabulary: Vocabulary, error: Exceptio
                 "use a tokenizer with an unknown token, or remove the text from the data"
             )
     return f"the tokenizer of model_id cannot encode the data ({error})"
+
+
+class CachedProblems(Sequence[TokenizedProblem]):
+    """The tokenized problems of a file as three arrays; an index returns one, a slice a list of them."""
+
+    def __init__(self, tokens: np.ndarray, piece_ends: np.ndarray, first_pieces: np.ndarray):
+        self.tokens, self.piece_ends, self.first_pieces = tokens, piece_ends, first_pieces
+
+    def __len__(self) -> int:
+        return len(self.first_pieces) - 1
+
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of every problem."""
+        return np.diff(self.piece_ends[self.first_pieces[1:] - 1], prepend=0)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedProblem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedProblem]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedProblem | list[TokenizedProblem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        first, last = self.first_pieces[index % len(self) :][:2].tolist()
+        start = int(self.piece_ends[first - 1]) if first else 0
+        ends = self.piece_ends[first:last].tolist()
+        ids = self.tokens[start : ends[-1]].tolist()
+        cuts = [0, *(end - start for end in ends)]
+        question, *steps, answer = (tuple(ids[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+        return TokenizedProblem(question, tuple(steps), answer)
+
+    def is_valid(self, num_ids: int) -> bool:
+        """Whether these arrays of a file from anywhere are what `_tokenize_file` makes."""
+        tokens, ends, first = self.tokens, self.piece_ends, self.first_pieces
+        return (
+            tokens.ndim == ends.ndim == first.ndim == 1
+            and tokens.dtype == _id_type(num_ids)
+            and ends.dtype == first.dtype == np.int64
+            and len(ends) > 0 < len(first)
+            and first[0] == 0
+            and first[-1] == len(ends)
+            and bool((np.diff(first) >= 2).all())  # a question and an answer at least
+            and bool((np.diff(ends, prepend=0) >= 0).all())
+            and ends[-1] == len(tokens)
+            and (len(tokens) == 0 or int(tokens.max()) < num_ids)
+        )
+
+
+def cached_tokens(
+    path: str | Path, vocabulary: Vocabulary, folder: str | Path | None = None, limit: int | None = None
+) -> CachedProblems:
+    """The tokenized problems of a data file, from the cache; adds them if they are missing or damaged.
+
+    The entry's name is a digest of the file's content, the tokenizer and the limit.  If several ranks start
+    at once, one tokenizes and the others wait.  `folder`: by default beside the file, else the user's cache.
+    Raises DataError like read_problems, and if the entry cannot be stored.
+    """
+    path = Path(path)
+    try:
+        content = hash_file(path)
+    except OSError:
+        list(islice(each_problem(path), 1))  # raises a DataError with the reason and the fix
+        raise
+    key = f"{CACHE_FORMAT} {limit} {vocabulary.digest()} {content}"
+    folder = Path(folder or _cache_folder(path))
+    entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    num_ids = max(vocabulary.tokenizer.get_vocab().values(), default=0) + 1  # some tokenizers skip ids
+    if (cached := _read_entry(entry, num_ids)) is not None:
+        return cached
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if (cached := _read_entry(entry, num_ids)) is None:
+                cached = _tokenize_file(path, vocabulary, limit, num_ids)
+                _write_entry(entry, cached)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: the tokenized {path.name} cannot be stored ({error.strerror}); "
+            "free disk space, or use a folder that can be written"
+        ) from error
+    return cached
+
+
+def _cache_folder(path: Path) -> Path:
+    folder = path.parent / "cache" / "tokens"
+    # Do not follow links: they may come with a received folder and lead anywhere.
+    if os.access(path.parent, os.W_OK) and not folder.is_symlink() and not folder.parent.is_symlink():
+        return folder
+    return user_cache_path("coconut_ds") / "tokens"
+
+
+def _id_type(num_ids: int) -> type[np.unsignedinteger]:
+    return np.uint16 if num_ids <= 1 << 16 else np.uint32
+
+
+def _tokenize_file(path: Path, vocabulary: Vocabulary, limit: int | None, num_ids: int) -> CachedProblems:
+    problems: Iterator[Problem] = each_problem(path, limit)
+    tokens, piece_ends, first_pieces = array("I"), array("q"), array("q", [0])
+    while chunk := list(islice(problems, _CHUNK)):
+        for problem in tokenize(chunk, vocabulary):
+            for piece in (problem.question, *problem.steps, problem.answer):
+                tokens.extend(piece)
+                piece_ends.append(len(tokens))
+            first_pieces.append(len(piece_ends))
+    ids = np.asarray(tokens).astype(_id_type(num_ids))
+    return CachedProblems(ids, np.asarray(piece_ends), np.asarray(first_pieces))
+
+
+def _read_entry(entry: Path, num_ids: int) -> CachedProblems | None:
+    if entry.is_symlink() or not entry.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(entry) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > entry.stat().st_size:  # compressed, and perhaps without end
+            return None
+        with np.load(entry, allow_pickle=False) as arrays:
+            cached = CachedProblems(arrays["tokens"], arrays["piece_ends"], arrays["first_pieces"])
+    except Exception:  # zipfile and numpy raise anything on a damaged file
+        return None
+    return cached if cached.is_valid(num_ids) else None
+
+
+def _write_entry(entry: Path, cached: CachedProblems) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    content = io.BytesIO()
+    np.savez(content, tokens=cached.tokens, piece_ends=cached.piece_ends, first_pieces=cached.first_pieces)
+    replace_bytes(entry, content.getvalue())

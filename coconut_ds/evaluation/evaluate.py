@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches, refuse_long_prompts
-from coconut_ds.data.curriculum import Stage, render
+from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches
+from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, split_completion
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import Vocabulary
@@ -76,19 +76,13 @@ def evaluate(
 ) -> Evaluation:
     """Loss and generated answers of every problem at `stage`; every item counts once.  Collective.
 
+    Prompts must fit the model's positions, which load_run_data and load_evaluation_data check.
     `progress` wraps the batches for display.  `keep_going` is called once per batch and may raise to stop.
     `ablation` names the replacement for the model's thoughts (ablation.py).
     """
     ablator = Ablator(ablation, experiment.seed) if ablation else None
     stage = ablated_stage(stage, ablation) if ablation else stage
     layout = BatchConfig(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
-    # Every rank checks every prompt, so all of them stop together.
-    refuse_long_prompts(
-        [render(problem, stage, experiment, vocabulary).num_prompt for problem in test_set.tokenized],
-        engine.module.num_positions,
-        "evaluated item",
-        first=0,
-    )
     engine.eval()
 
     def batches(prompts: bool, name: str) -> Iterable[Batch]:

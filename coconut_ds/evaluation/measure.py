@@ -21,8 +21,8 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import Stage
-from coconut_ds.data.run_data import TestSet, load_test_set
-from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary
+from coconut_ds.data.run_data import TestSet, load_evaluation_data
+from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.engine.distributed import Ranks, ReadingEngine
 from coconut_ds.engine.engine import Engine, finish_distributed, start_distributed
 from coconut_ds.errors import ConfigError
@@ -33,7 +33,7 @@ from coconut_ds.evaluation.intervals import percent_with_interval, wilson_interv
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import json_text, open_append, parse_json, read_bytes, replace_text
-from coconut_ds.model.build import length_check
+from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import parameter_groups
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
@@ -154,13 +154,9 @@ def _read_data(trained: Trained, options: EvalOptions) -> tuple[Vocabulary, Test
             raise ConfigError(
                 "--ablate swap: needs at least two rows per batch; --set batch_size_eval=2 or more"
             )
-    vocabulary = load_vocabulary(experiment.model_id)
     path = split_path(experiment, options.split)
     limit = options.limit if options.limit is not None else experiment.eval_max_items
-    test_set = load_test_set(path, vocabulary, limit)
-    if check := length_check(experiment, vocabulary):
-        check.refuse_evaluation(path, test_set.tokenized, trained.stage)
-    return vocabulary, test_set
+    return load_evaluation_data(experiment, load_config(experiment.model_id), path, trained.stage, limit)
 
 
 def split_path(experiment: Experiment, split: str) -> str:

@@ -20,10 +20,10 @@ from coconut_ds.data.curriculum import (
     stage_at,
 )
 from coconut_ds.data.problems import Problem, read_problems
+from coconut_ds.data.run_data import DEBUG_TRAIN_ITEMS
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.plan import BatchShape
-from coconut_ds.model.build import DEBUG_TRAIN_ITEMS
 
 # In a larger file, only the problems with the most characters in some part are tokenized.
 MAX_TOKENIZED = 4000

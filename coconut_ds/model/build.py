@@ -1,9 +1,5 @@
-"""Build from an experiment's settings the run's data, its vocabulary and its Coconut model.
+"""Build an experiment's Coconut model."""
 
-Data is read before the model, so that mistakes show before weights are loaded.
-"""
-
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +8,11 @@ from transformers import PreTrainedModel
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.notes import shared_questions, unknown_text
-from coconut_ds.data.positions import LengthCheck, limit_of
-from coconut_ds.data.run_data import RunData, load_test_set
-from coconut_ds.data.token_cache import cache_folder, cached_tokens
-from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, refuse_unsavable
-from coconut_ds.errors import ConfigError, DataError
-from coconut_ds.files import print_notes
+from coconut_ds.data.tokenizer import Vocabulary
+from coconut_ds.errors import ConfigError
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.fork_windows import require_fixed_window, require_learned_window
-from coconut_ds.model.loading import install_weights, load_base, load_config
+from coconut_ds.model.loading import install_weights, load_base
 from coconut_ds.model.lora import (
     add_adapters,
     install_thought,
@@ -41,42 +32,6 @@ from coconut_ds.runs.weights import (
     load_thought_weights,
 )
 from coconut_ds.thoughts import ThoughtSettings, build_thought
-
-DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
-
-
-def load_run_data(experiment: Experiment) -> RunData:
-    """Read and tokenize every file of the experiment; the main process prints notes on them.
-
-    Raises ConfigError for the tokenizer, DataError for the data and for examples that are too long.
-    """
-    debug = experiment.debug
-    vocabulary = load_vocabulary(experiment.model_id)
-    if not experiment.only_eval:
-        refuse_unsavable(vocabulary, experiment.model_id)
-    train: Sequence[TokenizedProblem] = []
-    if not experiment.only_eval:
-        limit = DEBUG_TRAIN_ITEMS if debug else None
-        path = experiment.train_path
-        train = cached_tokens(path, vocabulary, cache_folder(path), limit)
-        if not train:
-            raise DataError(f"{experiment.train_path}: no problems to train on")
-    limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
-    valid = load_test_set(experiment.val_path, vocabulary, limit)
-    test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
-    if check := length_check(experiment, vocabulary):
-        notes = check.refuse(train, valid.tokenized, test.tokenized if test else ())
-        print_notes(notes)
-    sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
-    print_notes(shared_questions(train, experiment.train_path, sets))
-    print_notes(unknown_text(vocabulary, train, experiment.train_path, sets))
-    return RunData(vocabulary, train, valid, test)
-
-
-def length_check(experiment: Experiment, vocabulary: Vocabulary) -> LengthCheck | None:
-    """The check of examples against the model's positions; None if its configuration has no limit."""
-    limit = limit_of(load_config(experiment.model_id))
-    return LengthCheck(experiment, vocabulary, limit) if limit else None
 
 
 def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:

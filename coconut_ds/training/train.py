@@ -7,7 +7,7 @@ import torch
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import BatchConfig
-from coconut_ds.data.run_data import RunData
+from coconut_ds.data.run_data import RunData, load_run_data
 from coconut_ds.engine.engine import (
     Engine,
     Ranks,
@@ -22,7 +22,8 @@ from coconut_ds.errors import BudgetError
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.failures import lost_ranks_explained, phase
 from coconut_ds.memory.budget import enforce_memory_budget, judged_plan
-from coconut_ds.model.build import build_module, load_run_data
+from coconut_ds.model.build import build_module
+from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import parameter_groups
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
@@ -63,7 +64,7 @@ def check_start(experiment: Experiment, ds_config: DeepSpeedConfig, world_size: 
     """
     ds_config.resolve(experiment, world_size)
     refuse_missing_operators(ds_config)
-    return load_run_data(experiment)
+    return load_run_data(experiment, load_config(experiment.model_id))
 
 
 def check_model(

@@ -6,8 +6,8 @@ import pytest
 
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.checks import check_data_files
-from coconut_ds.data.positions import LengthCheck, Limit
 from coconut_ds.data.problems import read_problems
+from coconut_ds.data.run_data import LengthCheck, Limit
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import DataError
 

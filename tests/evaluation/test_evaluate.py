@@ -10,7 +10,6 @@ from coconut_ds.data.problems import Card, Problem
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import TokenizedProblem
 from coconut_ds.engine.distributed import Ranks, ReadingEngine
-from coconut_ds.errors import DataError
 from coconut_ds.evaluation.evaluate import evaluate
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from tests.run_folders import make_run
@@ -66,11 +65,3 @@ def test_answers_depend_on_neither_batch_size_nor_ranks(model, ranks, rows):
     expected = completions(model, tests, 1, 1)
     assert expected[1][1] == 2 and expected[2][1] == 3 and expected[0][1] == 20
     assert completions(model, tests, ranks, rows) == expected
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_refuses_a_prompt_that_is_longer_than_the_model(model, rank):
-    tests = problems_of([20, 30, 40, 129], model)
-    engine = OneOfTheRanks(model.model, Ranks(rank, 2, torch.device("cpu")))
-    with pytest.raises(DataError, match="evaluated item 3 has 129 tokens with its latents"):
-        evaluate(engine, tests, model.trained.stage, model.trained.experiment, model.vocabulary)

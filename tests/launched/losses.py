@@ -13,8 +13,9 @@ import torch
 
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import BatchConfig, training_steps
+from coconut_ds.data.run_data import load_run_data
 from coconut_ds.engine.engine import finish_distributed, start_distributed
-from coconut_ds.model.build import load_run_data
+from coconut_ds.model.loading import load_config
 from coconut_ds.training.run_settings import read_ds_config
 from coconut_ds.training.train import start_engine
 
@@ -24,7 +25,7 @@ def losses_of(case, ranks):
     ds_config = read_ds_config(case["ds_config"], experiment)
     memory = replace(ds_config.latent_memory, **case.get("latent_memory", {}))
     ds_config = replace(ds_config, latent_memory=memory)
-    run_data = load_run_data(experiment)
+    run_data = load_run_data(experiment, load_config(experiment.model_id))
     engine = start_engine(experiment, ds_config, run_data, ranks)
     engine.train()
     losses = []

@@ -13,8 +13,9 @@ import torch
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import BatchConfig, training_steps
+from coconut_ds.data.run_data import load_run_data
 from coconut_ds.engine.engine import finish_distributed, start_distributed
-from coconut_ds.model.build import load_run_data
+from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import trainable_parameters
 from coconut_ds.training.train import start_engine
 
@@ -39,7 +40,7 @@ def saved_names(folder):
 def run_case(case, ranks, folder):
     experiment = validate_experiment(case["experiment"], case["name"])
     ds_config = load_ds_config(case["ds_config"])
-    run_data = load_run_data(experiment)
+    run_data = load_run_data(experiment, load_config(experiment.model_id))
     steps = training_steps(
         run_data.train,
         case["epoch"],

@@ -12,10 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
-from coconut_ds.data.token_cache import cached_tokens
-from coconut_ds.data.tokenizer import load_vocabulary
+from coconut_ds.data.tokenizer import cached_tokens, load_vocabulary
 from coconut_ds.evaluation.export import export_hf
-from coconut_ds.files import hash_file
 from coconut_ds.runs.checkpoint_folders import MANIFEST, digest_of, list_files, sync_and_hash
 from tests.reports.made_profile import plan, profile
 from tests.run_folders import make_run
@@ -75,12 +73,6 @@ def sign(checkpoint: Path, body: Any = None) -> None:
         body.pop("sha256")
     text = json.dumps({"sha256": digest_of(body), **body})
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-
-
-def resigned(entry: Path) -> None:
-    """Make the digests of a token cache fit."""
-    digests = {path.stem: hash_file(path) for path in entry.glob("*.npy")}
-    (entry / "cache.json").write_text(json.dumps({"problems": 6, "sha256": digests}))
 
 
 def _model(source: Path, folder: Path) -> None:

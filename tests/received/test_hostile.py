@@ -20,11 +20,14 @@ from safetensors.torch import load_file
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import load_named_experiment
+from coconut_ds.data.run_data import load_run_data
+from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.engine.watchdog import Watchdog, write_batches
 from coconut_ds.errors import UserError
 from coconut_ds.files import is_printable
 from coconut_ds.memory.guard import MemoryGuard
-from coconut_ds.model.build import build_module, load_run_data
+from coconut_ds.model.build import build_module
+from coconut_ds.model.loading import load_config
 from coconut_ds.reports.figures import draw_window_weights
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
@@ -158,9 +161,10 @@ def settings_that_point_elsewhere(root: Path) -> None:
     for run in RUNS:
         (root / run / "latest").write_text("../../outside.bin")
         (root / run / "best").write_text("../../outside.bin")
-    cache = next((root / "data/cache/tokens").glob("*/"))
-    np.save(cache / "tokens.npy", np.array([Canary("npy")], dtype=object), allow_pickle=True)
-    (cache / "cache.json").write_bytes(pickle.dumps(Canary("cache")))
+    cache = next((root / "data/cache/tokens").glob("*.npz"))
+    evil = np.array([Canary("npy")], dtype=object)
+    np.savez(cache, tokens=evil, piece_ends=evil, first_pieces=evil, allow_pickle=True)
+    cache.with_name(f"{cache.stem}2.npz").write_bytes(pickle.dumps(Canary("cache")))
 
 
 VARIANTS = (
@@ -264,8 +268,8 @@ def start_training(root: Path) -> None:
         folder = root / name
         experiment = load_named_experiment(folder / "experiment.yaml")
         actions = (
-            lambda e=experiment: load_run_data(e),
-            lambda e=experiment: build_module(e, load_run_data(e).vocabulary, LatentMemory()),
+            lambda e=experiment: load_run_data(e, load_config(e.model_id)),
+            lambda e=experiment: build_module(e, load_vocabulary(e.model_id), LatentMemory()),
             lambda e=experiment: Run(e, {}).close(),
             lambda f=folder, e=experiment: Checkpoints(
                 f, FakeShards(torch.zeros(2)), {"experiment": asdict(e)}

@@ -6,6 +6,7 @@ No traceback, no hang.  A tenth of them runs by default; the rest is `slow`.
 import json
 import random
 import shutil
+import zipfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +16,13 @@ import torch
 import yaml
 
 from coconut_ds.config.experiment import load_experiment
-from coconut_ds.data.token_cache import cached_tokens
-from coconut_ds.data.tokenizer import load_vocabulary
+from coconut_ds.data.tokenizer import cached_tokens, load_vocabulary
 from coconut_ds.errors import UserError
 from coconut_ds.reports import figures as pictures
 from coconut_ds.runs.checkpoints import Checkpoints
 from tests.mutations import as_bytes, damage, mutate, time_limit
 from tests.received.commands import call
-from tests.received.kinds import resigned, sign
+from tests.received.kinds import sign
 from tests.runs.fake_shards import FakeShards
 
 NUM = 500
@@ -121,11 +121,16 @@ def mutate_one(root: Path, seed: int, name: str) -> None:
     """Change one file; manifests around it fit again, as if its sender had meant it."""
     draw = random.Random(seed)
     if name == "CACHE":
-        entry = next(path for path in (root / "data/cache/tokens").iterdir() if path.is_dir())
-        path = draw.choice(sorted(entry.iterdir()))
-        path.write_bytes(damage(draw, path.read_bytes()))
-        if draw.random() < 0.7:
-            resigned(entry)
+        entry = next((root / "data/cache/tokens").glob("*.npz"))
+        if draw.random() < 0.3:
+            entry.write_bytes(damage(draw, entry.read_bytes()))
+        else:  # the checksums fit again
+            with zipfile.ZipFile(entry) as archive:
+                members = {name: archive.read(name) for name in archive.namelist()}
+            damaged = draw.choice(sorted(members))
+            with zipfile.ZipFile(entry, "w") as archive:
+                for name, content in members.items():
+                    archive.writestr(name, damage(draw, content) if name == damaged else content)
         return
     path = root / name
     if path.name == "manifest.json" and draw.random() < 0.5:

@@ -9,10 +9,16 @@ from transformers import AutoConfig
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.curriculum import Stage, render
-from coconut_ds.data.positions import LengthCheck, Limit, limit_of, trained_stages
+from coconut_ds.data.run_data import (
+    LengthCheck,
+    Limit,
+    limit_of,
+    load_evaluation_data,
+    load_run_data,
+    trained_stages,
+)
 from coconut_ds.data.tokenizer import TokenizedProblem, load_vocabulary
 from coconut_ds.errors import DataError
-from coconut_ds.model.build import load_run_data
 from coconut_ds.model.loading import load_config
 from tests.conftest import ROOT
 
@@ -78,9 +84,11 @@ def test_the_longest_stage_of_the_run_counts(changes, tiny_experiment):
     longest = max(
         len(render(problem, stage, experiment, vocabulary).tokens) for problem in PROBLEMS for stage in stages
     )
-    LengthCheck(experiment, vocabulary, Limit(longest, True)).refuse(PROBLEMS, [])
+    check = LengthCheck(experiment, vocabulary, Limit(longest, True))
+    assert check.refuse(check.uses(PROBLEMS, [], [])) == []
+    check = LengthCheck(experiment, vocabulary, Limit(longest - 1, True))
     with pytest.raises(DataError, match=f"has {longest} tokens"):
-        LengthCheck(experiment, vocabulary, Limit(longest - 1, True)).refuse(PROBLEMS, [])
+        check.refuse(check.uses(PROBLEMS, [], []))
 
 
 def test_computed_positions_are_a_note_and_prompts_without_room_an_error(tiny_experiment):
@@ -88,13 +96,24 @@ def test_computed_positions_are_a_note_and_prompts_without_room_an_error(tiny_ex
     vocabulary = load_vocabulary(experiment.model_id)
     long, prompt = words(5, [60], 2), words(60, [], 2)
     check = LengthCheck(experiment, vocabulary, Limit(40, False))
-    (note, _) = check.refuse([long], [long])
+    (note, _) = check.refuse(check.uses([long], [long], []))
     assert "the model was not trained on such lengths" in note and "item 0" in note
     with pytest.raises(DataError, match="the prompt of this example has 6[0-9] tokens"):
-        check.refuse([], [prompt])
+        check.refuse(check.uses([], [prompt], []))
     with pytest.raises(DataError, match="the prompt of this example"):
-        check.refuse_evaluation("x.json", [prompt], Stage(0, 0))
-    check.refuse_evaluation("x.json", [words(38, [60], 2)], Stage(0, 0))
+        check.refuse(check.uses([], [], [prompt]))
+    assert len(check.refuse(check.uses([prompt], [words(20, [60], 2)], []))) == 2
+
+
+def test_a_file_to_evaluate_is_checked_at_its_stage(run_files, tiny_experiment):
+    _, data = run_files("test_path", 30)
+    experiment, config = experiment_of(tiny_experiment), load_config(tiny_experiment["model_id"])
+    with pytest.raises(DataError, match="item 1: this example has"):
+        load_evaluation_data(experiment, config, data, Stage(0, 0), None)
+    _, test_set = load_evaluation_data(experiment, config, data, Stage(30, 3), None)
+    assert len(test_set) == 2
+    with pytest.raises(DataError, match="200 latents.*and 1 more items"):
+        load_evaluation_data(experiment, config, data, Stage(30, 200), None)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +129,6 @@ def test_a_model_without_a_stated_limit_takes_every_row():
 
 
 def test_cached_lengths_are_those_of_the_problems(tiny_experiment):
-    run_data = load_run_data(experiment_of(tiny_experiment))
+    run_data = load_run_data(experiment_of(tiny_experiment), load_config(tiny_experiment["model_id"]))
     expected = [sum(map(len, (p.question, *p.steps, p.answer))) for p in run_data.train]
     assert run_data.train.num_tokens().tolist() == expected

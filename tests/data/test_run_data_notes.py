@@ -7,10 +7,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coconut_ds.config.experiment import validate_experiment
-from coconut_ds.data.notes import unknown_text
-from coconut_ds.data.run_data import load_test_set
+from coconut_ds.data.run_data import load_run_data, load_test_set, unknown_text
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
-from coconut_ds.model.build import load_run_data
+from coconut_ds.model.loading import load_config
 
 
 def problem(question, steps=("1+1=2",), answer="2"):
@@ -27,7 +26,7 @@ def notes(tiny_experiment, tmp_path, capsys):
             values[key] = str(tmp_path / f"{key}.json")
             (tmp_path / f"{key}.json").write_text(json.dumps(problems))
         capsys.readouterr()
-        load_run_data(validate_experiment(values, "test"))
+        load_run_data(validate_experiment(values, "test"), load_config(values["model_id"]))
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
 
     return read

@@ -1,14 +1,18 @@
 """Cached tokens equal fresh ones, whatever happened to the cache."""
 
+import io
 import json
+import os
+import pickle
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from coconut_ds.data.problems import read_problems
-from coconut_ds.data.token_cache import cached_tokens
-from coconut_ds.data.tokenizer import load_vocabulary, tokenize
+from coconut_ds.data.tokenizer import cached_tokens, load_vocabulary, tokenize
 from coconut_ds.errors import DataError
 
 
@@ -47,13 +51,13 @@ def test_cached_tokens_are_the_tokens(tmp_path, data, vocabulary):
 
 
 def test_chunks_do_not_show(tmp_path, data, vocabulary, monkeypatch):
-    monkeypatch.setattr("coconut_ds.data.token_cache._CHUNK", 7)
+    monkeypatch.setattr("coconut_ds.data.tokenizer._CHUNK", 7)
     assert list(cached_tokens(data, vocabulary, tmp_path / "c")) == tokenize(read_problems(data), vocabulary)
 
 
 def test_the_second_time_reads_no_problem(tmp_path, data, vocabulary, monkeypatch):
     cached_tokens(data, vocabulary, tmp_path / "cache")
-    monkeypatch.setattr("coconut_ds.data.token_cache.tokenize", None)
+    monkeypatch.setattr("coconut_ds.data.tokenizer.tokenize", None)
     assert len(cached_tokens(data, vocabulary, tmp_path / "cache")) == 50
 
 
@@ -73,20 +77,74 @@ def test_content_tokenizer_and_limit_have_entries_of_their_own(tmp_path, data, v
     assert len(entries(cache)) == 4
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "piece_ends.npy", "first_pieces.npy", "cache.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
-def test_a_damaged_entry_is_made_again(tmp_path, data, vocabulary, name, damage):
+def bomb(path):
+    """A small file that unpacks to much more."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("tokens", "piece_ends", "first_pieces"):
+            content = io.BytesIO()
+            np.save(content, np.zeros(100_000, dtype=np.uint16))
+            archive.writestr(f"{name}.npy", content.getvalue())
+
+
+def arrays_of(path):
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:300] + b"!" + path.read_bytes()[301:]),
+    "removed": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "no archive": lambda path: path.write_bytes(pickle.dumps([1])),
+    "one array": lambda path: np.savez(path, tokens=np.zeros(3, dtype=np.uint16)),
+    "objects": lambda path: np.savez(path, **arrays_of(path) | {"tokens": np.array([{}], dtype=object)}),
+    "an id too large": lambda path: np.savez(
+        path, **arrays_of(path) | {"tokens": arrays_of(path)["tokens"] | np.uint16(1 << 15)}
+    ),
+    "ends that go back": lambda path: np.savez(
+        path, **arrays_of(path) | {"piece_ends": arrays_of(path)["piece_ends"][::-1]}
+    ),
+    "a header of a huge array": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"'shape': (", b"'shape': (9999999")
+    ),
+    "a bomb": bomb,
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "file").write_text("")),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link": lambda path: (path.rename(path.with_name("elsewhere")), path.symlink_to("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_made_again(tmp_path, data, vocabulary, damage):
     cache = tmp_path / "cache"
-    cached_tokens(data, vocabulary, cache)
-    file = cache / entries(cache)[0] / name
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    if damage == "remove":
-        file.unlink()
-    else:
-        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    assert list(cached_tokens(data, vocabulary, cache)) == tokenize(read_problems(data), vocabulary)
-    assert len(entries(cache)) == 1
+    expected = list(cached_tokens(data, vocabulary, cache))
+    (file,) = cache.glob("*.npz")
+    before = arrays_of(file)
+    DAMAGES[damage](file)
+    assert expected == tokenize(read_problems(data), vocabulary)
+    assert list(cached_tokens(data, vocabulary, cache)) == expected
+    assert len(list(cache.glob("*.npz"))) == 1 and file.is_file() and not file.is_symlink()
+    after = arrays_of(file)
+    assert all((after[name] == before[name]).all() for name in before)
+
+
+def test_an_entry_that_unpacks_to_more_is_not_read(tmp_path, data, vocabulary, monkeypatch):
+    cached_tokens(data, vocabulary, tmp_path)
+    (file,) = tmp_path.glob("*.npz")
+    bomb(file)
+    monkeypatch.setattr(np, "load", None)
+    assert len(cached_tokens(data, vocabulary, tmp_path)) == 50
+
+
+def test_the_default_folder_is_beside_the_file_or_the_user_s(tmp_path, data, vocabulary, monkeypatch):
+    cached_tokens(data, vocabulary)
+    assert list((tmp_path / "cache" / "tokens").glob("*.npz"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of_the_user"))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").symlink_to(tmp_path / "anywhere")
+    cached_tokens(data, vocabulary)
+    assert list((tmp_path / "of_the_user" / "coconut_ds" / "tokens").glob("*.npz"))
 
 
 def test_many_at_once_leave_one_entry(tmp_path, data, vocabulary):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coconut_ds.evaluation.pretrained import CoconutConfig, CoconutForCausalLM
 
+__version__ = "0.2.0"
 __all__ = ["CoconutConfig", "CoconutForCausalLM"]
 
 

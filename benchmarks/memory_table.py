@@ -15,10 +15,9 @@ from pathlib import Path
 
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, validate_experiment
-from coconut_ds.memory.largest_batches import TextShape
-from coconut_ds.memory.plan import Plan
+from coconut_ds.memory.phases import TextShape
 from coconut_ds.memory.plan_table import markdown
-from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.planner import Plan, Planner
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "benchmarks/shapes"

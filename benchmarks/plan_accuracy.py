@@ -31,11 +31,10 @@ from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.config.methods import Method, thought_names
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.tokenizer import Vocabulary
-from coconut_ds.memory.fake_model import DTYPES, build_fake_model
-from coconut_ds.memory.fake_trace import record
-from coconut_ds.memory.largest_batches import StageOfRun, TextShape, largest_batch, stages_of
+from coconut_ds.memory.fake_run import build_fake_model, record
+from coconut_ds.memory.phases import StageOfRun, TextShape, largest_batch, stages_of
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.loading import load_config
+from coconut_ds.model.loading import DTYPES, load_config
 from coconut_ds.model.lora import add_adapters
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 

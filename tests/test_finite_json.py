@@ -26,7 +26,6 @@ OTHERS = {
     "data/tokenizer.py",
     "runs/checkpoint_folders.py",
     "training/sweep.py",
-    "memory/options.py",
     "evaluation/model_card.py",
 }
 VALUES = {

@@ -16,8 +16,7 @@ from benchmarks.gpu_parts.models import LAST_STAGE, config_of, longest_batch, mo
 from benchmarks.synthetic import experiment_like, vocabulary_of
 from benchmarks.train_step import allocate_gradients, variant
 from coconut_ds.config.deepspeed import LatentMemory
-from coconut_ds.memory.fake_model import build_fake_model
-from coconut_ds.memory.fake_trace import record
+from coconut_ds.memory.fake_run import build_fake_model, record
 
 VARIANTS = ("textbook", "coconut_ds", "coconut_ds+checkpointing")
 MODEL = "gpt2"

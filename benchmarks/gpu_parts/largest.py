@@ -16,7 +16,7 @@ from benchmarks.gpu_parts.models import LAST_STAGE, longest_batch, model_of
 from benchmarks.synthetic import coconut_around, experiment_like, vocabulary_of
 from coconut_ds.config.deepspeed import LatentMemory, load_ds_config
 from coconut_ds.engine.engine import Engine, Schedule, start_distributed
-from coconut_ds.memory.plan import MIB
+from coconut_ds.memory.planner import MIB
 from coconut_ds.model.lora import parameter_groups
 
 ISOLATED = True  # what an engine that ran out of memory leaves behind must not weigh on the next

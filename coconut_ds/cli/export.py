@@ -14,7 +14,8 @@ import argparse
 
 from coconut_ds.cli import add_model_arguments
 from coconut_ds.errors import ConfigError
-from coconut_ds.evaluation.export import DTYPES, export_hf, upload, zero_to_fp32_explained
+from coconut_ds.evaluation.export import export_hf, upload, zero_to_fp32_explained
+from coconut_ds.model.loading import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from coconut_ds.cli.plan import add_planning_arguments, text_shape
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments, experiment_to_yaml
 from coconut_ds.files import json_text
-from coconut_ds.memory.arguments import add_planning_arguments, text_shape
 from coconut_ds.memory.fit import Fit, fit
 from coconut_ds.memory.planner import Planner
 from coconut_ds.training.run_settings import read_settings
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
     planner = Planner.of(experiment, text_shape(args), args.device)
-    result = fit(planner, experiment, ds_config, args.ranks, (args.precision,) if args.precision else ())
+    result = fit(planner, experiment, ds_config, args.ranks, args.precision)
     shape = result.experiment
     print(
         f"{shape.batch_size_training} rows x {shape.gradient_accumulation_steps} micro-batches x "

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
 from coconut_ds.config.experiment import add_experiment_arguments, read_experiment
-from coconut_ds.errors import BudgetError
+from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
-from coconut_ds.memory.arguments import add_planning_arguments, text_shape
-from coconut_ds.memory.options import cheapest_changes
+from coconut_ds.memory.budget import cheapest_changes
+from coconut_ds.memory.phases import TextShape
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
 from coconut_ds.memory.planner import Planner
 from coconut_ds.training.run_settings import read_ds_config
@@ -55,3 +55,36 @@ def run(args: argparse.Namespace) -> int:
         for plan in plans:
             print(f"\n{plan.ds_config}: {plan.verdict()}")
     return 0 if all(plan.fits for plan in plans) else BudgetError.exit_code
+
+
+def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+    """--ranks, --device and the shape options."""
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of GPUs (default: memory_budget.gpus)")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="device whose kernels are planned for (default: cuda)",
+    )
+    shape = parser.add_argument_group(
+        "text lengths to use instead of reading data and tokenizer (of the longest problem)"
+    )
+    shape.add_argument("--question-tokens", type=int, metavar="N", help="tokens of the question")
+    shape.add_argument("--num-steps", type=int, metavar="N", help="reasoning steps (default: 6)")
+    shape.add_argument("--step-tokens", type=int, metavar="N", help="tokens per step (default: 15)")
+    shape.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of the answer (default: 12)")
+
+
+def text_shape(args: argparse.Namespace) -> TextShape | None:
+    """The token counts of the shape options, or None if none is given.  Raises ConfigError."""
+    given = (args.question_tokens, args.num_steps, args.step_tokens, args.answer_tokens)
+    if given == (None, None, None, None):
+        return None
+    if args.question_tokens is None:
+        raise ConfigError("the shape options need --question-tokens N")
+    defaults = (0, 6, 15, 12)
+    values = [default if value is None else value for value, default in zip(given, defaults, strict=True)]
+    shape = TextShape(*values)
+    if min(values) < 1:
+        raise ConfigError(f"the shape options must be at least 1, got {vars(shape)}")
+    return shape

@@ -20,8 +20,8 @@ from coconut_ds.evaluation.evaluate import evaluate
 from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import json_text, make_folder, replace_text
 from coconut_ds.memory.allocations import recorder_for
-from coconut_ds.memory.guard import MemoryGuard
-from coconut_ds.memory.largest_batches import largest_batch, shape_of, stages_of
+from coconut_ds.memory.budget import MemoryGuard
+from coconut_ds.memory.phases import largest_batch, shape_of, stages_of
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profiler import BETWEEN, INITIALISE, PhaseMeter, profile_steps
 from coconut_ds.model.build import write_model

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._profiler import _EventType
@@ -40,14 +40,6 @@ class Mark(NamedTuple):
     name: str
 
 
-class Recorder(Protocol):
-    """Records one allocator."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> list[Change]: ...
-
-
 class CpuRecorder:
     """The CPU allocator, through torch.profiler.
 
@@ -63,16 +55,15 @@ class CpuRecorder:
     def stop(self) -> list[Change]:
         self._profile.stop()
         results: Any = self._profile.profiler
-        return sorted(_allocations(results.kineto_results.experimental_event_tree()))
-
-
-def _allocations(nodes: Sequence[Any]) -> Iterator[Change]:
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu":
-            yield Change(node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
-        pending.extend(node.children)
+        changes = []
+        pending = list(results.kineto_results.experimental_event_tree())
+        while pending:
+            node = pending.pop()
+            if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu":
+                fields = node.extra_fields
+                changes.append(Change(node.start_time_ns, fields.ptr, fields.alloc_size))
+            pending.extend(node.children)
+        return sorted(changes)
 
 
 class GpuRecorder:
@@ -104,6 +95,9 @@ def gpu_changes(trace: Sequence[Any]) -> Iterator[Change]:
             yield Change(int(entry["time_us"]) * 1000, entry["addr"], size)
 
 
+Recorder = CpuRecorder | GpuRecorder
+
+
 def recorder_for(device: torch.device, snapshot: Path | None = None) -> Recorder:
     """The recorder for a device's allocator."""
     return GpuRecorder(device, snapshot) if device.type == "cuda" else CpuRecorder()
@@ -115,6 +109,7 @@ class Timeline:
 
     points: list[tuple[float, int]]  # (seconds since the first mark, bytes), the highest per interval
     peaks: list[int]  # of each phase, in the order of the marks
+    ends: list[int]  # bytes at the end of each phase
     peak: int
     peak_phase: str
     alive_at_peak: dict[str, int]  # bytes by the phase that allocated them; BEFORE: before recording
@@ -122,7 +117,7 @@ class Timeline:
     @classmethod
     def of(cls, changes: Sequence[Change], marks: Sequence[Mark], offset: int = 0) -> "Timeline":
         """Build from `changes`; `offset`: bytes alive before recording that are not in `changes`."""
-        peaks = [0] * len(marks)
+        peaks, ends = [0] * len(marks), [0] * len(marks)
         alive: dict[int, tuple[int, int]] = {}  # address -> (size, phase)
         by_phase: Counter[int] = Counter()
         current, index, levels = offset, -1, []
@@ -130,7 +125,7 @@ class Timeline:
         for change in changes:
             while index + 1 < len(marks) and marks[index + 1].time_ns <= change.time_ns:
                 index += 1
-                peaks[index] = current
+                peaks[index] = ends[index - 1] = current
             current += change.size
             if change.size > 0:
                 alive[change.address] = change.size, index
@@ -144,14 +139,14 @@ class Timeline:
                 if current > peak and change.size > 0:
                     peak, peak_index, at_peak = current, index, by_phase.copy()
         for later in range(index + 1, len(marks)):
-            peaks[later] = current
-        made: dict[str, int] = {}
+            peaks[later] = ends[later - 1] = current
+        ends[-1] = current
+        made: Counter[str] = Counter()
         for phase, size in at_peak.items():
             if phase >= 0 and size:
-                name = marks[phase].name or BETWEEN_PHASES
-                made[name] = made.get(name, 0) + size
-        made = {BEFORE: peak - sum(made.values()), **made}
-        return cls(_thinned(levels, marks), peaks, peak, marks[peak_index].name, made)
+                made[marks[phase].name or BETWEEN_PHASES] += size
+        alive_at_peak = {BEFORE: peak - made.total(), **made}
+        return cls(_thinned(levels, marks), peaks, ends, peak, marks[peak_index].name, alive_at_peak)
 
 
 def _thinned(levels: Sequence[tuple[int, int]], marks: Sequence[Mark]) -> list[tuple[float, int]]:

@@ -1,14 +1,26 @@
-"""Enforce a run's memory budget before it starts: check its plan, limit its GPU.
+"""Keep a run within its memory budget: check its plan, limit its GPU, report when memory runs out.
 
-    guard = enforce_memory_budget(...)      BudgetError before a model is loaded, if the plan does not fit
+    with enforce_memory_budget(...):    BudgetError before a model is loaded, if the plan does not fit
+        train()                         out of memory on any rank: each rank writes a report and ends, code 78
 
-Writes RUN/memory/plan.json.
+Files: RUN/memory/plan.json, RUN/memory/out_of_memory_rank_N.json, and on a GPU a snapshot of the allocator
+for https://pytorch.org/memory_viz.
 """
 
+import gc
+import os
+import resource
+import sys
+import threading
+import time
 import warnings
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -17,66 +29,129 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.run_data import RunData
 from coconut_ds.engine.distributed import Ranks
-from coconut_ds.errors import BudgetError, ConfigError, UserError
+from coconut_ds.errors import BudgetError, ConfigError, OutOfMemory, UserError, first_line
+from coconut_ds.failures import is_out_of_memory, phase_of
 from coconut_ds.files import json_text, make_folder, replace_text
-from coconut_ds.memory.guard import MemoryGuard
-from coconut_ds.memory.largest_batches import longest_tokenized
-from coconut_ds.memory.options import cheapest_changes
-from coconut_ds.memory.plan import MIB, Plan
-from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.phases import EVALUATION, longest
+from coconut_ds.memory.planner import MIB, Change, Plan, Planner
 
 # A plan below this share of the GPU needs no suggestions for saving memory.
 AMPLE = 0.5
+SMALLEST_BUCKET = 20_000_000
+NUM_CHANGES, NUM_TENSORS = 3, 15
+POLL_SECONDS = 0.5
+# How long the rank that ran out of memory waits for the reports of the others.
+REPORT_SECONDS = 8.0
+# How long the others then stay alive: the launcher ends all ranks when one exits.
+LINGER_SECONDS = 2.0
+ZERO, LATENT = "zero_optimization", "latent_memory"
+EXACT_TECHNIQUES = (
+    "fused_activations",
+    "segmented_cache",
+    "supervised_logits_only",
+    "deferred_weight_gradients",
+)
 
 
-def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks) -> Plan:
-    """Plan a run that is about to start; if memory may be short, suggest changes."""
-    valid = list(run_data.valid.tokenized)
-    planner = Planner.from_run_data(
-        experiment, longest_tokenized(run_data.train) or valid, valid, run_data.vocabulary, ranks.device.type
-    )
-    plan = planner.plan(experiment, ds_config, ranks.world_size)
-    if plan.budget is not None and plan.fits and plan.gpu_bytes < AMPLE * plan.budget.gpu_memory_mib * MIB:
-        return plan  # planning each change would delay the start
-    return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
+@dataclass(frozen=True)
+class MemoryOption:
+    """A change that saves memory, and the changed run."""
+
+    text: str
+    setting: str  # the text to write or type
+    experiment: Experiment
+    ds_config: DeepSpeedConfig
+    name: str = ""  # of options that `fit` may use
 
 
-def refuse_or_warn(plan: Plan) -> None:
-    """Raise BudgetError for a plan over its budget, or warn, depending on `on_exceed`."""
-    if plan.budget is None:
-        return
-    if plan.fits:
-        if plan.over_share():
-            warnings.warn(f"{plan.ds_config}: {plan.verdict()}", stacklevel=2)
-        return
-    text = f"{plan.ds_config}: {plan.verdict()}\n{described_changes(plan)}"
-    if plan.budget.on_exceed == "warn":
-        warnings.warn(text, stacklevel=2)
-        return
-    raise BudgetError(f'{text}\n  To train anyway: --skip-plan, or "on_exceed": "warn" in memory_budget.')
+def memory_options(
+    experiment: Experiment, ds_config: DeepSpeedConfig, peak_phase: str = "", precision: str = "bf16"
+) -> Iterator[MemoryOption]:
+    """Changes in order of cost: first those without any, last those that change what is learned."""
+    zero, latent = ds_config.stock[ZERO], ds_config.latent_memory
 
+    def override(text: str, **changes: Any) -> MemoryOption:
+        setting = " ".join(f"--set {key}={value}" for key, value in changes.items())
+        return MemoryOption(text, setting, replace(experiment, **changes), ds_config)
 
-def described_changes(plan: Plan) -> str:
-    """The suggested changes, one per line, with their settings."""
-    lines = ["  Changes that help:"] if plan.changes else []
-    for change in plan.changes:
-        fits = "fits" if change.fits else "does not fit"
-        lines.append(f"    {change.text}: about {change.gpu_bytes / MIB:,.0f} MiB, {fits}")
-        lines.append(f"      {change.setting}")
-    return "\n".join(lines)
+    def change(block: str, text: str, name: str = "", **changes: Any) -> MemoryOption:
+        changed = with_settings(ds_config, block, **changes)
+        return MemoryOption(text, json_text({block: changes})[1:-1], experiment, changed, name)
 
-
-def limit_gpu(budget: MemoryBudget, device: torch.device) -> None:
-    """Limit this process to its budget.  Raises BudgetError if the GPU has less memory."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    allowed = (budget.gpu_memory_mib - budget.reserved_mib) * MIB
-    if budget.gpu_memory_mib * MIB > total * 1.05:
-        name = torch.cuda.get_device_name(device)
-        raise BudgetError(
-            f"memory_budget.gpu_memory_mib is {budget.gpu_memory_mib:,}, but {name} "
-            f"has {total / MIB:,.0f} MiB; set it to {int(total / MIB)} or less"
+    if peak_phase == EVALUATION and experiment.batch_size_eval > 1:
+        yield override("smaller evaluation batches", batch_size_eval=experiment.batch_size_eval // 2)
+    for technique in EXACT_TECHNIQUES:
+        if not getattr(latent, technique):
+            yield change(LATENT, f"enable {technique} (exact)", "", **{technique: True})
+    if zero.get("overlap_comm"):
+        yield change(ZERO, "one reduce bucket instead of two", "overlap_comm: false", overlap_comm=False)
+    if zero.get("reduce_bucket_size", 5e8) > SMALLEST_BUCKET:
+        name = f"reduce_bucket_size: {SMALLEST_BUCKET}"
+        yield change(ZERO, "a smaller reduce bucket", name, reduce_bucket_size=SMALLEST_BUCKET)
+    if ds_config.zero_stage == 1:
+        yield change(ZERO, "ZeRO-2 instead of ZeRO-1", stage=2)
+    if experiment.batch_size_training > 1:
+        fewer = with_rows(experiment, experiment.batch_size_training // 2)
+        yield override(
+            "half the micro-batch at the same global batch size",
+            batch_size_training=fewer.batch_size_training,
+            gradient_accumulation_steps=fewer.gradient_accumulation_steps,
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+    if latent.activation_checkpointing == "none":
+        text, name = "activation checkpointing (exact, about a third slower)", "activation_checkpointing: "
+        yield change(LATENT, text, name + "layers", activation_checkpointing="layers")
+    if not ds_config.offload_optimizer:
+        stage, offload = max(2, ds_config.zero_stage), {"device": "cpu", "pin_memory": True}
+        text, name = "optimizer offload to the host (slower steps)", "offload_optimizer: cpu"
+        option = change(ZERO, text, name, stage=stage, offload_optimizer=offload)
+        optimizer = option.ds_config.stock["optimizer"]
+        params = {key: value for key, value in optimizer.get("params", {}).items() if key != "torch_adam"}
+        yield replace(option, ds_config=with_settings(option.ds_config, "optimizer", params=params))
+    if ds_config.precision == "fp32" and not experiment.bf16:
+        yield MemoryOption(
+            "16-bit weights and activations (bf16 from compute capability 8.0, fp16 on 7.x)",
+            '"bf16": {"enabled": true} or "fp16": {"enabled": true}',
+            experiment,
+            with_settings(ds_config, precision, enabled=True),
+            precision,
+        )
+    if experiment.tuning == "full":
+        yield override("LoRA instead of full tuning (changes what is learned)", tuning="lora")
+
+
+def with_settings(ds_config: DeepSpeedConfig, block: str, **changes: Any) -> DeepSpeedConfig:
+    """The DeepSpeed config with some settings of a block changed."""
+    if block == LATENT:
+        return replace(ds_config, latent_memory=replace(ds_config.latent_memory, **changes))
+    return replace(ds_config, stock={**ds_config.stock, block: {**ds_config.stock.get(block, {}), **changes}})
+
+
+def with_rows(experiment: Experiment, rows: int) -> Experiment:
+    """The same global batch size from micro-batches of `rows` rows, rounded up."""
+    total = experiment.batch_size_training * experiment.gradient_accumulation_steps
+    return replace(experiment, batch_size_training=rows, gradient_accumulation_steps=-(-total // rows))
+
+
+def cheapest_changes(
+    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_CHANGES
+) -> tuple[Change, ...]:
+    """The first `limit` changes that help; if the plan does not fit, those that make it fit come first."""
+    changes: list[Change] = []
+    enough, epoch = 0, plan.peak_stage.epoch
+    for option in memory_options(experiment, ds_config, plan.peak_phase.name):
+        try:
+            changed = planner.plan(option.experiment, option.ds_config, plan.ranks, quick_at=epoch)
+        except ConfigError:
+            continue
+        if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
+            continue
+        changes.append(Change(option.text, option.setting, changed.gpu_bytes, changed.fits))
+        enough += changed.fits or plan.fits
+        if enough == limit:
+            break
+    if not plan.fits:
+        changes.sort(key=lambda change: not change.fits)
+    return tuple(changes[:limit])
 
 
 def judged_plan(
@@ -102,7 +177,7 @@ def enforce_memory_budget(
     run_data: RunData,
     ranks: Ranks,
     skip_plan: bool = False,
-) -> MemoryGuard:
+) -> "MemoryGuard":
     """Check the plan, limit the GPU and return the guard for training.  Collective.
 
     Rank 0 plans and broadcasts.  Raises BudgetError on all ranks.
@@ -126,3 +201,219 @@ def enforce_memory_budget(
     if ranks.device.type == "cuda" and ds_config.memory_budget is not None:
         limit_gpu(ds_config.memory_budget, ranks.device)
     return MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan)
+
+
+def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks) -> Plan:
+    """Plan a run that is about to start; if memory may be short, suggest changes."""
+    valid = list(run_data.valid.tokenized)
+    planner = Planner.from_run_data(
+        experiment, longest(run_data.train) or valid, valid, run_data.vocabulary, ranks.device.type
+    )
+    plan = planner.plan(experiment, ds_config, ranks.world_size)
+    if plan.budget is not None and plan.fits and plan.gpu_bytes < AMPLE * plan.budget.gpu_memory_mib * MIB:
+        return plan  # planning each change would delay the start
+    return replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
+
+
+def refuse_or_warn(plan: Plan) -> None:
+    """Raise BudgetError for a plan over its budget, or warn, depending on `on_exceed`."""
+    if plan.budget is None:
+        return
+    if plan.fits:
+        if plan.over_share():
+            warnings.warn(f"{plan.ds_config}: {plan.verdict()}", stacklevel=2)
+        return
+    text = "\n".join([f"{plan.ds_config}: {plan.verdict()}", *described_changes(plan.to_json()["changes"])])
+    if plan.budget.on_exceed == "warn":
+        warnings.warn(text, stacklevel=2)
+        return
+    raise BudgetError(f'{text}\n  To train anyway: --skip-plan, or "on_exceed": "warn" in memory_budget.')
+
+
+def described_changes(changes: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines with the suggested changes of a plan.json and their settings."""
+    lines = ["  Changes that help:"] if changes else []
+    for change in changes:
+        fits = "fits" if change["fits"] else "does not fit"
+        lines.append(f"    {change['change']}: about {change['gpu_mib']:,.0f} MiB, {fits}")
+        lines.append(f"      {change['setting']}")
+    return lines
+
+
+def limit_gpu(budget: MemoryBudget, device: torch.device) -> None:
+    """Limit this process to its budget.  Raises BudgetError if the GPU has less memory."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = (budget.gpu_memory_mib - budget.reserved_mib) * MIB
+    if budget.gpu_memory_mib * MIB > total * 1.05:
+        name = torch.cuda.get_device_name(device)
+        raise BudgetError(
+            f"memory_budget.gpu_memory_mib is {budget.gpu_memory_mib:,}, but {name} "
+            f"has {total / MIB:,.0f} MiB; set it to {int(total / MIB)} or less"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+class PeakMeter:
+    """Peak memory of this process.  GPU: of allocated tensors since `start`.  Host: resident size."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def start(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def numbers(self) -> dict[str, float]:
+        """MiB by name, and the allocator's retries, a sign of fragmentation."""
+        host = {"host_rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        if self._device.type != "cuda":
+            return host
+        statistics = torch.cuda.memory_stats(self._device)
+        return {
+            "gpu_allocated_peak_mib": torch.cuda.max_memory_allocated(self._device) / MIB,
+            "gpu_reserved_peak_mib": torch.cuda.max_memory_reserved(self._device) / MIB,
+            "gpu_alloc_retries": statistics.get("num_alloc_retries", 0),
+            **host,
+        }
+
+    def summary(self) -> str:
+        """The peak as text for one log line."""
+        numbers = self.numbers()
+        if self._device.type == "cuda":
+            return f"peak {numbers['gpu_allocated_peak_mib']:.0f} MiB GPU"
+        return f"peak {numbers['host_rss_peak_mib']:.0f} MiB RSS"
+
+
+class MemoryGuard:
+    """Ends all ranks together when one runs out of memory; use it as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        plan: dict[str, Any] | None = None,
+        *,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        """`folder`: RUN/memory, the same for all ranks; None writes nothing.  `plan`: from `Plan.to_json`."""
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.device, self.plan = device, plan
+        self._end = end
+        self._old = self._written()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory guard", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.folder is not None and self.world_size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if error is not None and is_out_of_memory(error):
+            text = self._report(phase_of(error), first_line(error))
+            self._wait_for_others()
+            raise OutOfMemory(text) from error
+
+    def _path(self, rank: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"out_of_memory_rank_{rank}.json"
+
+    def _written(self) -> dict[int, float]:
+        """When each rank's report was written.  Reports of earlier runs are ignored by this time."""
+        written = {}
+        for rank in range(self.world_size if self.folder is not None else 0):
+            with suppress(OSError):
+                written[rank] = self._path(rank).stat().st_mtime
+        return written
+
+    def _new_reports(self) -> list[int]:
+        return [rank for rank, at in self._written().items() if self._old.get(rank) != at]
+
+    def _watch(self) -> None:
+        """End this rank when another one ran out of memory: it may be blocked in a collective."""
+        while not self._stop.wait(POLL_SECONDS):
+            others = [rank for rank in self._new_reports() if rank != self.rank]
+            if others:
+                text = self._report("waiting", f"rank {others[0]} ran out of memory")
+                print(f"rank {self.rank}: {text.splitlines()[0]}", file=sys.stderr, flush=True)
+                time.sleep(LINGER_SECONDS)
+                self._end(OutOfMemory.exit_code)
+                return
+
+    def _wait_for_others(self) -> None:
+        deadline = time.monotonic() + REPORT_SECONDS
+        while self.folder is not None and time.monotonic() < deadline:
+            if len(self._new_reports()) == self.world_size:
+                return
+            time.sleep(POLL_SECONDS / 2)
+
+    def _report(self, phase: str, reason: str) -> str:
+        """Write the report; returns the message."""
+        numbers = PeakMeter(self.device).numbers()
+        reached = {key.removesuffix("_mib"): mib for key, mib in numbers.items() if key.endswith("_mib")}
+        largest = largest_tensors()
+        report = {
+            "rank": self.rank,
+            "phase": phase,
+            "reason": reason,
+            "reached_mib": reached,
+            "largest_tensors": largest,
+            "plan": self.plan,
+            "snapshot": self._snapshot(),
+        }
+        lines = [f"out of memory in phase '{phase}': {reason}"]
+        lines.append("  reached: " + ", ".join(f"{name} {value:,.0f} MiB" for name, value in reached.items()))
+        if self.plan is not None:
+            lines.append(f"  planned: {self.plan['gpu_mib']:,.0f} MiB, peak phase {self.plan['peak_phase']}")
+        lines += [f"  {item['mib']:>9,.1f} MiB  {item['count']} x {item['what']}" for item in largest[:5]]
+        lines += described_changes((self.plan or {}).get("changes", []))
+        if self.folder is not None:
+            lines.append(self._write(report))
+        return "\n".join(lines)
+
+    def _write(self, report: dict[str, Any]) -> str:
+        """Write the report; returns a line with its path or the reason why it was not written."""
+        path = self._path(self.rank)
+        try:
+            make_folder(path.parent)
+            replace_text(path, json_text(report, indent=2))
+        except (OSError, ConfigError) as error:
+            return f"  report not written: {path}: {error}"
+        return f"  report: {path}"
+
+    def _snapshot(self) -> str | None:
+        if self.folder is None or self.device.type != "cuda":
+            return None
+        path = self._path(self.rank).with_suffix(".pickle")
+        with suppress(RuntimeError, OSError, ConfigError):
+            make_folder(self.folder)
+            path.unlink(missing_ok=True)
+            torch.cuda.memory._dump_snapshot(str(path))
+            return str(path)
+        return None
+
+
+def largest_tensors(limit: int = NUM_TENSORS) -> list[dict[str, Any]]:
+    """Tensors of this process, grouped by shape, dtype and device, largest sum first; storages count once."""
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    seen = set()
+    for value in gc.get_objects():
+        with suppress(Exception):  # unfinished objects, proxies, tensors without storage
+            if not issubclass(type(value), torch.Tensor) or value.untyped_storage().data_ptr() in seen:
+                continue
+            seen.add(value.untyped_storage().data_ptr())
+            what = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+            sizes[what] += value.untyped_storage().nbytes()
+            counts[what] += 1
+    return [
+        {"what": what, "count": counts[what], "mib": round(size / MIB, 2)}
+        for what, size in sizes.most_common(limit)
+    ]

@@ -1,39 +1,212 @@
-"""Make plans: states from formulas, phases from cached fake runs of the model."""
+"""Make plans: states from formulas, phases from cached fake runs of the model.
+
+plan = Planner.of(experiment).plan(experiment, ds_config)
+plan.gpu_bytes   peak of one GPU: the states plus the peak phase of the peak stage
+plan.fits        whether the GPU stays within its budget less the reserve, and the host within its memory
+"""
 
 import os
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
-from coconut_ds.memory.fake_model import FakeModel, build_fake_model, has_equal_layers, with_layers
-from coconut_ds.memory.fake_trace import Trace, record, record_evaluation
-from coconut_ds.memory.largest_batches import TextShape, read_lengths, shape_of
-from coconut_ds.memory.phases import PlannedRun
-from coconut_ds.memory.plan import (
-    STEP,
-    Phase,
-    Plan,
-    StagePlan,
+from coconut_ds.memory.fake_run import (
+    FakeModel,
+    Trace,
+    build_fake_model,
+    record,
+    record_evaluation,
+    with_layers,
 )
-from coconut_ds.memory.zero import (
-    Sizes,
-    ZeroSettings,
-    gpu_states,
-    host_states,
-    step_items,
-)
+from coconut_ds.memory.phases import STEP, Phase, PlannedRun, StagePlan, TextShape, read_lengths, shape_of
+from coconut_ds.memory.zero import Item, Sizes, ZeroSettings, gpu_states, host_states, step_items
 from coconut_ds.model.loading import load_config
 from coconut_ds.model.lora import parameter_groups
 
+MIB, GIB = 2**20, 2**30
+# Display order of components; those of `components_mib` first.
+COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "communication", "fragmentation")
 # Layers of the two shallow copies that measure one layer.  Smaller models run in full.
 SHALLOW = (2, 4)
 PINNED_ROUNDING = "pinned_max_round_threshold_mb"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A suggested change and its effect."""
+
+    text: str
+    setting: str  # the text to write or type
+    gpu_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One experiment under one ds_config on one machine; bytes unless a name says MiB."""
+
+    experiment: str
+    ds_config: str
+    model: str
+    ranks: int
+    budget: MemoryBudget | None
+    states: tuple[Item, ...]  # on each GPU, after the first optimizer step
+    phases: tuple[Phase, ...]  # of the peak stage
+    stages: tuple[StagePlan, ...]
+    host: tuple[Item, ...]  # of one rank
+    notes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def states_bytes(self) -> int:
+        return sum(item.size for item in self.states)
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.size)
+
+    @property
+    def gpu_bytes(self) -> int:
+        return self.states_bytes + self.peak_phase.size
+
+    @property
+    def peak_stage(self) -> StagePlan:
+        return max(self.stages, key=lambda stage: stage.gpu_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all ranks of this machine."""
+        return self.ranks * sum(item.size for item in self.host)
+
+    @property
+    def available_bytes(self) -> int | None:
+        """Bytes of GPU memory that tensors may use."""
+        if self.budget is None:
+            return None
+        return (self.budget.gpu_memory_mib - self.budget.reserved_mib) * MIB
+
+    @property
+    def gpu_fits(self) -> bool:
+        return self.available_bytes is None or self.gpu_bytes <= self.available_bytes
+
+    @property
+    def host_fits(self) -> bool:
+        return self.budget is None or self.host_bytes <= self.budget.host_memory_gib * GIB
+
+    @property
+    def fits(self) -> bool:
+        return self.gpu_fits and self.host_fits
+
+    @property
+    def items(self) -> list[Item]:
+        """The states and the items of the peak phase; their sum is `gpu_bytes`."""
+        return [*self.states, *self.peak_phase.items]
+
+    def components(self) -> dict[str, int]:
+        """Bytes of each component at its own peak."""
+        states = by_component(self.states)
+        highest = dict(states)
+        for phase in self.phases:
+            for component, size in (by_component(phase.items) | Counter(phase.own_peaks)).items():
+                highest[component] = max(highest.get(component, 0), states[component] + size)
+        return {name: highest.get(name, 0) for name in COMPONENTS}
+
+    def over_share(self) -> dict[str, tuple[float, float]]:
+        """Components over their share in `components_mib`: name -> (planned, share) in MiB."""
+        if self.budget is None:
+            return {}
+        planned = self.components()
+        return {
+            name: (planned[name] / MIB, share)
+            for name, share in self.budget.components_mib.items()
+            if planned[name] > share * MIB
+        }
+
+    def verdict(self) -> str:
+        """One line."""
+        needed = f"{self.gpu_bytes / MIB:,.0f}"
+        if self.budget is None or self.available_bytes is None:
+            return f"GPU: needs {needed} MiB; {self.ds_config} has no memory_budget"
+        usable = (
+            f"{self.available_bytes / MIB:,.0f} MiB usable "
+            f"({self.budget.gpu_memory_mib:,} less {self.budget.reserved_mib:,} reserved)"
+        )
+        over = f"{(self.gpu_bytes - self.available_bytes) / MIB:,.0f}"
+        lines = [
+            f"GPU: fits, {needed} of {usable}"
+            if self.gpu_fits
+            else f"GPU: does not fit, needs {needed} MiB, {over} MiB more than {usable}"
+        ]
+        if not self.host_fits:
+            lines.append(
+                f"host: does not fit, needs {self.host_bytes / GIB:.1f} GiB for {self.ranks} ranks, "
+                f"more than {self.budget.host_memory_gib:g} GiB"
+            )
+        lines += [
+            f"{name} needs {planned:,.0f} MiB, more than its share of {share:,.0f} MiB (components_mib)"
+            for name, (planned, share) in self.over_share().items()
+        ]
+        return "; ".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; sizes in MiB."""
+
+        def mib(size: int) -> float:
+            return round(size / MIB, 2)
+
+        def items(values: Iterable[Item]) -> list[dict[str, Any]]:
+            return [
+                {"component": v.component, "name": v.name, "mib": mib(v.size), "formula": v.formula}
+                for v in values
+            ]
+
+        return {
+            **{name: getattr(self, name) for name in ("experiment", "ds_config", "model", "ranks")},
+            "budget": None
+            if self.budget is None
+            else {**vars(self.budget), "components_mib": dict(self.budget.components_mib)},
+            "verdict": self.verdict(),
+            "fits": self.fits,
+            "gpu_mib": mib(self.gpu_bytes),
+            "states_mib": mib(self.states_bytes),
+            "peak_phase": self.peak_phase.name,
+            "host_gib": round(self.host_bytes / GIB, 3),
+            "components_mib": {name: mib(size) for name, size in self.components().items()},
+            "states": items(self.states),
+            "phases": [{"name": p.name, "mib": mib(p.size), "items": items(p.items)} for p in self.phases],
+            "stages": [
+                {
+                    "first_epoch": stage.epoch,
+                    "stage": stage.name,
+                    **vars(stage.shape),
+                    "gpu_mib": mib(stage.gpu_bytes),
+                    "exact": stage.is_exact,
+                }
+                for stage in self.stages
+            ],
+            "host_per_rank": items(self.host),
+            "notes": list(self.notes),
+            "changes": [
+                {"change": c.text, "setting": c.setting, "gpu_mib": mib(c.gpu_bytes), "fits": c.fits}
+                for c in self.changes
+            ],
+        }
+
+
+def by_component(items: Iterable[Item]) -> Counter[str]:
+    """Bytes by component."""
+    sizes: Counter[str] = Counter()
+    for item in items:
+        sizes[item.component] += item.size
+    return sizes
 
 
 @dataclass
@@ -55,8 +228,10 @@ class Planner:
     def of(cls, experiment: Experiment, shape: TextShape | None = None, device: str = "cuda") -> "Planner":
         """Read the model's configuration and the lengths of the data.  Raises ConfigError, DataError."""
         config = load_config(experiment.model_id)
-        train, valid, vocabulary = read_lengths(experiment, shape)
-        return cls.from_run_data(experiment, train, valid, vocabulary, device, config)
+        if shape is not None:
+            problems = [shape.problem()]
+            return cls.from_run_data(experiment, problems, problems, None, device, config)
+        return cls.from_run_data(experiment, *read_lengths(experiment), device, config)
 
     @classmethod
     def from_run_data(
@@ -75,9 +250,7 @@ class Planner:
         if vocabulary is None:
             notes = ("token counts from the command line; data and tokenizer were not read",)
             no_tokenizer: Any = None
-            vocabulary = Vocabulary(
-                no_tokenizer, start_id=size, latent_id=size + 1, end_id=size + 2, eos_id=0, pad_id=0
-            )
+            vocabulary = Vocabulary(no_tokenizer, size, size + 1, size + 2, eos_id=0, pad_id=0)
             size += 3
         else:
             size = max(size, len(vocabulary.tokenizer))
@@ -132,9 +305,8 @@ class Planner:
     @property
     def depths(self) -> tuple[int, int] | None:
         """Layers of the two shallow copies, or None if the model is small or its layers differ."""
-        if self.num_layers <= SHALLOW[1] or not has_equal_layers(self.config.get_text_config()):
-            return None
-        return SHALLOW
+        types = getattr(self.config.get_text_config(), "layer_types", None) or ["one"]
+        return SHALLOW if self.num_layers > SHALLOW[1] and len(set(types)) == 1 else None
 
     def to_full_depth(self, sizes: list[int]) -> int:
         """Bytes of the full model, extrapolated from the two shallow copies."""
@@ -143,36 +315,39 @@ class Planner:
         low, high = sizes
         return low + (high - low) * (self.num_layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0])
 
-    def trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int) -> Trace:
-        """The cached trace of forward and backward of `batch`."""
-        key = self._trace_key(experiment, ds_config, batch, layers)
-        if key not in self._traces:
-            self._traces[key] = record(self._fake_model(experiment, ds_config, layers), batch)
-        return self._traces[key]
-
-    def has_trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
-        """Whether the full model has run this batch."""
-        return self._trace_key(experiment, ds_config, batch, self.num_layers) in self._traces
-
-    def evaluation_trace(
+    def trace(
         self,
         experiment: Experiment,
         ds_config: DeepSpeedConfig,
         batch: Batch,
         layers: int,
-        max_new_tokens: int = 0,
+        new_tokens: int | None = None,
     ) -> Trace:
-        """The cached trace of a forward of `batch` without gradients, or of generation from it."""
-        key = ("evaluation", max_new_tokens, *self._trace_key(experiment, ds_config, batch, layers))
+        """The cached trace of forward and backward of `batch`.
+
+        With `new_tokens`: of a forward without gradients (0), or of the generation of so many tokens.
+        """
+        key = self._trace_key(experiment, ds_config, batch, layers, new_tokens)
         if key not in self._traces:
-            fake_model = self._fake_model(experiment, ds_config, layers)
-            self._traces[key] = record_evaluation(fake_model, batch, max_new_tokens)
+            model = self._fake_model(experiment, ds_config, layers)
+            self._traces[key] = (
+                record(model, batch) if new_tokens is None else record_evaluation(model, batch, new_tokens)
+            )
         return self._traces[key]
 
+    def has_trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
+        """Whether the full model has run this batch."""
+        return self._trace_key(experiment, ds_config, batch, self.num_layers, None) in self._traces
+
     def _trace_key(
-        self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch, layers: int
+        self,
+        experiment: Experiment,
+        ds_config: DeepSpeedConfig,
+        batch: Batch,
+        layers: int,
+        new_tokens: int | None,
     ) -> tuple[Any, ...]:
-        return (*self._key(experiment, ds_config), layers, shape_of(batch))
+        return (*self._key(experiment, ds_config), layers, shape_of(batch), new_tokens)
 
     def _fake_model(self, experiment: Experiment, ds_config: DeepSpeedConfig, layers: int) -> FakeModel:
         key = (*self._key(experiment, ds_config), layers)
@@ -209,12 +384,7 @@ class Planner:
 
     def _sizes(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> Sizes:
         model = self._fake_model(experiment, ds_config, self.num_layers).model
-        groups = parameter_groups(model, experiment)
-        return Sizes(
-            groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
-            frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-            buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
-        )
+        return Sizes.of(model, parameter_groups(model, experiment))
 
     def _warnings(self, stages: list[StagePlan], ds_config: DeepSpeedConfig) -> tuple[str, ...]:
         notes = []
@@ -232,9 +402,3 @@ class Planner:
                 f"PYTORCH_ALLOC_CONF={PINNED_ROUNDING}:1 avoids the rounding of pinned blocks (torch >= 2.13)"
             )
         return tuple(notes)
-
-
-def with_rows(experiment: Experiment, rows: int) -> Experiment:
-    """The same global batch size from micro-batches of `rows` rows, rounded up."""
-    total = experiment.batch_size_training * experiment.gradient_accumulation_steps
-    return replace(experiment, batch_size_training=rows, gradient_accumulation_steps=-(-total // rows))

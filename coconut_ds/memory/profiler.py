@@ -8,8 +8,9 @@ There are two steps because Adam allocates its moments in the first.
 """
 
 import gc
+import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from coconut_ds.data.batching import Batch
 from coconut_ds.engine.engine import Engine
 from coconut_ds.memory.allocations import Mark, Recorder, Timeline, now
-from coconut_ds.memory.plan import MIB
+from coconut_ds.memory.planner import MIB
 
 INITIALISE, EVALUATION, CHECKPOINT = "initialise", "evaluation", "checkpoint"
 BETWEEN = ""  # the name for time outside phases: counting tensors
@@ -95,41 +96,27 @@ class PhaseMeter:
         """End the last phase and evaluate the recording."""
         self.readings.append(read(self.device))
         end = now("end")
-        changes = self.recorder.stop()
+        changes = [change for change in self.recorder.stop() if change.time_ns < end.time_ns]
         mark_number, num_bytes = self.known
         moment = self.marks[mark_number - 1].time_ns if mark_number else 0
         before = sum(change.size for change in changes if change.time_ns < moment)
         # A GPU's history begins before the first tensor; a CPU process has some, and maps weight files.
         offset = 0 if self.device.type == "cuda" else num_bytes - before
         timeline = Timeline.of(changes, self.marks, offset)
-        ends = [mark.time_ns for mark in self.marks[1:]] + [end.time_ns]
-        levels = _levels(changes, ends, offset)
+        stops = [*self.marks[1:], end]
         phases = [
             PhaseProfile(
                 name=mark.name,
                 start_seconds=(mark.time_ns - self.marks[0].time_ns) / 1e9,
-                seconds=(stop - mark.time_ns) / 1e9,
-                peak_mib=(reading.allocated_peak if self.device.type == "cuda" else peak / MIB),
-                end_mib=(reading.allocated if self.device.type == "cuda" else level / MIB),
+                seconds=(stops[index].time_ns - mark.time_ns) / 1e9,
+                peak_mib=reading.allocated_peak or timeline.peaks[index] / MIB,
+                end_mib=reading.allocated or timeline.ends[index] / MIB,
                 reading=reading,
             )
-            for mark, stop, peak, level, reading in zip(
-                self.marks, ends, timeline.peaks, levels, self.readings, strict=True
-            )
+            for index, (mark, reading) in enumerate(zip(self.marks, self.readings, strict=True))
             if mark.name != BETWEEN
         ]
         return RankProfile(str(self.device), phases, timeline)
-
-
-def _levels(changes: Sequence[Any], moments: Sequence[int], offset: int) -> list[int]:
-    """Bytes alive at each moment."""
-    levels, index, current = [], 0, offset
-    for moment in moments:
-        while index < len(changes) and changes[index].time_ns < moment:
-            current += changes[index].size
-            index += 1
-        levels.append(current)
-    return levels
 
 
 @dataclass(frozen=True)
@@ -196,21 +183,22 @@ def profile_steps(
     meter.begin(BETWEEN)
     states = {INITIALISE: census(engine)}
     engine.train()
-    with _phases_of_a_step(engine, meter) as in_step:
-        for step in range(1, NUM_STEPS + 1):
-            for number in range(1, micro_batches + 1):
-                in_step(f"step {step}: ", "" if number == 1 else f" ({number})")
-                meter.begin(in_step.named("embed"))
+    for step in range(1, NUM_STEPS + 1):
+        for number in range(1, micro_batches + 1):
+            with _micro_batch(
+                engine, meter, f"step {step}: ", "" if number == 1 else f" ({number})"
+            ) as begin:
+                begin("embed")
                 if step == number == 1:
-                    meter.set_known(_sum(states[INITIALISE], engine.device.type))
+                    meter.set_known(sum(states[INITIALISE].get(engine.device.type, {}).values()))
                 loss = engine.loss(batch.to(engine.device))
-                meter.begin(in_step.named("backward"))
+                begin("backward")
                 engine.backward(loss)
                 del loss
-            meter.begin(f"step {step}: optimizer step")
-            engine.step()
-            meter.begin(BETWEEN)
-            states[f"step {step}"] = census(engine)
+        meter.begin(f"step {step}: optimizer step")
+        engine.step()
+        meter.begin(BETWEEN)
+        states[f"step {step}"] = census(engine)
     meter.begin(EVALUATION)
     evaluate()
     meter.begin(CHECKPOINT)
@@ -223,50 +211,37 @@ def profile_steps(
     return profile
 
 
-class _Names:
-    """Names for the phases of the current micro-batch."""
-
-    def __init__(self) -> None:
-        self.before = self.after = ""
-        self.passes = 0
-        self.reduces = False
-
-    def __call__(self, before: str, after: str) -> None:
-        self.before, self.after, self.passes, self.reduces = before, after, 0, False
-
-    def named(self, phase: str) -> str:
-        return f"{self.before}{phase}{self.after}"
-
-
 @contextmanager
-def _phases_of_a_step(engine: Engine, meter: PhaseMeter) -> Iterator[_Names]:
-    """Begin a phase at every pass of the model, at the loss and at the first complete gradient."""
-    names = _Names()
-    module = engine.module
+def _micro_batch(
+    engine: Engine, meter: PhaseMeter, before: str, after: str
+) -> Iterator[Callable[[str], None]]:
+    """Begin a phase at every pass of the model, at the loss and at the first complete gradient.
 
-    def next_pass(*_: Any) -> None:
-        meter.begin(names.named(f"pass {names.passes}"))
-        names.passes += 1
+    Yields a function that begins another phase.  `before` and `after` surround the names.
+    """
+    module, passes, begun = engine.module, itertools.count(), set()
+
+    def begin(phase: str) -> None:
+        begun.add(phase)
+        meter.begin(f"{before}{phase}{after}")
 
     def reduce(_: Tensor) -> None:
-        if not names.reduces:
-            names.reduces = True
-            meter.begin(names.named("reduce"))
+        if "reduce" not in begun:
+            begin("reduce")
 
-    def loss(*_: Any) -> None:
-        meter.begin(names.named("loss"))
-
-    handles: list[Any] = [module.causal_lm.get_decoder().register_forward_pre_hook(next_pass)]
-    handles += [p.register_post_accumulate_grad_hook(reduce) for p in module.parameters() if p.requires_grad]
+    handles: list[Any] = [
+        module.causal_lm.get_decoder().register_forward_pre_hook(lambda *_: begin(f"pass {next(passes)}")),
+        *(p.register_post_accumulate_grad_hook(reduce) for p in module.parameters() if p.requires_grad),
+    ]
     original = module.techniques.loss
 
     def marked_loss(*arguments: Any, **named: Any) -> Tensor:
-        loss()
+        begin("loss")
         return original(*arguments, **named)
 
     module.techniques.loss = marked_loss  # type: ignore[method-assign]
     try:
-        yield names
+        yield begin
     finally:
         del module.techniques.loss
         for handle in handles:
@@ -323,7 +298,3 @@ def census(engine: Engine) -> dict[str, dict[str, int]]:
             if type(thing) in (Tensor, torch.nn.Parameter):
                 count(thing, "other")
     return sizes
-
-
-def _sum(sizes: dict[str, dict[str, int]], device: str) -> int:
-    return sum(sizes.get(device, {}).values())

@@ -1,18 +1,28 @@
-"""Formulas for the states that DeepSpeed 0.19.8 keeps on each GPU and host, one item each.
+"""What DeepSpeed 0.19.8 keeps on each GPU and host: formulas of the states, and a replay of the backward.
 
 Symbols: P trainable elements, F frozen elements, P_max elements of the largest trainable tensor, b bytes per
 element of the model's dtype, N ranks, R reduce_bucket_size.  File names in the comments are below deepspeed/.
+
+`replay` follows one trace of a micro-batch, in which every gradient is dropped when it is complete, and keeps
+each gradient as DeepSpeed does with `managed_gradient_accumulation: false`: in the bucket, in a flattened
+copy, then with its owner.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.memory.fake_run import GRADIENTS, Arrival, BackwardBegins, Trace
 
 PARAMETERS, OPTIMIZER, COMMUNICATION = "parameters", "optimizer", "communication"
-GRADIENTS = "gradients"
 FP32, FP64 = 4, 8
 NVIDIA = "cuda"
+# With more ranks than this, only a sample of them is replayed.
+MAX_RANKS = 8
 # Assumed, not derived: Python, torch, DeepSpeed and, with a GPU, the CUDA libraries of one rank.
 PROCESS_BYTES = {"cuda": int(3.0 * 2**30), "cpu": int(0.8 * 2**30)}
 
@@ -34,6 +44,15 @@ class Sizes:
     groups: tuple[tuple[int, ...], ...]  # trainable parameters of each optimizer group, in order
     frozen: int
     buffer_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> "Sizes":
+        """The sizes of a model; `groups`: its optimizer's parameter groups."""
+        return cls(
+            groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+            frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+            buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+        )
 
     @property
     def trainable(self) -> int:
@@ -139,36 +158,37 @@ def _padded(elements: int, ranks: int) -> int:
     return -(-elements // alignment) * alignment
 
 
+def _product(component: str, name: str, symbols: str, factor: int, elements: int, more: str = "") -> Item:
+    """An item of `factor * elements` bytes, with its formula in symbols and in numbers."""
+    return Item(component, name, factor * elements, f"{symbols} = {factor} x {elements:,}{more}")
+
+
+def _master_weights_and_moments(part: int) -> list[Item]:
+    # runtime/zero/stage_1_and_2.py, __init__: single_partition_of_fp32_groups; runtime/zero/stage3.py,
+    # _create_fp32_partitions and initialize_optimizer_states.  Adam allocates both moments in its first step:
+    # ops/adam/fused_adam.py, FusedAdam.step, torch.optim.Adam, or ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step
+    return [
+        _product(OPTIMIZER, "fp32 master weights", "4 P/N", FP32, part),
+        _product(OPTIMIZER, "Adam moments", "8 P/N", 2 * FP32, part, ", from the first step on"),
+    ]
+
+
 def gpu_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     """States on one GPU after the first optimizer step."""
     if zero.stage == 3:
         return _gpu_states_of_stage_3(sizes, zero)
     b = zero.model_bytes
     # runtime/zero/stage_1_and_2.py, __init__: bit16_groups_flat holds all parameters on every rank
-    items = [
-        Item(
-            PARAMETERS,
-            "trainable weights",
-            b * sum(_padded(sum(group), zero.ranks) for group in sizes.groups),
-            f"b P = {b} x {sizes.trainable:,}",
-        )
-    ]
+    flat = b * sum(_padded(sum(group), zero.ranks) for group in sizes.groups)
+    items = [Item(PARAMETERS, "trainable weights", flat, f"b P = {b} x {sizes.trainable:,}")]
     if sizes.frozen:
-        items.append(Item(PARAMETERS, "frozen weights", b * sizes.frozen, f"b F = {b} x {sizes.frozen:,}"))
+        items.append(_product(PARAMETERS, "frozen weights", "b F", b, sizes.frozen))
     if sizes.buffer_bytes:
         items.append(Item(PARAMETERS, "buffers", sizes.buffer_bytes, "the model's buffers"))
-    part = Partition.heaviest(sizes, zero).size
     if zero.offload_optimizer:
         # runtime/zero/stage_1_and_2.py, __init__: temp_grad_buffer_for_gpu_offload
-        staging = Item(OPTIMIZER, "offload staging", b * sizes.largest, f"b P_max = {b} x {sizes.largest:,}")
-        return [*items, staging]
-    # runtime/zero/stage_1_and_2.py, __init__: single_partition_of_fp32_groups; Adam allocates both moments in
-    # its first step (ops/adam/fused_adam.py, FusedAdam.step, or torch.optim.Adam)
-    return [
-        *items,
-        Item(OPTIMIZER, "fp32 master weights", FP32 * part, f"4 P/N = 4 x {part:,}"),
-        Item(OPTIMIZER, "Adam moments", 2 * FP32 * part, f"8 P/N = 8 x {part:,}, from the first step on"),
-    ]
+        return [*items, _product(OPTIMIZER, "offload staging", "b P_max", b, sizes.largest)]
+    return items + _master_weights_and_moments(Partition.heaviest(sizes, zero).size)
 
 
 def _gpu_states_of_stage_3(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
@@ -180,30 +200,28 @@ def _gpu_states_of_stage_3(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     # runtime/zero/partitioned_param_coordinator.py, fetch_sub_module (max_live, prefetch), and
     # runtime/zero/parameter_offload.py, mark_persistent_parameters (small weights)
     items = [
-        Item(PARAMETERS, "gathered weights", b * live, f"b min(max_live + prefetch, P + F) = {b} x {live:,}"),
+        _product(PARAMETERS, "gathered weights", "b min(max_live + prefetch, P + F)", b, live),
         Item(PARAMETERS, "small weights, never partitioned", b * small, f"b x {small:,} below the threshold"),
     ]
     if not zero.offload_param:
         # runtime/zero/stage3.py, _create_fp16_partitions_with_defragmentation
-        items.append(
-            Item(PARAMETERS, "own share", b * everything // n, f"b (P + F)/N = {b} x {everything:,} / {n}")
-        )
+        items.append(_own_share(b, everything, n))
     if not zero.offload_optimizer:
-        # runtime/zero/stage3.py, _create_fp32_partitions, initialize_optimizer_states and
-        # _setup_for_real_optimizer (grad_partitions_flat_buffer)
-        items += [
-            Item(OPTIMIZER, "fp32 master weights", FP32 * part, f"4 P/N = 4 x {part:,}"),
-            Item(OPTIMIZER, "Adam moments", 2 * FP32 * part, f"8 P/N = 8 x {part:,}, from the first step on"),
-            Item(GRADIENTS, "own share", b * part, f"b P/N = {b} x {part:,}"),
-        ]
+        # runtime/zero/stage3.py, _setup_for_real_optimizer (grad_partitions_flat_buffer)
+        items += _master_weights_and_moments(part)
+        items.append(_product(GRADIENTS, "own share", "b P/N", b, part))
     return items
+
+
+def _own_share(b: int, everything: int, n: int) -> Item:
+    return Item(PARAMETERS, "own share", b * everything // n, f"b (P + F)/N = {b} x {everything:,} / {n}")
 
 
 def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     """Allocations of the optimizer step on one GPU beyond the states; there are no activations then."""
     b = zero.model_bytes
     # runtime/zero/stage_1_and_2.py, get_grad_norm_direct, and runtime/zero/utils.py, get_norm_dtype
-    norm = Item(GRADIENTS, "norm in fp64", FP64 * sizes.largest, f"8 P_max = 8 x {sizes.largest:,}")
+    norm = _product(GRADIENTS, "norm in fp64", "8 P_max", FP64, sizes.largest)
     if zero.stage == 3:
         return [norm]
     if zero.offload_optimizer:
@@ -211,91 +229,194 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         return [Item(GRADIENTS, "one gradient copied back from the host", b * sizes.largest, "b P_max"), norm]
     partition = Partition.heaviest(sizes, zero)
     owned, part = sum(sizes.flat[i] for i in partition.owned), partition.size
-    complete = b * sizes.trainable if zero.stage == 1 else 0
     # runtime/zero/stage_1_and_2.py, copy_grads_in_partition: grads_in_partition
     collected = [Item(GRADIENTS, "own gradients", b * owned, f"b x {owned:,}")]
-    if complete:
-        # runtime/zero/stage_1_and_2.py, reduce_gradients and setup_buckets
-        collected += [
-            Item(GRADIENTS, "all gradients", complete, f"b P = {b} x {sizes.trainable:,}"),
-            Item(COMMUNICATION, "reduce bucket", b * zero.bucket, f"b R = {b} x {zero.bucket:,}"),
-        ]
+    if zero.stage == 1:
+        # runtime/zero/stage_1_and_2.py, reduce_gradients
+        collected.append(_product(GRADIENTS, "all gradients", "b P", b, sizes.trainable))
+    # runtime/zero/stage_1_and_2.py, setup_buckets
+    buckets = [_product(COMMUNICATION, "reduce bucket", "b R", b, zero.bucket)] if zero.stage == 1 else []
     # runtime/zero/stage_1_and_2.py, step: flat_grad_partition, then its copy single_grad_partition in fp32
-    flat = [*collected[:1], Item(GRADIENTS, "flattened", b * part, f"b P/N = {b} x {part:,}")]
+    in_fp32 = _product(GRADIENTS, "in fp32", "4 P/N", FP32, part)
+    flat = [collected[0], _product(GRADIENTS, "flattened", "b P/N", b, part)]
     if b != FP32:
-        flat.append(Item(GRADIENTS, "in fp32", FP32 * part, f"4 P/N = 4 x {part:,}"))
+        flat.append(in_fp32)
     widest = max((_padded(sum(group), zero.ranks) // zero.ranks for group in sizes.groups), default=0)
     copies = 1 if zero.device == NVIDIA else 2
+    roots = f"{4 * copies} P/N of the largest group"
     # runtime/zero/stage_1_and_2.py, _optimizer_step.  Measured on two CPU ranks: the collected gradients live
     # until the update is complete.
-    update = [
-        *(item for item in collected if item.component == GRADIENTS),
-        Item(GRADIENTS, "in fp32", FP32 * part, f"4 P/N = 4 x {part:,}"),
-        Item(
-            OPTIMIZER, "Adam's square roots", copies * FP32 * widest, f"{4 * copies} P/N of the largest group"
-        ),
-    ]
-    return max(([*collected, norm], flat, update), key=lambda items: sum(item.size for item in items))
+    update = [*collected, in_fp32, Item(OPTIMIZER, "Adam's square roots", copies * FP32 * widest, roots)]
+    moments = ([*collected, *buckets, norm], flat, update)
+    return max(moments, key=lambda items: sum(item.size for item in items))
 
 
 def host_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     """Host memory of one rank."""
     # The model is loaded in fp32 on the host: runtime/engine.py, _configure_distributed_model, moves it.
-    load = FP32 * (sizes.trainable + sizes.frozen)
+    load, start = FP32 * (sizes.trainable + sizes.frozen), "weights before they move"
     process = Item("process", "Python, torch, CUDA libraries", PROCESS_BYTES[zero.device], "assumed")
     if not zero.offload_optimizer:
-        return [process, Item("start", "weights before they move", load, "4 (P + F), freed after the start")]
-    b = zero.model_bytes
-    partition = Partition.heaviest(sizes, zero)
-    part = partition.size
-    owned = [sizes.flat[i] for i in partition.owned]
-    # runtime/zero/stage_1_and_2.py: __init__ (single_partition_of_fp32_groups,
-    # param_buffer_of_bit16_for_cpu_offload_groups, temp_grad_buffer_for_cpu_offload),
-    # initialize_optimizer_states (fp32 gradients), async_accumulate_grad_in_cpu_via_gpu (accumulators);
-    # Adam's moments: ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step
-    items = [
-        Item(OPTIMIZER, "fp32 master weights", FP32 * part, f"4 P/N = 4 x {part:,}"),
-        Item(GRADIENTS, "fp32 gradients", FP32 * part, f"4 P/N = 4 x {part:,}"),
-        Item(OPTIMIZER, "Adam moments", 2 * FP32 * part, f"8 P/N = 8 x {part:,}, from the first step on"),
-        Item(PARAMETERS, "updated weights for the GPU", b * part, f"b P/N = {b} x {part:,}"),
-        Item(
-            GRADIENTS,
-            "accumulators",
-            b * sum(owned),
-            f"b x {sum(owned):,}: parameters this rank owns, also in part",
-        ),
-        Item(GRADIENTS, "offload staging", b * sizes.largest, f"b P_max = {b} x {sizes.largest:,}"),
-    ]
-    blocks = [FP32 * part, FP32 * part, b * part, b * sizes.largest, *(b * size for size in owned)]
-    if zero.stage == 3:
-        # runtime/zero/stage3.py, _create_fp32_partitions and _create_param_groups_fp16_flat_cpu_memory
-        everything = sizes.trainable + sizes.frozen
-        items = items[:3]
-        blocks = blocks[:2]
-        if zero.offload_param:
-            share = b * everything // zero.ranks
-            items.append(
-                Item(PARAMETERS, "own share", share, f"b (P + F)/N = {b} x {everything:,} / {zero.ranks}")
-            )
-            blocks.append(share)
+        return [process, Item("start", start, load, "4 (P + F), freed after the start")]
+    items, blocks = _offloaded(sizes, zero)
     if zero.pin_memory and zero.device == NVIDIA:
         # torch's CachingHostAllocator rounds each pinned block up to a power of two.
-        rounding = sum(_power_of_two(block) - block for block in blocks)
+        rounding = sum((1 << (block - 1).bit_length()) - block for block in blocks if block)
         items.append(
             Item("pinned", "rounding of pinned blocks", rounding, "each rounded up to a power of two")
         )
     resident = sum(item.size for item in items)
     if load > resident:
-        items.append(
-            Item(
-                "start",
-                "weights before they move",
-                load - resident,
-                "4 (P + F), less the items above",
-            )
-        )
+        items.append(Item("start", start, load - resident, "4 (P + F), less the items above"))
     return [process, *items]
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length() if size else 0
+def _offloaded(sizes: Sizes, zero: ZeroSettings) -> tuple[list[Item], list[int]]:
+    """The host's states with an offloaded optimizer, and the bytes of each pinned block."""
+    b, partition = zero.model_bytes, Partition.heaviest(sizes, zero)
+    part, owned = partition.size, [sizes.flat[i] for i in partition.owned]
+    master, moments = _master_weights_and_moments(part)
+    # runtime/zero/stage_1_and_2.py, initialize_optimizer_states (fp32 gradients)
+    items = [master, _product(GRADIENTS, "fp32 gradients", "4 P/N", FP32, part), moments]
+    blocks = [FP32 * part, FP32 * part]
+    if zero.stage == 3:
+        # runtime/zero/stage3.py, _create_param_groups_fp16_flat_cpu_memory
+        if zero.offload_param:
+            items.append(_own_share(b, sizes.trainable + sizes.frozen, zero.ranks))
+            blocks.append(items[-1].size)
+        return items, blocks
+    # runtime/zero/stage_1_and_2.py: __init__ (param_buffer_of_bit16_for_cpu_offload_groups,
+    # temp_grad_buffer_for_cpu_offload), async_accumulate_grad_in_cpu_via_gpu (accumulators)
+    total = sum(owned)
+    items += [
+        _product(PARAMETERS, "updated weights for the GPU", "b P/N", b, part),
+        Item(GRADIENTS, "accumulators", b * total, f"b x {total:,}: parameters this rank owns, also in part"),
+        _product(GRADIENTS, "offload staging", "b P_max", b, sizes.largest),
+    ]
+    return items, [*blocks, b * part, b * sizes.largest, *(b * size for size in owned)]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The peak bytes of one micro-batch beyond the persistent states, and what they hold."""
+
+    size: int
+    parts: dict[str, int]
+    in_backward: bool
+    own: dict[str, int]  # the peak bytes of each kind on its own
+
+
+def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
+    """The peak of `trace` under `zero` on the rank with the highest peak.
+
+    The owner of the last layers holds gradients early in the backward, while most activations are alive.
+    The owner of the most parameters may hold them only at the end.  `sizes.flat` is in the trace's order.
+    """
+    assert sizes.flat == trace.parameter_sizes
+    partitions = Partition.of_every_rank(sizes, zero)
+    step = -(-len(partitions) // MAX_RANKS)
+    return max((replay_on(trace, sizes, zero, p) for p in partitions[::step]), key=lambda peak: peak.size)
+
+
+def replay_on(trace: Trace, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> Peak:
+    """The peak on the rank that owns `partition`."""
+    run = _Replay(sizes, zero, partition)
+    for event in trace.events:
+        if isinstance(event, BackwardBegins):
+            run.is_backward = True
+        elif isinstance(event, Arrival):
+            run.arrive(event.index)
+        else:
+            run.add(*event)
+    if zero.stage == 2:
+        run.reduce()
+    parts = {kind: size for kind, size in run.at_highest.items() if size}
+    return Peak(run.highest, parts, run.highest_in_backward, run.own)
+
+
+class _Replay:
+    """Memory of one rank during a micro-batch, with contiguous gradients."""
+
+    def __init__(self, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> None:
+        self.sizes, self.zero, self.partition = sizes, zero, partition
+        self.owned = set(partition.owned)
+        self.owned_bytes = zero.model_bytes * sum(sizes.flat[i] for i in self.owned)
+        self.alive: Counter[str] = Counter()
+        self.total = self.highest = 0
+        self.at_highest: dict[str, int] = {}
+        self.own: Counter[str] = Counter()
+        self.is_backward = self.highest_in_backward = False
+        self.bucket: list[int] = []
+        self.elements = 0
+        self.has_bucket = self.has_partition = False
+        self.held: dict[int, int] = {}
+        # runtime/zero/stage_1_and_2.py: stage 1 accumulates in each param.grad until reduce_gradients;
+        # stage 2 in all_grad_tensors (independent_gradient_partition_epilogue).
+        if zero.stage == 1 and zero.accumulates:
+            self.add(zero.model_bytes * sizes.trainable, GRADIENTS)
+        if zero.stage == 2 and zero.accumulates and not zero.offload_optimizer:
+            self.add(self.owned_bytes, GRADIENTS)
+
+    def add(self, size: int, kind: str) -> None:
+        self.alive[kind] += size
+        self.total += size
+        self.own[kind] = max(self.own[kind], self.alive[kind])
+        if self.total > self.highest:
+            self.highest, self.at_highest = self.total, dict(self.alive)
+            self.highest_in_backward = self.is_backward
+
+    def briefly(self, size: int, kind: str) -> None:
+        self.add(size, kind)
+        self.add(-size, kind)
+
+    def arrive(self, index: int) -> None:
+        b, size = self.zero.model_bytes, self.sizes.flat[index]
+        # runtime/zero/stage_1_and_2.py, setup_buckets
+        if not self.has_bucket:
+            self.has_bucket = True
+            buckets = 2 if self.zero.overlap and self.zero.stage < 3 else 1
+            self.add(b * self.zero.bucket * buckets, COMMUNICATION)
+        if self.zero.stage == 3:  # approximately: each gradient passes through the bucket and is freed
+            # runtime/zero/stage3.py, __add_grad_to_ipg_bucket and __reduce_and_partition_ipg_grads
+            self.briefly(2 * b * size if size > self.zero.bucket else b * size, GRADIENTS)
+            return
+        if self.zero.stage == 1:
+            if not self.zero.accumulates:
+                self.hold(index)
+            return
+        # runtime/zero/stage_1_and_2.py, reduce_independent_p_g_buckets_and_remove_grads
+        if self.elements + size > self.zero.bucket:
+            self.reduce()
+        if size > self.zero.bucket:
+            if self.zero.offload_optimizer:
+                self.briefly(2 * b * size, GRADIENTS)
+            self.hold(index)
+        else:
+            self.briefly(b * size, GRADIENTS)
+        self.bucket.append(index)
+        self.elements += size
+
+    def hold(self, index: int) -> None:
+        self.held[index] = self.zero.model_bytes * self.sizes.flat[index]
+        self.add(self.held[index], GRADIENTS)
+
+    def release(self, index: int) -> None:
+        self.add(-self.held.pop(index, 0), GRADIENTS)
+
+    def reduce(self) -> None:
+        """Average the bucket over the ranks and pass each gradient to its owner."""
+        # runtime/zero/stage_1_and_2.py, average_tensor and allreduce_bucket: slices of several owners are
+        # flattened into a copy
+        runs = [owners for i in self.bucket for owners in self.partition.parts[i]]
+        slices = sum(1 for before, after in zip([None, *runs], runs, strict=False) if before != after)
+        if slices > 1 and self.zero.ranks > 1:
+            self.briefly(self.zero.model_bytes * self.elements, COMMUNICATION)
+        # runtime/zero/stage_1_and_2.py, reduce_ipg_grads and copy_grads_in_partition
+        for index in self.bucket:
+            is_kept = index in self.owned and not self.zero.offload_optimizer
+            if is_kept and not self.has_partition:
+                self.has_partition = True
+                self.add(self.owned_bytes, GRADIENTS)
+            if is_kept or index not in self.owned:
+                self.release(index)
+        self.bucket, self.elements = [], 0

@@ -17,6 +17,7 @@ from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.runs.weights import describe_tensor, is_weight, refuse_non_finite
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
 # Larger than any model; a damaged or hostile configuration could specify a million layers.

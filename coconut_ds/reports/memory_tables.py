@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coconut_ds.memory.plan import EVALUATION, FORWARD_BACKWARD, STEP
+from coconut_ds.memory.phases import EVALUATION, FORWARD_BACKWARD, STEP
 from coconut_ds.tables import Table
 
 Json = Mapping[str, Any]

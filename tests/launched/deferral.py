@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.engine.engine import Engine, finish_distributed, start_distributed
-from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.launched.gloo import wait_for_gloo

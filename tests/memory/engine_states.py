@@ -1,8 +1,8 @@
 """Launched on two ranks: what DeepSpeed's engine really holds after two steps, and its peak in a backward.
 
-    deepspeed --num_gpus 2 --module tests.memory.engine_states OUT.json TUNING
+    deepspeed --num_gpus 2 --module tests.memory.engine_states OUT.json
 
-Writes per ds_config the measured and the planned bytes of the rank that holds most.
+Writes per tuning and ds_config the measured and the planned bytes of the rank that holds most.
 """
 
 import gc
@@ -19,16 +19,16 @@ from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.engine.engine import Engine, start_distributed
-from coconut_ds.memory.fake_model import build_fake_model
-from coconut_ds.memory.fake_trace import Trace, record
-from coconut_ds.memory.gradient_path import replay, replay_on
-from coconut_ds.memory.largest_batches import largest_batch, stages_of
+from coconut_ds.memory.fake_run import Trace, build_fake_model, record
+from coconut_ds.memory.phases import largest_batch, stages_of
 from coconut_ds.memory.zero import (
     Partition,
     Sizes,
     ZeroSettings,
     gpu_states,
     host_states,
+    replay,
+    replay_on,
     step_items,
 )
 from coconut_ds.model.loading import load_config
@@ -44,9 +44,18 @@ def small_gpt2():
     return config
 
 
-def main(out, tuning):
+def main(out):
     ranks = start_distributed("fp32")
     wait_for_gloo()
+    results = {tuning: compared(tuning, ranks) for tuning in ("full", "lora")}
+    if ranks.is_main:
+        Path(out).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compared(tuning, ranks):
+    """Planned and measured bytes by ds_config."""
     experiment = validate_experiment(
         {
             "project": "plan", "name": "states", "save_path": "runs", "model_id": "benchmarks/shapes/gpt2",
@@ -68,11 +77,7 @@ def main(out, tuning):
         before = held_bytes()
         model = real_model(experiment, small_gpt2(), size + 3, vocabulary, ds_config.latent_memory)
         settings = ds_config.resolve(experiment, ranks.world_size)
-        sizes = Sizes(
-            tuple(tuple(p.numel() for p in g["params"]) for g in parameter_groups(model, experiment)),
-            sum(p.numel() for p in model.parameters() if not p.requires_grad),
-            sum(b.numel() * b.element_size() for b in model.buffers()),
-        )
+        sizes = Sizes.of(model, parameter_groups(model, experiment))
         engine = Engine(model, parameter_groups(model, experiment), settings, ranks)
         for _ in range(2):
             for _ in range(2):
@@ -109,12 +114,9 @@ def main(out, tuning):
             "measured_step": most(peak_of_events(step_profiler)),
             "planned_step": sum(i.size for i in step_items(sizes, zero)) - kept_for_step(sizes, zero),
         }
-        if ranks.is_main:
-            Path(out).write_text(json.dumps(results))
         engine._engine.destroy()
         del engine, model, fake_model
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def backward_peak(engine, batch):

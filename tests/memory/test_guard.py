@@ -14,9 +14,9 @@ from coconut_ds.engine.engine import Engine
 from coconut_ds.errors import BudgetError, OutOfMemory
 from coconut_ds.evaluation.evaluate import evaluate
 from coconut_ds.failures import phase, phase_of
-from coconut_ds.memory.budget import refuse_or_warn
-from coconut_ds.memory.guard import MemoryGuard, largest_tensors
-from coconut_ds.memory.plan import MIB, BatchShape, Phase, Plan, StagePlan
+from coconut_ds.memory.budget import MemoryGuard, largest_tensors, refuse_or_warn
+from coconut_ds.memory.phases import BatchShape, Phase, StagePlan
+from coconut_ds.memory.planner import MIB, Plan
 from coconut_ds.memory.zero import Item
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.checkpoints import Checkpoints

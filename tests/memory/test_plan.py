@@ -14,18 +14,11 @@ from coconut_ds.config.experiment import load_experiment, validate_experiment
 from coconut_ds.data.problems import Problem
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import BudgetError, ConfigError
+from coconut_ds.memory.budget import cheapest_changes, with_rows
 from coconut_ds.memory.fit import fit
-from coconut_ds.memory.largest_batches import (
-    TextShape,
-    largest_batch,
-    longest,
-    read_lengths,
-    shape_of,
-    stages_of,
-)
-from coconut_ds.memory.options import cheapest_changes
+from coconut_ds.memory.phases import TextShape, largest_batch, longest, read_lengths, shape_of, stages_of
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
-from coconut_ds.memory.planner import Planner, with_rows
+from coconut_ds.memory.planner import Planner
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = TextShape(question=60, steps=3, step=8, answer=5)
@@ -34,10 +27,10 @@ VOCABULARY = Vocabulary(None, 1000, 1001, 1002, eos_id=0, pad_id=0)
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """A GPT-2 of six layers as a folder with a configuration and nothing else."""
+    """A GPT-2 of five layers as a folder with a configuration and nothing else."""
     folder = tmp_path_factory.mktemp("model")
     values = json.loads((ROOT / "benchmarks/shapes/gpt2/config.json").read_text())
-    values |= {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": 1000}
+    values |= {"n_layer": 5, "n_embd": 64, "n_head": 4, "vocab_size": 1000}
     (folder / "config.json").write_text(json.dumps(values))
     return folder
 
@@ -46,7 +39,7 @@ def experiment_of(model, **changes):
     values = {
         "project": "p", "name": "n", "save_path": "runs", "method": "coconut", "model_id": str(model),
         "train_path": "none.json", "val_path": "none.json", "c_thought": 1, "epochs_per_stage": 1,
-        "max_latent_stage": 2, "num_epochs": 3, "batch_size_training": 4, "gradient_accumulation_steps": 3,
+        "max_latent_stage": 1, "num_epochs": 2, "batch_size_training": 4, "gradient_accumulation_steps": 3,
         "batch_size_eval": 1, "lr": 1e-4,
     }  # fmt: skip
     return validate_experiment(values | changes, "test")
@@ -92,7 +85,7 @@ def test_scaled_stages_come_close_to_exact_ones(planner, tiny_model, ds_config, 
     experiment = experiment_of(tiny_model)
     exact = [
         planner.trace(
-            experiment, ds_config, largest_batch(planner.train, at, experiment, planner.vocabulary, 4), 6
+            experiment, ds_config, largest_batch(planner.train, at, experiment, planner.vocabulary, 4), 5
         ).peak
         for at in stages_of(experiment)
     ]
@@ -154,7 +147,7 @@ def test_fit_is_the_largest_that_fits(planner, tiny_model, ds_config):
     assert rows * steps == 24 and rows <= found.max_rows < 24
 
 
-def test_fit_pulls_levers_where_one_row_is_too_much(planner, tiny_model, ds_config):
+def test_fit_adds_memory_options_where_one_row_is_too_much(planner, tiny_model, ds_config):
     experiment = experiment_of(tiny_model)
     one = planner.plan(with_rows(experiment, 1), ds_config).gpu_bytes
     found = fit(planner, experiment, budget_of(ds_config, one // 2**20))
@@ -190,7 +183,7 @@ def test_the_worst_batch_has_the_longest_question_and_the_longest_rest(tiny_mode
 
 
 def test_mixed_stages_count_the_longest_text_and_the_most_latents(tiny_model):
-    mixed = experiment_of(tiny_model, uniform_prob=0.5)
+    mixed = experiment_of(tiny_model, uniform_prob=0.5, max_latent_stage=2, num_epochs=3)
     last = stages_of(mixed)[-1]
     shape = shape_of(largest_batch([problem(5, [8, 8, 8])], last, mixed, VOCABULARY, 2))
     assert shape.labels == 2 * (24 + 2)
@@ -206,7 +199,7 @@ def test_of_a_large_file_the_longest_are_kept():
 
 def test_without_data_the_shape_options_are_named(tiny_model):
     with pytest.raises(ConfigError, match="--question-tokens"):
-        read_lengths(experiment_of(tiny_model), None)
+        read_lengths(experiment_of(tiny_model))
 
 
 def write(tmp_path, model, **changes):
@@ -255,13 +248,11 @@ def test_the_fit_command_writes_a_file_that_fits(tiny_model, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-xl", "llama-3.2-1b"])
 def test_large_shapes_need_neither_weights_nor_much_memory(model, tmp_path, capsys):
-    config = write(
-        tmp_path, ROOT / "benchmarks/shapes" / model, c_thought=2, max_latent_stage=3, num_epochs=5
-    )
-    files = [str(path) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+    config = write(tmp_path, ROOT / "benchmarks/shapes" / model)
+    files = [f"ds_configs/{name}.json" for name in ("zero2", "zero2_offload_bf16")]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     main(["plan", str(config), "--deepspeed_config", *files, "--question-tokens", "100"])
     seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
-    assert "DOES NOT FIT" in capsys.readouterr().out or model == "llama-3.2-1b"
-    assert seconds < 180  # of one busy core; about 60 s of wall time on a free one
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert seconds < 60  # of one busy core; about 15 s on a free one
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20

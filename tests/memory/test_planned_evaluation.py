@@ -10,13 +10,13 @@ from transformers import GPT2Config, LlamaConfig
 from benchmarks.plan_accuracy import peak_of_events, real_model, with_padding
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
-from coconut_ds.memory.largest_batches import (
+from coconut_ds.memory.phases import (
+    PlannedRun,
     TextShape,
     evaluated_stages,
     largest_evaluation_batch,
     longest_prompts,
 )
-from coconut_ds.memory.phases import PlannedRun
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.zero import Sizes, ZeroSettings
 
@@ -66,10 +66,10 @@ def test_the_planned_evaluation_holds_every_stage(name):
     for at in stages:
         batch = with_padding(largest_evaluation_batch(problems, at, experiment, vocabulary))
         peaks.append(measured(lambda batch=batch: model(batch)))
-        assert peaks[-1] <= 1.005 * run._evaluated(batch, 0) <= (1 + WITHIN) * peaks[-1]
+        assert peaks[-1] <= 1.005 * run.evaluated(batch, 0) <= (1 + WITHIN) * peaks[-1]
     prompts = with_padding(longest_prompts(problems, experiment, vocabulary))
     peaks.append(measured(lambda: model.generate(prompts, 60, eos_id=-1)))
-    assert peaks[-1] <= 1.005 * run._evaluated(prompts, 60) <= (1 + WITHIN) * peaks[-1]
+    assert peaks[-1] <= 1.005 * run.evaluated(prompts, 60) <= (1 + WITHIN) * peaks[-1]
     assert max(peaks) <= 1.005 * run.evaluation().size <= (1 + WITHIN) * max(peaks)
     assert peaks[0] == max(peaks)
     assert name != "large vocabulary" or peaks[0] > 2 * peaks[len(stages) - 1]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from coconut_ds.__main__ import main
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory.allocations import CpuRecorder
-from coconut_ds.memory.plan import MIB
+from coconut_ds.memory.planner import MIB
 from coconut_ds.memory.profiler import INITIALISE, PhaseMeter, census, profile_steps
 from tests.launched.start import start
 from tests.model.cases import EQUAL_ROWS, NO_LATENT_ROWS, make_batch, make_coconut

@@ -7,7 +7,7 @@ import torch
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model.cases import (

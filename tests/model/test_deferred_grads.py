@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model.cases import (

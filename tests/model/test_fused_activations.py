@@ -8,7 +8,7 @@ from transformers import GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 
-from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.techniques.deferred_grads import install_deferral
 from coconut_ds.model.techniques.fused_activations import Recomputation, fuse_activations, recomputation_of
 from tests.model.cases import ARCHITECTURES, gpt2, make_model

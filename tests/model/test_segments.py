@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.techniques import segment_attention
 from coconut_ds.model.techniques.segment_attention import Records, Segments
 from coconut_ds.model.techniques.segments import (

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coconut_ds.memory.live_bytes import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.techniques.backward_queue import Deferral
 from coconut_ds.model.techniques.deferred_grads import install_deferral
 from coconut_ds.model.techniques.supervised_loss import supervised_loss

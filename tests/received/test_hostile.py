@@ -25,7 +25,7 @@ from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.engine.watchdog import Watchdog, write_batches
 from coconut_ds.errors import UserError
 from coconut_ds.files import is_printable
-from coconut_ds.memory.guard import MemoryGuard
+from coconut_ds.memory.budget import MemoryGuard
 from coconut_ds.model.build import build_module
 from coconut_ds.model.loading import load_config
 from coconut_ds.reports.figures import draw_window_weights

@@ -1,0 +1,352 @@
+"""Run a Coconut model on fake tensors, which have a shape and no bytes, and record its allocations.
+
+    fake_model = build_fake_model(...)      the real code on the meta device, cast as DeepSpeed casts it
+    trace = record(fake_model, batch)       one forward and backward
+    trace.events                            (+bytes, kind), (-bytes, kind), ... and Arrival(parameter)
+
+A plan therefore needs neither weights nor a GPU, and it follows every change of the model's code.  zero.py
+replays ZeRO's handling of gradients over the same trace, so one run serves every ds_config of the same
+precision.
+"""
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.batching import Batch
+from coconut_ds.model.answer_cache import AnswerCache
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import DTYPES
+from coconut_ds.model.lora import add_adapters
+from coconut_ds.thoughts import ThoughtSettings, build_thought
+
+ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A model without storage and the mode in which it runs."""
+
+    model: Coconut
+    mode: FakeTensorMode
+    device: str  # "cuda" or "cpu": the device whose kernels and code paths are used
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A context in which the model can be called with batches from `batch`."""
+        with self.mode, looking_like_cuda() if self.device == "cuda" else nullcontext():
+            yield
+
+    def batch(self, batch: Batch) -> Batch:
+        """The same batch without storage."""
+        tensors: dict[str, Any] = {
+            name: self.mode.from_tensor(value)
+            for name, value in vars(batch).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(batch, **tensors)
+
+
+@contextmanager
+def looking_like_cuda() -> Iterator[None]:
+    """Let fake CPU tensors report `is_cuda`: fake GPU tensors do not work without a GPU.
+
+    Code that checks the device then takes its GPU path.  Attention with dropout runs as on a GPU, where the
+    fused kernel saves a seed, while the CPU would save every probability.  A TorchFunctionMode cannot do
+    this: autograd disables it in the backward, where checkpointed layers run again.
+    """
+    attention = F.scaled_dot_product_attention
+
+    def fused(*args: Any, **kwargs: Any) -> Tensor:
+        return attention(*args, **{**kwargs, "dropout_p": 0.0})
+
+    F.scaled_dot_product_attention = fused
+    FakeTensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention
+        del FakeTensor.is_cuda
+
+
+def build_fake_model(
+    experiment: Experiment,
+    config: PretrainedConfig,
+    vocabulary_size: int,
+    special_token_ids: Sequence[int],
+    latent_memory: LatentMemory,
+    precision: str = "fp32",
+    device: str = "cuda",
+) -> FakeModel:
+    """The experiment's model in training mode.  Raises ConfigError if it does not support a technique."""
+    with torch.device("meta"):
+        base: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
+        if base.get_input_embeddings().weight.shape[0] < vocabulary_size:
+            base.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+        thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
+        if not experiment.method.has_latents:
+            thought.requires_grad_(False)
+        if experiment.tuning == "lora":
+            base = add_adapters(base, experiment, special_token_ids)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in (base, thought):
+        _replace_tensors(module, mode, DTYPES[precision])
+    with mode:
+        model = Coconut(base, thought, latent_memory)
+    model.train()
+    return FakeModel(model, mode, device)
+
+
+def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The same architecture with fewer layers."""
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = num_layers
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:num_layers]
+    return shallow
+
+
+def _replace_tensors(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
+    """Replace meta tensors by fake CPU tensors; parameters get `dtype`, ties are kept.
+
+    Buffers keep their dtype, as in DeepSpeed 0.19.8 (runtime/engine.py, _mixed_precision_dtypes).
+    """
+    made: dict[Tensor, Tensor] = {}
+
+    def replacement(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fake_dtype = dtype if is_parameter and tensor.is_floating_point() else tensor.dtype
+            with mode:
+                fake = torch.empty(tensor.shape, dtype=fake_dtype, device="cpu")
+            made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        return made[tensor]
+
+    for part in module.modules():
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in stores:
+            tensors.update({name: replacement(value) for name, value in tensors.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The gradient of parameter `index` is complete; its storage was released just before."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class BackwardBegins:
+    """The boundary between forward and backward."""
+
+
+Event = tuple[int, str] | Arrival | BackwardBegins
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The allocations and releases of one micro-batch."""
+
+    events: list[Event]
+    parameter_sizes: tuple[int, ...]  # elements per trainable parameter, in the optimizer's order
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes, if each gradient is released as soon as it is complete."""
+        return peak_of(self.events)
+
+
+def peak_of(events: Sequence[Event], without: str = "") -> int:
+    """Peak bytes, without those of one kind."""
+    total = highest = 0
+    for event in events:
+        if isinstance(event, tuple) and event[1] != without:
+            total += event[0]
+            highest = max(highest, total)
+    return highest
+
+
+def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Temporary bytes inside a CPU operator, which a dispatch mode does not see.
+
+    These are the input copies that ATen's TensorIterator makes in the dtype of the computation; dropout
+    multiplies by a bool mask (aten/src/ATen/native/Dropout.cpp) and therefore converts it as well.  GPU
+    kernels convert while they read.
+    """
+    operator = func.overloadpacket
+    if operator in (aten.native_dropout, aten.native_dropout_backward):
+        return args[0].numel() * args[0].element_size()
+    tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
+    if operator not in (aten.mul, aten.add, aten.sub, aten.div) or len(tensors) < 2:
+        return 0
+    common = torch.result_type(*tensors)
+    return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common and t.dim())
+
+
+class LiveBytes(TorchDispatchMode):
+    """A context manager that records when operators allocate storages and when these are released.
+
+    events: (+bytes, kind) and (-bytes, kind), in order.  `workspace`: temporary bytes inside an operator.
+    Works on real tensors of any device and on fake ones.  Storages are followed by weak references, as in
+    torch.distributed._tools.mem_tracker.
+
+    Autograd adds the gradients of a tensor with several uses in place if nothing else holds them, but not
+    under a dispatch mode (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).  Such a sum is
+    recorded after the release of its operand, which follows at once.
+    """
+
+    def __init__(
+        self,
+        kind_of: Callable[[Tensor], str] = lambda tensor: ACTIVATIONS,
+        workspace: Callable[[Any, tuple[Any, ...]], int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self._kind_of, self._workspace = kind_of, workspace
+        self._known: dict[int, Any] = {}
+        self._sum: tuple[int, str] | None = None  # bytes and kind of a sum not yet recorded
+        self._operands: set[int] = set()
+
+    @property
+    def current(self) -> int:
+        """Bytes alive now."""
+        self._record_sum()
+        return sum(event[0] for event in self.events if isinstance(event, tuple))
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at once."""
+        self._record_sum()
+        return peak_of(self.events)
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Leave out a storage that exists before the run and stays."""
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._record_sum()
+        result = func(*args, **(kwargs or {}))
+        may_accumulate = func is aten.add.Tensor and not torch.is_grad_enabled()
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value, args, kwargs, may_accumulate)
+        if self._sum is not None:
+            self._operands = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+        if self._workspace is not None and (inside := self._workspace(func, args)):
+            self.events += [(inside, ACTIVATIONS), (-inside, ACTIVATIONS)]
+        return result
+
+    def _record_sum(self) -> None:
+        if self._sum is not None:
+            self.events.append(self._sum)
+            self._sum = None
+
+    def _see(self, tensor: Tensor, args: Any, kwargs: Any, may_accumulate: bool) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._known:
+            return
+        given = (value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor))
+        if any(value.untyped_storage()._cdata == key for value in given):
+            return  # a view or an in-place result of a tensor from before the run
+        kind = self._kind_of(tensor)
+        self._known[key] = None
+        weakref.finalize(storage, self._drop, key, size, kind).atexit = False
+        if may_accumulate:
+            self._sum = size, kind
+        else:
+            self.events.append((size, kind))
+
+    def _drop(self, key: int, size: int, kind: str) -> None:
+        self._known.pop(key, None)
+        if self._sum is not None and key not in self._operands:
+            self._record_sum()
+        self.events.append((-size, kind))
+        self._record_sum()
+
+
+def record(fake_model: FakeModel, batch: Batch) -> Trace:
+    """One forward and backward of a micro-batch; each gradient is released when complete."""
+    model, batch = fake_model.model, fake_model.batch(batch)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shapes = {tuple(p.shape) for p in trainable} | {tuple(reversed(p.shape)) for p in trainable}
+    is_backward = False
+    log = _log(fake_model, batch, lambda tensor: is_backward and tuple(tensor.shape) in shapes)
+
+    def drop(index: int, parameter: Tensor) -> None:
+        parameter.grad = None
+        log.events.append(Arrival(index))
+
+    with ExitStack() as stack:
+        for index, parameter in enumerate(trainable):
+            hook = parameter.register_post_accumulate_grad_hook(partial(drop, index))
+            stack.callback(hook.remove)
+        stack.enter_context(fake_model.running())
+        stack.enter_context(log)
+        loss = model(batch)
+        is_backward = True
+        log.events.append(BackwardBegins())
+        loss.backward()
+        del loss
+    return Trace(list(log.events), tuple(p.numel() for p in trainable))
+
+
+def record_evaluation(fake_model: FakeModel, batch: Batch, max_new_tokens: int = 0) -> Trace:
+    """One forward without gradients, or with `max_new_tokens`, generation of that many tokens."""
+    model, batch = fake_model.model, fake_model.batch(batch)
+    log = _log(fake_model, batch)
+    model.eval()
+    with fake_model.running(), torch.no_grad(), log:
+        result = _last_logits(model, batch, max_new_tokens) if max_new_tokens else model(batch)
+        del result
+    model.train()
+    return Trace(list(log.events), ())
+
+
+def _log(
+    fake_model: FakeModel, batch: Batch, is_gradient: Callable[[Tensor], bool] = lambda tensor: False
+) -> LiveBytes:
+    """A recorder that ignores the tensors of the model and of the batch."""
+    model: Any = fake_model.model
+    vocabulary_size = model.causal_lm.get_input_embeddings().weight.shape[0]
+
+    def kind_of(tensor: Tensor) -> str:
+        if is_gradient(tensor):
+            return GRADIENTS
+        return LOSS if vocabulary_size in tensor.shape[-1:] else ACTIVATIONS
+
+    log = LiveBytes(kind_of, cpu_workspace if fake_model.device == "cpu" else None)
+    tensors = (value for value in vars(batch).values() if isinstance(value, Tensor))
+    for tensor in (*model.parameters(), *model.buffers(), *tensors):
+        log.ignore(tensor)
+    return log
+
+
+def _last_logits(model: Coconut, batch: Batch, max_new_tokens: int) -> Tensor:
+    """Generation at its two extremes, the prompts and the last token; tokens between are skipped."""
+    columns = batch.shape[1] + max_new_tokens - 1
+    cache = AnswerCache(model.causal_lm.config.num_hidden_layers, columns + 1)
+    mask_BT = F.pad(batch.attention_mask_BT, (0, max_new_tokens), value=1)
+    hidden_BD, position_B = model.read_prompts(batch, cache)
+    token_B = model.head(hidden_BD).argmax(dim=-1)
+    cache.fill(columns - 1)
+    return model.head(model.read_tokens(token_B, mask_BT[:, :columns], position_B, cache))

@@ -17,7 +17,7 @@ from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
-from coconut_ds.engine.engine import Engine, Schedule, start_distributed
+from coconut_ds.engine.engine import Engine, schedule, start_distributed
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.lora import add_adapters, parameter_groups
 from coconut_ds.thoughts import ThoughtSettings, build_thought
@@ -110,5 +110,4 @@ def engine_around(base: Any, experiment: Experiment, ds_config: str = "zero2_off
     markers = vocabulary_of(base.config.vocab_size).special_token_ids
     module = coconut_around(base, experiment, config.latent_memory, markers)
     settings = config.resolve(experiment, 1)
-    schedule = Schedule("constant", 0, 1)
-    return Engine(module, parameter_groups(module, experiment), settings, ranks, schedule)
+    return Engine(module, parameter_groups(module, experiment), settings, ranks, schedule("constant", 0, 1))

@@ -15,7 +15,7 @@ from benchmarks.gpu_parts import Setting
 from benchmarks.gpu_parts.models import LAST_STAGE, longest_batch, model_of
 from benchmarks.synthetic import coconut_around, experiment_like, vocabulary_of
 from coconut_ds.config.deepspeed import LatentMemory, load_ds_config
-from coconut_ds.engine.engine import Engine, Schedule, start_distributed
+from coconut_ds.engine.engine import Engine, schedule, start_distributed
 from coconut_ds.memory.planner import MIB
 from coconut_ds.model.lora import parameter_groups
 
@@ -48,7 +48,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     batch = longest_batch("prosqa", LAST_STAGE["prosqa"], 1, size, setting)
     try:
         engine = Engine(
-            module, parameter_groups(module, experiment), settings, ranks, Schedule("constant", 0, 1)
+            module, parameter_groups(module, experiment), settings, ranks, schedule("constant", 0, 1)
         )
 
         def one_step() -> None:

@@ -10,9 +10,9 @@ import gc
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.data.batching import Batch
@@ -156,29 +157,20 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     return {**ds_config, "optimizer": {**optimizer, "params": params}}
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate over the run: `name` is constant, linear or cosine, after a linear warm-up."""
+def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate by optimizer step, after a linear warm-up.
 
-    name: str
-    warmup_steps: int
-    total_steps: int
+    `name`: constant, linear or cosine, as in Transformers, whose own would also import PEFT and accelerate.
+    """
 
-    def factor(self, step: int) -> float:
-        """The factor of the learning rate at an optimizer step."""
-        if step < self.warmup_steps:
-            return step / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        factors = {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
-        }
-        return max(0.0, factors[self.name])
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * progress)
+        return max(0.0, {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[name])
 
-    def build(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        """Build the torch scheduler (importing Transformers' own would also import PEFT and accelerate)."""
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step))
+    return factor
 
 
 class Engine(Ranks):
@@ -190,9 +182,12 @@ class Engine(Ranks):
         parameter_groups: Sequence[Mapping[str, Any]],
         ds_config: Mapping[str, Any],
         ranks: Ranks,
-        schedule: Schedule | None = None,
+        rate_factor: Callable[[int], float] | None = None,
     ) -> None:
-        """Wrap `module`; `ds_config`: DeepSpeed's settings with every "auto" resolved. Collective."""
+        """Wrap `module`. Collective.
+
+        `ds_config`: DeepSpeed's settings with every "auto" resolved.  `rate_factor`: see `schedule`.
+        """
         super().__init__(ranks.rank, ranks.world_size, ranks.device)
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**_for_device(ds_config, ranks.device), "managed_gradient_accumulation": False}
@@ -201,7 +196,7 @@ class Engine(Ranks):
             model=module,
             model_parameters=[dict(group) for group in parameter_groups],
             config=config,
-            lr_scheduler=schedule.build if schedule is not None else None,
+            lr_scheduler=partial(LambdaLR, lr_lambda=rate_factor) if rate_factor else None,
         )
         self.zero_stage: int = self._engine.zero_optimization_stage()
         patches.link_in_round_robin_order(self._optimizer)

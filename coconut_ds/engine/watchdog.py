@@ -161,11 +161,8 @@ def ended_after(limit: float, doing: str) -> Iterator[None]:
     """Abort this process if the context takes longer than `limit` seconds (0: never)."""
 
     def end() -> None:
-        rank = os.environ.get("RANK", "0")
-        message = (
-            f"error: rank {rank}: {doing} took more than {limit:g} s; another rank died or is unreachable\n"
-        )
-        os.write(2, message.encode())
+        rank, cause = os.environ.get("RANK", "0"), "another rank died or is unreachable"
+        os.write(2, f"error: rank {rank}: {doing} took more than {limit:g} s; {cause}\n".encode())
         os._exit(RankLost.exit_code)
 
     timer = threading.Timer(limit, end)
@@ -199,10 +196,8 @@ class Watchdog:
     ) -> None:
         """`limit` in seconds; 0 disables it.  `folder`: for the heartbeats and stacks of all ranks."""
         self.folder, self.rank, self.world_size, self.limit = folder, rank, world_size, limit
-        self._end = end
-        self._clock = clock
-        self._beat = Beat()
-        self._patience = 1.0
+        self._end, self._clock = end, clock
+        self._beat, self._patience = Beat(), 1.0
         self._period = min(1.0, limit / 10)
         self._looked = clock()
         self._changed: dict[int, tuple[int, float]] = {}  # rank -> its count, when this rank first saw it

@@ -23,12 +23,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import jsonschema
-
 from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.data.curriculum import Stage, stage_at, stage_number
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.files import hash_file, json_text, read_bytes, read_json, replace_text, sync_path
+from coconut_ds.runs.record_shapes import record_schema, schema_error
 
 MANIFEST, FORMAT = "manifest.json", 1
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")
@@ -67,34 +66,27 @@ class FileRecord:
     sha256: str
 
 
-def _record(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema with exactly these properties."""
-    names = list(properties)
-    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+def _exactly(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record_schema(properties), "additionalProperties": False}
 
 
 COUNT = {"type": "integer", "minimum": 0, "maximum": 2**63}
 ACCURACY = {"type": ["number", "null"]}
-SETTINGS = {part: {"type": "object"} for part in ("experiment", "ds_config", "data", "libraries")}
-SCHEMA = jsonschema.Draft202012Validator(
-    _record(
-        {
-            "format": {"const": FORMAT},
-            "state": _record(
-                {item.name: COUNT for item in fields(TrainState) if item.type is int}
-                | {"best_accuracy": ACCURACY, "accuracy": ACCURACY, "wandb_id": {"type": ["string", "null"]}}
-                | {"positions": {"type": "object", "additionalProperties": COUNT}}
-            ),
-            "settings": {"type": "object", "properties": SETTINGS},
-            "world_size": {"type": "integer", "minimum": 1},
-            "improved": {"type": "boolean"},
-            "files": {
-                "type": "object",
-                "propertyNames": {"pattern": "^[^\u0000]+$"},
-                "additionalProperties": _record({"size": COUNT, "sha256": {"type": "string"}}),
-            },
-        }
-    )
+STATE = _exactly(
+    {item.name: COUNT for item in fields(TrainState) if item.type is int}
+    | {"best_accuracy": ACCURACY, "accuracy": ACCURACY, "wandb_id": {"type": ["string", "null"]}}
+    | {"positions": {"type": "object", "additionalProperties": COUNT}}
+)
+OBJECT = {"type": "object"}
+SETTINGS = record_schema({}, {"experiment": OBJECT, "ds_config": OBJECT, "data": OBJECT, "libraries": OBJECT})
+FILES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[^\u0000]+$"},
+    "additionalProperties": _exactly({"size": COUNT, "sha256": {"type": "string"}}),
+}
+SCHEMA = _exactly(
+    {"format": {"const": FORMAT}, "state": STATE, "settings": SETTINGS, "files": FILES}
+    | {"world_size": {"type": "integer", "minimum": 1}, "improved": {"type": "boolean"}}
 )
 
 
@@ -149,12 +141,8 @@ class Manifest:
             raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
         if written != actual:
             raise CheckpointError(f"{path} was changed after it was written (its sha256 does not match)")
-        invalid = jsonschema.exceptions.best_match(SCHEMA.iter_errors(body))
-        if invalid is not None:
-            raise CheckpointError(
-                f"{path} is not a manifest of this version of the program "
-                f"({invalid.json_path.removeprefix('$.')}: {invalid.message[:200]})"
-            )
+        if fault := schema_error(body, SCHEMA):
+            raise CheckpointError(f"{path} is not a manifest of this version of the program ({fault})")
         body.pop("format")
         body["state"] = TrainState(**body["state"])
         body["files"] = {name: FileRecord(**record) for name, record in body["files"].items()}

@@ -36,70 +36,59 @@ NUMBERS = {"type": "object", "additionalProperties": NUMBER, "maxProperties": 1_
 BLOCK = {"type": ["object", "null"], "properties": {"enabled": {}}}
 
 
-def _record(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {**required, **(optional or {})},
-        "required": list(required),
-    }
+def record_schema(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The schema of an object with these properties, and with any others."""
+    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
 
 
 def _list(items: Any, min_items: int = 0, max_items: int = 10_000) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": min_items, "maxItems": max_items}
 
 
-BUDGET = _record(
+BUDGET = record_schema(
     {"device": TEXT, "gpu_memory_mib": NUMBER, "reserved_mib": NUMBER, "host_memory_gib": NUMBER},
     {"components_mib": NUMBERS},
 )
 MAYBE_BUDGET = {"anyOf": [{"type": "null"}, BUDGET]}
-PLAN = _record(
+PLAN = record_schema(
     {
         "budget": MAYBE_BUDGET,
         "fits": {"type": "boolean"},
         "verdict": TEXT,
-        "states": _list(_record({"component": TEXT, "mib": NUMBER})),
-        "host_per_rank": _list(_record({"component": TEXT, "mib": NUMBER})),
-        "phases": _list(_record({"name": TEXT, "mib": NUMBER})),
-        "stages": _list(_record({"first_epoch": COUNT, "gpu_mib": NUMBER}), min_items=1),
+        "states": _list(record_schema({"component": TEXT, "mib": NUMBER})),
+        "host_per_rank": _list(record_schema({"component": TEXT, "mib": NUMBER})),
+        "phases": _list(record_schema({"name": TEXT, "mib": NUMBER})),
+        "stages": _list(record_schema({"first_epoch": COUNT, "gpu_mib": NUMBER}), min_items=1),
     }
 )
-PHASE = {
+PHASE_NAME = {
     "type": "string",
     "maxLength": 100,
     "pattern": r"^(step \d{1,3}: )?"
     r"(initialise|embed|pass|loss|backward|reduce|optimizer|evaluation|checkpoint)( |$)",
 }
 GPU_READING = {"reserved_peak": NUMBER, "device_used": NUMBER, "pinned": NUMBER, "retries": NUMBER}
-RANK = _record(
+PHASE = record_schema(
+    {name: NUMBER for name in ("seconds", "start_seconds", "peak_mib", "end_mib")}
+    | {"name": PHASE_NAME, "reading": record_schema({"rss": NUMBER}, GPU_READING)}
+)
+RANK = record_schema(
     {
         "device": TEXT,
         "peak_mib": NUMBER,
-        "phases": {
-            **_list(
-                _record(
-                    {
-                        "name": PHASE,
-                        "seconds": NUMBER,
-                        "start_seconds": NUMBER,
-                        "peak_mib": NUMBER,
-                        "end_mib": NUMBER,
-                        "reading": _record({"rss": NUMBER}, GPU_READING),
-                    }
-                ),
-                max_items=500,
-            ),
+        "phases": _list(PHASE, max_items=500)
+        | {
             "allOf": [
                 {"contains": {"properties": {"name": {"pattern": pattern}}}}
                 for pattern in ("^step 2: (?!optimizer)", "^step 2: optimizer step$", "^evaluation$")
-            ],
+            ]
         },
-        "states_mib": _record({"step 2": {"type": "object", "additionalProperties": NUMBERS}}),
-        "at_peak": _record({"phase": TEXT, "made_in_mib": {**NUMBERS, "minProperties": 1}}),
-        "timeline": _list({**_list(NUMBER, 2, 2)}, max_items=200_000),
+        "states_mib": record_schema({"step 2": {"type": "object", "additionalProperties": NUMBERS}}),
+        "at_peak": record_schema({"phase": TEXT, "made_in_mib": {**NUMBERS, "minProperties": 1}}),
+        "timeline": _list(_list(NUMBER, 2, 2), max_items=200_000),
     }
 )
-PROFILE = _record(
+PROFILE = record_schema(
     {
         "experiment": TEXT,
         "ds_config": TEXT,
@@ -109,15 +98,17 @@ PROFILE = _record(
         "ranks": _list(RANK, min_items=1, max_items=256),
     }
 )
-ZERO = {
-    "type": "object",
-    "properties": {"offload_optimizer": {"type": ["object", "null"], "properties": {"device": TEXT}}},
-}
-DS_CONFIG = {"type": "object", "properties": {"zero_optimization": ZERO, "fp16": BLOCK, "bf16": BLOCK}}
-ENVIRONMENT = {
-    "type": "object",
-    "properties": {"devices": _list(TEXT), "libraries": {"type": "object", "additionalProperties": TEXT}},
-}
+OFFLOAD = {"type": ["object", "null"], "properties": {"device": TEXT}}
+ZERO = record_schema({}, {"offload_optimizer": OFFLOAD})
+DS_CONFIG = record_schema({}, {"zero_optimization": ZERO, "fp16": BLOCK, "bf16": BLOCK})
+LIBRARIES = {"type": "object", "additionalProperties": TEXT}
+ENVIRONMENT = record_schema({}, {"devices": _list(TEXT), "libraries": LIBRARIES})
+
+
+def schema_error(value: Any, schema: Mapping[str, Any]) -> str | None:
+    """Where and why a value does not match a schema; None if it does."""
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    return error and f"{error.json_path.removeprefix('$.')}: {error.message[:200]}"
 
 
 def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -128,8 +119,9 @@ def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:
         value = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not JSON ({first_line(error)}); {REMEDY}") from None
-    invalid = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
-    if invalid is None and schema is PROFILE:
+    if fault := schema_error(value, schema):
+        raise ConfigError(f"{path}: {fault}; {REMEDY}")
+    if schema is PROFILE:
         names = [[phase["name"] for phase in rank["phases"]] for rank in value["ranks"]]
         readings = [phase["reading"] for rank in value["ranks"] for phase in rank["phases"]]
         on_gpu = any(rank["device"].startswith("cuda") for rank in value["ranks"])
@@ -137,10 +129,6 @@ def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:
             on_gpu and not all(reading.keys() >= GPU_READING.keys() for reading in readings)
         ):
             raise ConfigError(f"{path}: its ranks are from different runs; {REMEDY}")
-    if invalid is not None:
-        raise ConfigError(
-            f"{path}: {invalid.json_path.removeprefix('$.')}: {invalid.message[:200]}; {REMEDY}"
-        )
     return value
 
 
@@ -188,11 +176,10 @@ def _is_metric(line: Mapping[str, Any]) -> bool:
 def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The valid lines of evaluations.jsonl."""
     for line in json_lines(path):
-        names = all(isinstance(line.get(name), str) for name in ("checkpoint", "split", "ablation"))
-        numbers = all(
-            _is_number(line.get(name)) for name in ("latents", "num_correct", "num_items", "mean_tokens")
-        )
-        if names and numbers and 0 <= line["num_correct"] <= line["num_items"]:
+        texts, counts = ("checkpoint", "split", "ablation"), ("latents", "num_correct", "num_items")
+        has_texts = all(isinstance(line.get(name), str) for name in texts)
+        has_numbers = all(_is_number(line.get(name)) for name in (*counts, "mean_tokens"))
+        if has_texts and has_numbers and 0 <= line["num_correct"] <= line["num_items"]:
             if not _is_number(line.get("p_value")):
                 line.pop("p_value", None)
             if line.get("grading") not in GRADINGS:

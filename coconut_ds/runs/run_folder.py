@@ -95,9 +95,6 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[bytes] = open_append(path)  # held until close()
-        self._end_broken_line()
-
-    def _end_broken_line(self) -> None:
         if self.position:
             with open(self.path, "rb") as reader:
                 reader.seek(-1, os.SEEK_END)
@@ -156,14 +153,11 @@ class Run:
         self._lines: dict[str, JsonLines] = {}
         self._samples: deque[dict[str, Any]] = deque(maxlen=MAX_SAMPLES)
         if self.writes:
-            self._open()
-
-    def _open(self) -> None:
-        self._lock = RunLock(self.folder)
-        try:
-            self._lines = {name: JsonLines(self.folder / name) for name in (METRICS, SAMPLES)}
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+            self._lock = RunLock(self.folder)
+            try:
+                self._lines = {name: JsonLines(self.folder / name) for name in (METRICS, SAMPLES)}
+            except OSError as error:
+                raise cannot_write(self.folder, error) from error
 
     def write_settings(self) -> None:
         """Write the settings and environment of this start; call it when the start can no longer be refused.
@@ -312,12 +306,11 @@ def run_folder(experiment: Experiment) -> Path:
 
 
 def library_versions() -> dict[str, str]:
+    """The versions of the libraries that affect a run."""
     installed = {}
     for name in LIBRARIES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return installed
 
 
@@ -365,7 +358,6 @@ def wandb_numbers(kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
 def is_logged_in_to_wandb() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    try:
+    with suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return False

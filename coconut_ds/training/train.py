@@ -11,8 +11,8 @@ from coconut_ds.data.run_data import RunData, load_run_data
 from coconut_ds.engine.engine import (
     Engine,
     Ranks,
-    Schedule,
     refuse_missing_operators,
+    schedule,
     start_distributed,
     world_size_from_environment,
 )
@@ -107,9 +107,10 @@ def start_engine(
     module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
     layout = BatchConfig.of(experiment, ranks.world_size, ranks.rank)
     total_steps = max(1, layout.num_steps(len(run_data.train)) * experiment.num_epochs)
-    schedule = Schedule(experiment.lr_schedule, int(experiment.warmup_ratio * total_steps), total_steps)
+    warmup_steps = int(experiment.warmup_ratio * total_steps)
+    factor = schedule(experiment.lr_schedule, warmup_steps, total_steps)
     settings = ds_config.resolve(experiment, ranks.world_size)
-    engine = Engine(module, parameter_groups(module, experiment), settings, ranks, schedule)
+    engine = Engine(module, parameter_groups(module, experiment), settings, ranks, factor)
     torch.manual_seed(experiment.seed + ranks.rank)  # dropout differs from rank to rank
     return engine
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from coconut_ds.engine.engine import Schedule
+from coconut_ds.engine.engine import schedule
 
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -23,4 +24,6 @@ def rates(build):
 @pytest.mark.parametrize("warmup_steps", [0, 1, 7])
 def test_rates_are_those_of_transformers(name, warmup_steps):
     theirs = rates(lambda optimizer: get_scheduler(NAMES[name], optimizer, warmup_steps, 20))
-    assert rates(Schedule(name, warmup_steps, 20).build) == pytest.approx(theirs, abs=1e-12)
+    assert rates(lambda optimizer: LambdaLR(optimizer, schedule(name, warmup_steps, 20))) == pytest.approx(
+        theirs, abs=1e-12
+    )

@@ -14,6 +14,14 @@ ENVIRONMENT = Environment(
 )
 
 
+def one_line(value: object) -> str:
+    """A value as one line of Markdown, so that it cannot add lines to a table or a list."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", r"\|")
+
+
+ENVIRONMENT.filters["line"] = one_line
+
+
 def render(template: str, **values: Any) -> str:
     """The text of one template of this folder.  Raises jinja2.UndefinedError for a missing value."""
     return ENVIRONMENT.get_template(template).render(values)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
 from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
-from coconut_ds.files import replace_text, sync_path
+from coconut_ds.files import sync_path
 from coconut_ds.runs.changes import refuse_changes
 from coconut_ds.runs.checkpoint_folders import (
     DRAFT,
@@ -83,21 +83,14 @@ class Checkpoints:
         first free-space check.  `log`: receives lines for the user, on the main rank.
         """
         self.folders = CheckpointFolders(run_folder, log)
-        self.engine = engine
-        self.settings = settings
-        self.keep = keep
-        self.only_improving = only_improving
-        self.expected_bytes = expected_bytes
+        self.engine, self.settings, self.expected_bytes = engine, settings, expected_bytes
+        self.keep, self.only_improving = keep, only_improving
         self.loaded: Manifest | None = None  # of the checkpoint that load() restored
         self._log = log
 
     @property
     def run_folder(self) -> Path:
         return self.folders.run_folder
-
-    def latest(self) -> str | None:
-        """The newest valid checkpoint, the same on every rank."""
-        return self._on_main(self.folders.latest)
 
     @phase("checkpoint")
     def save(self, state: TrainState, model_writer: Callable[[Path], None]) -> str:
@@ -119,8 +112,8 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             raise OneRankFailed(self._cannot_write(error)) from error
         self.engine.barrier()
-        self._sync_files(draft)
-        self._on_main(lambda: self._finish(draft, name, state))
+        files = self._sync_files(draft)
+        self._on_main(lambda: self._finish(draft, name, state, files))
         return name
 
     @phase("loading a checkpoint")
@@ -210,7 +203,7 @@ class Checkpoints:
                 f"{self.run_folder}: a checkpoint {lack}; free disk space, or lower 'keep_checkpoints'. "
                 f"{self._remaining()}"
             )
-        for part in ("engine", "model", "random", "records"):
+        for part in ("engine", "model", "random"):
             (draft / part).mkdir(parents=True)
 
     def _lack_of_space(self, needed: int) -> str | None:
@@ -220,24 +213,14 @@ class Checkpoints:
             return None
         return f"needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
 
-    def _sync_files(self, draft: Path) -> None:
+    def _sync_files(self, draft: Path) -> dict[str, FileRecord]:
         """Sync all files to disk and hash them, divided over the ranks."""
-        names = self._on_main(lambda: [name for name in list_files(draft) if not name.startswith("records/")])
+        names = self._on_main(lambda: list_files(draft))
+        own = names[self.engine.rank :: self.engine.world_size]
+        shares = self._on_every_rank(draft, lambda: sync_and_hash(draft, own))
+        return {name: record for share in shares for name, record in share.items()}
 
-        def sync_own() -> None:
-            records = sync_and_hash(draft, names[self.engine.rank :: self.engine.world_size])
-            lines = "".join(f"{record.sha256} {record.size} {name}\n" for name, record in records.items())
-            replace_text(draft / "records" / str(self.engine.rank), lines)
-
-        self._on_every_rank(draft, sync_own)
-
-    def _finish(self, draft: Path, name: str, state: TrainState) -> None:
-        files: dict[str, FileRecord] = {}
-        for rank in range(self.engine.world_size):
-            for line in (draft / "records" / str(rank)).read_text(encoding="utf-8").splitlines():
-                sha256, size, path = line.split(" ", 2)
-                files[path] = FileRecord(int(size), sha256)
-        shutil.rmtree(draft / "records")
+    def _finish(self, draft: Path, name: str, state: TrainState, files: Mapping[str, FileRecord]) -> None:
         manifest = Manifest(state, self.settings, self.engine.world_size, False, files)
         self.folders.with_stage(manifest).write(draft)
         for folder in {(draft / path).parent for path in files}:
@@ -256,19 +239,20 @@ class Checkpoints:
 
         return self.engine.on_main(explained)
 
-    def _on_every_rank(self, draft: Path, action: Callable[[], None]) -> None:
-        """Run `action` on every rank; if it fails on one, raise CheckpointError on all."""
-        message = None
+    def _on_every_rank(self, draft: Path, action: Callable[[], Result]) -> list[Result]:
+        """Every rank's result of `action`; if it fails on one, raise CheckpointError on all."""
+        result, message = None, None
         try:
-            action()
+            result = action()
         except WRITE_ERRORS as error:
             if not is_write_error(error):
                 raise
             message = self._cannot_write(error)
-        messages = [text for text in self.engine.gather(message) if text is not None]
-        if messages:
+        gathered = self.engine.gather((result, message))
+        if messages := [text for _, text in gathered if text is not None]:
             shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError("\n".join(messages))
+        return [value for value, _ in gathered]
 
     def _random_file(self, folder: Path) -> Path:
         return folder / "random" / f"rank_{self.engine.rank:05d}.pt"

@@ -72,7 +72,7 @@ def test_newest_is_by_epoch_and_step_not_by_spelling(bench: Bench) -> None:
     checkpoints = bench.fresh()
     for epoch, step in ((9, 0), (9, 7), (10, 0), (10, 12)):
         bench.save(checkpoints, epoch, step)
-    assert bench.fresh().latest() == "checkpoint_10_step_0000012" == bench.pointer("latest")
+    assert bench.fresh().folders.latest() == "checkpoint_10_step_0000012" == bench.pointer("latest")
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,14 @@ def test_going_on_from_an_older_one_sets_the_newer_aside(bench: Bench) -> None:
         "checkpoint_3"
     ]
     assert bench.pointer("best") == "checkpoint_1" and bench.pointer("latest") == "checkpoint_2"
-    assert bench.fresh().latest() == "checkpoint_2"
+    assert bench.fresh().folders.latest() == "checkpoint_2"
 
 
 def test_a_name_in_use_is_replaced_whole(bench: Bench) -> None:
     bench.save(bench.fresh(), 1)
     (bench.folder / "checkpoint_1/engine/stray").write_text("left behind")
     bench.save(bench.fresh(), 1)
-    assert bench.fresh().latest() == "checkpoint_1"
+    assert bench.fresh().folders.latest() == "checkpoint_1"
     assert not (bench.folder / "checkpoint_1/engine/stray").exists()
 
 

@@ -155,16 +155,21 @@ def _word(value: Any) -> str:
     return "".join(letter if letter.isalnum() or letter in "._+" else "_" for letter in text)
 
 
-def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list[str]:
-    """The command line that trains a point, with the `deepspeed` launcher or as one process."""
-    settings = [word for override in point.overrides for word in ("--set", override)]
-    arguments = ["train", point.config, "--deepspeed_config", point.ds_config, *settings]
+def launch_module(module: str, num_gpus: int, port: int | None = None) -> list[str]:
+    """The first words of a command line that runs a module: the `deepspeed` launcher, or one process."""
     if num_gpus == 1:
-        return [sys.executable, "-m", "coconut_ds", *arguments]
+        return [sys.executable, "-m", module]
     beside = Path(sys.executable).with_name("deepspeed")
     launcher = str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed"
-    ranks = ["--num_gpus", str(num_gpus), "--master_port", str(port or free_port())]
-    return [launcher, *ranks, "--module", "coconut_ds", *arguments]
+    port = port or free_port()
+    return [launcher, "--num_gpus", str(num_gpus), "--master_port", str(port), "--module", module]
+
+
+def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list[str]:
+    """The command line that trains a point."""
+    settings = [word for override in point.overrides for word in ("--set", override)]
+    arguments = ["train", point.config, "--deepspeed_config", point.ds_config, *settings]
+    return [*launch_module("coconut_ds", num_gpus, port), *arguments]
 
 
 def run_all(grid: Sequence[Point], num_gpus: int, log: Callable[[str], None] = print) -> list[Outcome]:

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import psutil
 
+from coconut_ds.training.sweep import launch_module
 from tests.launched.start import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +63,7 @@ def environment(faults: Faults = (), **extra: str) -> dict[str, str]:
 
 def under_launcher(arguments: Sequence[str], cwd: Path, faults: Faults = ()) -> Ended:
     """`deepspeed --num_gpus 2 --module coconut_ds ARGUMENTS`."""
-    port = free_port()
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "coconut_ds"]
-    return run([*command, *arguments], cwd, environment(faults))
+    return run([*launch_module("coconut_ds", 2), *arguments], cwd, environment(faults))
 
 
 def run(command: Sequence[str], cwd: Path, variables: dict[str, str], timeout: float = 400) -> Ended:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from coconut_ds.engine import watchdog
+from coconut_ds.training.sweep import launch_module
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -29,13 +30,8 @@ def free_port():
 
 def start(module, *arguments, ranks=2, timeout=240, cwd=ROOT, **extra):
     """Run `python -m module ARGUMENTS` on `ranks` ranks; gives the finished process with its output."""
-    if ranks == 1:
-        command = [sys.executable, "-m", module]
-    else:
-        port = free_port()
-        command = [str(LAUNCHER), "--num_gpus", str(ranks), "--master_port", port, "--module", module]
     return subprocess.run(
-        [*command, *map(str, arguments)],
+        [*launch_module(module, ranks), *map(str, arguments)],
         cwd=cwd,
         env=environment(**extra),
         capture_output=True,

@@ -20,24 +20,11 @@ from coconut_ds.errors import RankLost, UserError, first_line, port_in_use
 
 # Messages of gloo, c10d's store and NCCL if the other end of a connection is gone or does not answer.
 LOST = (
-    "connection closed",
-    "connection reset",
-    "connection was reset",
-    "connection refused",
-    "broken pipe",
-    "socket timeout",
-    "timed out",
-    "remote peer",
-    "remote process exited",
-    "recv failed",
-    "nccl communicator was aborted",
-    "nccl timeout",
-    "ncclremoteerror",
-    "ncclsystemerror",
-    "ncclinternalerror",
-    "unhandled system error",
-    "watchdog caught collective operation timeout",
-)
+    "connection closed", "connection reset", "connection was reset", "connection refused", "broken pipe",
+    "socket timeout", "timed out", "remote peer", "remote process exited", "recv failed",
+    "nccl communicator was aborted", "nccl timeout", "ncclremoteerror", "ncclsystemerror",
+    "ncclinternalerror", "unhandled system error", "watchdog caught collective operation timeout",
+)  # fmt: skip
 # NCCL errors that blame this rank's own call or GPU.
 OWN_FAULT = ("ncclinvalidusage", "ncclinvalidargument", "ncclunhandledcudaerror", "nccl error 1:")
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "std::bad_alloc")

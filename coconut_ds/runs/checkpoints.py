@@ -270,24 +270,18 @@ class Checkpoints:
 
 
 def save_random_state(path: Path) -> None:
+    """Save the random number generators of this process, in a form that loads without pickle."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert isinstance(keys, np.ndarray)
-    torch.save(
-        {
-            "python": (version, list(words), gauss),
-            "numpy": (
-                str(name),
-                torch.from_numpy(keys.astype(np.int64)),
-                int(position),
-                int(has_gauss),
-                float(cached),
-            ),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-        path,
-    )
+    words_of_numpy = torch.from_numpy(keys.astype(np.int64))
+    state = {
+        "python": (version, list(words), gauss),
+        "numpy": (str(name), words_of_numpy, int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    torch.save(state, path)
 
 
 def restore_random_state(path: Path) -> None:

@@ -20,12 +20,7 @@ MAX_LINE = 1 << 20  # characters
 REMEDY = "delete it, or create it again"
 MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
 # Required numbers in metrics.jsonl, by kind of line.  A loss may be NaN.
-REQUIRED = {
-    "train": ("epoch", "time", "loss"),
-    "valid": MEASURED,
-    "test": MEASURED,
-    "memory": ("epoch",),
-}
+REQUIRED = {"train": ("epoch", "time", "loss"), "valid": MEASURED, "test": MEASURED, "memory": ("epoch",)}
 MEASURED_ON = ("file", "role", "examples", "stage")  # texts; lines of older versions have none of them
 OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr")
 

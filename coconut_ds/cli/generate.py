@@ -22,6 +22,7 @@ from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.files import json_text, open_output
+from coconut_ds.tables import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,10 @@ def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argpa
 
 def _converse(model: CoconutForCausalLM, max_new_tokens: int | None) -> None:
     num_latents = model.trained.stage.num_latents
-    print(f"{model.trained.name}, {num_latents} latents. Type a question; an empty line ends.", flush=True)
+    print(
+        f"{model.trained.name}, {counted(num_latents, 'latent')}. Type a question; an empty line ends.",
+        flush=True,
+    )
     while True:
         try:
             question = input("> ")

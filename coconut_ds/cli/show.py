@@ -25,7 +25,7 @@ from coconut_ds.data.curriculum import final_stage, last_epoch, render, stage_at
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import UserError
-from coconut_ds.tables import Table
+from coconut_ds.tables import Table, counted
 from coconut_ds.training.run_settings import read_ds_config
 
 PUBLISHED_GPUS = 4
@@ -98,7 +98,10 @@ def _batch_lines(
     if num_problems and not experiment.only_eval:
         steps = layout.num_steps(num_problems)
         epochs = experiment.num_epochs - experiment.resume
-        yield f"{num_problems} problems -> {steps} steps per epoch, {steps * epochs} steps in {epochs} epochs"
+        yield (
+            f"{counted(num_problems, 'problem')} -> {counted(steps, 'step')} per epoch, "
+            f"{counted(steps * epochs, 'step')} in {counted(epochs, 'epoch')}"
+        )
 
 
 def _stage_lines(experiment: Experiment) -> Iterator[str]:

@@ -22,6 +22,7 @@ from coconut_ds.data.json_items import looks_like_data
 from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import print_notes
+from coconut_ds.tables import counted
 
 CARD_SUFFIX = ".card.json"
 # Stands for the experiment if only data files are given: no latents, nothing hidden.
@@ -104,7 +105,7 @@ def _check_start(path: Path, args: argparse.Namespace) -> str:
     experiment, ds_config = read_settings(settings)
     assert ds_config.memory_budget is not None  # read_settings fills it in
     ranks = args.ranks or ds_config.memory_budget.gpus
-    start = f"{experiment.method} on {ranks} ranks with {args.deepspeed_config}"
+    start = f"{experiment.method} on {counted(ranks, 'rank')} with {args.deepspeed_config}"
     if not is_on_this_machine(experiment.model_id):
         ds_config.resolve(experiment, ranks)
         for file in (experiment.train_path, experiment.val_path, experiment.test_path):

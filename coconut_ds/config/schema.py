@@ -75,9 +75,12 @@ def kinds(rule: Mapping[str, Any]) -> list[str]:
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """'; did you mean X?' if `word` is a misspelled known word, else ''.
 
-    Up to one letter may be wrong, and up to two in words of eight letters or more.
+    Up to one letter may be wrong, and up to two in words of eight letters or more.  Numbers and words of one
+    or two letters have no near misses.
     """
     written = str(word).lower()
+    if len(written) < 3 or written.isnumeric():
+        return ""
     limit = 2 if len(written) >= 8 else 1
     near = {
         one: edit_distance(written, one.lower()) for one in known if abs(len(one) - len(written)) <= limit
@@ -191,6 +194,8 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
         yield here, f"{here}: {text}"
     else:
         hint = did_you_mean(value, map(str, rule["enum"])) if "enum" in rule else ""
+        if isinstance(value, str) and value in map(str, rule.get("enum", ())) and value not in rule["enum"]:
+            hint = f"; write {value} without quotes"
         if "string" in kinds(rule) and isinstance(value, int | float | date):
             hint = "; put it in quotes"
         wanted = "text that is not empty" if error.validator == "minLength" else expectation(rule)

@@ -11,7 +11,7 @@ from coconut_ds.data.problems import Problem, card_for, read_problems
 from coconut_ds.data.run_data import LengthCheck, Use, trained_stages
 from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
-from coconut_ds.tables import Table
+from coconut_ds.tables import Table, counted
 
 _CHUNK = 2_000
 _MAX_NAMED = 10  # items that a finding lists
@@ -194,7 +194,7 @@ def _leaks(holders: Mapping[bytes, Mapping[str, int]]) -> list[str]:
             for second, other in named[position + 1 :]:
                 pairs.setdefault((first, second), []).append((index, other))
     return [
-        f"{len(shared)} questions are in {first} and in {second}: items "
+        f"{counted(len(shared), 'question')} in {first} and in {second}: items "
         + ", ".join(f"{a} = {b}" for a, b in shared[:_MAX_NAMED])
         + (", ..." if len(shared) > _MAX_NAMED else "")
         for (first, second), shared in pairs.items()

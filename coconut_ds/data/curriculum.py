@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from coconut_ds.config.experiment import Experiment, Method
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.tables import counted
 
 ALL_STEPS = sys.maxsize
 
@@ -30,16 +31,16 @@ class Stage:
 
     def __str__(self) -> str:
         if self.hidden_tokens:
-            return f"first {self.hidden_tokens} reasoning tokens hidden"
-        steps = "all steps" if self.hidden_steps == ALL_STEPS else f"{self.hidden_steps} steps"
-        return f"{steps} hidden, {self.num_latents} latents"
+            return f"first {counted(self.hidden_tokens, 'reasoning token')} hidden"
+        steps = "all steps" if self.hidden_steps == ALL_STEPS else counted(self.hidden_steps, "step")
+        return f"{steps} hidden, {counted(self.num_latents, 'latent')}"
 
     @classmethod
     def parse(cls, text: object) -> "Stage | None":
-        """The stage that `str` describes; None for any other text."""
-        if match := re.fullmatch(r"first (\d{1,9}) reasoning tokens hidden", str(text)):
+        """The stage that `str` describes, also in older versions ("1 steps"); None for any other text."""
+        if match := re.fullmatch(r"first (\d{1,9}) reasoning tokens? hidden", str(text)):
             return cls(0, 0, int(match[1]))
-        if match := re.fullmatch(r"(all|\d{1,9}) steps hidden, (\d{1,9}) latents", str(text)):
+        if match := re.fullmatch(r"(all|\d{1,9}) steps? hidden, (\d{1,9}) latents?", str(text)):
             return cls(ALL_STEPS if match[1] == "all" else int(match[1]), int(match[2]))
         return None
 

@@ -22,6 +22,10 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 _DATA_KEY = re.compile(rb'\{\s*"(data|problems|examples|items|rows|train|valid|test|steps|answer)"\s*:\s*\[')
 
 
+ORIGINAL_ANSWER = "####"  # before the answer in GSM8K's own files
+CONVERT_GSM8K = "`python preprocessing/gsm8k.py --form {} --source FOLDER` converts a folder of such files"
+
+
 class FileErrors:
     """All errors of one file, raised together."""
 
@@ -95,6 +99,12 @@ def items_of(path: Path, errors: FileErrors, advice: str) -> Iterator[Any]:
         return decoder.list_items()
     if first == "{":
         return decoder.object_items()
+    line = text[decoder.position :].partition("\n")[0]
+    if "||" in line and ORIGINAL_ANSWER in line:
+        raise DataError(
+            f"{path}: this is GSM8K's line format (question||steps #### answer); "
+            + CONVERT_GSM8K.format("icot")
+        )
     raise DataError(f"{path}: the file must hold a list of problems; {LIST_FORM}")
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.data.json_items import FileErrors, items_of, kind, read_text
+from coconut_ds.data.json_items import CONVERT_GSM8K, ORIGINAL_ANSWER, FileErrors, items_of, kind, read_text
 from coconut_ds.errors import DataError
 
 GRADINGS = ("exact", "latex")
@@ -220,7 +220,10 @@ def _problem(item: Any, index: int, errors: FileErrors) -> Problem | None:
             errors.add(f"item {index}, '{key}': half a surrogate pair (\\ud800-\\udfff) is not a character")
     steps = item.get("steps")
     if "steps" not in item:
-        errors.add(f"item {index}, 'steps': missing; write [] for an answer without reasoning")
+        remedy = "write [] for an answer without reasoning"
+        if isinstance(item.get("answer"), str) and ORIGINAL_ANSWER in item["answer"]:
+            remedy = "the answer holds them, as in GSM8K's own files; " + CONVERT_GSM8K.format("original")
+        errors.add(f"item {index}, 'steps': missing; {remedy}")
     elif not isinstance(steps, list):
         errors.add(f"item {index}, 'steps': must be a list of texts, got {kind(steps)}")
     else:

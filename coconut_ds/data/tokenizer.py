@@ -112,6 +112,11 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
         raise ConfigError(
             f"model_id: {model_id} does not exist; give a Hugging Face id or an existing folder or .gguf file"
         )
+    if (path / "experiment.yaml").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"model_id: {model_id} is a run folder; write the model that it started from, and in "
+            f"load_model_path the checkpoint: {path / 'best'}"
+        )
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     return model_id, {}

@@ -35,6 +35,7 @@ from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import json_text, open_append, parse_json, read_bytes, replace_text
 from coconut_ds.model.loading import DTYPES, load_config
 from coconut_ds.model.lora import parameter_groups
+from coconut_ds.tables import counted
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
 
@@ -104,7 +105,7 @@ class Measurement:
             f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
             f"CoT match {100 * result.cot_match:.1f} %\n"
-            f"  per answer: {result.mean_tokens:.1f} tokens and {self.stage.num_latents} latents, "
+            f"  per answer: {result.mean_tokens:.1f} tokens and {counted(self.stage.num_latents, 'latent')}, "
             f"{result.seconds_per_item:.4f} s"
         )
 
@@ -158,6 +159,13 @@ def _read_data(trained: Trained, options: EvalOptions) -> tuple[Vocabulary, Test
     return load_evaluation_data(experiment, load_config(experiment.model_id), path, trained.stage, limit)
 
 
+def split_label(experiment: Experiment, split: str) -> str:
+    """The name of a split in results: 'test' for a test file in val_path, as in published eval files."""
+    path = split_path(experiment, split)
+    is_test = path == experiment.test_path or Path(path).stem.endswith("_test")
+    return "test" if split == "valid" and is_test else split
+
+
 def split_path(experiment: Experiment, split: str) -> str:
     """The file of a named split, or the given file.  Raises ConfigError."""
     known = {
@@ -208,7 +216,7 @@ def _measurements(
         )
         return Measurement(
             trained.name,
-            options.split,
+            split_label(trained.experiment, options.split),
             trained.stage,
             ablation,
             result,

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.problems import card_for
 from coconut_ds.evaluation.data_files import OTHER, OWN, TRAINING
 from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
+from coconut_ds.tables import counted
 from coconut_ds.templates import one_line, render
 
 RESULT_KEY = ("split", "file", "examples", "stage", "latents", "ablation", "grading")
@@ -56,10 +58,10 @@ def _cells(line: Mapping[str, Any], trained: Trained) -> list[str]:
     file = Path(line["file"]).name if line.get("file") else "file not recorded"
     role = f" ({ROLES[line['role']]})" if line.get("role") in ROLES else ""
     stage = line.get("stage", "not recorded")
-    if "stage" in line and trained.trained_at is not None and stage != str(trained.trained_at):
+    if "stage" in line and trained.trained_at not in (None, Stage.parse(stage)):
         stage = f"{stage} (trained at: {trained.trained_at})"
     return [
-        f"{one_line(line['split'])}, {one_line(file)}{role}, {line['num_items']} items",
+        f"{one_line(line['split'])}, {one_line(file)}{role}, {counted(line['num_items'], 'item')}",
         one_line(stage),
         str(line["latents"]) + ("" if line["ablation"] == "intact" else f", {one_line(line['ablation'])}"),
         line.get("grading", "not recorded"),

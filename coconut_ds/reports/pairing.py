@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from coconut_ds.evaluation.intervals import mcnemar_exact
 from coconut_ds.reports.comparison import Group
-from coconut_ds.reports.run_records import Answers, RunRecord, counted
+from coconut_ds.reports.run_records import Answers, RunRecord
+from coconut_ds.tables import counted
 
 MAX_PAIRS = 15
 

@@ -33,6 +33,7 @@ from coconut_ds.runs.record_shapes import (
     read_record,
 )
 from coconut_ds.runs.run_folder import METRICS
+from coconut_ds.tables import counted
 
 Line = Mapping[str, Any]
 SPLITS = ("test", "valid")
@@ -253,10 +254,6 @@ def describe_stage(stage: Stage) -> str:
         return "all steps as text"
     steps = "all steps" if stage.hidden_steps == ALL_STEPS else counted(stage.hidden_steps, "step")
     return f"{steps} in {counted(stage.num_latents, 'latent')}" if stage.num_latents else f"{steps} hidden"
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def verdicts(run: RunRecord) -> list[str]:

@@ -31,6 +31,7 @@ from coconut_ds.runs.checkpoint_folders import (
     list_files,
     sync_and_hash,
 )
+from coconut_ds.tables import counted
 
 SPARE_BYTES = 16 * 2**20
 # torch.save raises RuntimeError without a reason if the disk is full.
@@ -141,7 +142,8 @@ class Checkpoints:
         self._on_main(lambda: self.folders.set_aside_after(name))
         if self.engine.is_main:
             self._log(
-                f"resumed from {folder}: {manifest.state.epoch} epochs, step {manifest.state.global_step}"
+                f"resumed from {folder}: {counted(manifest.state.epoch, 'epoch')}, "
+                f"step {manifest.state.global_step}"
             )
         self.loaded = manifest
         return manifest.state

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coconut_ds.errors import CheckpointError, first_line
 from coconut_ds.files import read_json
-from coconut_ds.runs.checkpoint_folders import resolve_pointer
+from coconut_ds.runs.checkpoint_folders import CheckpointFolders, resolve_pointer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
@@ -92,6 +92,11 @@ def _weight_files(path: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _indexed_files(index)
+    if checkpoints := CheckpointFolders(folder).names():
+        name = "best" if (folder / "best").is_file() else checkpoints[-1]
+        raise CheckpointError(
+            f"{folder} is a run folder; name one of its checkpoints: load_model_path: {folder / name}"
+        )
     raise CheckpointError(
         f"{folder} has no model.safetensors and no pytorch_model.bin; give a weight file or a folder with one"
     )

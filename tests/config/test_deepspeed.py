@@ -214,6 +214,9 @@ BAD = [
     ({"gradient_clipping": -1}, 'gradient_clipping: must be a number of at least 0, or "auto", got -1'),
     ({"gradient_clipping": "automatic"}, 'gradient_clipping: must be a number of at least 0, or "auto"'),
     ({"optimizer": {"type": "AdamWW"}}, "did you mean 'AdamW'?"),
+    ({"zero_optimization": {"stage": "4"}}, "zero_optimization.stage: must be one of 1, 2, 3, got '4'\n"),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: must be one of 1, 2, 3, got 4\n"),
+    ({"zero_optimization": {"stage": "2"}}, "got '2'; write 2 without quotes\n"),
     ({"optimizer": {"type": "OneBitAdam"}}, 'write "type": "AdamW", got \'OneBitAdam\''),
     ({"pipeline": {"stages": 2}}, "pipeline parallelism cannot run the latent loop; delete it"),
     ({"autotuning": {"enabled": True}}, "use the fit command instead"),
@@ -285,7 +288,7 @@ def test_bad_files(changes, part):
     with pytest.raises(ConfigError) as caught:
         plain(**changes)
     message = str(caught.value)
-    assert part in message
+    assert part in message + "\n"
     assert all(
         line.startswith("ds_configs/x.json: ") and (len(line) < 400 or "valid keys" in line)
         for line in message.splitlines()

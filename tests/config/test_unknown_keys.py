@@ -92,6 +92,11 @@ def test_every_key_is_known_by_its_misspellings(key):
             assert did_you_mean(written, KEYS) == f"; did you mean '{key}'?"
 
 
+@pytest.mark.parametrize("written", ["4", 4, "12", "l", "ab", ""])
+def test_numbers_and_two_letters_have_no_near_miss(written):
+    assert did_you_mean(written, ["1", "2", "13", "lr", "abc"]) == ""
+
+
 @given(st.text("abc", max_size=6), st.text("abc", max_size=6))
 def test_the_distance_is_a_distance(first, second):
     distance = edit_distance(first, second)

@@ -34,7 +34,7 @@ def test_questions_in_two_splits_are_a_leak_even_when_written_otherwise(tmp_path
     test = write(tmp_path / "a_test.json", {"question": "WHAT IS 2 + 2 ?"}, {"question": "new"})
     report = check_data_files([train, valid, test])
     assert len(report.leaks) == 3 and not report.is_valid
-    assert f"1 questions are in {train} and in {valid}: items 1 = 0" in report.table()
+    assert f"1 question in {train} and in {valid}: items 1 = 0" in report.table()
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,31 @@ def test_mixing_is_reproducible_and_as_frequent_as_asked():
 def test_mixing_leaves_methods_without_stages_alone():
     assert mixed_stage(3, 6, 1, experiment(method="cot", uniform_prob=1.0)) == Stage(0, 0)
     assert experiment(method="cot").method is Method.COT
+
+
+@pytest.mark.parametrize(
+    "stage, text",
+    [
+        (Stage(0, 0), "0 steps hidden, 0 latents"),
+        (Stage(1, 1), "1 step hidden, 1 latent"),
+        (Stage(2, 4), "2 steps hidden, 4 latents"),
+        (Stage(ALL_STEPS, 6), "all steps hidden, 6 latents"),
+        (Stage(0, 0, hidden_tokens=1), "first 1 reasoning token hidden"),
+        (Stage(0, 0, hidden_tokens=8), "first 8 reasoning tokens hidden"),
+    ],
+)
+def test_a_stage_is_written_and_read_back(stage, text):
+    assert str(stage) == text and Stage.parse(text) == stage
+
+
+def test_stages_of_older_versions_and_other_texts():
+    assert Stage.parse("1 steps hidden, 1 latents") == Stage(1, 1)
+    for other in (
+        None,
+        3,
+        "",
+        "as logged",
+        "x steps hidden, 1 latents",
+        "1 steps hidden, 99999999999 latents",
+    ):
+        assert Stage.parse(other) is None

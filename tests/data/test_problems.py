@@ -320,3 +320,19 @@ def test_commas_of_a_latex_answer_are_kept():
 def test_cot_match_is_word_for_word():
     assert cot_matches("a\nb", ("a", "b")) and cot_matches("", ())
     assert not cot_matches("a b", ("a", "b")) and not cot_matches("a", ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.json", "train.jsonl"])
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("Janet has 3 ducks.||<<3*2=6>> <<6-2=4>> #### 4\nTwo?||#### 2\n", "icot"),
+        ('{"question": "Janet", "answer": "She has <<3*2=6>>6.\\n#### 6"}\n' * 2, "original"),
+    ],
+)
+def test_gsm8ks_own_files_name_the_script_that_converts_them(tmp_path, name, text, form):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(
+        DataError, match=f"GSM8K.*python preprocessing/gsm8k.py --form {form} --source FOLDER"
+    ):
+        read_problems(tmp_path / name)

@@ -239,15 +239,15 @@ def test_every_row_of_the_card_says_file_stage_and_grading(tiny_experiment, tmp_
     rows = [row.split(" | ")[:5] for row in card.splitlines() if row.startswith("| valid")]
     at, all_right = "3 steps hidden, 3 latents", "100.0 % [20.7, 100.0]"
     assert rows == [
-        ["| valid, v.json (the run's own file), 1 items", at, "3", "exact", all_right],
-        ["| valid, x.json (not a file of this run's settings), 1 items", at, "3", "exact", all_right],
-        ["| valid, train.json (**training data**), 1 items", at, "3", "exact", all_right],
+        ["| valid, v.json (the run's own file), 1 item", at, "3", "exact", all_right],
+        ["| valid, x.json (not a file of this run's settings), 1 item", at, "3", "exact", all_right],
+        ["| valid, train.json (**training data**), 1 item", at, "3", "exact", all_right],
         [
-            "| valid, v.json (the run's own file), 1 items",
-            f"1 steps hidden, 1 latents (trained at: {at})", "1", "exact", all_right,
+            "| valid, v.json (the run's own file), 1 item",
+            f"1 step hidden, 1 latent (trained at: {at})", "1", "exact", all_right,
         ],
-        ["| valid, v.json (the run's own file), 1 items", at, "3", "latex", "0.0 % [0.0, 79.3]"],
-        ["| valid, file not recorded, 1 items", "not recorded", "3", "not recorded", all_right],
+        ["| valid, v.json (the run's own file), 1 item", at, "3", "latex", "0.0 % [0.0, 79.3]"],
+        ["| valid, file not recorded, 1 item", "not recorded", "3", "not recorded", all_right],
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from coconut_ds.__main__ import main
+from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.curriculum import ALL_STEPS, Stage
 from coconut_ds.data.problems import examples_digest, read_problems
 from coconut_ds.errors import CheckpointError, ConfigError
@@ -154,6 +155,21 @@ def test_a_file_that_was_trained_on_counts_after_it_changed(tmp_path):
     files = DataFiles(str(tmp_path / "now.json"), train_sha256=hash_file(tmp_path / "copy.json"))
     assert files.role("valid", str(tmp_path / "copy.json")) == "training"
     assert files.role("valid", str(tmp_path / "now.json")) == "training"
+
+
+@pytest.mark.parametrize(
+    "val_path, test_path, split, label",
+    [
+        ("data/gsm_test.json", None, "valid", "test"),  # as the published eval files name it
+        ("data/gsm_valid.json", None, "valid", "valid"),
+        ("data/x.json", "data/x.json", "valid", "test"),
+        ("data/gsm_valid.json", "data/x.json", "test", "test"),
+        ("data/test.json", None, "valid", "valid"),
+    ],
+)
+def test_a_test_file_is_called_test(tiny_experiment, val_path, test_path, split, label):
+    values = tiny_experiment | {"val_path": val_path, "test_path": test_path}
+    assert measure.split_label(validate_experiment(values, "test"), split) == label
 
 
 def test_a_measurement_prints_and_records_what_it_was_measured_on(run, tiny_experiment, tmp_path, capsys):

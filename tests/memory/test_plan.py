@@ -76,7 +76,7 @@ def test_items_add_up_to_the_total(plan):
 def test_every_stage_is_planned_and_one_exactly(plan):
     assert [stage.name for stage in plan.stages][:2] == [
         "0 steps hidden, 0 latents",
-        "1 steps hidden, 1 latents",
+        "1 step hidden, 1 latent",
     ]
     assert any(stage.is_exact for stage in plan.stages)
 

@@ -12,6 +12,8 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model.build import build_module, write_model
+from coconut_ds.runs.weights import load_foreign_weights
+from tests.run_folders import make_run
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,17 @@ def test_coconut_with_a_window_starts_from_a_lora_cot_run(build, vocabulary, tmp
     model = build(tmp_path / "cot", thought="learnable_window", tuning="lora")
     assert torch.equal(logits(model), logits(cot))
     assert model.thought.window_weights()[0] == pytest.approx(1 - 4e-4)
+
+
+def test_a_run_folder_as_weights_names_its_checkpoint(tiny_experiment, tmp_path):
+    run = make_run(tiny_experiment, tmp_path)
+    with pytest.raises(CheckpointError, match=f"is a run folder; .* load_model_path: {run}/best$"):
+        load_foreign_weights(run)
+    (run / "best").unlink()
+    with pytest.raises(CheckpointError, match=f"load_model_path: {run}/checkpoint_4$"):
+        load_foreign_weights(run)
+    with pytest.raises(ConfigError, match=f"model_id: {run} is a run folder; .*{run}/best$"):
+        load_vocabulary(str(run))
 
 
 def test_published_lora_folder_is_taken_as_load_model_path(build, tiny_experiment, tmp_path):

@@ -96,7 +96,7 @@ def plan(gpu=11264):
         ],
         "stages": [
             {"first_epoch": 0, "stage": "0 steps hidden, 0 latents", "gpu_mib": 70.0},
-            {"first_epoch": 1, "stage": "1 steps hidden, 1 latents", "gpu_mib": 98.0},
+            {"first_epoch": 1, "stage": "1 step hidden, 1 latent", "gpu_mib": 98.0},
         ],
         "host_per_rank": [item("process", 800.0), item("optimizer", 4.0), item("gradients", 2.0)],
     }

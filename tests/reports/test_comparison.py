@@ -228,7 +228,7 @@ def test_the_best_of_every_stage_and_its_checkpoint(make_run):
 
 def test_a_changed_schedule_does_not_relabel_what_was_trained(make_run):
     """Trained with one epoch a stage, then resumed with two: epoch 4 is at stage 1 again."""
-    stages = ["0 steps hidden, 0 latents", "1 steps hidden, 2 latents", "2 steps hidden, 4 latents"]
+    stages = ["0 steps hidden, 0 latents", "1 step hidden, 2 latents", "2 steps hidden, 4 latents"]
     logged = [{"at": stages[number], "stage": number} for number in (0, 1, 2, 1)]
     now = STAGED | {"epochs_per_stage": 2, "num_epochs": 4}
     run = make_run("c", [90, 80, 60, 85], 84, method="coconut", logged=logged, test_at=stages[1], **now)

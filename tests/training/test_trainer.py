@@ -57,9 +57,7 @@ def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_e
     with plain_trainer(values, num_epochs=2) as trainer:
         trainer.run_all()
     printed = capsys.readouterr().out
-    assert (
-        "num_epochs: 2 ends in stage 1 of 2; the test uses that stage (1 steps hidden, 1 latents)" in printed
-    )
+    assert "num_epochs: 2 ends in stage 1 of 2; the test uses that stage (1 step hidden, 1 latent)" in printed
     assert "tiny: Stage 1 was not learned: 0.0 % (95 % interval" in printed.splitlines()[-1]
 
 
@@ -115,7 +113,7 @@ def test_a_finished_run_is_tested_at_the_stage_it_was_trained_at(tiny_experiment
     with plain_trainer(values, allow=["epochs_per_stage"], **changes) as trainer:
         trainer.run_all()
         (test,) = lines_of(trainer.run, "test")
-    assert test["at"] == lines_of(trainer.run, "valid")[-1]["at"] == "1 steps hidden, 1 latents"
+    assert test["at"] == lines_of(trainer.run, "valid")[-1]["at"] == "1 step hidden, 1 latent"
 
 
 @pytest.mark.parametrize("schedule, allow", [("constant", ""), ("linear", " --allow num_epochs")])

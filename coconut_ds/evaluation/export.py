@@ -22,8 +22,8 @@ from coconut_ds.evaluation.saved_models import Trained, find_one, original_model
 from coconut_ds.files import EXPORT_FILE, json_text
 from coconut_ds.model.build import write_model
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.loading import DTYPES, read_causal_lm
-from coconut_ds.model.lora import merge, origin_of, save_thought
+from coconut_ds.model.loading import DTYPES, read_causal_lm, save_thought
+from coconut_ds.model.lora import merge, origin_of
 from coconut_ds.runs.run_folder import code_version, library_versions
 from coconut_ds.runs.weights import model_folder
 from coconut_ds.thoughts import ThoughtSettings

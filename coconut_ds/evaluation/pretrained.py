@@ -50,7 +50,6 @@ from coconut_ds.evaluation.saved_models import (
 from coconut_ds.files import EXPORT_FILE
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import check_config, load_config
-from coconut_ds.model.lora import merge
 from coconut_ds.runs.weights import refuse_non_finite
 from coconut_ds.thoughts import Thought, ThoughtSettings, build_thought
 
@@ -181,6 +180,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         """Write config.json, model.safetensors and the tokenizer; adapters are merged into the weights."""
         plain = self
         if not isinstance(self.model.base, PreTrainedModel):
+            from coconut_ds.model.lora import merge  # imports PEFT
+
             plain = type(self)(self.config, Coconut(merge(self.model), self.model.thought, READING))
             plain.generation_config = self.generation_config
         super(CoconutForCausalLM, plain).save_pretrained(save_directory, *args, **kwargs)

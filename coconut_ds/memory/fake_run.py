@@ -32,7 +32,6 @@ from coconut_ds.data.batching import Batch
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import DTYPES
-from coconut_ds.model.lora import add_adapters
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
@@ -105,6 +104,8 @@ def build_fake_model(
         if not experiment.method.has_latents:
             thought.requires_grad_(False)
         if experiment.tuning == "lora":
+            from coconut_ds.model.lora import add_adapters  # imports PEFT
+
             base = add_adapters(base, experiment, special_token_ids)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in (base, thought):

@@ -28,8 +28,8 @@ from coconut_ds.memory.fake_run import (
 )
 from coconut_ds.memory.phases import STEP, Phase, PlannedRun, StagePlan, TextShape, read_lengths, shape_of
 from coconut_ds.memory.zero import Item, Sizes, ZeroSettings, gpu_states, host_states, step_items
+from coconut_ds.model.build import parameter_groups
 from coconut_ds.model.loading import load_config
-from coconut_ds.model.lora import parameter_groups
 
 MIB, GIB = 2**20, 2**30
 # Display order of components; those of `components_mib` first.

@@ -1,9 +1,10 @@
-"""Build an experiment's Coconut model."""
+"""Build an experiment's Coconut model and its parameter groups.  Only LoRA imports PEFT."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from coconut_ds.config.deepspeed import LatentMemory
@@ -11,26 +12,10 @@ from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import ConfigError
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.fork_windows import require_fixed_window, require_learned_window
-from coconut_ds.model.loading import install_weights, load_base
-from coconut_ds.model.lora import (
-    add_adapters,
-    install_thought,
-    is_published_lora,
-    load_adapter,
-    read_origin,
-    read_published_window,
-    save_adapter,
-    save_thought,
-)
+from coconut_ds.model.loading import install_thought, install_weights, load_base, save_thought
+from coconut_ds.model.published import published_window
 from coconut_ds.runs.changes import BaseRecord
-from coconut_ds.runs.weights import (
-    WINDOW_NAME,
-    find_adapter,
-    is_published_file,
-    load_foreign_weights,
-    load_thought_weights,
-)
+from coconut_ds.runs.weights import find_adapter, load_foreign_weights, load_thought_weights
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 
@@ -44,53 +29,37 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     torch.manual_seed(experiment.seed)
     source = experiment.load_model_path
     adapter = find_adapter(source) if source else None
-    # An adapter names the checkpoint of its base, unless that was plain `model_id`.
-    origin = read_origin(adapter) if adapter else None
-    start = origin.weights if origin else None if adapter else source
+    start = None if adapter else source
+    if experiment.tuning == "lora":
+        from coconut_ds.model import lora
+
+        # An adapter names the checkpoint of its base, unless that was plain `model_id`.
+        origin = lora.read_origin(adapter) if adapter else None
+        start = origin.weights if origin else start
+    elif adapter is not None:
+        raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
     weights = load_foreign_weights(start, experiment.allow_pickle) if start else None
     base = load_base(experiment.model_id, vocabulary)
-    window = _published_window(experiment, adapter, weights, str(start))
+    window = published_window(experiment, adapter, weights, str(start)) if source else None
     if weights is not None:
         install_weights(base, weights, str(start))
     record = BaseRecord.of(base, vocabulary, with_weights=experiment.tuning == "lora")
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
     if not experiment.method.has_latents:
         thought.requires_grad_(False)
-    if experiment.tuning == "full":
-        if adapter is not None:
-            raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
-        module = Coconut(base, thought, latent_memory)
-    else:
-        adapted = add_adapters(base, experiment, vocabulary.special_token_ids, record)
+    if experiment.tuning == "lora":
+        adapted = lora.add_adapters(base, experiment, vocabulary.special_token_ids, record)
         module = Coconut(adapted, thought, latent_memory)
+    else:
+        module = Coconut(base, thought, latent_memory)
     module.base_record = record
     if adapter is not None:
-        load_adapter(module, adapter, with_window=experiment.method.has_latents)
+        lora.load_adapter(module, adapter, with_window=experiment.method.has_latents)
     elif source and (learned := load_thought_weights(source)):
         install_thought(module, learned, source)
     elif window is not None:
         install_thought(module, {"logits_W": window.flip(0)}, str(source))
     return module
-
-
-def _published_window(
-    experiment: Experiment, adapter: Path | None, weights: dict[str, Tensor] | None, source: str
-) -> Tensor | None:
-    """Take the window weights of a fork's full checkpoint out of `weights`, oldest state first.
-
-    Raises CheckpointError if the experiment's settings differ from those of the fork's training.
-    """
-    window = None if weights is None else weights.pop(WINDOW_NAME, None)
-    if not experiment.method.has_latents or (adapter is not None and not is_published_lora(adapter)):
-        return None  # no latents, or an adapter with its own thought
-    if adapter is not None:
-        if (learned := read_published_window(adapter)) is not None:
-            require_learned_window(experiment, learned, adapter)
-    elif window is not None:
-        require_learned_window(experiment, window, source)
-    elif experiment.thought == "fixed_window" and is_published_file(source):
-        require_fixed_window(experiment, source)
-    return window
 
 
 def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
@@ -100,5 +69,35 @@ def write_model(module: Coconut, vocabulary: Vocabulary, folder: Path) -> None:
         module.base.save_pretrained(folder)
         save_thought(module.thought.state_dict(), folder)
     else:
-        save_adapter(module, folder)
+        from coconut_ds.model import lora
+
+        lora.save_adapter(module, folder)
     vocabulary.tokenizer.save_pretrained(folder)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, int]:
+    """Number of elements of each trainable parameter, by name."""
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(model: Coconut, experiment: Experiment) -> list[dict[str, Any]]:
+    """Optimizer groups: `base` (weights or adapters, weight decay) and `thought` (`thought_lr`, no decay).
+
+    As in the published code, weight decay covers every base parameter, including norms and biases.  A thought
+    gets none: decay would pull window logits toward the mean and an MLP back to the identity.
+    """
+    thought_lr = experiment.lr if experiment.thought_lr is None else experiment.thought_lr
+    settings = [
+        ("base", model.base, experiment.lr, experiment.weight_decay),
+        ("thought", model.thought, thought_lr, 0.0),
+    ]
+    groups = [
+        {
+            "name": name,
+            "params": [p for p in part.parameters() if p.requires_grad],
+            "lr": lr,
+            "weight_decay": decay,
+        }
+        for name, part, lr, decay in settings
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,4 +1,7 @@
-"""Load a base model (Hugging Face id, folder or .gguf file), add special-token rows, install weights."""
+"""Load a base model (Hugging Face id, folder or .gguf file), add special-token rows, install weights.
+
+Also the file of a thought.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.hub_kernels import is_kernel
@@ -15,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
-from coconut_ds.runs.weights import describe_tensor, is_weight, refuse_non_finite
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.runs.weights import THOUGHT_FILE, describe_tensor, is_weight, refuse_non_finite
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
@@ -195,3 +200,34 @@ def _cannot_load(what: str, model_id: str, error: Exception) -> str:
         f"model_id: cannot load {what} from {model_id!r}: {first_line(error)}\n"
         "  Give a Hugging Face id (needs network or a filled cache), a folder, or a .gguf file."
     )
+
+
+def save_thought(state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write a thought's state dict into a model's folder."""
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in state.items()},
+        Path(folder) / THOUGHT_FILE,
+    )
+
+
+def install_thought(model: Coconut, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load a saved thought into the model's.  Raises CheckpointError if names or shapes differ."""
+    refuse_non_finite(state, source)
+    refuse_other_tensors(state, model.thought.state_dict(), source)
+    model.thought.load_state_dict(dict(state))
+
+
+def refuse_other_tensors(
+    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Raise CheckpointError with the differences in names and shapes."""
+    differences = [f"missing {name}" for name in sorted(set(expected) - set(given))]
+    differences += [f"unexpected {name}" for name in sorted(set(given) - set(expected))]
+    differences += [
+        f"{name} is {describe_tensor(given[name])} there and {tuple(value.shape)} here"
+        for name, value in expected.items()
+        if name in given and not (is_weight(given[name]) and given[name].shape == value.shape)
+    ]
+    if differences:
+        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(f"{source} does not fit this model:\n  " + "\n  ".join(differences[:8]) + more)

@@ -11,8 +11,9 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.model.build import build_module, write_model
+from coconut_ds.model.build import build_module, parameter_groups, trainable_parameters, write_model
 from coconut_ds.runs.weights import load_foreign_weights
+from tests.model.lora_cases import coconut, experiment
 from tests.run_folders import make_run
 
 
@@ -131,3 +132,15 @@ def test_an_adapter_for_full_tuning_is_refused(build, vocabulary, tmp_path):
     write_model(build(tuning="lora"), vocabulary, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="set 'tuning: lora'"):
         build(tmp_path / "adapter")
+
+
+def test_thought_parameters_have_their_own_rate_and_no_decay():
+    model = coconut(thought="learnable_window")
+    groups = parameter_groups(model, experiment(lr=1e-4, thought_lr=1e-2, weight_decay=0.1))
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("base", 1e-4, 0.1),
+        ("thought", 1e-2, 0.0),
+    ]
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(trainable_parameters(model).values())
+    assert [g["lr"] for g in parameter_groups(model, experiment(lr=3e-5))] == [3e-5, 3e-5]
+    assert [g["name"] for g in parameter_groups(coconut(), experiment())] == ["base"]

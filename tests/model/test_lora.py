@@ -1,110 +1,36 @@
-"""Adapters on tiny models: what trains, what is saved, what loads, and what the merged model computes.
-
-Shapes: B rows, T columns, D hidden size, V vocabulary.
-"""
+"""Adapters on tiny models: what trains, what is saved, what loads, and what the merged model computes."""
 
 import copy
 import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from coconut_ds.config.deepspeed import LatentMemory
-from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model import lora
+from coconut_ds.model.build import trainable_parameters
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.lora.special_token_rows import SpecialTokenRows
+from coconut_ds.model.loading import save_thought
 from coconut_ds.thoughts import ThoughtSettings, build_thought
-
-V, D = 40, 16
-START, END, LATENT, EOS = 37, 38, 39, 36
-MARKERS = (START, LATENT, END)
-DEFAULT_MEMORY = LatentMemory()
-NO_DROPOUT = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=V, n_positions=64, n_embd=D, n_layer=2, n_head=2, **NO_DROPOUT)
-    )
-
-
-def llama_like(config_class, model_class, tied):
-    return model_class(
-        config_class(
-            vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
-        )
-    )  # fmt: skip
-
-
-FAMILIES = {
-    "gpt2": gpt2,
-    "llama_tied": lambda: llama_like(LlamaConfig, LlamaForCausalLM, True),
-    "llama_untied": lambda: llama_like(LlamaConfig, LlamaForCausalLM, False),
-    "qwen2_tied": lambda: llama_like(Qwen2Config, Qwen2ForCausalLM, True),
-}
-
-
-def experiment(**changes):
-    values = dict(
-        name="t", model_id="m", train_path="t.json", val_path="v.json", method="coconut", tuning="lora"
-    )
-    return validate_experiment({**values, "lora_dropout": 0.0, **changes}, "test")
-
-
-def new_base(family="gpt2", seed=0):
-    torch.manual_seed(seed)
-    return FAMILIES[family]().eval()
-
-
-def coconut(family="gpt2", thought="last_hidden", seed=0, latent_memory=DEFAULT_MEMORY, **changes):
-    adapted = lora.add_adapters(new_base(family, seed), experiment(**changes), MARKERS)
-    torch.manual_seed(seed)
-    return Coconut(adapted, build_thought(thought, D, ThoughtSettings()), latent_memory)
-
-
-def batch():
-    ids = torch.tensor(
-        [[1, 2, 3, START, LATENT, LATENT, END, 7, 8, EOS], [36, 4, 5, START, LATENT, LATENT, END, 9, 2, EOS]]
-    )
-    mask = torch.ones_like(ids)
-    mask[1, 0] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    labels = ids.clone()
-    labels[:, :7] = -100
-    return Batch.from_padded(ids, mask, positions, labels, LATENT)
-
-
-def train(model, steps=4, lr=0.05):
-    optimizer = torch.optim.AdamW(lora.parameter_groups(model, experiment(lr=lr)))
-    losses = []
-    for _ in range(steps):
-        loss = model(batch())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def logits(causal_lm):
-    ids = torch.tensor([[1, START, LATENT, END, 5, 6]])
-    with torch.no_grad():
-        return causal_lm(ids).logits
+from tests.model.lora_cases import (
+    EOS,
+    FAMILIES,
+    LATENT,
+    MARKERS,
+    D,
+    V,
+    batch,
+    coconut,
+    experiment,
+    logits,
+    new_base,
+    train,
+)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -114,7 +40,7 @@ def family(request):
 
 def test_what_trains_is_adapters_special_token_rows_and_the_thought():
     model = coconut(thought="learnable_window")
-    trainable = lora.trainable_parameters(model)
+    trainable = trainable_parameters(model)
     kinds = {
         "adapter": {name for name in trainable if ".lora_A." in name or ".lora_B." in name},
         "special_token_rows": {name for name in trainable if "trainable_tokens_delta" in name},
@@ -155,7 +81,7 @@ def test_special_token_rows_equal_the_slow_way_of_peft(family):
     train(fast, steps=2)
     slow = copy.deepcopy(fast)
     for module in slow.modules():
-        if type(module) is SpecialTokenRows:
+        if type(module) is lora.SpecialTokenRows:
             module.__class__ = TrainableTokensLayer
     losses = [model(batch()) for model in (fast, slow)]
     for loss in losses:
@@ -217,19 +143,27 @@ def test_the_head_makes_no_gradient_of_the_embeddings_size():
     assert [name for name in seen if "detach" not in name and "aten.t." not in name] == []
 
 
-def test_tied_embeddings_stay_tied(family):
+def assert_tied(causal_lm):
+    """Embedding and head share one tensor and its special-token rows, if the configuration ties them."""
+    if not causal_lm.config.tie_word_embeddings:
+        return
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    adapters = [getattr(module, "token_adapter", None) for module in (embedding, head)]
+    if adapters[0] is None:
+        assert embedding.weight is head.weight
+    else:
+        assert adapters[0].base_layer.weight is adapters[1].base_layer.weight
+        assert adapters[1].tied_adapter is adapters[0]
+
+
+def test_tied_embeddings_stay_tied(family, tmp_path):
     model = coconut(family)
     train(model, steps=1)
-    lora.assert_tied(model.base)
-    lora.assert_tied(lora.merge(model))
-
-
-def test_untied_embeddings_are_noticed():
-    model = coconut()
-    head = model.base.get_base_model().lm_head.token_adapter.base_layer
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    with pytest.raises(AssertionError, match="were tied and are two tensors now"):
-        lora.assert_tied(model.base)
+    assert_tied(model.causal_lm)
+    assert_tied(lora.merge(model))
+    lora.save_adapter(model, tmp_path)
+    lora.load_adapter(model, tmp_path)
+    assert_tied(model.causal_lm)
 
 
 def test_merged_model_is_plain_and_computes_the_same(family):
@@ -267,7 +201,7 @@ def test_saved_adapter_holds_what_trains_and_nothing_else(tmp_path):
     lora.save_adapter(model, tmp_path)
     files = {name: load_file(tmp_path / name) for name in ("adapter_model.safetensors", lora.THOUGHT_FILE)}
     saved = sum(value.numel() for tensors in files.values() for value in tensors.values())
-    assert saved == sum(lora.trainable_parameters(model).values())
+    assert saved == sum(trainable_parameters(model).values())
     assert not list(tmp_path.glob("*.bin"))
 
 
@@ -323,61 +257,6 @@ def test_an_unreadable_origin_is_refused(tmp_path):
         lora.load_adapter(coconut(), tmp_path)
 
 
-def published_folder(tmp_path, weights=(-0.5, 0.1, 0.7)):
-    """What the learnable-window LoRA code writes: PEFT without special-token rows, and a plain state dict."""
-    theirs = get_peft_model(
-        new_base(),
-        LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj"], lora_dropout=0.05,
-                   bias="none", task_type="CAUSAL_LM", fan_in_fan_out=True),
-    )  # fmt: skip
-    torch.manual_seed(3)
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    theirs.save_pretrained(tmp_path / "peft")
-    torch.save({"latent_weights": torch.tensor(weights)}, tmp_path / "latent.pt")
-    return theirs.eval()
-
-
-def test_published_folder_loads(tmp_path):
-    theirs = published_folder(tmp_path)
-    model = coconut(thought="learnable_window")
-    lora.load_adapter(model, tmp_path)
-    assert lora.read_origin(tmp_path) is None
-    torch.testing.assert_close(logits(model.base), logits(theirs), rtol=1e-5, atol=1e-5)
-    assert model.thought.logits_W.tolist() == pytest.approx([0.7, 0.1, -0.5])  # theirs: oldest first
-
-
-def test_published_folder_without_window_weights_loads(tmp_path):
-    theirs = published_folder(tmp_path)
-    (tmp_path / "latent.pt").unlink()
-    model = coconut()
-    lora.load_published_lora(model, tmp_path)
-    torch.testing.assert_close(logits(model.base), logits(theirs), rtol=1e-5, atol=1e-5)
-
-
-def test_published_window_of_another_thought_or_size_is_refused(tmp_path):
-    published_folder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"has window weights .*set `thought: learnable_window`"):
-        lora.load_published_lora(coconut(), tmp_path)
-    torch.save({"latent_weights": torch.zeros(4)}, tmp_path / "latent.pt")
-    with pytest.raises(CheckpointError, match=r"logits_W is \(4,\) there and \(3,\) here"):
-        lora.load_published_lora(coconut(thought="learnable_window"), tmp_path)
-
-
-def test_a_pickle_that_runs_code_is_not_run(tmp_path):
-    published_folder(tmp_path)
-
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"latent_weights": Payload()}, tmp_path / "latent.pt")
-    with pytest.raises(CheckpointError, match=r"latent\.pt"):
-        lora.load_published_lora(coconut(thought="learnable_window"), tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -399,7 +278,7 @@ def test_a_damaged_or_absent_adapter_is_refused(tmp_path):
     lora.save_adapter(coconut(), tmp_path)
     with pytest.raises(CheckpointError, match="set 'tuning: lora'"):
         lora.load_adapter(Coconut(new_base(), coconut().thought, LatentMemory()), tmp_path)
-    lora.save_thought({"logits_W": torch.zeros(4)}, tmp_path)
+    save_thought({"logits_W": torch.zeros(4)}, tmp_path)
     with pytest.raises(CheckpointError, match=r"logits_W is \(4,\) there and \(3,\) here"):
         lora.load_adapter(coconut(thought="learnable_window"), tmp_path)
     (tmp_path / lora.THOUGHT_FILE).unlink()
@@ -412,7 +291,7 @@ def test_target_modules_follow_the_architecture(tmp_path):
     assert lora.default_target_modules(new_base("llama_tied"))[:2] == ("q_proj", "k_proj")
     named = coconut(lora_target_modules=["c_fc"])
     assert {
-        n.split(".lora_")[0].rpartition(".")[2] for n in lora.trainable_parameters(named) if ".lora_" in n
+        n.split(".lora_")[0].rpartition(".")[2] for n in trainable_parameters(named) if ".lora_" in n
     } == {"c_fc"}
     everything = coconut(lora_target_modules=["all-linear"])
     lora.save_adapter(everything, tmp_path)
@@ -423,20 +302,6 @@ def test_target_modules_follow_the_architecture(tmp_path):
 def test_a_target_that_no_layer_has_is_named():
     with pytest.raises(ConfigError, match="lora_target_modules.*q_proj"):
         coconut(lora_target_modules=["q_proj"])
-
-
-def test_thought_parameters_have_their_own_rate_and_no_decay():
-    model = coconut(thought="learnable_window")
-    groups = lora.parameter_groups(model, experiment(lr=1e-4, thought_lr=1e-2, weight_decay=0.1))
-    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
-        ("base", 1e-4, 0.1),
-        ("thought", 1e-2, 0.0),
-    ]
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(
-        lora.trainable_parameters(model).values()
-    )
-    assert [g["lr"] for g in lora.parameter_groups(model, experiment(lr=3e-5))] == [3e-5, 3e-5]
-    assert [g["name"] for g in lora.parameter_groups(coconut(), experiment())] == ["base"]
 
 
 def test_greedy_generation_uses_the_trained_rows():

@@ -21,7 +21,9 @@ from coconut_ds.config.experiment import load_experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
+from coconut_ds.model import lora
 from coconut_ds.model.build import build_module, write_model
+from tests.model.lora_cases import coconut, logits, new_base
 
 WINDOW = (-0.7, 0.2, 0.9)  # oldest state first, as in their files
 LATENTS = 3
@@ -266,3 +268,58 @@ def test_a_window_of_another_shape_is_refused(arithmetic, vocabulary, config, tm
     )
     with pytest.raises(CheckpointError, match="one number per state"):
         build(config(tmp_path / "w", thought="learnable_window", latent_window_scope="pass"), vocabulary)
+
+
+def published_folder(tmp_path, weights=(-0.5, 0.1, 0.7)):
+    """What the learnable-window LoRA code writes: PEFT without special-token rows, and a plain state dict."""
+    theirs = get_peft_model(
+        new_base(),
+        LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj"], lora_dropout=0.05,
+                   bias="none", task_type="CAUSAL_LM", fan_in_fan_out=True),
+    )  # fmt: skip
+    torch.manual_seed(3)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "peft")
+    torch.save({"latent_weights": torch.tensor(weights)}, tmp_path / "latent.pt")
+    return theirs.eval()
+
+
+def test_published_folder_loads(tmp_path):
+    theirs = published_folder(tmp_path)
+    model = coconut(thought="learnable_window")
+    lora.load_adapter(model, tmp_path)
+    assert lora.read_origin(tmp_path) is None
+    torch.testing.assert_close(logits(model.base), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert model.thought.logits_W.tolist() == pytest.approx([0.7, 0.1, -0.5])  # theirs: oldest first
+
+
+def test_published_folder_without_window_weights_loads(tmp_path):
+    theirs = published_folder(tmp_path)
+    (tmp_path / "latent.pt").unlink()
+    model = coconut()
+    lora.load_published_lora(model, tmp_path)
+    torch.testing.assert_close(logits(model.base), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_published_window_of_another_thought_or_size_is_refused(tmp_path):
+    published_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has window weights .*set `thought: learnable_window`"):
+        lora.load_published_lora(coconut(), tmp_path)
+    torch.save({"latent_weights": torch.zeros(4)}, tmp_path / "latent.pt")
+    with pytest.raises(CheckpointError, match=r"logits_W is \(4,\) there and \(3,\) here"):
+        lora.load_published_lora(coconut(thought="learnable_window"), tmp_path)
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+    published_folder(tmp_path)
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"latent_weights": Payload()}, tmp_path / "latent.pt")
+    with pytest.raises(CheckpointError, match=r"latent\.pt"):
+        lora.load_published_lora(coconut(thought="learnable_window"), tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -1,20 +1,32 @@
 """Compare runs: seeds grouped, one line per method; accuracy by stage.
 
+group_runs(runs)         runs of one experiment with different seeds
 summary_table(groups)    method, thought, tuning, dataset, seeds, accuracy and interval, tokens, peak, ...
 stage_table(groups)      accuracy at every stage, one column per group
+
+The settings of a group may differ only in the seed, in names and paths, and in the starting weights.
+Its runs must start from the same checkpoint, or each from the checkpoint of its own seed:
+
+    seed: 3   load_model_path: runs/cot-seed-3/best
+    seed: 4   load_model_path: runs/cot-seed-4/best
+
+The seed of a starting run comes from its folder, or from its path if the folder is gone.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from coconut_ds.config.experiment import Experiment, load_experiment
 from coconut_ds.config.methods import Method
+from coconut_ds.config.schema import settings_with
+from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import interval_over_seeds, wilson_interval
 from coconut_ds.reports.run_records import SPLITS, Line, RunRecord, StageResult, describe_stage, verdicts
-from coconut_ds.reports.seeds import by_experiment
-from coconut_ds.reports.seeds import identity as identity_of
 from coconut_ds.tables import Table
 
 IN_COLUMNS = ("method", "thought", "tuning")
@@ -47,7 +59,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one experiment with different seeds (seeds.py)."""
+    """Runs of one experiment with different seeds."""
 
     runs: tuple[RunRecord, ...]
     label: str
@@ -73,18 +85,14 @@ class Group:
                 return split, [run.measured(split)[-1] for run in self.runs]
         return None, []
 
-    def average(self, values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return mean(known) if known else None
-
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Group runs that differ only in their seed; labels list the settings that differ between groups.
 
     If more than MAX_WORDS other settings differ, the label is the first run's name.
     """
-    groups = by_experiment(runs)
-    identities = [identity_of(members[0]) for members in groups]
+    groups = _by_experiment(runs)
+    identities = [_identity(members[0]) for members in groups]
     different = [key for key in identities[0] if any(i[key] != identities[0][key] for i in identities)]
     shown = [key for key in different if key not in ("thought", "tuning")]
     labeled = []
@@ -103,6 +111,67 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
         labeled.append(Group(tuple(members), ", ".join(word[:MAX_LETTERS] for word in words)))
     return labeled
+
+
+def _by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Groups of runs of the same experiment, each sorted by seed."""
+    groups: list[list[RunRecord]] = []
+    for run in runs:
+        for members in groups:
+            alike = _differ_in_starts_only(_identity(run), _identity(members[0]))
+            if alike and any(_same_starts(run.experiment, other.experiment) for other in members):
+                members.append(run)
+                break
+        else:
+            groups.append([run])
+    return [sorted(members, key=lambda run: run.experiment.seed) for members in groups]
+
+
+def _identity(run: RunRecord) -> dict[str, Any]:
+    """The settings that distinguish experiments, including the starting weights."""
+    return {**_but_seed(run.experiment), "memory": run.memory_split}
+
+
+def _but_seed(experiment: Experiment) -> dict[str, Any]:
+    return {key: value for key, value in experiment.identity.items() if key != "seed"}
+
+
+def _differ_in_starts_only(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    starts = settings_with("path_to", "weights")
+    return all(ours[key] == theirs[key] for key in ours if key not in starts)
+
+
+def _same_starts(first: Experiment, second: Experiment) -> bool:
+    return all(_same_start(key, first, second) for key in settings_with("path_to", "weights"))
+
+
+def _same_start(key: str, first: Experiment, second: Experiment) -> bool:
+    paths = getattr(first, key), getattr(second, key)
+    if paths[0] == paths[1]:
+        return True
+    if None in paths or first.seed == second.seed:
+        return False
+    ours, theirs = map(_origin, paths)
+    if ours and theirs:
+        own_seeds = (ours.seed, theirs.seed) == (first.seed, second.seed)
+        same_name = Path(paths[0]).name == Path(paths[1]).name
+        return own_seeds and same_name and _differ_in_starts_only(_but_seed(ours), _but_seed(theirs))
+    texts = _without_seed(paths[0], first.seed), _without_seed(paths[1], second.seed)
+    return None not in texts and texts[0] == texts[1]
+
+
+def _origin(path: str) -> Experiment | None:
+    """The settings of the run that a checkpoint or a name such as `best` belongs to."""
+    try:
+        return load_experiment(Path(path).parent / "experiment.yaml")
+    except ConfigError:
+        return None
+
+
+def _without_seed(path: str, seed: int) -> str | None:
+    """'runs/cot-seed-{}/best' from 'runs/cot-seed-3/best' and 3; None if the seed is not in it."""
+    text, count = re.subn(rf"(?<![A-Za-z])(seed|s)([-_=]?){seed}(?!\d)", r"\1\2{}", path)
+    return text if count else None
 
 
 def all_tables(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[Table]:
@@ -144,6 +213,7 @@ def group_numbers(group: Group) -> dict[str, Any]:
     """
     split, lines = group.results()
     stage = group.first.result_stage
+    seconds = [run.seconds_per_epoch for run in group.runs if run.seconds_per_epoch is not None]
     return {
         "label": group.label,
         "method": str(group.first.experiment.method),
@@ -158,7 +228,7 @@ def group_numbers(group: Group) -> dict[str, Any]:
         "accuracies": [line["accuracy"] for line in lines],
         "tokens": mean(line["mean_tokens"] for line in lines) + stage.num_latents if lines else None,
         "seconds_per_item": mean(line.get("seconds_per_item", 0.0) for line in lines) if lines else None,
-        "seconds_per_epoch": group.average([run.seconds_per_epoch for run in group.runs]),
+        "seconds_per_epoch": mean(seconds) if seconds else None,
         "peak_mib": max((run.peak_mib for run in group.runs if run.peak_mib is not None), default=None),
         "peak_is": "GPU tensors" if group.first.uses_gpu else "resident memory of the main rank",
         "budget_mib": group.first.budget_mib,

@@ -97,13 +97,7 @@ def accuracy_picture(groups: Sequence[Group]) -> Figure | None:
             axes.fill_between(epochs, percent[0], percent[2], color=color_of(index), alpha=0.2, linewidth=0)
     if len(groups) == 1 and any(line["cot_match"] for line in groups[0].first.of("valid")):
         epochs, _, middle, _ = _over_seeds(groups[0], "cot_match")
-        axes.plot(
-            epochs,
-            [100 * v for v in middle],
-            color=color_of(1),
-            linestyle="--",
-            label="CoT match",
-        )
+        axes.plot(epochs, [100 * v for v in middle], color=color_of(1), linestyle="--", label="CoT match")
     shade_stages(axes, groups[0].first)
     axes.set(xlabel="epoch", ylabel="%", ylim=(-2, 102))
     axes.set_title("Accuracy on the validation set", pad=18)
@@ -215,10 +209,5 @@ def _over_seeds(group: Group, name: str) -> tuple[list[int], list[float], list[f
     for run in group.runs:
         for epoch, line in {int(line["epoch"]): line for line in run.of("valid")}.items():
             values.setdefault(epoch, []).append(line[name])
-    epochs = sorted(values)
-    return (
-        [epoch + 1 for epoch in epochs],
-        [min(values[epoch]) for epoch in epochs],
-        [mean(values[epoch]) for epoch in epochs],
-        [max(values[epoch]) for epoch in epochs],
-    )
+    epochs, columns = sorted(values), [values[epoch] for epoch in sorted(values)]
+    return [epoch + 1 for epoch in epochs], [*map(min, columns)], [*map(mean, columns)], [*map(max, columns)]

@@ -39,6 +39,10 @@ def gpu_budget_mib(profile: Json) -> float | None:
     return budget["gpu_memory_mib"] - budget["reserved_mib"] if budget else None
 
 
+def _profiled(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, Json]]:
+    return [(run, run.profile) for run in runs if run.profile]
+
+
 def mark_budget(
     axes: Axes,
     budget: float | None,
@@ -59,10 +63,8 @@ def mark_budget(
     label = f"budget {budget:,.0f} MiB"
     if across:
         axes.axvline(budget, **line)
-        above = axes.get_xaxis_transform()
-        axes.text(
-            budget, 1.01, label, transform=above, ha="center", va="bottom", color=BUDGET_COLOR, fontsize=9
-        )
+        style = {"ha": "center", "va": "bottom", "transform": axes.get_xaxis_transform()}
+        axes.text(budget, 1.01, label, color=BUDGET_COLOR, fontsize=9, **style)
     else:
         axes.axhline(budget, label=label, **line)
 
@@ -70,18 +72,16 @@ def mark_budget(
 @styled
 def timeline_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """Bytes of live tensors through the phases, one panel per run; all phases have equal width."""
-    runs = [run for run in runs if run.profile]
-    if not runs:
+    profiled = _profiled(runs)
+    if not profiled:
         return None
-    figure = new_figure(11, 0.6 + 3.8 * len(runs))
-    panels = figure.subplots(len(runs), 1, squeeze=False, sharey=True)[:, 0]
-    for axes, run in zip(panels, runs, strict=True):
-        assert run.profile is not None
-        _timeline(axes, run.profile)
-        on_gpu = is_on_gpu(run.profile)
-        where = "GPU memory" if on_gpu else "tensors of a CPU rank, including host states"
+    figure = new_figure(11, 0.6 + 3.8 * len(profiled))
+    panels = figure.subplots(len(profiled), 1, squeeze=False, sharey=True)[:, 0]
+    for axes, (run, profile) in zip(panels, profiled, strict=True):
+        _timeline(axes, profile)
+        where = "GPU memory" if is_on_gpu(profile) else "tensors of a CPU rank, including host states"
         axes.set_title(f"{run.experiment.name}, {run.memory_split}: {where} by phase", loc="left")
-    present = {kind_of(phase["name"]) for run in runs for phase in (run.profile or {})["ranks"][0]["phases"]}
+    present = {kind_of(phase["name"]) for _, profile in profiled for phase in profile["ranks"][0]["phases"]}
     handles = [
         Patch(color=shade, alpha=0.35, label=name) for kind, (name, shade) in KINDS.items() if kind in present
     ]
@@ -100,16 +100,8 @@ def _timeline(axes: Axes, profile: Json) -> None:
     for number, rank in enumerate(ranks):
         positions, sizes = _by_phase(rank)
         label = f"rank {number}" if len(ranks) > 1 else "alive"
-        style = ("-", "--", ":", "-.")[number % 4]
-        axes.plot(
-            positions,
-            sizes,
-            color=color_of(number),
-            linewidth=1.4,
-            linestyle=style,
-            label=label,
-            drawstyle="steps-post",
-        )
+        axes.plot(positions, sizes, color=color_of(number), linewidth=1.4, label=label,
+                  linestyle=("-", "--", ":", "-.")[number % 4], drawstyle="steps-post")  # fmt: skip
         axes.fill_between(positions, sizes, color=color_of(number), alpha=0.10, linewidth=0, step="post")
     mark_budget(axes, gpu_budget_mib(profile), highest, at=(0.995, 0.92))
     names = [phase["name"].replace("step ", "") for phase in phases]
@@ -136,11 +128,7 @@ def _by_phase(rank: Json) -> tuple[list[float], list[float]]:
             seen += 1
         if not any(size >= 0.995 * phase["peak_mib"] for _, size in inside):
             inside.append((index + 0.5, phase["peak_mib"]))
-        path = [
-            (index + 0.0, min(level, phase["peak_mib"])),
-            *sorted(inside),
-            (index + 1.0, phase["end_mib"]),
-        ]
+        path = [(index, min(level, phase["peak_mib"])), *sorted(inside), (index + 1, phase["end_mib"])]
         level = phase["end_mib"]
         positions += [x for x, _ in path]
         sizes += [y for _, y in path]
@@ -150,21 +138,18 @@ def _by_phase(rank: Json) -> tuple[list[float], list[float]]:
 @styled
 def components_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """Persistent states and the largest phase, stacked: plan above measured, for every run."""
-    runs = [run for run in runs if run.profile]
-    if not runs:
+    profiled = _profiled(runs)
+    if not profiled:
         return None
-    figure = new_figure(9, 1.2 + 1.3 * len(runs))
+    figure = new_figure(9, 1.2 + 1.3 * len(profiled))
     axes = figure.subplots()
     highest, budget = 0.0, None
     titles: list[str] = []
     labels: dict[str, int] = {}
-    for run in runs:
-        assert run.profile is not None
-        rows = against_plan(run.profile, run.plan)
-        budget = gpu_budget_mib(run.profile)
-        for planned in (True, False):
-            if planned and run.plan is None:
-                continue
+    for run, profile in profiled:
+        rows = against_plan(profile, run.plan)
+        budget = gpu_budget_mib(profile)
+        for planned in (True, False) if run.plan else (False,):
             highest = max(highest, _stack(axes, len(titles), rows, planned, labels))
             titles.append(f"{run.experiment.name}\n{'plan' if planned else 'measured'}")
     axes.set_yticks(range(len(titles)), titles)
@@ -197,21 +182,20 @@ def _stack(axes: Axes, index: int, rows: Sequence[Row], planned: bool, labels: d
 @styled
 def ranks_picture(runs: Sequence[RunRecord]) -> Figure | None:
     """Peaks of all ranks side by side."""
-    runs = [run for run in runs if run.profile]
-    if not runs:
+    profiled = _profiled(runs)
+    if not profiled:
         return None
-    figure = new_figure(4.5 * len(runs) + 1, 3.2)
-    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-    for axes, run in zip(panels, runs, strict=True):
-        assert run.profile is not None
-        bars = _rank_bars(run.profile)
+    figure = new_figure(4.5 * len(profiled) + 1, 3.2)
+    panels = figure.subplots(1, len(profiled), squeeze=False, sharey=True)[0]
+    for axes, (run, profile) in zip(panels, profiled, strict=True):
+        bars = _rank_bars(profile)
         width = 0.8 / len(bars)
         for number, (name, values) in enumerate(bars.items()):
             positions = [rank + (number - (len(bars) - 1) / 2) * width for rank in range(len(values))]
             drawn = axes.bar(positions, values, width * 0.95, color=color_of(number), label=name)
             axes.bar_label(drawn, fmt="{:,.0f}", fontsize=8)
-        mark_budget(axes, gpu_budget_mib(run.profile), max(bars[TENSORS]))
-        count = len(run.profile["ranks"])
+        mark_budget(axes, gpu_budget_mib(profile), max(bars[TENSORS]))
+        count = len(profile["ranks"])
         axes.set_xticks(range(count), [f"rank {rank}" for rank in range(count)])
         axes.set_title(f"{run.experiment.name}: ranks", loc="left")
         axes.set(ylabel="MiB" if axes is panels[0] else None)
@@ -228,18 +212,11 @@ def _rank_bars(profile: Json) -> dict[str, list[float]]:
     def highest(name: str) -> list[float]:
         return [max(reading[name] for reading in rank) for rank in readings]
 
+    names = {"reserved": "reserved_peak", "device used": "device_used", "pinned host": "pinned"}
     bars = {TENSORS: [rank["peak_mib"] for rank in ranks]}
-    if is_on_gpu(profile):
-        bars |= {
-            "reserved": highest("reserved_peak"),
-            "device used": highest("device_used"),
-            "pinned host": highest("pinned"),
-        }
-    return {
-        name: values
-        for name, values in {**bars, "resident host (RSS)": highest("rss")}.items()
-        if any(values)
-    }
+    bars |= {label: highest(name) for label, name in names.items() if is_on_gpu(profile)}
+    bars["resident host (RSS)"] = highest("rss")
+    return {name: values for name, values in bars.items() if any(values)}
 
 
 @styled

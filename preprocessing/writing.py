@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from coconut_ds.data.problems import Card
 from coconut_ds.errors import UserError
+from coconut_ds.files import sync_path
 
 FAILED = 2  # exit code of anything that kept the files from being written, an interruption included
 
@@ -99,7 +100,7 @@ def write_dataset(
             file.write(json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False).encode() + b"\n")
         for temporary, final in waiting:
             os.replace(temporary, final)
-        _sync_folder(output_dir)
+        sync_path(output_dir)
     finally:
         for temporary, _ in waiting:
             temporary.unlink(missing_ok=True)
@@ -138,14 +139,6 @@ def _write_list(file: Any, problems: Iterable[dict[str, Any]]) -> tuple[str, int
     digest.update(ending)
     file.write(ending)
     return digest.hexdigest(), count
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def markdown_table(columns: Mapping[str, Mapping[str, float]]) -> str:

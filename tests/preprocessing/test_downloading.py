@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,15 +16,19 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        """The hub's answer: the digest, and where the file is, on another host."""
+        self.send_response(302)
+        self.send_header("Location", self.server.url.replace("127.0.0.1", "localhost") + "/file")
+        self.send_header("X-Linked-ETag", f'"{self.server.promised}"')
+        self.end_headers()
+
     def do_GET(self):
         self.server.requests.append((self.path, self.headers.get("Range")))
         if self.path == "/absent":
             return self.send_error(404)
         if self.path == "/hub":
-            self.send_response(302)
-            self.send_header("Location", "/file")
-            self.send_header("X-Linked-ETag", f'"{self.server.promised}"')
-            return self.end_headers()
+            return self.do_HEAD()
         start = 0
         if self.headers.get("Range") and self.path != "/no-ranges":
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
@@ -31,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.end_headers()
         body = CONTENT[start:]
         if self.server.cuts:
@@ -45,10 +52,13 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(downloading.time, "sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)  # else 10 MiB
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.cuts, server.promised = [], 0, DIGEST
     server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(downloading, "HUB", server.url + "/hub")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server

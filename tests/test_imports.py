@@ -30,7 +30,7 @@ ROOMS = (
     "__main__",
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-WITHOUT_TORCH = ("errors.py", "config/", "data/problems.py", "data/json_items.py", "data/curriculum.py")
+WITHOUT_TORCH = ("errors.py", "config/", "data/problems.py", "data/curriculum.py")
 ENGINE = "engine/engine.py"
 
 

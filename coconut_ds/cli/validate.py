@@ -18,8 +18,7 @@ from pathlib import Path
 from coconut_ds.config.deepspeed import add_ds_config_argument, load_ds_config
 from coconut_ds.config.experiment import Experiment, add_overrides, load_with_notes, validate_experiment
 from coconut_ds.config.schema import MAX_BYTES
-from coconut_ds.data.json_items import looks_like_data
-from coconut_ds.data.problems import card_for
+from coconut_ds.data.problems import card_for, looks_like_data
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import print_notes
 from coconut_ds.tables import counted

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import mean, median
 
 from coconut_ds.data.problems import Problem, card_for, read_problems
-from coconut_ds.data.run_data import LengthCheck, Use, trained_stages
+from coconut_ds.data.run_data import LengthCheck, Use, num_tokens, trained_stages
 from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
+from coconut_ds.files import hash_file
 from coconut_ds.tables import Table, counted
 
 _CHUNK = 2_000
@@ -19,27 +20,12 @@ _UNKNOWN_LENGTH = 1_000_000  # tokenizers without a limit report a huge one
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """One length per problem, in tokens, or in words without a vocabulary."""
-
-    unit: str
-    question: Sequence[int]
-    reasoning: Sequence[int]
-    answer: Sequence[int]
-
-    @property
-    def total(self) -> list[int]:
-        return [sum(parts) for parts in zip(self.question, self.reasoning, self.answer, strict=True)]
-
-
-@dataclass(frozen=True)
 class FileReport:
     """Statistics of one file.  `findings` are warnings; the file is usable."""
 
     path: Path
-    problems: int
-    steps: Sequence[int]  # per problem
-    lengths: Lengths
+    steps: Sequence[int]  # of every problem
+    lengths: Sequence[int]  # of every problem: question, steps and answer, in the unit of the report
     findings: Sequence[str]
 
 
@@ -50,6 +36,7 @@ class DataReport:
     files: Sequence[FileReport]
     leaks: Sequence[str]  # questions in more than one file
     errors: Sequence[str]
+    unit: str  # of lengths: "tokens", or "words" without a vocabulary
 
     @property
     def is_valid(self) -> bool:
@@ -57,8 +44,7 @@ class DataReport:
 
     def table(self) -> str:
         """A table for the terminal with one row per file, then all errors, leaks and findings."""
-        unit = self.files[0].lengths.unit if self.files else "tokens"
-        head = ("file", "problems", "steps mean (max)", "without steps", f"{unit} median", "95 %", "max")
+        head = ("file", "problems", "steps mean (max)", "without steps", f"{self.unit} median", "95 %", "max")
         lines = [Table(head, [_row(file) for file in self.files]).text()]
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"leak: {text}" for text in self.leaks]
@@ -72,10 +58,9 @@ class DataReport:
         from matplotlib.figure import Figure  # takes half a second to import
 
         figure = Figure(figsize=(11, 4), layout="constrained")
-        unit = self.files[0].lengths.unit
         axes = figure.subplots(1, 2)
         for axis, label, values in (
-            (axes[0], f"{unit} of question, steps and answer", [file.lengths.total for file in self.files]),
+            (axes[0], f"{self.unit} of question, steps and answer", [file.lengths for file in self.files]),
             (axes[1], "steps", [file.steps for file in self.files]),
         ):
             top = max(map(max, values))
@@ -104,7 +89,7 @@ def check_data_files(
         try:
             problems = read_problems(path)
             file = _check_file(path, problems, vocabulary, limit)
-            if check and check.limit and max(file.lengths.total) > check.limit.positions:
+            if check and check.limit and max(file.lengths) > check.limit.positions:
                 tokens = tokenize(problems, check.vocabulary)
                 check.refuse([Use(str(path), tokens, trained_stages(check.experiment), trains=True)])
             files.append(file)
@@ -113,7 +98,7 @@ def check_data_files(
             continue
         for index, problem in enumerate(problems):
             holders.setdefault(_fingerprint(problem.question), {}).setdefault(str(path), index)
-    return DataReport(files, _leaks(holders), errors)
+    return DataReport(files, _leaks(holders), errors, "tokens" if vocabulary else "words")
 
 
 def _check_file(
@@ -127,7 +112,7 @@ def _check_file(
     texts = [(p.question, *p.steps, p.answer) for p in problems]
     marked = [i for i, parts in enumerate(texts) if any(m in "\n".join(parts) for m in (START, LATENT, END))]
     hashed = [i for i, p in enumerate(problems) if "#" in p.answer]
-    too_long = [i for i, total in enumerate(lengths.total) if limit is not None and total > limit]
+    too_long = [i for i, total in enumerate(lengths) if limit is not None and total > limit]
     for items, text in (
         (repeated, "repeat the question of an earlier problem in the file"),
         (without, "have no steps; stages that hide steps hide nothing there"),
@@ -136,13 +121,13 @@ def _check_file(
         (
             too_long,
             f"are longer than the model's {limit} positions, special tokens and latents not counted "
-            f"(the longest has {max(lengths.total):,} tokens)",
+            f"(the longest has {max(lengths):,} tokens)",
         ),
     ):
         if items:
             findings.append(f"{len(items)} of {len(problems)} {text}: {_named(items)}")
     findings += _against_card(path, len(problems))
-    return FileReport(path, len(problems), [len(p.steps) for p in problems], lengths, findings)
+    return FileReport(path, [len(p.steps) for p in problems], lengths, findings)
 
 
 def _against_card(path: Path, count: int) -> list[str]:
@@ -150,29 +135,16 @@ def _against_card(path: Path, count: int) -> list[str]:
     card = card_for(path)
     if path.name in card.counts and card.counts[path.name] != count:
         return [f"has {count} problems, but its card says {card.counts[path.name]}"]
-    if path.name in card.sha256:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != card.sha256[path.name]:
-            return ["was changed after its card was written (its sha256 does not match)"]
+    if path.name in card.sha256 and hash_file(path) != card.sha256[path.name]:
+        return ["was changed after its card was written (its sha256 does not match)"]
     return []
 
 
-def _lengths(problems: Sequence[Problem], vocabulary: Vocabulary | None) -> Lengths:
+def _lengths(problems: Sequence[Problem], vocabulary: Vocabulary | None) -> list[int]:
     if vocabulary is None:
-        return Lengths(
-            "words",
-            [len(problem.question.split()) for problem in problems],
-            [sum(len(step.split()) for step in problem.steps) for problem in problems],
-            [len(problem.answer.split()) for problem in problems],
-        )
-    question, reasoning, answer = [], [], []
-    for first in range(0, len(problems), _CHUNK):
-        for tokens in tokenize(problems[first : first + _CHUNK], vocabulary):
-            question.append(len(tokens.question))
-            reasoning.append(sum(map(len, tokens.steps)))
-            answer.append(len(tokens.answer))
-    return Lengths("tokens", question, reasoning, answer)
+        return [len(" ".join((p.question, *p.steps, p.answer)).split()) for p in problems]
+    chunks = (problems[first : first + _CHUNK] for first in range(0, len(problems), _CHUNK))
+    return [length for chunk in chunks for length in num_tokens(tokenize(chunk, vocabulary)).tolist()]
 
 
 def _stated_length(vocabulary: Vocabulary | None) -> int | None:
@@ -206,13 +178,13 @@ def _named(items: Sequence[int]) -> str:
 
 
 def _row(file: FileReport) -> tuple[str, ...]:
-    total = sorted(file.lengths.total)
+    lengths = sorted(file.lengths)
     return (
         str(file.path),
-        f"{file.problems:,}",
+        f"{len(lengths):,}",
         f"{mean(file.steps):.1f} ({max(file.steps)})",
         f"{sum(count == 0 for count in file.steps):,}",
-        f"{median(total):,.0f}",
-        f"{total[int(0.95 * (len(total) - 1))]:,}",
-        f"{total[-1]:,}",
+        f"{median(lengths):,.0f}",
+        f"{lengths[int(0.95 * (len(lengths) - 1))]:,}",
+        f"{lengths[-1]:,}",
     )

@@ -23,8 +23,8 @@ def test_sound_files_have_no_findings(tmp_path):
     train = write(tmp_path / "a_train.json", {}, {"question": "What is 3 + 3 ?"})
     test = write(tmp_path / "a_test.json", {"question": "What is 4 + 4 ?", "steps": ["one two", "three"]})
     report = check_data_files([train, test])
-    assert report.is_valid and [file.problems for file in report.files] == [2, 1]
-    assert report.files[1].lengths.total == [10] and report.files[1].steps == [2]
+    assert report.is_valid and [len(file.steps) for file in report.files] == [2, 1]
+    assert report.files[1].lengths == [10] and report.files[1].steps == [2]
     assert "a_test.json" in report.table() and "2.0 (2)" in report.table()
 
 
@@ -79,7 +79,7 @@ def test_lengths_are_tokens_with_a_vocabulary_and_long_items_are_found(arithmeti
     problems = tokenize(read_problems(path), vocabulary)
     expected = [len(p.question) + sum(map(len, p.steps)) + len(p.answer) for p in problems]
     report = check_data_files([path], vocabulary)
-    assert report.files[0].lengths.total == expected and report.is_valid, report.table()
+    assert report.files[0].lengths == expected and report.is_valid, report.table()
     experiment = validate_experiment(
         {"name": "n", "model_id": "m", "train_path": "t", "val_path": "v", "method": "cot"}, "test"
     )

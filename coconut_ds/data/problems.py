@@ -277,8 +277,8 @@ def _items(path: Path, errors: list[str]) -> Iterator[Any]:
     position = _after_blanks(text, 0)
     is_list = text.startswith("[", position)
     if not is_list and not text.startswith("{", position):
-        line = text[position:].partition("\n")[0]
-        if "||" in line and _ORIGINAL_ANSWER in line:
+        first_line = text[position:].partition("\n")[0]
+        if "||" in first_line and _ORIGINAL_ANSWER in first_line:
             form = "this is GSM8K's line format (question||steps #### answer); "
             raise DataError(f"{path}: {form}{_CONVERT_GSM8K.format('icot')}")
         raise DataError(f"{path}: the file must hold a list of problems; {_LIST_FORM}")

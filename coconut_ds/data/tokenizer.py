@@ -250,7 +250,8 @@ class CachedProblems(Sequence[TokenizedProblem]):
         """Whether these arrays of a file from anywhere are what `_tokenize_file` makes."""
         tokens, ends, first = self.tokens, self.piece_ends, self.first_pieces
         return (
-            tokens.ndim == ends.ndim == first.ndim == 1
+            all(isinstance(array, np.ndarray) for array in (tokens, ends, first))  # a damaged npz has bytes
+            and tokens.ndim == ends.ndim == first.ndim == 1
             and tokens.dtype == _id_type(num_ids)
             and ends.dtype == first.dtype == np.int64
             and len(ends) > 0 < len(first)

@@ -84,9 +84,9 @@ def _main(argv: Sequence[str] | None) -> int:
             command.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(without_bare_deepspeed(arguments))
     if rest and hasattr(args, "overrides"):
-        from coconut_ds.config.foreign_flags import unrecognized  # only for this error
+        from coconut_ds.config.experiment import unrecognized_flags  # only for this error
 
-        parser.error(unrecognized(rest, arguments))
+        parser.error(unrecognized_flags(rest, arguments))
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -36,6 +36,7 @@ from coconut_ds.config.schema import (
     read_yaml,
     settings_with,
     shown,
+    synonyms,
     unknown_keys,
     violations,
 )
@@ -339,3 +340,26 @@ def read_experiment(args: argparse.Namespace) -> Experiment:
     experiment, notes = load_named_with_notes(args.config, args.overrides)
     print_notes(notes)
     return experiment
+
+
+def unrecognized_flags(flags: Sequence[str], arguments: Sequence[str]) -> str:
+    """The error for `flags` of a command line, with `--set` for those that other trainers have for a setting.
+
+    --learning_rate 1e-4      unrecognized arguments: --learning_rate 1e-4; write --set lr=1e-4
+    """
+    schema = load_schema("experiment")
+    settings = synonyms(schema) | {key: key for key in schema["properties"]}
+    following = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+    written, remedies = [], []
+    for word in flags:
+        if not word.startswith("--"):
+            continue
+        flag, equals, value = word.partition("=")
+        if not equals and not following.get(word, "").startswith("--"):
+            value = following.get(word, "")
+        written.append(word if equals else f"{word} {value}".strip())
+        setting = settings.get(flag.removeprefix("--").replace("-", "_"))
+        if setting is not None:
+            remedies.append(f"--set {setting}={value or 'true'}")
+    text = f"unrecognized arguments: {' '.join(written or flags)}"
+    return text + (f"; write {' '.join(remedies)}" if remedies else "")

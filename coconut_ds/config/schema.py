@@ -103,16 +103,18 @@ def edit_distance(first: str, second: str) -> int:
     return previous[-1]
 
 
+def synonyms(schema: Mapping[str, Any]) -> dict[str, str]:
+    """Names of keys in other programs, and the key here."""
+    return {other: key for key, rule in schema["properties"].items() for other in rule.get("also_called", ())}
+
+
 def unknown_keys(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, str]:
     """A hint for each unknown key of a block: its name here, or the key that it misspells.
 
     The last key without a hint gets the list of valid keys.
     """
-    names = {
-        other: f"; write '{key}' instead"
-        for key, rule in schema["properties"].items()
-        for other in rule.get("also_called", ())
-    } | {other: f"; {advice}" for other, advice in schema.get("elsewhere", {}).items()}
+    names = {other: f"; write '{key}' instead" for other, key in synonyms(schema).items()}
+    names |= {other: f"; {advice}" for other, advice in schema.get("elsewhere", {}).items()}
     accepted = [key for key, rule in schema["properties"].items() if "refused" not in rule]
     hints = {
         key: names.get(str(key).lower().replace("-", "_")) or did_you_mean(key, schema["properties"])

@@ -3,8 +3,8 @@
 import pytest
 
 from coconut_ds.__main__ import main
-from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.foreign_flags import SETTING_OF
+from coconut_ds.config.experiment import unrecognized_flags
+from coconut_ds.config.schema import load_schema
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,10 @@ def test_the_error_names_our_spelling(capsys, words, message, first):
     assert ("write" in error) is ("write" in message)
 
 
-def test_every_flag_has_a_setting():
-    assert set(SETTING_OF.values()) <= set(Experiment.__dataclass_fields__)
+def test_every_name_of_a_setting_is_understood_as_a_flag():
+    for key, rule in load_schema("experiment")["properties"].items():
+        for name in (key, *rule.get("also_called", ())):
+            assert unrecognized_flags([f"--{name}"], [f"--{name}", "1"]).endswith(f"write --set {key}=1")
 
 
 def test_commands_without_settings_only_name_the_flag(capsys):

@@ -104,3 +104,25 @@ def test_names_and_docstrings(path):
     assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}
     assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "a module says what it knows"
+
+
+def modules_loaded_with(path: Path, seen: set[str]) -> set[str]:
+    """Modules of the package that `path` imports when it is imported itself, and theirs."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("coconut_ds."):
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                place = PACKAGE.parent / name.replace(".", "/")
+                found = [p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()]
+                if found and name not in seen:
+                    seen.add(name)
+                    modules_loaded_with(found[0], seen)
+    return seen
+
+
+def test_training_loads_nothing_that_reports_on_runs_or_evaluates_saved_models():
+    loaded = modules_loaded_with(PACKAGE / "cli" / "train.py", set())
+    assert "coconut_ds.training.trainer" in loaded and "coconut_ds.evaluation.evaluate" in loaded
+    after = ("coconut_ds.reports", "coconut_ds.cli.", "coconut_ds.templates")
+    assert not [name for name in loaded if name.startswith(after)]
+    parts = ("ablation", "intervals", "inspection", "export", "pretrained", "saved_models", "measure")
+    assert not loaded & {f"coconut_ds.evaluation.{part}" for part in parts}

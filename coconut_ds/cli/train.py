@@ -10,8 +10,6 @@ import argparse
 
 from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments
-from coconut_ds.evaluation.measure import EvalOptions, measure
-from coconut_ds.evaluation.saved_models import find_trained
 from coconut_ds.training.run_settings import read_settings
 from coconut_ds.training.train import train
 from coconut_ds.training.trainer import Options
@@ -51,9 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
     if experiment.only_eval:
-        measure(
-            find_trained(args.config, overrides=args.overrides, allow=args.allow), ds_config, EvalOptions()
-        )
+        from coconut_ds.evaluation.measure import EvalOptions, measure  # not needed to train
+        from coconut_ds.evaluation.saved_models import find_trained
+
+        models = find_trained(args.config, overrides=args.overrides, allow=args.allow)
+        measure(models, ds_config, EvalOptions())
     else:
         options = Options(
             args.checkpoint, tuple(args.allow), args.max_minutes, args.stuck_seconds, args.skip_plan

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from coconut_ds.data.batching import PADDING_ROW, Batch
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.errors import ConfigError
-from coconut_ds.evaluation.intervals import mcnemar_exact, percent_with_interval
+from coconut_ds.evaluation.intervals import mcnemar_exact, p_value_text, percent_with_interval
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import History, Thought
 
@@ -117,18 +117,13 @@ def ablated_stage(stage: Stage, name: str) -> Stage:
     return replace(stage, num_latents=kept.get(name, stage.num_latents))
 
 
-def _change_of(name: str) -> Change | None:
-    if slot := ONE_SLOT.fullmatch(name):
-        return OnlySlot(CHANGES[slot[1]](), int(slot[2]))
-    return CHANGES[name]() if name in CHANGES else None
-
-
 class Ablator:
     """Applies one ablation to the batches of one evaluation."""
 
     def __init__(self, name: str, seed: int) -> None:
-        self.name = name
-        self._change = _change_of(name)
+        self._change: Change | None = CHANGES[name]() if name in CHANGES else None
+        if slot := ONE_SLOT.fullmatch(name):
+            self._change = OnlySlot(CHANGES[slot[1]](), int(slot[2]))
         self._generator = torch.Generator().manual_seed(seed)
 
     @contextmanager
@@ -232,8 +227,8 @@ class Comparison:
         return {"lost": self.lost, "gained": self.gained, "p_value": self.p_value}
 
     def __str__(self) -> str:
-        p_value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
         return (
             f"{self.name:<8} {percent_with_interval(self.num_correct, self.num_items):<22} "
-            f"{self.mean_tokens:5.1f} tokens, lost {self.lost}, gained {self.gained}, {p_value}"
+            f"{self.mean_tokens:5.1f} tokens, lost {self.lost}, gained {self.gained}, "
+            f"{p_value_text(self.p_value)}"
         )

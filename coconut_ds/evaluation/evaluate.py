@@ -18,7 +18,6 @@ from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, s
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.engine.distributed import ReadingEngine
-from coconut_ds.evaluation.ablation import Ablator, ablated_stage
 from coconut_ds.failures import phase
 
 if TYPE_CHECKING:  # programs that only read a model do not import DeepSpeed
@@ -80,8 +79,11 @@ def evaluate(
     `progress` wraps the batches for display.  `keep_going` is called once per batch and may raise to stop.
     `ablation` names the replacement for the model's thoughts (ablation.py).
     """
-    ablator = Ablator(ablation, experiment.seed) if ablation else None
-    stage = ablated_stage(stage, ablation) if ablation else stage
+    ablator = None
+    if ablation:
+        from coconut_ds.evaluation.ablation import Ablator, ablated_stage  # not needed to train
+
+        ablator, stage = Ablator(ablation, experiment.seed), ablated_stage(stage, ablation)
     layout = BatchConfig(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
     engine.eval()
 

@@ -40,6 +40,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, different).pvalue) if different else 1.0
 
 
+def p_value_text(p_value: float) -> str:
+    """'p = 0.021', or 'p < 1e-12'."""
+    return "p < 1e-12" if p_value < 1e-12 else f"p = {p_value:.2g}"
+
+
 def percent_with_interval(num_correct: int, num_items: int) -> str:
     """'34.1 % [31.6, 36.7]': an accuracy and its 95 % interval as text."""
     low, high = wilson_interval(num_correct, num_items)

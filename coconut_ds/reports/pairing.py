@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from coconut_ds.evaluation.intervals import mcnemar_exact
+from coconut_ds.evaluation.intervals import mcnemar_exact, p_value_text
 from coconut_ds.reports.comparison import Group
 from coconut_ds.reports.run_records import Answers, RunRecord
 from coconut_ds.tables import counted
@@ -30,11 +30,10 @@ class PairedTest:
     note: str = ""
 
     def __str__(self) -> str:
-        value = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
         return (
             f"{self.first} against {self.second} on {self.split}, {counted(self.num_items, 'item')}: "
-            f"{self.only_first} solved only by the first, {self.only_second} only by the second, {value} "
-            f"({', '.join(self.checkpoints)}{self.note})"
+            f"{self.only_first} solved only by the first, {self.only_second} only by the second, "
+            f"{p_value_text(self.p_value)} ({', '.join(self.checkpoints)}{self.note})"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from coconut_ds.data.tokenizer import Vocabulary, load_vocabulary, refuse_unsavable
-from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.evaluation.model_card import model_card
 from coconut_ds.evaluation.saved_models import Trained, find_one, original_model_id, portable_settings
 from coconut_ds.files import EXPORT_FILE, json_text
@@ -65,7 +65,8 @@ def export_hf(
     try:
         draft.mkdir(parents=True)
         _write(module, vocabulary, draft, merged, dtype)
-        weights = _base_weights(module) if is_adapter else None
+        origin = origin_of(module.base).weights if is_adapter else None  # None: those of `model_id`
+        weights = model_folder(Path(origin)) if origin else None
         record = describe(trained, original, merged)
         (draft / EXPORT_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(model_card(trained, original, is_adapter, weights), encoding="utf-8")
@@ -89,12 +90,6 @@ def _write(module: Coconut, vocabulary: Vocabulary, folder: Path, merged: bool, 
     merged_model.to(dtype=DTYPES[dtype]).save_pretrained(folder)
     save_thought(module.thought.state_dict(), folder)
     vocabulary.tokenizer.save_pretrained(folder)
-
-
-def _base_weights(module: Coconut) -> Path | None:
-    """The file or folder of the frozen weights under an adapter; None if they are those of `model_id`."""
-    weights = origin_of(module.base).weights
-    return None if weights is None else model_folder(Path(weights))
 
 
 def describe(trained: Trained, base: str, merged: bool) -> dict[str, Any]:
@@ -148,9 +143,8 @@ def upload(folder: Path, repository: str, private: bool) -> str:
         hub.create_repo(repository, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=folder))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--push {repository}: the upload failed ({reason}); the folder {folder} is complete. "
+            f"--push {repository}: the upload failed ({first_line(error)}); the folder {folder} is complete. "
             "Log in with `hf auth login`, then: hf upload " + f"{repository} {folder}"
         ) from error
 

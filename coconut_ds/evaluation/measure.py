@@ -118,17 +118,15 @@ def measure(
     Raises UserError for wrong input; data is read before a model is loaded.
     """
     prepared = [(trained, *_read_data(trained, options)) for trained in models]
-    roles = [t.files.role(options.split, split_path(t.experiment, options.split)) for t in models]
     precision = ds_config.precision if ds_config else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "fp32"
     results = []
     with lost_ranks_explained():
         ranks = start_distributed(precision)
-        for (trained, vocabulary, test_set), role in zip(prepared, roles, strict=True):
+        for trained, vocabulary, test_set in prepared:
             engine = _engine(trained, vocabulary, ds_config, ranks, precision)
-            for measured in _measurements(engine, trained, vocabulary, test_set, options):
-                result = replace(measured, role=role)
+            for result in _measurements(engine, trained, vocabulary, test_set, options):
                 results.append(result)
                 if ranks.is_main:
                     tqdm.write(str(result))
@@ -168,22 +166,14 @@ def split_label(experiment: Experiment, split: str) -> str:
 
 def split_path(experiment: Experiment, split: str) -> str:
     """The file of a named split, or the given file.  Raises ConfigError."""
-    known = {
-        "valid": experiment.val_path,
-        "test": experiment.test_path,
-        "train": experiment.train_path or None,
-    }
-    if split not in known:
+    key = {"valid": "val_path", "test": "test_path", "train": "train_path"}.get(split)
+    if key is None:
         if not Path(split).is_file():
             raise ConfigError(f"--split {split}: no such file; use valid, test, train or a file")
         return split
-    path = known[split]
-    if path is None:
-        key = {"test": "test_path", "train": "train_path"}[split]
-        raise ConfigError(
-            f"--split {split}: the experiment has no {key}; use --set {key}=FILE or --split FILE"
-        )
-    return path
+    if path := getattr(experiment, key):
+        return str(path)
+    raise ConfigError(f"--split {split}: the experiment has no {key}; use --set {key}=FILE or --split FILE")
 
 
 def _engine(
@@ -210,6 +200,9 @@ def _measurements(
     def progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
         return iter(tqdm(batches, desc=name, leave=False, disable=None if engine.is_main else True))
 
+    file = split_path(trained.experiment, options.split)
+    role = trained.files.role(options.split, file)
+
     def result_of(ablation: str | None) -> Measurement:
         result = evaluate(
             engine, test_set, trained.stage, trained.experiment, vocabulary, progress, ablation=ablation
@@ -222,7 +215,8 @@ def _measurements(
             result,
             trained_at=trained.trained_at,
             notes=tuple(trained.notes),
-            file=split_path(trained.experiment, options.split),
+            file=file,
+            role=role,
         )
 
     intact = result_of(None)
@@ -247,15 +241,10 @@ def write_results(result: Measurement, folder: Path) -> None:
     with open_append(folder / EVALUATIONS, "a") as writer:
         writer.write(json_text({"time": round(time.time(), 3), **result.numbers()}) + "\n")
     path, key = folder / PREDICTIONS, result.key()
-    kept = [line for line in _lines_of(path) if not _has_key(line, key)]
+    text = read_bytes(path).decode("utf-8", errors="replace") if path.is_file() else ""
+    kept = [line for line in text.splitlines() if not _has_key(line, key)]
     new = [json_text({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
     replace_text(path, "\n".join([*kept, *new]) + "\n")
-
-
-def _lines_of(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    return read_bytes(path).decode("utf-8", errors="replace").splitlines()
 
 
 def _has_key(line: str, key: Mapping[str, Any]) -> bool:

@@ -1,7 +1,4 @@
-"""Load a base model (Hugging Face id, folder or .gguf file), add special-token rows, install weights.
-
-Also the file of a thought.
-"""
+"""Load a base model (Hugging Face id, folder or .gguf file), add special-token rows, install weights."""
 
 import re
 from collections.abc import Mapping

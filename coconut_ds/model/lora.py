@@ -71,10 +71,6 @@ class Origin:
     fingerprint: str
     base: BaseRecord | None = None  # None in older files, which have only the fingerprint
 
-    @classmethod
-    def of(cls, base: PreTrainedModel, experiment: Experiment, record: BaseRecord | None) -> "Origin":
-        return cls(experiment.model_id, experiment.load_model_path, fingerprint(base), record)
-
 
 def fingerprint(base: nn.Module) -> str:
     """A short hash of evenly spaced elements of every tensor."""
@@ -100,7 +96,7 @@ def add_adapters(
     `base` must have its final weights and the special-token rows.  `record` of `base` is saved with the
     adapters.  Raises ConfigError if no layer has a name of `lora_target_modules`.
     """
-    origin = Origin.of(base, experiment, record)
+    origin = Origin(experiment.model_id, experiment.load_model_path, fingerprint(base), record)
     targets = experiment.lora_target_modules or default_target_modules(base)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -258,7 +254,7 @@ def load_published_lora(model: Coconut, folder: str | Path, with_window: bool = 
     window_W = read_published_window(folder)
     if window_W is None or not with_window:
         return
-    if not hasattr(model.thought, "logits_W"):
+    if not hasattr(model.thought, "logits_W"):  # of a learnable window
         raise CheckpointError(
             f"{folder / PUBLISHED_WINDOW} has window weights (`latent_weights`), but this model's thought is "
             f"{type(model.thought).__name__}; set `thought: learnable_window` and `latent_window_scope: pass`"

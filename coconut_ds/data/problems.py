@@ -12,13 +12,14 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.config.schema import violations
 from coconut_ds.errors import DataError
-from coconut_ds.files import read_bytes
+from coconut_ds.files import parse_json, read_bytes
 
 GRADINGS = ("exact", "latex")
 
@@ -30,6 +31,19 @@ _SCRIPTS = {  # the script that makes data/NAME_*.json; the longest matching nam
     "prosqa_like": "prosqa.py --generate",
     "math": "hendrycks_math.py",
     "arithmetic": "arithmetic.py",
+}
+_TEXT = {"type": "string"}
+_CARD_SCHEMA = {
+    "required": ["name"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "minLength": 1},
+        "grading": {"enum": list(GRADINGS)},
+        "max_new_tokens": {"type": "integer", "minimum": 1},
+        **dict.fromkeys(("source", "licence", "split_rule", "notes"), _TEXT),
+        "sha256": {"type": "object", "additionalProperties": _TEXT},
+        "counts": {"type": "object", "additionalProperties": {"type": "integer"}},
+    },
 }
 _OFFER = re.compile(r"(\w+) or (?:an? )?(\w+)\s*\?\s*$")  # ProsQA: "Is Tom a terpus or brimpus?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -129,34 +143,16 @@ def card_for(path: str | Path) -> Card:
 def read_card(path: str | Path) -> Card:
     """Read a card. Raises DataError with all errors of the file."""
     path = Path(path)
+    text = _read_text(path)
     try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+        values = parse_json(text)
+    except ValueError as error:
         raise DataError(
             f"{path}: not JSON ({error}); delete it or run its preprocessing script again"
         ) from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: a data card must be a JSON object, got {_kind(values)}")
-    errors: list[str] = []
-    for key in sorted(values.keys() - {f.name for f in fields(Card)}):
-        errors.append(f"'{key}' is not a key of a data card")
-    for key in ("name", "grading", "source", "licence", "split_rule", "notes"):
-        if not isinstance(values.get(key, ""), str):
-            errors.append(f"'{key}' must be text, got {_kind(values[key])}")
-    if not values.get("name"):
-        errors.append("'name' is missing or empty")
-    if values.get("grading", "exact") not in GRADINGS:
-        errors.append(f"'grading' must be one of {', '.join(GRADINGS)}, got {values['grading']!r}")
-    tokens = values.get("max_new_tokens", 1)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        errors.append(f"'max_new_tokens' must be an integer of at least 1, got {tokens!r}")
-    for key, value_type in (("sha256", str), ("counts", int)):
-        table = values.get(key, {})
-        if not isinstance(table, dict) or not all(isinstance(value, value_type) for value in table.values()):
-            errors.append(f"'{key}' must map file names to {'digests' if value_type is str else 'numbers'}")
-    _raise_errors(path, errors)
+    _raise_errors(path, violations(values, _CARD_SCHEMA, "a key of a data card"))
     return Card(**values)
 
 

@@ -125,7 +125,6 @@ class Experiment:
         return {key: value for key, value in asdict(self).items() if affects(key) != "running"}
 
 
-PATHS = ("model_id", "load_model_path", "train_path", "val_path", "test_path", "save_path")
 RESETS = {True: "stage_switch", False: "never"}
 
 
@@ -145,9 +144,10 @@ def load_with_notes(
     `at_start`: relative paths in a run folder count from where the run was started (from_start).
     """
     values = read_yaml(path)
-    for key in PATHS if at_start and Path(path).name == "experiment.yaml" else ():
-        if isinstance(values.get(key), str):
-            values[key] = from_start(values[key], path)
+    if at_start and Path(path).name == "experiment.yaml":
+        for key in settings_with("path_to", "data", "weights", "runs"):
+            if isinstance(values.get(key), str):
+                values[key] = from_start(values[key], path)
     published = has_published_keys(values)  # from the file alone: --set method=cot does not change its origin
     where = str(path)
     if overrides:

@@ -8,7 +8,7 @@ programs) and, beside `properties`, `elsewhere` (advice for keys that only other
 
 Each key of an experiment also has `affects`, which resuming, reports, sweeps and model cards read: `learning`
 (other results), `shapes` (other results, and a checkpoint cannot be continued), `accuracy` (the same weights
-are measured in another way) or `running` (none of these).  Paths to `data` or `weights` have `path_to`.
+are measured in another way) or `running` (none of these).  Paths have `path_to`: `data`, `weights` or `runs`.
 """
 
 import errno

@@ -25,9 +25,8 @@ def test_every_setting_of_an_experiment_says_what_it_affects():
         "method", "coconut", "cot", "no_thoughts", "no_cot", "latent_variant", "thought", "tuning",
         "lora_r", "lora_target_modules", "lora_use_dora", "model_id",
     )  # fmt: skip
-    assert {key for key in rules if key.endswith(("_path", "_id"))} - {"save_path"} == set(
-        settings_with("path_to", "data", "weights")
-    )
+    paths = settings_with("path_to", "data", "weights", "runs")
+    assert set(paths) == {key for key in rules if key.endswith(("_path", "_id"))}
     assert "| `lr` | a number of more than 0 | `0.0001` | learning |" in settings_table("experiment")
 
 

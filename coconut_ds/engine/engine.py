@@ -25,14 +25,15 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.data.batching import Batch
 from coconut_ds.engine import deepspeed_patches as patches
-from coconut_ds.engine.build_locks import remove_stale_locks
 from coconut_ds.engine.distributed import Ranks
+from coconut_ds.engine.operators import remove_stale_locks, to_compile
 from coconut_ds.engine.watchdog import ended_after, free_port, meet
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.failures import phase
@@ -85,6 +86,8 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for lock in remove_stale_locks():
             print(f"removed {lock}, left by an interrupted build of an operator", flush=True)
+        if names := to_compile(installed_ops, torch.cuda.is_available()):
+            print(f"compiling DeepSpeed's {' and '.join(names)} at the first start: some minutes", flush=True)
     message = None
     try:
         _choose_device(precision)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coconut_ds.engine import engine
-from coconut_ds.engine.build_locks import remove_stale_locks
+from coconut_ds.engine.operators import remove_stale_locks, to_compile
 from coconut_ds.errors import ConfigError
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -57,3 +57,15 @@ def test_locks_of_interrupted_builds_are_removed(tmp_path, monkeypatch):
         assert remove_stale_locks() == [old]
         build.kill()
     assert young.exists() and in_use.exists() and not old.exists()
+
+
+def test_the_first_start_says_what_it_compiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    nothing = {"cpu_adam": False, "deepspeed_shm_comm": False}
+    assert to_compile(nothing, on_gpu=False) == ["deepspeed_shm_comm", "cpu_adam"]
+    assert to_compile(nothing, on_gpu=True) == ["cpu_adam"]
+    assert to_compile({"cpu_adam": 1, "deepspeed_shm_comm": 1}, on_gpu=False) == []
+    built = tmp_path / "py311_cpu" / "cpu_adam" / "cpu_adam.so"
+    built.parent.mkdir(parents=True)
+    built.touch()
+    assert to_compile(nothing, on_gpu=False) == ["deepspeed_shm_comm"]

@@ -105,6 +105,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         folder = config.name_or_path or (config.experiment or {}).get("model_id", "")
         self.trained = described_model({"experiment": config.experiment, "stage": config.stage}, Path(folder))
         if module is None:
+            self.trained.refuse_more_latents_than(config.get_text_config().max_position_embeddings)
             base = AutoModelForCausalLM.from_config(config.text_config, **DATA_ONLY)
             module = Coconut(base, self._new_thought(), READING).eval()
         else:

@@ -16,13 +16,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
+    LlamaConfig,
     LogitsProcessor,
+    Qwen2Config,
     pipeline,
 )
 
 from coconut_ds import CoconutForCausalLM
 from coconut_ds.__main__ import main
 from coconut_ds.data.batching import collate
+from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError, DataError
 from coconut_ds.evaluation.pretrained import CoconutConfig
 from tests.run_folders import make_run
@@ -273,6 +276,36 @@ def test_a_model_from_a_configuration_alone(tiny_experiment):
     assert model.model.thought.window_weights() == pytest.approx([0.6, 0.3, 0.1])
 
 
+@pytest.mark.parametrize("config_class, tied", [(LlamaConfig, False), (Qwen2Config, True)])
+def test_other_architectures(tiny_experiment, tmp_path, config_class, tied):
+    vocabulary = load_vocabulary(tiny_experiment["model_id"])
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = CoconutConfig(
+        text_config=config_class(
+            vocab_size=len(vocabulary.tokenizer), num_key_value_heads=1, initializer_range=1.0,
+            max_position_embeddings=64, tie_word_embeddings=tied, **sizes,
+        ),
+        experiment=tiny_experiment | {"thought": "learnable_window"},
+        stage={"hidden_steps": 2, "num_latents": 2},
+        start_token_id=vocabulary.start_id,
+        end_token_id=vocabulary.end_id,
+        latent_token_id=vocabulary.latent_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+    inputs = prompts(model)
+    ends = {"max_new_tokens": 6, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.pad_id}
+    ids = model.generate(**inputs, **ends)
+    assert answers_of(model, ids, inputs.input_ids.shape[1]) == evaluated(model, limit=6)
+    model.save_pretrained(tmp_path)
+    loaded = CoconutForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) is tied
+    assert torch.equal(
+        loaded(*model.add_latents(**inputs)).logits, model(*model.add_latents(**inputs)).logits
+    )
+
+
 def test_wrong_use(model, runs, tmp_path):
     right = prompts(model)
     with pytest.raises(ValueError, match="padded on the right"):
@@ -321,6 +354,7 @@ def test_received_folders_run_no_code(model, tmp_path):
         {"attn_implementation": "evil/kernel"},
         {"experiment": {"method": 3}},
         {"stage": {"hidden_steps": 0, "num_latents": -1}},
+        {"stage": {"hidden_steps": 0, "num_latents": 10**12}},
     ]
     for change in refused:
         (tmp_path / "saved/config.json").write_text(json.dumps(config | change))

@@ -1,12 +1,9 @@
-"""The bytes table of docs/memory.md, made by planning: GPT-2 small to XL and Llama 1B, full and LoRA.
+"""Plan the table of bytes in docs/memory.md: GPT-2 small to XL and Llama 1B, full and LoRA.
 
     python -m benchmarks.memory_table [MODEL ...] [--write]
 
 Text: ProsQA's size (430 question tokens, six steps of 15, 12 answer tokens), Coconut with six latents,
-micro-batches of 8 rows accumulated, two GPUs.  `--write` puts the table into docs/memory.md between its
-markers.
-
-Knows: shapes, plans.  Does not know: real data, real weights.
+accumulated micro-batches of 8 rows, two GPUs.  `--write` replaces the table in docs/memory.md.
 """
 
 import argparse
@@ -15,9 +12,8 @@ from pathlib import Path
 
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, validate_experiment
-from coconut_ds.memory.phases import TextShape
 from coconut_ds.memory.plan_table import markdown
-from coconut_ds.memory.planner import Plan, Planner
+from coconut_ds.memory.planner import Plan, Planner, TextShape
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "benchmarks/shapes"

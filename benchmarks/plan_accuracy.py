@@ -1,15 +1,13 @@
-"""How far the planned activation peak is from the measured one: every case in one process, on the CPU.
+"""Compare planned and measured activation peaks: every case in one process, on the CPU.
 
-    python -m benchmarks.plan_accuracy [--tuning lora] [--rows 2]      one JSON line a case, then a table
+    python -m benchmarks.plan_accuracy [--tuning lora] [--rows 2]      one JSON line per case, then a table
 
-GPT-2 124M in every combination, and three small models with what GPT-2 does not have: widths that are no
-multiple of 64, grouped queries, a head of its own, learned positions that OPT's way of reading them adds up.
+GPT-2 124M in every combination, and three small models with what GPT-2 does not have: widths that are not
+multiples of 64, grouped queries, an untied head, OPT's learned positions.
 
-Measured are the CPU allocator's own events (torch.profiler), so memory that an operator takes and gives
-back inside counts too; planned is the trace of the same model without storage.  Gradients are dropped on
-arrival in both.
-
-Knows: fake models and real models of random weights.  Does not know: ZeRO.
+Measured: the CPU allocator's own events (torch.profiler), including temporary memory inside operators.
+Planned: the trace of the same model without storage.  Both drop each gradient when it is complete.
+ZeRO is not part of this.
 """
 
 import argparse
@@ -32,10 +30,12 @@ from coconut_ds.config.methods import Method, thought_names
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.memory.fake_run import build_fake_model, record
-from coconut_ds.memory.phases import StageOfRun, TextShape, largest_batch, stages_of
+from coconut_ds.memory.phases import StageOfRun, largest_batch, stages_of
+from coconut_ds.memory.planner import TextShape
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import DTYPES, load_config
 from coconut_ds.model.lora import add_adapters
+from coconut_ds.tables import Table
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 SHAPES = Path(__file__).with_name("shapes")
@@ -148,7 +148,7 @@ def compare(case: Case, config: PretrainedConfig) -> Comparison:
 
 
 def with_padding(batch: Batch) -> Batch:
-    """The same batch with one column of padding in its second row, as nearly every real batch has."""
+    """The same batch with one column of padding after the first row, as nearly every real batch has."""
     mask = batch.attention_mask_BT.clone()
     mask[1:, 0] = 0
     return replace(batch, attention_mask_BT=mask)
@@ -174,7 +174,7 @@ def real_model(
 
 
 def measured_peak(model: Coconut, batch: Batch) -> int:
-    """Most bytes the allocator gave out in one forward and backward, gradients dropped on arrival."""
+    """Peak bytes of the allocator in one forward and backward; gradients are dropped when complete."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -201,13 +201,13 @@ def peak_of_events(profiler: Any) -> int:
 
 
 def table(rows: list[Comparison]) -> str:
-    lines = ["| case | planned MB | measured MB | error |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {row.case} | {row.planned / MB:.1f} | {row.measured / MB:.1f} | {100 * row.error:+.1f} % |"
-        for row in rows
+    cells = [
+        (str(r.case), f"{r.planned / MB:.1f}", f"{r.measured / MB:.1f}", f"{100 * r.error:+.1f} %")
+        for r in rows
     ]
     worst = max(rows, key=lambda row: abs(row.error))
-    return "\n".join([*lines, "", f"Largest error: {100 * worst.error:+.1f} % ({worst.case})"])
+    text = Table(("case", "planned MB", "measured MB", "error"), cells).markdown()
+    return f"{text}\n\nLargest error: {100 * worst.error:+.1f} % ({worst.case})"
 
 
 def small_configs() -> dict[str, PretrainedConfig]:

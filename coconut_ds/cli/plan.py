@@ -14,9 +14,8 @@ from coconut_ds.config.experiment import add_experiment_arguments, read_experime
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.memory.budget import cheapest_changes
-from coconut_ds.memory.phases import TextShape
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
-from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.planner import Planner, TextShape
 from coconut_ds.training.run_settings import read_ds_config
 
 

@@ -88,7 +88,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
         "budget": plan["budget"],
         "batch": str(shape_of(batch)),
         "stage": stage["stage"],
-        "ranks": engine.gather(own.to_json()),
+        "ranks": engine.gather(own),
     }
     text = None
     if engine.is_main:

@@ -8,10 +8,10 @@ and size the others: activations grow by the same number of bytes with every lay
 """
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
@@ -25,12 +25,22 @@ from coconut_ds.data.curriculum import (
     render,
     stage_at,
 )
-from coconut_ds.data.problems import Problem, read_problems
-from coconut_ds.data.run_data import DEBUG_TRAIN_ITEMS
-from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
-from coconut_ds.errors import ConfigError
-from coconut_ds.memory.fake_run import ACTIVATIONS, GRADIENTS, LOSS, peak_of
+from coconut_ds.data.problems import Problem
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.memory.fake_run import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOSS,
+    FakeModel,
+    Trace,
+    build_fake_model,
+    peak_of,
+    record,
+    record_evaluation,
+    with_layers,
+)
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings, replay
+from coconut_ds.model.build import parameter_groups
 
 if TYPE_CHECKING:
     from coconut_ds.memory.planner import Planner
@@ -42,11 +52,6 @@ MAX_TOKENIZED = 4000
 FRAGMENTATION = 0.05
 # Stages at least this close to the largest are run on the full model too, at most MAX_EXACT of them.
 NEAR, MAX_EXACT = 0.95, 2
-
-SHAPE_HINT = (
-    "To plan without it, give token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
-    "--answer-tokens 12"
-)
 
 AnyProblem = TypeVar("AnyProblem", Problem, TokenizedProblem)
 
@@ -75,56 +80,23 @@ def evaluated_stages(experiment: Experiment) -> list[StageOfRun]:
     return stages if stages and last.stage in [at.stage for at in stages] else [*stages, last]
 
 
-@dataclass(frozen=True)
-class TextShape:
-    """Token counts of every problem, instead of data and tokenizer."""
-
-    question: int
-    steps: int
-    step: int
-    answer: int
-
-    def problem(self) -> TokenizedProblem:
-        step = (0,) * self.step
-        return TokenizedProblem((0,) * self.question, (step,) * self.steps, (0,) * self.answer)
-
-
-def read_lengths(experiment: Experiment) -> tuple[list[TokenizedProblem], list[TokenizedProblem], Vocabulary]:
-    """(training problems, evaluation problems, vocabulary); only the longest problems of large files.
-
-    Raises ConfigError, with the shape options, if a file is missing.
-    """
-    try:
-        vocabulary = load_vocabulary(experiment.model_id)
-    except ConfigError as error:
-        raise ConfigError(f"{error}\n  {SHAPE_HINT}") from error
-    files = []
-    for path, key in ((experiment.train_path, "train_path"), (experiment.val_path, "val_path")):
-        if path and not Path(path).exists():
-            raise ConfigError(
-                f"{key}: {path} does not exist, so the longest problem is unknown.\n  {SHAPE_HINT}"
-            )
-        limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
-        files.append(tokenize(longest(read_problems(path, limit)), vocabulary) if path else [])
-    train, valid = files
-    return train or valid, valid, vocabulary
-
-
 def longest(problems: Sequence[AnyProblem], limit: int = MAX_TOKENIZED) -> list[AnyProblem]:
-    """The problems with the longest question, reasoning or total, or the most steps; sizes in characters or,
-    for tokenized problems, in tokens.
+    """At most `limit` problems: those with the longest question, reasoning or total, or the most steps.
+
+    Lengths are in characters, or in tokens for tokenized problems.
     """
     if len(problems) <= limit:
         return list(problems)
-    sizes = [(len(p.question), sum(map(len, p.steps)), len(p.answer), len(p.steps)) for p in problems]
-    measures: tuple[Callable[[int], int], ...] = (
-        lambda i: sizes[i][0],
-        lambda i: sizes[i][1],
-        lambda i: sum(sizes[i][:3]),
-        lambda i: sizes[i][3],
-    )
-    share = limit // len(measures)
-    chosen = {i for measure in measures for i in heapq.nlargest(share, range(len(sizes)), key=measure)}
+    sizes = []
+    for p in problems:
+        question, reasoning, num_steps = len(p.question), sum(map(len, p.steps)), len(p.steps)
+        sizes.append((question, reasoning, question + reasoning + len(p.answer), num_steps))
+    share = limit // len(sizes[0])
+    chosen = {
+        index
+        for lengths in zip(*sizes, strict=True)
+        for index in heapq.nlargest(share, range(len(lengths)), lengths.__getitem__)
+    }
     return [problems[i] for i in sorted(chosen)]
 
 
@@ -243,12 +215,68 @@ class PlannedRun:
     planner: "Planner"
     experiment: Experiment
     ds_config: DeepSpeedConfig
-    sizes: Sizes
-    zero: ZeroSettings
+    ranks: int
 
     @property
     def fragmentation(self) -> float:
         return FRAGMENTATION if self.planner.device == "cuda" else 0.0
+
+    @cached_property
+    def zero(self) -> ZeroSettings:
+        accumulates = self.experiment.gradient_accumulation_steps > 1
+        return ZeroSettings.of(self.ds_config, self.ranks, accumulates, self.planner.device)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        model = self.fake_model(self.planner.num_layers).model
+        return Sizes.of(model, parameter_groups(model, self.experiment))
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """The settings that change a trace, apart from the batch."""
+        learned = [
+            value
+            for name, value in vars(self.experiment).items()
+            if name.startswith(("lora_", "latent_window_")) or name in ("thought", "tuning")
+        ]
+        ds_config = self.ds_config
+        precision_and_stage = ds_config.precision == "fp32", ds_config.zero_stage == 3
+        return (*learned, self.experiment.method.has_latents, ds_config.latent_memory, *precision_and_stage)
+
+    def fake_model(self, layers: int) -> FakeModel:
+        """The cached fake model with fewer layers."""
+        planner, ds_config = self.planner, self.ds_config
+        if (*self.key, layers) not in planner.fake_models:
+            fake_model = build_fake_model(
+                self.experiment,
+                with_layers(planner.config, layers),
+                planner.vocabulary_size,
+                planner.vocabulary.special_token_ids,
+                ds_config.latent_memory,
+                ds_config.precision,
+                planner.device,
+            )
+            if ds_config.zero_stage == 3:
+                for parameter in fake_model.model.parameters():
+                    parameter.ds_id = 0  # type: ignore[attr-defined]  # how techniques detect ZeRO-3
+            planner.fake_models[(*self.key, layers)] = fake_model
+        return planner.fake_models[(*self.key, layers)]
+
+    def trace_key(self, batch: Batch, layers: int, new_tokens: int | None = None) -> tuple[Any, ...]:
+        return (*self.key, shape_of(batch), layers, new_tokens)
+
+    def trace(self, batch: Batch, layers: int, new_tokens: int | None = None) -> Trace:
+        """The cached trace of forward and backward of `batch`.
+
+        With `new_tokens`: of a forward without gradients (0), or of the generation of so many tokens.
+        """
+        key, traces = self.trace_key(batch, layers, new_tokens), self.planner.traces
+        if key not in traces:
+            model = self.fake_model(layers)
+            traces[key] = (
+                record(model, batch) if new_tokens is None else record_evaluation(model, batch, new_tokens)
+            )
+        return traces[key]
 
     def stages(self, states: int, quick_at: int | None) -> tuple[list[StagePlan], Phase]:
         """Every stage, and the phase of the peak stage.  `states`: bytes of the persistent states."""
@@ -267,7 +295,7 @@ class PlannedRun:
             near = [index for index, size in enumerate(scaled) if size >= NEAR * max(scaled)]
             exact = {
                 index: self.exact_phase(batches[index])
-                if quick_at is None or planner.has_trace(self.experiment, self.ds_config, batches[index])
+                if quick_at is None or self.trace_key(batches[index], planner.num_layers) in planner.traces
                 else self.quick_phase(scaled[index])
                 for index in sorted(near, key=scaled.__getitem__, reverse=True)[:MAX_EXACT]
             }
@@ -287,16 +315,12 @@ class PlannedRun:
 
     def scaled(self, batch: Batch) -> int:
         """Activations and loss of the full model, from two shallow copies."""
-        traces = [
-            self.planner.trace(self.experiment, self.ds_config, batch, layers)
-            for layers in self.planner.depths or ()
-        ]
+        traces = [self.trace(batch, layers) for layers in self.planner.depths or ()]
         return self.planner.to_full_depth([peak_of(trace.events, without=GRADIENTS) for trace in traces])
 
     def exact_phase(self, batch: Batch) -> Phase:
         """Forward and backward, from a run of the full model."""
-        trace = self.planner.trace(self.experiment, self.ds_config, batch, self.planner.num_layers)
-        peak = replay(trace, self.sizes, self.zero)
+        peak = replay(self.trace(batch, self.planner.num_layers), self.sizes, self.zero)
         shape, zero = shape_of(batch), self.zero
         workspace = self.attention_workspace(shape)
         when = "in the backward" if peak.in_backward else "at the end of the forward"
@@ -370,9 +394,5 @@ class PlannedRun:
 
     def evaluated(self, batch: Batch, new_tokens: int) -> int:
         """Peak bytes of the loss of a batch, or of generation from it, from shallow copies if possible."""
-        planner = self.planner
-        traces = [
-            planner.trace(self.experiment, self.ds_config, batch, layers, new_tokens)
-            for layers in planner.depths or (planner.num_layers,)
-        ]
-        return planner.to_full_depth([trace.peak for trace in traces])
+        depths = self.planner.depths or (self.planner.num_layers,)
+        return self.planner.to_full_depth([self.trace(batch, layers, new_tokens).peak for layers in depths])

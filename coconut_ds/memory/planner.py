@@ -9,26 +9,20 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.batching import Batch
-from coconut_ds.data.problems import card_for
-from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
-from coconut_ds.memory.fake_run import (
-    FakeModel,
-    Trace,
-    build_fake_model,
-    record,
-    record_evaluation,
-    with_layers,
-)
-from coconut_ds.memory.phases import STEP, Phase, PlannedRun, StagePlan, TextShape, read_lengths, shape_of
-from coconut_ds.memory.zero import Item, Sizes, ZeroSettings, gpu_states, host_states, step_items
-from coconut_ds.model.build import parameter_groups
+from coconut_ds.data.problems import card_for, read_problems
+from coconut_ds.data.run_data import DEBUG_TRAIN_ITEMS
+from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
+from coconut_ds.errors import ConfigError
+from coconut_ds.memory.fake_run import FakeModel, Trace
+from coconut_ds.memory.phases import STEP, Phase, PlannedRun, StagePlan, longest
+from coconut_ds.memory.zero import Item, gpu_states, host_states, step_items
 from coconut_ds.model.loading import load_config
 
 MIB, GIB = 2**20, 2**30
@@ -37,6 +31,10 @@ COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "co
 # Layers of the two shallow copies that measure one layer.  Smaller models run in full.
 SHALLOW = (2, 4)
 PINNED_ROUNDING = "pinned_max_round_threshold_mb"
+SHAPE_HINT = (
+    "To plan without it, give token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
+    "--answer-tokens 12"
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +207,41 @@ def by_component(items: Iterable[Item]) -> Counter[str]:
     return sizes
 
 
+@dataclass(frozen=True)
+class TextShape:
+    """Token counts of every problem, instead of data and tokenizer."""
+
+    question: int
+    steps: int
+    step: int
+    answer: int
+
+    def problem(self) -> TokenizedProblem:
+        step = (0,) * self.step
+        return TokenizedProblem((0,) * self.question, (step,) * self.steps, (0,) * self.answer)
+
+
+def read_lengths(experiment: Experiment) -> tuple[list[TokenizedProblem], list[TokenizedProblem], Vocabulary]:
+    """(training problems, evaluation problems, vocabulary); only the longest problems of large files.
+
+    Raises ConfigError, with the shape options, if a file is missing.
+    """
+    try:
+        vocabulary = load_vocabulary(experiment.model_id)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n  {SHAPE_HINT}") from error
+    files = []
+    for path, key in ((experiment.train_path, "train_path"), (experiment.val_path, "val_path")):
+        if path and not Path(path).exists():
+            raise ConfigError(
+                f"{key}: {path} does not exist, so the longest problem is unknown.\n  {SHAPE_HINT}"
+            )
+        limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
+        files.append(tokenize(longest(read_problems(path, limit)), vocabulary) if path else [])
+    train, valid = files
+    return train or valid, valid, vocabulary
+
+
 @dataclass
 class Planner:
     """Plans variations of one experiment's model and data; fake runs are cached."""
@@ -221,8 +254,8 @@ class Planner:
     max_new_tokens: int
     notes: tuple[str, ...] = ()
     device: str = "cuda"
-    _fake_models: dict[Any, FakeModel] = field(default_factory=dict, repr=False)
-    _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
+    fake_models: dict[Any, FakeModel] = field(default_factory=dict, repr=False)
+    traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, experiment: Experiment, shape: TextShape | None = None, device: str = "cuda") -> "Planner":
@@ -280,10 +313,9 @@ class Planner:
         budget = ds_config.memory_budget
         ranks = ranks or (budget.gpus if budget is not None else 1)
         ds_config.resolve(experiment, ranks)
-        zero = ZeroSettings.of(ds_config, ranks, experiment.gradient_accumulation_steps > 1, self.device)
-        sizes = self._sizes(experiment, ds_config)
+        run = PlannedRun(self, experiment, ds_config, ranks)
+        sizes, zero = run.sizes, run.zero
         states = gpu_states(sizes, zero)
-        run = PlannedRun(self, experiment, ds_config, sizes, zero)
         stages, peak_phase = run.stages(sum(item.size for item in states), quick_at)
         phases = [peak_phase, Phase(STEP, tuple(step_items(sizes, zero)))]
         if self.valid:
@@ -314,77 +346,6 @@ class Planner:
             return sizes[0]
         low, high = sizes
         return low + (high - low) * (self.num_layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0])
-
-    def trace(
-        self,
-        experiment: Experiment,
-        ds_config: DeepSpeedConfig,
-        batch: Batch,
-        layers: int,
-        new_tokens: int | None = None,
-    ) -> Trace:
-        """The cached trace of forward and backward of `batch`.
-
-        With `new_tokens`: of a forward without gradients (0), or of the generation of so many tokens.
-        """
-        key = self._trace_key(experiment, ds_config, batch, layers, new_tokens)
-        if key not in self._traces:
-            model = self._fake_model(experiment, ds_config, layers)
-            self._traces[key] = (
-                record(model, batch) if new_tokens is None else record_evaluation(model, batch, new_tokens)
-            )
-        return self._traces[key]
-
-    def has_trace(self, experiment: Experiment, ds_config: DeepSpeedConfig, batch: Batch) -> bool:
-        """Whether the full model has run this batch."""
-        return self._trace_key(experiment, ds_config, batch, self.num_layers, None) in self._traces
-
-    def _trace_key(
-        self,
-        experiment: Experiment,
-        ds_config: DeepSpeedConfig,
-        batch: Batch,
-        layers: int,
-        new_tokens: int | None,
-    ) -> tuple[Any, ...]:
-        return (*self._key(experiment, ds_config), layers, shape_of(batch), new_tokens)
-
-    def _fake_model(self, experiment: Experiment, ds_config: DeepSpeedConfig, layers: int) -> FakeModel:
-        key = (*self._key(experiment, ds_config), layers)
-        if key not in self._fake_models:
-            fake_model = build_fake_model(
-                experiment,
-                with_layers(self.config, layers),
-                self.vocabulary_size,
-                self.vocabulary.special_token_ids,
-                ds_config.latent_memory,
-                ds_config.precision,
-                self.device,
-            )
-            if ds_config.zero_stage == 3:
-                for parameter in fake_model.model.parameters():
-                    parameter.ds_id = 0  # type: ignore[attr-defined]  # how techniques detect ZeRO-3
-            self._fake_models[key] = fake_model
-        return self._fake_models[key]
-
-    def _key(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> tuple[Any, ...]:
-        """The settings that change a trace, apart from the batch."""
-        learned = [
-            getattr(experiment, name)
-            for name in vars(experiment)
-            if name.startswith(("lora_", "latent_window_")) or name in ("thought", "tuning")
-        ]
-        return (
-            *learned,
-            experiment.method.has_latents,
-            ds_config.latent_memory,
-            ds_config.precision == "fp32",
-            ds_config.zero_stage == 3,
-        )
-
-    def _sizes(self, experiment: Experiment, ds_config: DeepSpeedConfig) -> Sizes:
-        model = self._fake_model(experiment, ds_config, self.num_layers).model
-        return Sizes.of(model, parameter_groups(model, experiment))
 
     def _warnings(self, stages: list[StagePlan], ds_config: DeepSpeedConfig) -> tuple[str, ...]:
         notes = []

@@ -12,7 +12,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,10 @@ class PhaseMeter:
         """Record that all tensors of this device have `num_bytes` at the newest mark."""
         self.known = len(self.marks), num_bytes
 
-    def end(self) -> "RankProfile":
-        """End the last phase and evaluate the recording."""
+    def end(self) -> dict[str, Any]:
+        """End the last phase; returns its phases, peak and timeline as plain data, sizes in MiB."""
         self.readings.append(read(self.device))
-        end = now("end")
+        end, start = now("end"), self.marks[0].time_ns
         changes = [change for change in self.recorder.stop() if change.time_ns < end.time_ns]
         mark_number, num_bytes = self.known
         moment = self.marks[mark_number - 1].time_ns if mark_number else 0
@@ -104,64 +104,30 @@ class PhaseMeter:
         offset = 0 if self.device.type == "cuda" else num_bytes - before
         timeline = Timeline.of(changes, self.marks, offset)
         stops = [*self.marks[1:], end]
-        phases = [
-            PhaseProfile(
-                name=mark.name,
-                start_seconds=(mark.time_ns - self.marks[0].time_ns) / 1e9,
-                seconds=(stops[index].time_ns - mark.time_ns) / 1e9,
-                peak_mib=reading.allocated_peak or timeline.peaks[index] / MIB,
-                end_mib=reading.allocated or timeline.ends[index] / MIB,
-                reading=reading,
-            )
+        phases: list[dict[str, Any]] = [
+            {
+                "name": mark.name,
+                "start_seconds": round((mark.time_ns - start) / 1e9, 4),
+                "seconds": round((stops[index].time_ns - mark.time_ns) / 1e9, 4),
+                # of tensors on the GPU or of the CPU process
+                "peak_mib": round(reading.allocated_peak or timeline.peaks[index] / MIB, 4),
+                "end_mib": round(reading.allocated or timeline.ends[index] / MIB, 4),
+                "reading": {key: round(value, 4) for key, value in vars(reading).items()},
+            }
             for index, (mark, reading) in enumerate(zip(self.marks, self.readings, strict=True))
             if mark.name != BETWEEN
         ]
-        return RankProfile(str(self.device), phases, timeline)
-
-
-@dataclass(frozen=True)
-class PhaseProfile:
-    """One phase on one rank; `peak_mib` and `end_mib` count tensors on the GPU or of the CPU process."""
-
-    name: str
-    start_seconds: float
-    seconds: float
-    peak_mib: float
-    end_mib: float
-    reading: Reading
-
-
-@dataclass
-class RankProfile:
-    """The profile of one rank."""
-
-    device: str
-    phases: list[PhaseProfile]
-    timeline: Timeline
-    # when -> device -> kind -> MiB
-    states: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; sizes in MiB."""
-        line = self.timeline
         return {
-            "device": self.device,
-            "phases": [_rounded(asdict(phase)) for phase in self.phases],
-            "states_mib": _rounded(self.states),
-            "peak_mib": round(max(phase.peak_mib for phase in self.phases), 3),
+            "device": str(self.device),
+            "phases": phases,
+            "peak_mib": max(phase["peak_mib"] for phase in phases),
             "at_peak": {
-                "phase": line.peak_phase,
-                "mib": round(line.peak / MIB, 3),
-                "made_in_mib": {name: round(size / MIB, 3) for name, size in line.alive_at_peak.items()},
+                "phase": timeline.peak_phase,
+                "mib": round(timeline.peak / MIB, 3),
+                "made_in_mib": {key: round(size / MIB, 3) for key, size in timeline.alive_at_peak.items()},
             },
-            "timeline": [(round(second, 5), round(size / MIB, 3)) for second, size in line.points],
+            "timeline": [(round(second, 5), round(size / MIB, 3)) for second, size in timeline.points],
         }
-
-
-def _rounded(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _rounded(value) for key, value in values.items()}
-    return round(values, 4) if isinstance(values, float) else values
 
 
 def profile_steps(
@@ -172,10 +138,11 @@ def profile_steps(
     evaluate: Callable[[], Any],
     write_model: Callable[[Path], None],
     folder: Path,
-) -> RankProfile:
+) -> dict[str, Any]:
     """Run the phases after `initialise`, in which the meter is when called.  Collective.
 
     batch: the micro-batch of every step.  folder: location of a temporary checkpoint.
+    Returns the profile of this rank: `PhaseMeter.end`, and the census after initialise and after each step.
     """
     micro_batches = min(accumulation, MAX_MICRO_BATCHES)
     denominator = batch.loss_denominator * len(batch.target_ids_N) * engine.world_size * micro_batches
@@ -203,12 +170,14 @@ def profile_steps(
     evaluate()
     meter.begin(CHECKPOINT)
     _write_checkpoint(engine, write_model, folder)
-    profile = meter.end()
-    profile.states = {
-        when: {device: {kind: size / MIB for kind, size in kinds.items()} for device, kinds in sizes.items()}
+    states_mib = {
+        when: {
+            device: {kind: round(size / MIB, 4) for kind, size in kinds.items()}
+            for device, kinds in sizes.items()
+        }
         for when, sizes in states.items()
     }
-    return profile
+    return {**meter.end(), "states_mib": states_mib}
 
 
 @contextmanager

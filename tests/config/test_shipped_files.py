@@ -18,8 +18,7 @@ from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.phases import TextShape
-from coconut_ds.memory.planner import Planner
+from coconut_ds.memory.planner import Planner, TextShape
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"

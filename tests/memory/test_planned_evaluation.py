@@ -10,15 +10,8 @@ from transformers import GPT2Config, LlamaConfig
 from benchmarks.plan_accuracy import peak_of_events, real_model, with_padding
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
-from coconut_ds.memory.phases import (
-    PlannedRun,
-    TextShape,
-    evaluated_stages,
-    largest_evaluation_batch,
-    longest_prompts,
-)
-from coconut_ds.memory.planner import Planner
-from coconut_ds.memory.zero import Sizes, ZeroSettings
+from coconut_ds.memory.phases import PlannedRun, evaluated_stages, largest_evaluation_batch, longest_prompts
+from coconut_ds.memory.planner import Planner, TextShape
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = TextShape(question=40, steps=3, step=20, answer=5)
@@ -54,8 +47,7 @@ def test_the_planned_evaluation_holds_every_stage(name):
     ds_config.resolve(experiment, 1)
     config, problems = CONFIGS[name], [TEXT.problem()]
     planner = Planner.from_run_data(experiment, problems, problems, None, "cpu", config)
-    sizes, zero = Sizes((), 0, 0), ZeroSettings.of(ds_config, 1, False, "cpu")
-    run = PlannedRun(planner, experiment, ds_config, sizes, zero)
+    run = PlannedRun(planner, experiment, ds_config, 1)
     vocabulary = planner.vocabulary
     model = real_model(
         experiment, config, planner.vocabulary_size, vocabulary, ds_config.latent_memory

@@ -69,9 +69,7 @@ def profiled(folder, rows, accumulation=1, **settings):
 
     return (
         engine,
-        profile_steps(
-            engine, meter, make_batch(rows), accumulation, evaluate, written.append, folder
-        ).to_json(),
+        profile_steps(engine, meter, make_batch(rows), accumulation, evaluate, written.append, folder),
         written,
     )
 

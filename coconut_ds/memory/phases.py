@@ -320,14 +320,14 @@ class PlannedRun:
 
     def exact_phase(self, batch: Batch) -> Phase:
         """Forward and backward, from a run of the full model."""
-        peak = replay(self.trace(batch, self.planner.num_layers), self.sizes, self.zero)
+        run = replay(self.trace(batch, self.planner.num_layers), self.sizes, self.zero)
         shape, zero = shape_of(batch), self.zero
         workspace = self.attention_workspace(shape)
-        when = "in the backward" if peak.in_backward else "at the end of the forward"
+        when = "in the backward" if run.peak_in_backward else "at the end of the forward"
         bucket = f"b R = {zero.model_bytes} x {zero.bucket:,}" + (" x 2" if zero.overlap else "")
 
         def part(kind: str, name: str, formula: str) -> Item:
-            return Item(kind, name, peak.parts.get(kind, 0), formula)
+            return Item(kind, name, run.parts[kind], formula)
 
         items = [
             part(ACTIVATIONS, "activations of all passes", f"run of the model, peak {when}"),
@@ -336,7 +336,7 @@ class PlannedRun:
             part(GRADIENTS, "gradients not yet reduced", f"replay of ZeRO-{zero.stage}"),
             part(COMMUNICATION, "reduce bucket and copies", bucket),
         ]
-        return self.phase(items, peak.own)
+        return self.phase(items, run.own)
 
     def quick_phase(self, activations: int) -> Phase:
         """Forward and backward, from shallow copies of the model and formulas."""

@@ -296,18 +296,8 @@ def _offloaded(sizes: Sizes, zero: ZeroSettings) -> tuple[list[Item], list[int]]
     return items, [*blocks, b * part, b * sizes.largest, *(b * size for size in owned)]
 
 
-@dataclass(frozen=True)
-class Peak:
-    """The peak bytes of one micro-batch beyond the persistent states, and what they hold."""
-
-    size: int
-    parts: dict[str, int]
-    in_backward: bool
-    own: dict[str, int]  # the peak bytes of each kind on its own
-
-
-def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
-    """The peak of `trace` under `zero` on the rank with the highest peak.
+def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> "Replay":
+    """The replay of `trace` on the rank with the highest peak.
 
     The owner of the last layers holds gradients early in the backward, while most activations are alive.
     The owner of the most parameters may hold them only at the end.  `sizes.flat` is in the trace's order.
@@ -315,37 +305,24 @@ def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> Peak:
     assert sizes.flat == trace.parameter_sizes
     partitions = Partition.of_every_rank(sizes, zero)
     step = -(-len(partitions) // MAX_RANKS)
-    return max((replay_on(trace, sizes, zero, p) for p in partitions[::step]), key=lambda peak: peak.size)
+    return max((Replay(trace, sizes, zero, p) for p in partitions[::step]), key=lambda run: run.peak)
 
 
-def replay_on(trace: Trace, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> Peak:
-    """The peak on the rank that owns `partition`."""
-    run = _Replay(sizes, zero, partition)
-    for event in trace.events:
-        if isinstance(event, BackwardBegins):
-            run.is_backward = True
-        elif isinstance(event, Arrival):
-            run.arrive(event.index)
-        else:
-            run.add(*event)
-    if zero.stage == 2:
-        run.reduce()
-    parts = {kind: size for kind, size in run.at_highest.items() if size}
-    return Peak(run.highest, parts, run.highest_in_backward, run.own)
+class Replay:
+    """Memory of the rank that owns `partition` during a micro-batch, with contiguous gradients.
 
+    peak: bytes beyond the persistent states;  parts: bytes of each kind then;  own: peak of each kind
+    """
 
-class _Replay:
-    """Memory of one rank during a micro-batch, with contiguous gradients."""
-
-    def __init__(self, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> None:
+    def __init__(self, trace: Trace, sizes: Sizes, zero: ZeroSettings, partition: Partition) -> None:
         self.sizes, self.zero, self.partition = sizes, zero, partition
         self.owned = set(partition.owned)
         self.owned_bytes = zero.model_bytes * sum(sizes.flat[i] for i in self.owned)
         self.alive: Counter[str] = Counter()
-        self.total = self.highest = 0
-        self.at_highest: dict[str, int] = {}
         self.own: Counter[str] = Counter()
-        self.is_backward = self.highest_in_backward = False
+        self.parts: Counter[str] = Counter()
+        self.total = self.peak = 0
+        self.is_backward = self.peak_in_backward = False
         self.bucket: list[int] = []
         self.elements = 0
         self.has_bucket = self.has_partition = False
@@ -356,14 +333,22 @@ class _Replay:
             self.add(zero.model_bytes * sizes.trainable, GRADIENTS)
         if zero.stage == 2 and zero.accumulates and not zero.offload_optimizer:
             self.add(self.owned_bytes, GRADIENTS)
+        for event in trace.events:
+            if isinstance(event, BackwardBegins):
+                self.is_backward = True
+            elif isinstance(event, Arrival):
+                self.arrive(event.index)
+            else:
+                self.add(*event)
+        if zero.stage == 2:
+            self.reduce()
 
     def add(self, size: int, kind: str) -> None:
         self.alive[kind] += size
         self.total += size
         self.own[kind] = max(self.own[kind], self.alive[kind])
-        if self.total > self.highest:
-            self.highest, self.at_highest = self.total, dict(self.alive)
-            self.highest_in_backward = self.is_backward
+        if self.total > self.peak:
+            self.peak, self.parts, self.peak_in_backward = self.total, +self.alive, self.is_backward
 
     def briefly(self, size: int, kind: str) -> None:
         self.add(size, kind)

@@ -23,12 +23,12 @@ from coconut_ds.memory.fake_run import Trace, build_fake_model, record
 from coconut_ds.memory.phases import largest_batch, stages_of
 from coconut_ds.memory.zero import (
     Partition,
+    Replay,
     Sizes,
     ZeroSettings,
     gpu_states,
     host_states,
     replay,
-    replay_on,
     step_items,
 )
 from coconut_ds.model.build import parameter_groups
@@ -100,7 +100,7 @@ def compared(tuning, ranks):
         )
         trace, nothing = record(fake_model, batch), Trace([], sizes.flat)
         more = max(
-            replay_on(trace, sizes, zero, p).size - replay_on(nothing, sizes, zero, p).size
+            Replay(trace, sizes, zero, p).peak - Replay(nothing, sizes, zero, p).peak
             for p in Partition.of_every_rank(sizes, zero)
         )
         # ZeRO-1's bucket stays from the first micro-batch of a step to its end.
@@ -128,7 +128,7 @@ def backward_peak(engine, batch):
 
 def kept_for_step(sizes, zero):
     """Gradients that are there when the step begins."""
-    return replay(Trace([], sizes.flat), sizes, zero).size
+    return replay(Trace([], sizes.flat), sizes, zero).peak
 
 
 def most(value):

@@ -74,12 +74,12 @@ def test_the_bucket_comes_with_the_first_gradient_and_activations_count_beside_i
         (1000, ACTIVATIONS), BackwardBegins(), (400, GRADIENTS), (-400, GRADIENTS), Arrival(1),
         (-1000, ACTIVATIONS), (400, GRADIENTS), (-400, GRADIENTS), Arrival(0),
     ]  # fmt: skip
-    peak = replay(Trace(events, sizes.flat), sizes, ZERO2)
-    assert peak.size == 1000 + 4 * 150 + 400
-    assert peak.parts == {ACTIVATIONS: 1000, COMMUNICATION: 600, GRADIENTS: 400}
-    assert peak.in_backward
+    run = replay(Trace(events, sizes.flat), sizes, ZERO2)
+    assert run.peak == 1000 + 4 * 150 + 400
+    assert run.parts == {ACTIVATIONS: 1000, COMMUNICATION: 600, GRADIENTS: 400}
+    assert run.peak_in_backward
     doubled = replay(Trace(events, sizes.flat), sizes, replace(ZERO2, overlap=True))
-    assert doubled.size == peak.size + 600
+    assert doubled.peak == run.peak + 600
 
 
 def test_zero_1_keeps_every_gradient_and_zero_2_with_offload_none():
@@ -119,8 +119,8 @@ def test_what_is_replayed_is_at_least_the_trace(elements, ranks, bucket, stage, 
     for index in reversed(range(len(elements))):
         events += [(4 * elements[index], GRADIENTS), (-4 * elements[index], GRADIENTS), Arrival(index)]
     zero = replace(ZERO2, ranks=ranks, bucket=bucket, stage=stage, offload_optimizer=offload)
-    peak = replay(Trace([*events, (-500, ACTIVATIONS)], sizes.flat), sizes, zero)
-    assert peak.size >= peak_of(events) + 4 * bucket
+    run = replay(Trace([*events, (-500, ACTIVATIONS)], sizes.flat), sizes, zero)
+    assert run.peak >= peak_of(events) + 4 * bucket
     owned = Partition.heaviest(sizes, zero)
     assert sum(elements[i] for i in owned.owned) >= -(-sum(elements) // ranks)
 

@@ -43,10 +43,9 @@ def heaviest(profile: Json) -> Json:
     return max(profile["ranks"], key=lambda rank: rank["peak_mib"])
 
 
-def states_level(rank: Json) -> float:
-    """States on a rank's device: its tensors after the second step."""
-    device = str(rank["device"]).split(":")[0]
-    return sum(rank["states_mib"]["step 2"].get(device, {}).values())
+def states(rank: Json) -> Json:
+    """MiB of states by kind on a rank's device: its tensors after the second step."""
+    return rank["states_mib"]["step 2"].get(str(rank["device"]).split(":")[0], {})
 
 
 def against_plan(profile: Json, plan: Json | None) -> list[Row]:
@@ -55,17 +54,16 @@ def against_plan(profile: Json, plan: Json | None) -> list[Row]:
     Without a GPU everything is in host memory, so the plan's host items count too.
     """
     rank = heaviest(profile)
-    kinds = rank["states_mib"]["step 2"].get(str(rank["device"]).split(":")[0], {})
+    kinds = states(rank)
     planned = list(plan["states"]) if plan else []
     if plan and not is_on_gpu(profile):
         planned += [item for item in plan["host_per_rank"] if item["component"] not in NOT_TENSORS]
     rows = []
     for name, (measured_kinds, components) in LASTING.items():
         sizes = [item["mib"] for item in planned if item["component"] in components]
-        rows.append(
-            Row(name, sum(sizes) if plan else None, sum(kinds.get(k, 0) for k in measured_kinds), True)
-        )
-    lasting = states_level(rank)
+        measured = sum(kinds.get(kind, 0) for kind in measured_kinds)
+        rows.append(Row(name, sum(sizes) if plan else None, measured, True))
+    lasting = sum(kinds.values())
     phases = {phase["name"]: phase["mib"] for phase in plan["phases"]} if plan else {}
     for name, belongs in (
         (FORWARD_BACKWARD, lambda phase: phase.startswith("step 2") and "optimizer" not in phase),

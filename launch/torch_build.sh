@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Which build of torch fits the GPUs of this machine; for setup.sh, which sources this file.
 #
 #   compute capability   driver          build

@@ -18,8 +18,8 @@ from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.engine.engine import Engine, schedule, start_distributed
-from coconut_ds.model.build import parameter_groups
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import parameter_groups
 from coconut_ds.model.lora import add_adapters
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 

@@ -269,6 +269,11 @@ def is_printable(text: str) -> bool:
     return CONTROL.search(text) is None
 
 
+def counted(number: int, thing: str) -> str:
+    """'1 step', '2 steps'."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def printable(text: str) -> str:
     r"""The text with control characters escaped: \\x1b."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -10,11 +10,6 @@ LATEX |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciici
 NEVER_WRAPPED = 1_000_000  # characters per line; a pipe or a log has no width
 
 
-def counted(number: int, thing: str) -> str:
-    """'1 step', '2 steps'."""
-    return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
 @dataclass(frozen=True)
 class Table:
     """`rows` with as many cells as `head`.

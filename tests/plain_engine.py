@@ -11,8 +11,7 @@ from coconut_ds.data.run_data import load_run_data
 from coconut_ds.engine.distributed import Ranks, ReadingEngine
 from coconut_ds.engine.signals import Signals
 from coconut_ds.engine.watchdog import Watchdog
-from coconut_ds.model.build import build_module
-from coconut_ds.model.loading import load_config
+from coconut_ds.model.loading import build_module, load_config
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
 from tests.runs.fake_shards import FakeShards

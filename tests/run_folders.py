@@ -9,7 +9,7 @@ import torch
 from coconut_ds.config.deepspeed import LatentMemory, load_ds_config
 from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
 from coconut_ds.data.tokenizer import load_vocabulary
-from coconut_ds.model.build import build_module, write_model
+from coconut_ds.model.loading import build_module, write_model
 from coconut_ds.runs.checkpoint_folders import TrainState
 from coconut_ds.runs.checkpoints import Checkpoints
 from tests.runs.fake_shards import FakeShards

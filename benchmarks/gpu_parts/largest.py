@@ -17,7 +17,7 @@ from benchmarks.synthetic import coconut_around, experiment_like, vocabulary_of
 from coconut_ds.config.deepspeed import LatentMemory, load_ds_config
 from coconut_ds.engine.engine import Engine, schedule, start_distributed
 from coconut_ds.memory.planner import MIB
-from coconut_ds.model.build import parameter_groups
+from coconut_ds.model.loading import parameter_groups
 
 ISOLATED = True  # what an engine that ran out of memory leaves behind must not weigh on the next
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama-3.2-1b")

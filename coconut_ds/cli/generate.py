@@ -21,8 +21,7 @@ from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import ConfigError, DataError
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.evaluation.saved_models import find_one
-from coconut_ds.files import json_text, open_output
-from coconut_ds.tables import counted
+from coconut_ds.files import counted, json_text, open_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

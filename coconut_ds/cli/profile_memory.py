@@ -24,8 +24,7 @@ from coconut_ds.memory.budget import MemoryGuard
 from coconut_ds.memory.phases import largest_batch, shape_of, stages_of
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profiler import BETWEEN, INITIALISE, PhaseMeter, profile_steps
-from coconut_ds.model.build import write_model
-from coconut_ds.model.loading import load_config
+from coconut_ds.model.loading import load_config, write_model
 from coconut_ds.reports.memory_tables import profile_text
 from coconut_ds.runs.run_folder import RunLock, run_folder
 from coconut_ds.training.run_settings import read_settings

@@ -20,8 +20,7 @@ from coconut_ds.config.experiment import Experiment, add_overrides, load_with_no
 from coconut_ds.config.schema import MAX_BYTES
 from coconut_ds.data.problems import card_for, looks_like_data
 from coconut_ds.errors import ConfigError, UserError
-from coconut_ds.files import print_notes
-from coconut_ds.tables import counted
+from coconut_ds.files import counted, print_notes
 
 CARD_SUFFIX = ".card.json"
 # Stands for the experiment if only data files are given: no latents, nothing hidden.

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError
+from jsonschema.exceptions import ValidationError, best_match
 
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import is_printable, parse_json, read_bytes
@@ -213,6 +213,17 @@ def _not_finite(value: object, here: str) -> Iterator[str]:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _not_finite(item, f"{here}.{index}")
+
+
+def record_schema(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The schema of an object with these properties, and with any others."""
+    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
+
+
+def schema_error(value: Any, schema: Mapping[str, Any]) -> str | None:
+    """Where and why a value does not match a schema; None if it does."""
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    return error and f"{error.json_path.removeprefix('$.')}: {error.message[:200]}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

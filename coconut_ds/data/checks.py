@@ -11,8 +11,8 @@ from coconut_ds.data.problems import Problem, card_for, read_problems
 from coconut_ds.data.run_data import LengthCheck, Use, num_tokens, trained_stages
 from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
 from coconut_ds.errors import DataError
-from coconut_ds.files import hash_file
-from coconut_ds.tables import Table, counted
+from coconut_ds.files import counted, hash_file
+from coconut_ds.tables import Table
 
 _CHUNK = 2_000
 _MAX_NAMED = 10  # items that a finding lists

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from coconut_ds.config.experiment import Experiment, Method
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
-from coconut_ds.tables import counted
+from coconut_ds.files import counted
 
 ALL_STEPS = sys.maxsize
 

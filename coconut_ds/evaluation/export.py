@@ -20,9 +20,8 @@ from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.evaluation.model_card import model_card
 from coconut_ds.evaluation.saved_models import Trained, find_one, original_model_id, portable_settings
 from coconut_ds.files import EXPORT_FILE, json_text
-from coconut_ds.model.build import write_model
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.loading import DTYPES, read_causal_lm, save_thought
+from coconut_ds.model.loading import DTYPES, read_causal_lm, save_thought, write_model
 from coconut_ds.model.lora import merge, origin_of
 from coconut_ds.runs.run_folder import code_version, library_versions
 from coconut_ds.runs.weights import model_folder

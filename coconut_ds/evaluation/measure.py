@@ -32,10 +32,8 @@ from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.evaluation.intervals import percent_with_interval, wilson_interval
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.failures import lost_ranks_explained
-from coconut_ds.files import json_text, open_append, parse_json, read_bytes, replace_text
-from coconut_ds.model.build import parameter_groups
-from coconut_ds.model.loading import DTYPES, load_config
-from coconut_ds.tables import counted
+from coconut_ds.files import counted, json_text, open_append, parse_json, read_bytes, replace_text
+from coconut_ds.model.loading import DTYPES, load_config, parameter_groups
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
 

@@ -10,8 +10,8 @@ from coconut_ds.data.problems import card_for
 from coconut_ds.evaluation.data_files import OTHER, OWN, TRAINING
 from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
+from coconut_ds.files import counted
 from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
-from coconut_ds.tables import counted
 from coconut_ds.templates import one_line, render
 
 RESULT_KEY = ("split", "file", "examples", "stage", "latents", "ablation", "grading")

@@ -33,8 +33,8 @@ from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation.data_files import DataFiles
 from coconut_ds.evaluation.evaluate import max_new_tokens
 from coconut_ds.files import EXPORT_FILE, run_folder_of
-from coconut_ds.model.build import build_module
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import build_module
 from coconut_ds.runs.checkpoint_folders import (
     MANIFEST,
     CheckpointFolders,

@@ -40,7 +40,7 @@ from coconut_ds.memory.fake_run import (
     with_layers,
 )
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings, replay
-from coconut_ds.model.build import parameter_groups
+from coconut_ds.model.loading import parameter_groups
 
 if TYPE_CHECKING:
     from coconut_ds.memory.planner import Planner

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from coconut_ds.evaluation.intervals import mcnemar_exact, p_value_text
+from coconut_ds.files import counted
 from coconut_ds.reports.comparison import Group
 from coconut_ds.reports.run_records import Answers, RunRecord
-from coconut_ds.tables import counted
 
 MAX_PAIRS = 15
 

@@ -21,7 +21,7 @@ from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage, numbered_s
 from coconut_ds.data.problems import GRADINGS, card_for
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import wilson_interval
-from coconut_ds.files import from_start
+from coconut_ds.files import counted, from_start
 from coconut_ds.runs.checkpoint_folders import CheckpointFolders, best_per_stage
 from coconut_ds.runs.record_shapes import (
     DS_CONFIG,
@@ -33,7 +33,6 @@ from coconut_ds.runs.record_shapes import (
     read_record,
 )
 from coconut_ds.runs.run_folder import METRICS
-from coconut_ds.tables import counted
 
 Line = Mapping[str, Any]
 SPLITS = ("test", "valid")

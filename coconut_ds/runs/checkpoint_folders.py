@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from coconut_ds.config.experiment import Experiment, validate_experiment
+from coconut_ds.config.schema import record_schema, schema_error
 from coconut_ds.data.curriculum import Stage, stage_at, stage_number
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.files import hash_file, json_text, read_bytes, read_json, replace_text, sync_path
-from coconut_ds.runs.record_shapes import record_schema, schema_error
 
 MANIFEST, FORMAT = "manifest.json", 1
 NAME = re.compile(r"checkpoint_(\d{1,9})(?:_step_(\d{1,12}))?")

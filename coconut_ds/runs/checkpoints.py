@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
 from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
-from coconut_ds.files import sync_path
+from coconut_ds.files import counted, sync_path
 from coconut_ds.runs.changes import refuse_changes
 from coconut_ds.runs.checkpoint_folders import (
     DRAFT,
@@ -31,7 +31,6 @@ from coconut_ds.runs.checkpoint_folders import (
     list_files,
     sync_and_hash,
 )
-from coconut_ds.tables import counted
 
 SPARE_BYTES = 16 * 2**20
 # torch.save raises RuntimeError without a reason if the disk is full.

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
+from coconut_ds.config.schema import record_schema, schema_error
 from coconut_ds.data.problems import GRADINGS
 from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.files import parse_json, read_json
@@ -29,11 +28,6 @@ COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
 TEXT = {"type": "string"}
 NUMBERS = {"type": "object", "additionalProperties": NUMBER, "maxProperties": 1_000}
 BLOCK = {"type": ["object", "null"], "properties": {"enabled": {}}}
-
-
-def record_schema(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The schema of an object with these properties, and with any others."""
-    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
 
 
 def _list(items: Any, min_items: int = 0, max_items: int = 10_000) -> dict[str, Any]:
@@ -98,12 +92,6 @@ ZERO = record_schema({}, {"offload_optimizer": OFFLOAD})
 DS_CONFIG = record_schema({}, {"zero_optimization": ZERO, "fp16": BLOCK, "bf16": BLOCK})
 LIBRARIES = {"type": "object", "additionalProperties": TEXT}
 ENVIRONMENT = record_schema({}, {"devices": _list(TEXT), "libraries": LIBRARIES})
-
-
-def schema_error(value: Any, schema: Mapping[str, Any]) -> str | None:
-    """Where and why a value does not match a schema; None if it does."""
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
-    return error and f"{error.json_path.removeprefix('$.')}: {error.message[:200]}"
 
 
 def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -22,8 +22,7 @@ from coconut_ds.errors import BudgetError
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.failures import lost_ranks_explained, phase
 from coconut_ds.memory.budget import enforce_memory_budget, judged_plan
-from coconut_ds.model.build import build_module, parameter_groups
-from coconut_ds.model.loading import load_config
+from coconut_ds.model.loading import build_module, load_config, parameter_groups
 from coconut_ds.runs.run_folder import Run
 from coconut_ds.training.trainer import Options, Trainer
 

@@ -20,7 +20,7 @@ from coconut_ds.engine.watchdog import LossGuard, Watchdog
 from coconut_ds.errors import StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.memory.budget import PeakMeter
-from coconut_ds.model.build import write_model
+from coconut_ds.model.loading import write_model
 from coconut_ds.runs.changes import settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
 from coconut_ds.runs.checkpoints import Checkpoints

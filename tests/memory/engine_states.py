@@ -31,8 +31,7 @@ from coconut_ds.memory.zero import (
     replay,
     step_items,
 )
-from coconut_ds.model.build import parameter_groups
-from coconut_ds.model.loading import load_config
+from coconut_ds.model.loading import load_config, parameter_groups
 from tests.launched.gloo import wait_for_gloo
 
 VOCABULARY_SIZE, BUCKET = 8000, 1_000_000

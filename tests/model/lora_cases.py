@@ -17,8 +17,8 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.model import lora
-from coconut_ds.model.build import parameter_groups
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.loading import parameter_groups
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 V, D = 40, 16

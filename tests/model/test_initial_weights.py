@@ -13,8 +13,7 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.problems import Problem
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import CheckpointError, DataError
-from coconut_ds.model.build import build_module, write_model
-from coconut_ds.model.loading import new_base
+from coconut_ds.model.loading import build_module, new_base, write_model
 from coconut_ds.runs.weights import load_foreign_weights
 
 SYMBOLS = ["<eos>", "<pad>", "\n", " ", "#", "+", "=", "?", *map(str, range(10))]

@@ -13,9 +13,8 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model import lora
-from coconut_ds.model.build import trainable_parameters
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.loading import save_thought
+from coconut_ds.model.loading import save_thought, trainable_parameters
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model.lora_cases import (
     EOS,

@@ -22,7 +22,7 @@ from coconut_ds.data.batching import Batch
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
 from coconut_ds.model import lora
-from coconut_ds.model.build import build_module, write_model
+from coconut_ds.model.loading import build_module, write_model
 from tests.model.lora_cases import coconut, logits, new_base
 
 WINDOW = (-0.7, 0.2, 0.9)  # oldest state first, as in their files

@@ -26,8 +26,7 @@ from coconut_ds.engine.watchdog import Watchdog, write_batches
 from coconut_ds.errors import UserError
 from coconut_ds.files import is_printable
 from coconut_ds.memory.budget import MemoryGuard
-from coconut_ds.model.build import build_module
-from coconut_ds.model.loading import load_config
+from coconut_ds.model.loading import build_module, load_config
 from coconut_ds.reports.figures import draw_window_weights
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run

@@ -15,7 +15,7 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
 from coconut_ds.evaluation.saved_models import find_one
-from coconut_ds.model.build import build_module, write_model
+from coconut_ds.model.loading import build_module, write_model
 from coconut_ds.runs.changes import refuse_changes, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 from tests.run_folders import make_run

@@ -11,7 +11,7 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.model.build import build_module, parameter_groups, trainable_parameters, write_model
+from coconut_ds.model.loading import build_module, parameter_groups, trainable_parameters, write_model
 from coconut_ds.runs.weights import load_foreign_weights
 from tests.model.lora_cases import coconut, experiment
 from tests.run_folders import make_run

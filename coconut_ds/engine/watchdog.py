@@ -31,6 +31,7 @@ from coconut_ds.errors import ConfigError, Diverged, RankLost, port_in_use
 from coconut_ds.files import json_text, make_folder, open_append, replace_text
 
 if TYPE_CHECKING:  # printing a free port does not need torch
+    from torch import Tensor
     from torch.distributed import TCPStore
 
     from coconut_ds.data.batching import Batch
@@ -316,13 +317,13 @@ class LossGuard:
     _skipped: int = 0
 
     def check(
-        self, step: int, loss: float, applied: bool, batches: "Sequence[Batch]", losses: Sequence[float]
+        self, step: int, loss: float, applied: bool, batches: "Sequence[Batch]", losses: "Tensor"
     ) -> None:
         """Raise Diverged on every rank if training cannot continue.
 
         `loss`: summed over ranks, so all ranks see the same one.  `applied`: false if gradients overflowed
         and DeepSpeed skipped the step, which it does in fp32 too, without end.  `batches`, `losses`: this
-        rank's micro-batches, which are then written to a file.
+        rank's micro-batches and their losses, which are then written to a file.
         """
         self._skipped = 0 if applied else self._skipped + 1
         if not math.isfinite(loss):
@@ -333,7 +334,7 @@ class LossGuard:
             return
         file = self.folder / DIVERGED / f"step_{step}_rank_{self.rank}.json"
         try:
-            write_batches(file, batches, losses)
+            write_batches(file, batches, losses.tolist())
             where = f"The batch of each rank is in {file.parent}."
         except OSError as error:
             where = f"The batch of this rank could not be written ({error})."

@@ -203,11 +203,10 @@ class Trainer:
         self.watchdog.beat(f"step {number}, optimizer")
         applied = self.engine.step()
         losses = torch.stack(shares)
-        (loss,) = self.engine.sum_over_ranks([float(losses.sum())])
-        self.guard.check(number, loss, applied, micro_batches, losses.tolist())
-        tokens = micro_batches[0].loss_denominator
-        samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
-        samples = int(self.engine.sum_over_ranks([samples])[0])
+        own_samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
+        loss, all_samples = self.engine.sum_over_ranks([float(losses.sum()), own_samples])
+        self.guard.check(number, loss, applied, micro_batches, losses)
+        tokens, samples = micro_batches[0].loss_denominator, int(all_samples)
         self.state = replace(
             self.state,
             step_in_epoch=self.state.step_in_epoch + 1,

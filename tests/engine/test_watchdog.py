@@ -241,9 +241,9 @@ def batch() -> Batch:
 @pytest.mark.parametrize("applied", [True, False])
 def test_a_loss_that_is_not_finite(tmp_path: Path, batch: Batch, loss: float, applied: bool) -> None:
     guard = LossGuard(tmp_path, rank=3)
-    guard.check(1, 0.5, True, [batch], [0.5])
+    guard.check(1, 0.5, True, [batch], torch.tensor([0.5]))
     with pytest.raises(Diverged, match="loss of step 2"):
-        guard.check(2, loss, applied, [batch, batch], [0.25, loss])
+        guard.check(2, loss, applied, [batch, batch], torch.tensor([0.25, loss]))
     records = json.loads((tmp_path / "diverged/step_2_rank_3.json").read_text())
     assert [record["loss"] for record in records][0] == 0.25 and records[1]["loss"] is None
     assert records[0]["input_ids"] == [[5, 6, 7]] and records[0]["problems"] == [0]
@@ -252,9 +252,9 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, batch: Batch, loss: float, ap
 def test_an_overflow_is_not_the_end_but_many_in_a_row_are(tmp_path: Path, batch: Batch) -> None:
     guard = LossGuard(tmp_path, rank=0, max_skipped=3)
     for applied in (False, False, True, False, False):
-        guard.check(1, 1.0, applied, [batch], [1.0])
+        guard.check(1, 1.0, applied, [batch], torch.tensor([1.0]))
     with pytest.raises(Diverged, match="3 steps in a row"):
-        guard.check(9, 1.0, False, [batch], [1.0])
+        guard.check(9, 1.0, False, [batch], torch.tensor([1.0]))
 
 
 def test_a_loss_scale_at_its_minimum_is_a_divergence():

@@ -35,6 +35,7 @@ measure train_step train_step --repeats 3 -- --size gpt2-tiny --repeats 3
 measure train_step_prosqa train_step --rows 4 --question 430 --answer 12 --repeats 3 "${steps[@]}" \
     -- --size gpt2-tiny --rows 4 --question 430 --answer 12 --repeats 3 "${steps[@]}"
 measure scaling scaling -- --size gpt2-tiny --sizes gpt2-tiny
+measure launches launches -- --models gpt2 --repeats 3
 measure plan_accuracy plan_accuracy -- --rows 2 --tuning lora
 measure decode decode -- --prompts 8 --new_tokens 16 --repeats 1
 measure startup startup -- --repeats 1

@@ -59,6 +59,26 @@ def step_text(result: Any) -> str:
     return table((*head, "peak / textbook"), rows)
 
 
+def launches_text(result: Any) -> str:
+    records = result["records"]
+    theirs = {(r["model"], r["latents"]): r for r in records if r["variant"] == "textbook"}
+    rows = [
+        (
+            f"{record['model']}, {record['latents']} latents",
+            STEP_NAMES[record["variant"]],
+            f"{record['forward']:,}",
+            f"{record['backward']:,}",
+            f"{record['operators']:,}",
+            f"{record['operators'] / theirs[record['model'], record['latents']]['operators']:.2f}",
+            f"{record['cpu_ms']:.1f}",
+            f"{record['cpu_ms'] / theirs[record['model'], record['latents']]['cpu_ms']:.2f}",
+        )
+        for record in records
+    ]
+    head = ("model", "variant", "forward", "backward", "operators", "/ textbook", "host CPU ms", "/ textbook")
+    return table(head, rows)
+
+
 def plan_text(result: Any) -> str:
     records = result["records"]
     keys = (
@@ -197,6 +217,13 @@ SECTIONS = (
         "The same measurement over latents, rows, question length and model size, around 4 rows x 64 "
         "question tokens, 6 latents, 16 labels.",
         "python -m benchmarks.scaling", scaling_text,
+    ),
+    Section(
+        "launches", "Operators and host time",
+        "Operators of one step (forward and backward, gradients allocated) that launch a kernel; views and "
+        "metadata are left out. Tiny tensors, one thread: the time is the host's. GPT-2 with 12 layers, a "
+        "Llama with 16 and grouped queries. On a GPU an operator may be several kernels.",
+        "python -m benchmarks.launches", launches_text,
     ),
     Section(
         "plan_accuracy", "Planned against measured activations",

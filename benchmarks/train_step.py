@@ -34,6 +34,7 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.techniques.fused_activations import fuse_activations
+from coconut_ds.model.techniques.passes import Context
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 VOCABULARY = {"gpt2": 50260, "llama": 128259, "qwen2": 151668}
@@ -137,7 +138,7 @@ def variant(name: str, base: PreTrainedModel) -> Callable[[Batch], Tensor]:
     if name == "textbook":
         return lambda batch: textbook_loss(model, batch)
     if name == "single_pass":
-        fuse_activations(model)
+        fuse_activations(model, Context())
         return lambda batch: single_pass_loss(model, batch)
     settings = LatentMemory()
     if name.endswith("+checkpointing"):

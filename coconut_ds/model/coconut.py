@@ -12,7 +12,8 @@ Source: Coconut, arXiv 2412.06769, section 3; the passes are split as in its rel
 Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,6 +27,7 @@ from coconut_ds.data.batching import Batch, refuse_long_prompts
 from coconut_ds.failures import phase
 from coconut_ds.model.answer_cache import AnswerCache
 from coconut_ds.model.techniques import Techniques
+from coconut_ds.model.techniques.passes import Pass
 from coconut_ds.runs.changes import BaseRecord
 from coconut_ds.thoughts import History, Thought
 
@@ -73,7 +75,7 @@ class Coconut(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the token losses of `batch` over `batch.loss_denominator`: a scalar, fp32."""
-        with self.techniques.training_forward(batch) as cache:
+        with self.techniques.training_forward(passes_of(batch), batch) as cache:
             hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
             loss = self.techniques.loss(hidden_BTD, batch, self.head) / batch.loss_denominator
         return loss if batch.num_latents else loss + self._zero_of_thought(hidden_BTD, batch)
@@ -90,7 +92,7 @@ class Coconut(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states of every column after the final norm, hidden_BTD."""
-        with self.techniques.training_forward(batch) as cache:
+        with self.techniques.training_forward(passes_of(batch), batch) as cache:
             return torch.cat(list(self._passes(batch, cache)), dim=1)
 
     def _passes(self, batch: Batch, cache: Cache | None) -> Iterator[Tensor]:
@@ -98,31 +100,29 @@ class Coconut(nn.Module):
 
         Without latents there is a single pass and no need for a cache.
         """
-        token_embeds_BTD = self.embedding(batch.input_ids_BT)
-        columns = batch.shape[1]
-        if batch.num_latents == 0:
-            yield self._advance(token_embeds_BTD, batch, 0, cache)
-            return
+        passes = passes_of(batch)
+        mask_BT = batch.attention_mask_BT.bool()
+        token_embeds = iter(self.embedding(batch.input_ids_BT).split(_pieces(passes), dim=1))
+        slots = torch.arange(batch.num_latents, device=mask_BT.device)
+        is_latent = iter((batch.latents_per_row_B[:, None] > slots)[..., None, None].unbind(1))
         history = History()
-        embeds_BTD, start = token_embeds_BTD[:, : batch.first_latent], 0
-        last = batch.first_latent + batch.num_latents - 1
-        for column in range(batch.first_latent, last + 1):
-            hidden_BTD = self._advance(embeds_BTD, batch, start, cache)
-            history.append(hidden_BTD, batch.attention_mask_BT[:, start:column])
+        for run in passes:
+            embeds_BTD = next(token_embeds)
+            if run.past:
+                embeds_BTD = torch.where(next(is_latent), self.thought(history)[:, None], embeds_BTD)
+                if run.stop - run.start > 1:
+                    embeds_BTD = torch.cat([embeds_BTD, next(token_embeds)], dim=1)
+            hidden_BTD = self._advance(embeds_BTD, batch, mask_BT, run, cache)
+            history.append(hidden_BTD, mask_BT[:, run.start : run.stop])
             yield hidden_BTD
-            thought_BD = self.thought(history)
-            slot_BD = torch.where(batch.is_latent_B(column)[:, None], thought_BD, token_embeds_BTD[:, column])
-            stop = column + 1 if column < last else columns
-            embeds_BTD = torch.cat([slot_BD[:, None], token_embeds_BTD[:, column + 1 : stop]], dim=1)
-            start = column
-        yield self._advance(embeds_BTD, batch, start, cache)
 
-    def _advance(self, embeds_BTD: Tensor, batch: Batch, start: int, cache: Cache | None) -> Tensor:
-        """One pass of the backbone over the columns from `start` on."""
-        stop = start + embeds_BTD.shape[1]
-        return self._read(
-            embeds_BTD, batch.attention_mask_BT[:, :stop], batch.position_ids_BT[:, start:stop], cache
-        )
+    def _advance(
+        self, embeds_BTD: Tensor, batch: Batch, mask_BT: Tensor, run: Pass, cache: Cache | None
+    ) -> Tensor:
+        """One pass of the backbone."""
+        positions_BT = batch.position_ids_BT[:, run.start : run.stop]
+        read = partial(self._read, cache=cache)
+        return self.techniques.advance(run, embeds_BTD, mask_BT[:, : run.stop], positions_BT, read)
 
     def _read(self, embeds_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache | None) -> Tensor:
         return self.causal_lm.get_decoder()(
@@ -212,3 +212,22 @@ class Coconut(nn.Module):
         if self.num_positions is None:
             return [max_new_tokens] * len(lengths)
         return [min(max_new_tokens, self.num_positions - length + 1) for length in lengths]
+
+
+def passes_of(batch: Batch) -> list[Pass]:
+    """The question, each latent but the last, and the last latent with all columns behind it."""
+    if batch.num_latents == 0:
+        return [Pass(0, batch.shape[1])]
+    first, last = batch.first_latent, batch.first_latent + batch.num_latents - 1
+    stops = [*range(first, last + 1), batch.shape[1]]
+    later = [Pass(start, stop, past=((0, start),)) for start, stop in zip(stops, stops[1:], strict=False)]
+    return [Pass(0, first), *later]
+
+
+def _pieces(passes: Sequence[Pass]) -> list[int]:
+    """Widths of the token embeddings' parts; in a later pass, the latent slot is a part of its own."""
+    pieces = []
+    for run in passes:
+        width = run.stop - run.start
+        pieces += [1, width - 1] if run.past and width > 1 else [width]
+    return pieces

@@ -62,6 +62,11 @@ class History:
             )
         self._passes.append((hidden_BTD, mask_BT.bool()))
 
+    def last(self) -> Tensor:
+        """The newest column, hidden_BD; of a row that has ended, the hidden state of its padding."""
+        hidden_BTD, _ = self._passes[-1]
+        return hidden_BTD[:, -1] if hidden_BTD.shape[1] > 1 else hidden_BTD.squeeze(1)
+
     def newest(self, width: int, within_pass: bool = False) -> tuple[Tensor, Tensor]:
         """The newest `width` columns, newest first: hidden_BWD and mask_BW, W = `width` always.
 
@@ -74,16 +79,24 @@ class History:
         masks: list[Tensor] = []
         missing = width
         for hidden_BTD, mask_BT in reversed(self._passes):
-            columns.append(hidden_BTD[:, -missing:].flip(1))
-            masks.append(mask_BT[:, -missing:].flip(1))
+            columns.append(_newest_first(hidden_BTD, missing))
+            masks.append(_newest_first(mask_BT, missing))
             missing -= columns[-1].shape[1]
             if missing == 0 or within_pass:
                 break
-        hidden_BWD, mask_BW = torch.cat(columns, dim=1), torch.cat(masks, dim=1)
+        hidden_BWD, mask_BW = columns[0], masks[0]
+        if len(columns) > 1:
+            hidden_BWD, mask_BW = torch.cat(columns, dim=1), torch.cat(masks, dim=1)
         if missing:
             hidden_BWD = nn.functional.pad(hidden_BWD, (0, 0, 0, missing))
             mask_BW = nn.functional.pad(mask_BW, (0, missing), value=False)
-        return torch.where(mask_BW[..., None], hidden_BWD, hidden_BWD.new_zeros(())), mask_BW
+        return hidden_BWD.masked_fill(~mask_BW[..., None], 0), mask_BW
+
+
+def _newest_first(x_BT: Tensor, width: int) -> Tensor:
+    """The last `width` columns, or all, in reverse order; a single column is not copied."""
+    newest_BW = x_BT[:, -width:] if x_BT.shape[1] > width else x_BT
+    return newest_BW.flip(1) if newest_BW.shape[1] > 1 else newest_BW
 
 
 class Thought(nn.Module, ABC):

@@ -7,5 +7,4 @@ from coconut_ds.thoughts import History, Thought
 
 class LastHidden(Thought):
     def forward(self, history: History) -> Tensor:
-        hidden_BWD, _ = history.newest(1)
-        return hidden_BWD[:, 0]
+        return history.last()

@@ -7,6 +7,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -75,13 +79,68 @@ def qwen2(dropout: float = 0.0) -> PreTrainedModel:
     return Qwen2ForCausalLM(config)
 
 
+def mistral(dropout: float = 0.0) -> PreTrainedModel:
+    """A sliding window shorter than the rows, in all layers."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=dropout,
+        sliding_window=6,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return MistralForCausalLM(config)
+
+
+def mixed_windows(dropout: float = 0.0) -> PreTrainedModel:
+    """A sliding window in one layer, full attention in the others."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=dropout,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def opt(dropout: float = 0.0) -> PreTrainedModel:
+    """Positions with an offset, ReLU, biases everywhere."""
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=HIDDEN,
+        dropout=dropout,
+        attention_dropout=dropout,
+        layerdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return OPTForCausalLM(config)
+
+
 ARCHITECTURES = {"gpt2": gpt2, "llama": llama, "qwen2": qwen2}
+MORE_ARCHITECTURES = {"mistral": mistral, "mixed_windows": mixed_windows, "opt": opt}
 
 
 def make_model(architecture: str, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:
     """A model in train mode whose weights are large enough for every path to matter."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture](dropout)
+    model = (ARCHITECTURES | MORE_ARCHITECTURES)[architecture](dropout)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

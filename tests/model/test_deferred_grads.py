@@ -179,7 +179,7 @@ def test_zero3_weights_are_not_deferred():
         seen.add(node)
         names.add(node.name())
         stack += [parent for parent, _ in node.next_functions]
-    assert not {"_LinearProductBackward", "RowLookupBackward", "_HeadLossBackward"} & names
+    assert not {"_LinearProductBackward", "_RowLookupBackward", "_HeadLossBackward"} & names
 
 
 def test_a_partial_backward_is_refused():

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 from coconut_ds.memory.fake_run import LiveBytes
 from coconut_ds.model.techniques.deferred_grads import install_deferral
 from coconut_ds.model.techniques.fused_activations import Recomputation, fuse_activations, recomputation_of
+from coconut_ds.model.techniques.passes import Context, Step
 from tests.model.cases import ARCHITECTURES, gpt2, make_model
 
 MODULES = {
@@ -28,7 +29,7 @@ def pair(name, dtype=torch.float32):
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter)
     fused = copy.deepcopy(plain)
-    assert fuse_activations(fused) == 1
+    assert fuse_activations(fused, Context()) == 1
     return plain, fused
 
 
@@ -66,7 +67,7 @@ def test_recomputed_output_is_equal_bit_by_bit(name):
 def test_a_recomputation_holds_no_tensor_in_its_function():
     """A tensor inside the function would stay through a checkpointed layer's forward."""
     fused = torch.nn.Sequential(NewGELUActivation(), torch.nn.Dropout(0.3))
-    fuse_activations(fused)
+    fuse_activations(fused, Context())
     cells = recomputation_of(fused(torch.randn(4, 4))).function.__closure__
     assert not any(isinstance(cell.cell_contents, (torch.Tensor, Recomputation)) for cell in cells)
 
@@ -74,7 +75,7 @@ def test_a_recomputation_holds_no_tensor_in_its_function():
 @pytest.mark.parametrize("p, training", [(0.3, False), (0.0, True), (1.0, True)])
 def test_dropout_that_draws_nothing_is_torchs_own(p, training):
     fused = torch.nn.Sequential(torch.nn.Dropout(p))
-    assert fuse_activations(fused.train(training)) == 1
+    assert fuse_activations(fused.train(training), Context()) == 1
     x = torch.ones(4, 4)
     assert torch.equal(fused(x), torch.zeros(4, 4) if training and p == 1 else x)
 
@@ -84,16 +85,17 @@ def test_an_adapter_keeps_a_mask_of_bytes_and_not_its_input():
     torch.manual_seed(0)
     adapter = torch.nn.Sequential(torch.nn.GELU("tanh"), torch.nn.Dropout(0.3), torch.nn.Linear(512, 1))
     adapter[0].__class__ = NewGELUActivation
-    fuse_activations(adapter)
-    deferral = install_deferral(adapter)
+    context = Context()
+    fuse_activations(adapter, context)
+    install_deferral(adapter, context)
     x = torch.randn(64, 512, requires_grad=True)
-    with LiveBytes() as live, deferral.forward():
+    with LiveBytes() as live, context.running(Step()):
         output = adapter(x)
         assert live.current < 1.1 * x.numel()  # bytes: the mask alone, x is there anyway
     del output
 
 
-@pytest.mark.parametrize("name, most", [("gelu_new", 1), ("rms_norm", 1)])
+@pytest.mark.parametrize("name, most", [("gelu_new", 1), ("rms_norm", 1 + 1 / 16)])
 def test_keeps_no_more_than_its_output(name, most):
     plain, fused = pair(name)
     x = torch.randn(64, 16, requires_grad=True)
@@ -102,7 +104,7 @@ def test_keeps_no_more_than_its_output(name, most):
         held = live.current
         del output
         original = plain(x)
-        assert live.current > 2 * held
+        assert live.current > 1.9 * held
         del original
     assert held <= most * x.numel() * 4
 
@@ -111,12 +113,12 @@ def test_keeps_no_more_than_its_output(name, most):
 def test_names_of_weights_stay(architecture):
     model = make_model(architecture)
     names = list(model.state_dict())
-    assert fuse_activations(model) > 0
+    assert fuse_activations(model, Context()) > 0
     assert list(model.state_dict()) == names
 
 
 def test_the_configuration_keeps_its_name(tmp_path):
     model = gpt2()
-    fuse_activations(model)
+    fuse_activations(model, Context())
     model.save_pretrained(tmp_path)
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config.activation_function == "gelu_new"

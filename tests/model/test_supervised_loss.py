@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from coconut_ds.memory.fake_run import LiveBytes
-from coconut_ds.model.techniques.backward_queue import Deferral
 from coconut_ds.model.techniques.deferred_grads import install_deferral
+from coconut_ds.model.techniques.passes import Context, Step
 from coconut_ds.model.techniques.supervised_loss import supervised_loss
 
 
@@ -28,7 +28,7 @@ def test_equals_cross_entropy(chunk_tokens, bias):
     head, hidden_ND, ids_N = make(bias=bias)
     expected = reference(hidden_ND, ids_N, head)
     wanted = torch.autograd.grad(3 * expected, [hidden_ND, *head.parameters()])
-    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, None)
+    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, Context())
     got = torch.autograd.grad(3 * loss, [hidden_ND, *head.parameters()])
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(got, wanted)
@@ -47,7 +47,7 @@ def test_any_head_module_works(chunk_tokens):
     head, (_, hidden_ND, ids_N) = Scaled(16, 97), make()
     expected = reference(hidden_ND, ids_N, head)
     wanted = torch.autograd.grad(expected, [hidden_ND, *head.parameters()])
-    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, None)
+    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, Context())
     torch.testing.assert_close(torch.autograd.grad(loss, [hidden_ND, *head.parameters()]), wanted)
 
 
@@ -59,9 +59,9 @@ class Tied(nn.Module):
         self.head = nn.Linear(hidden, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
 
-    def loss(self, ids_N, targets_N, chunk_tokens, deferral: Deferral | None):
+    def loss(self, ids_N, targets_N, chunk_tokens, context: Context):
         hidden_ND = self.middle(self.embedding(ids_N)).tanh()
-        return supervised_loss(hidden_ND, targets_N, self.head, chunk_tokens, deferral)
+        return supervised_loss(hidden_ND, targets_N, self.head, chunk_tokens, context)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
@@ -72,12 +72,13 @@ def test_tied_head_joins_the_embeddings_gradient(positions, chunk_tokens, paddin
     deferred = Tied(31, 16, padding_idx)
     deferred.load_state_dict(plain.state_dict())
     ids_N, targets_N = torch.randint(0, 31, (2, positions))
-    plain.loss(ids_N, targets_N, chunk_tokens, None).backward()
-    deferral = install_deferral(deferred)
+    plain.loss(ids_N, targets_N, chunk_tokens, Context()).backward()
+    context = Context()
+    install_deferral(deferred, context)
     fired = []
     deferred.embedding.weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
-    with deferral.forward():
-        loss = deferred.loss(ids_N, targets_N, chunk_tokens, deferral)
+    with context.running(Step()):
+        loss = deferred.loss(ids_N, targets_N, chunk_tokens, context)
     loss.backward()
     assert fired == [1]
     torch.testing.assert_close(deferred.embedding.weight.grad, plain.embedding.weight.grad)
@@ -88,15 +89,14 @@ def test_one_vocabulary_sized_gradient_at_a_time():
     peaks = {}
     for is_deferred in (False, True):
         model = Tied(20_000, 16)
-        deferral = install_deferral(model) if is_deferred else None
+        context = Context()
+        if is_deferred:
+            install_deferral(model, context)
         ids_N = torch.randint(0, 20_000, (4,))
         with LiveBytes() as live:
-            if deferral is None:
-                model.loss(ids_N, ids_N, 1000, None).backward()
-            else:
-                with deferral.forward():
-                    loss = model.loss(ids_N, ids_N, 1000, deferral)
-                loss.backward()
+            with context.running(Step()):
+                loss = model.loss(ids_N, ids_N, 1000, context)
+            loss.backward()
         peaks[is_deferred] = live.peak / (20_000 * 16 * 4)
     assert peaks[False] > 2
     assert peaks[True] < 1.6
@@ -106,7 +106,7 @@ def test_logits_of_one_chunk_exist_at_a_time():
     head, hidden_ND, ids_N = make(vocabulary=5000, positions=64)
     head.weight.requires_grad_(False)
     with LiveBytes() as live:
-        supervised_loss(hidden_ND, ids_N, head, 8, None).backward()
+        supervised_loss(hidden_ND, ids_N, head, 8, Context()).backward()
     assert live.peak < 3 * 8 * 5000 * 4
 
 
@@ -115,5 +115,5 @@ def test_a_head_that_is_more_than_a_matrix_has_one_buffer_of_logits():
     head, (_, hidden_ND, ids_N) = Scaled(16, 5000), make(vocabulary=5000, positions=64)
     head.weight.requires_grad_(False)
     with LiveBytes() as live:
-        supervised_loss(hidden_ND, ids_N, head, 64, None).backward()
+        supervised_loss(hidden_ND, ids_N, head, 64, Context()).backward()
     assert live.peak < 2.2 * 64 * 5000 * 4  # Scaled makes a second one

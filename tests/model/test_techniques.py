@@ -9,6 +9,7 @@ from coconut_ds.config.deepspeed import LatentMemory
 from tests.model.cases import (
     ARCHITECTURES,
     EQUAL_ROWS,
+    MORE_ARCHITECTURES,
     NO_LATENT_ROWS,
     RAGGED_ROWS,
     assert_same_gradients,
@@ -19,6 +20,8 @@ from tests.model.cases import (
     make_model,
 )
 
+ONE_LATENT_ROWS = ((9, 1, 3), (5, 1, 4))
+NO_ANSWER_ROWS = ((9, 3, 0), (5, 2, 1))  # the last pass has one column
 SHAPES = {"equal": EQUAL_ROWS, "ragged": RAGGED_ROWS, "no_latents": NO_LATENT_ROWS}
 SUBSETS = [
     LatentMemory(logits, 7, segments, deferred, recompute, fused)
@@ -36,6 +39,20 @@ def test_every_subset_equals_the_textbook_loop(architecture, shape):
     loss = textbook_loss(reference, batch)
     loss.backward()
     for settings in SUBSETS:
+        ours, our_gradients = loss_and_gradients(make_coconut(architecture, settings), batch)
+        assert ours == pytest.approx(loss.item(), rel=1e-6), settings
+        assert_same_gradients(our_gradients, gradients(reference))
+
+
+@pytest.mark.parametrize("rows", [RAGGED_ROWS, ONE_LATENT_ROWS, NO_ANSWER_ROWS, NO_LATENT_ROWS])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES])
+def test_windows_positions_and_odd_schedules(architecture, rows):
+    batch = make_batch(rows)
+    reference = make_model(architecture)
+    loss = textbook_loss(reference, batch)
+    loss.backward()
+    for checkpointing in ("none", "layers"):
+        settings = LatentMemory(activation_checkpointing=checkpointing)
         ours, our_gradients = loss_and_gradients(make_coconut(architecture, settings), batch)
         assert ours == pytest.approx(loss.item(), rel=1e-6), settings
         assert_same_gradients(our_gradients, gradients(reference))

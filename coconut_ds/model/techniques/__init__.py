@@ -1,22 +1,29 @@
-"""Techniques that keep the memory of several passes at that of one, selected by `latent_memory`."""
+"""Techniques that keep memory and launches of several passes near those of one, set by `latent_memory`.
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+Activation checkpointing by layer is here, because it keeps the KV cache: Hugging Face's own switch drops it
+with one warning, and a latent loop then trains on wrong logits.  A layer writes the cache in the forward; its
+recomputation only reads, as the pass that it belongs to.  Passes of one column run without checkpointing.
+"""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
 from coconut_ds.errors import ConfigError
-from coconut_ds.model.techniques.activation_checkpointing import (
-    ConcatenatingCache,
-    install_activation_checkpointing,
-    refuse_native_checkpointing,
-)
+from coconut_ds.model.techniques.attention import install_buffered_attention
 from coconut_ds.model.techniques.deferred_grads import install_deferral
-from coconut_ds.model.techniques.fused_activations import fuse_activations
-from coconut_ds.model.techniques.segments import SegmentedCache, install_segmented_attention
+from coconut_ds.model.techniques.fused_activations import fuse_activations, install_rotary
+from coconut_ds.model.techniques.kv_buffer import ConcatenatingCache, KeyValueBuffer
+from coconut_ds.model.techniques.passes import Context, Pass, Step
 from coconut_ds.model.techniques.supervised_loss import full_loss, supervised_loss
 
 
@@ -27,14 +34,17 @@ class Techniques:
         """Install them in place.  Raises ConfigError if the architecture does not support one."""
         self.causal_lm = causal_lm
         self.settings = settings
+        self.context = Context(settings.deferred_weight_gradients)
         refuse_native_checkpointing(causal_lm)
-        self.deferral = install_deferral(causal_lm) if settings.deferred_weight_gradients else None
+        if settings.deferred_weight_gradients:
+            install_deferral(causal_lm, self.context)
         if settings.segmented_cache:
-            install_segmented_attention(causal_lm)
+            install_buffered_attention(causal_lm)
         if settings.fused_activations:
-            fuse_activations(causal_lm)
+            fuse_activations(causal_lm, self.context)
+            install_rotary(causal_lm, self.context)
         if settings.activation_checkpointing == "layers":
-            install_activation_checkpointing(causal_lm, self.deferral)
+            install_activation_checkpointing(causal_lm, self.context)
         elif settings.activation_checkpointing != "none":
             raise ConfigError(
                 'latent_memory.activation_checkpointing must be "none" or "layers", '
@@ -42,18 +52,43 @@ class Techniques:
             )
 
     @contextmanager
-    def training_forward(self, batch: Batch) -> Iterator[SegmentedCache | ConcatenatingCache | None]:
+    def training_forward(
+        self, passes: Sequence[Pass], batch: Batch
+    ) -> Iterator[KeyValueBuffer | ConcatenatingCache | None]:
         """Enclose all passes of one loss; yields the cache they share, or None for a single pass."""
         refuse_native_checkpointing(self.causal_lm)
-        cache: SegmentedCache | ConcatenatingCache | None = None
-        if batch.num_latents:
-            cache = SegmentedCache() if self.settings.segmented_cache else ConcatenatingCache()
+        step = Step(passes, batch.position_ids_BT, batch.attention_mask_BT)
+        cache: KeyValueBuffer | ConcatenatingCache | None = None
+        if len(passes) > 1 and self.settings.segmented_cache:
+            cache = KeyValueBuffer(self.context, step, self.causal_lm.config.num_hidden_layers)
+        elif len(passes) > 1:
+            cache = ConcatenatingCache(self.context, step)
         try:
-            with nullcontext() if self.deferral is None else self.deferral.forward():
+            with self.context.running(step, passes[0]):
                 yield cache
         finally:
-            if cache is not None:
+            step.forget_graph()
+            if isinstance(cache, ConcatenatingCache):
                 cache.forget_graph()
+
+    def advance(
+        self,
+        run: Pass,
+        embeds_BTD: Tensor,
+        mask_BT: Tensor,
+        positions_BT: Tensor,
+        read: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Hidden states of one pass, through `read(embeddings, mask, position ids)`."""
+        step = self.context.step
+        if step is None:
+            return read(embeds_BTD, mask_BT, positions_BT)
+        with self.context.running(step, run, positions_BT):
+            if not run.past:
+                return step.leave_first(read(embeds_BTD, mask_BT, positions_BT))
+            # The buffer has the masks of all later passes; transformers hands on any mask of four dimensions.
+            mask = mask_BT[:, None, None] if self.settings.segmented_cache else mask_BT
+            return read(step.enter(embeds_BTD), mask, positions_BT)
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: nn.Module) -> Tensor:
         """Sum of the batch's token losses, fp32."""
@@ -61,5 +96,66 @@ class Techniques:
             return full_loss(hidden_BTD, batch.labels_BT, head)
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.target_positions_N]
         return supervised_loss(
-            hidden_ND, batch.target_ids_N, head, self.settings.loss_chunk_tokens, self.deferral
+            hidden_ND, batch.target_ids_N, head, self.settings.loss_chunk_tokens, self.context
         )
+
+
+def install_activation_checkpointing(model: PreTrainedModel, context: Context) -> None:
+    """Route every decoder layer of `model` through `_checkpointed`.
+
+    Raises ConfigError if the model has no such layers, or if Hugging Face's own switch is on.
+    """
+    refuse_native_checkpointing(model)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"latent_memory.activation_checkpointing: {type(model).__name__} does not support it; "
+            'set it to "none"'
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        # Otherwise the layer drops the cache before it calls us.
+        layer._can_checkpoint_with_cache = True
+        layer._gradient_checkpointing_func = partial(_checkpointed, context)
+
+
+def refuse_native_checkpointing(model: nn.Module) -> None:
+    """Raise ConfigError if `gradient_checkpointing_enable()` was called on `model`."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        is_ours = isinstance(function, partial) and function.func is _checkpointed
+        if getattr(module, "gradient_checkpointing", False) and not is_ours:
+            raise ConfigError(
+                "Hugging Face's gradient checkpointing drops the KV cache, so latent passes would not see "
+                "the question. Do not call gradient_checkpointing_enable(); set "
+                'latent_memory.activation_checkpointing to "layers" in the ds_config.'
+            )
+
+
+def _checkpointed(context: Context, call: partial, hidden_BTD: Tensor, *args: Any) -> Any:
+    """Run `call(hidden, *args)`, a layer's forward, without saving its activations."""
+    if context.current.is_short or not torch.is_grad_enabled():
+        return call(hidden_BTD, *args)
+    step, run, has_run = context.step, context.current, False
+
+    def layer(hidden_BTD: Tensor) -> Any:
+        nonlocal has_run
+        if not has_run:
+            has_run = True
+            return call(hidden_BTD, *args)
+        with context.running(step, run, is_recomputing=True):
+            return call(hidden_BTD, *args)
+
+    draws_random = any(_draws_random(module) for module in call.args[0].modules())
+    return checkpoint(layer, hidden_BTD, use_reentrant=False, preserve_rng_state=draws_random)
+
+
+def _draws_random(module: nn.Module) -> bool:
+    """Whether a module may draw random numbers: it trains with a probability of dropout, or adds noise."""
+    if not module.training:
+        return False
+    names = ("drop", "noise", "jitter")
+    settings = [value for name, value in vars(module).items() if any(part in name for part in names)]
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        settings.append(module.p)
+    return any(isinstance(value, float) and value > 0 for value in settings)

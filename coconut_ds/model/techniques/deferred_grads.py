@@ -2,23 +2,21 @@
 
 A weight used in P passes gets P gradients, and autograd passes on their sum only in the backward of the first
 pass.  Until then its buffers hold a full gradient of every weight, and ZeRO-2 cannot reduce anything.
-Here the backward of every later pass puts its (input, output gradient) rows into the layer's queue, and the
-backward of the first pass computes one product:
+Here every later pass leaves its (input, output gradient) rows, and the backward of the first pass computes
+the complete gradient:
 
-    pass 0   y, anchor = x0 W^T          dW = dy0^T x0 + [dy1; dy2; ...]^T [x1; x2; ...]
-    pass 1   y         = x1 W^T, anchor  queue += (x1, dy1)
-    pass 2   y         = x2 W^T, anchor  queue += (x2, dy2)
+    pass 0   y = x0 W^T          dW = dy0^T x0 + [dy1; dy2; ...]^T [x1; x2; ...]
+    pass 1   y = x1 W^T          rows += (x1, dy1)
+    pass 2   y = x2 W^T          rows += (x2, dy2)
 
-The anchor is an empty tensor that orders the backward: later passes take it as an input, so the first pass's
-node runs after theirs even where nothing else connects them.  It has no gradient.  The weight receives one
-gradient, through autograd, and its hooks fire layer by layer as in ordinary training.
+A pass of one column runs torch's own linear layer on a detached weight, and a hook on y keeps dy; the Barrier
+(passes.py) joins such rows.  An embedding and a tied head fill one vocabulary-sized gradient.
 
-Embeddings work the same way with (ids, output gradient) rows: one vocabulary-sized buffer serves all passes
-and a tied head.
-
-Shapes: M rows (all leading dimensions) or looked-up ids, I inputs, O outputs, V vocabulary, D hidden size.
+Shapes: M rows (all leading dimensions) or looked-up ids, L layers of one shape, R rows of all one-column
+passes, I inputs, O outputs, V vocabulary, D hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,24 +24,99 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coconut_ds.model.techniques.backward_queue import Deferral, WeightQueue, take
 from coconut_ds.model.techniques.fused_activations import recomputation_of
+from coconut_ds.model.techniques.passes import Context, Rows, Step
 
 
-def install_deferral(model: nn.Module) -> Deferral:
+class LinearRows(Rows):
+    """Rows of a linear layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
+        super().__init__(weight, bias)
+        self.transposed = transposed
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # of wide passes
+        self.joined: tuple[Tensor, ...] | None = None  # of all one-column passes
+        self.weight_sum: Tensor | None = None  # product of pairs that would be larger than the weight
+        self.bias_sum: Tensor | None = None  # of the joined one-column passes, and of such pairs
+
+    def add(self, x_MI: Tensor, dy_MO: Tensor) -> None:
+        """Keep the rows of a wide pass, or their product if that is smaller."""
+        if sum(x.numel() + dy.numel() for x, dy in [*self.pairs, (x_MI, dy_MO)]) < self.weight.numel():
+            self.pairs.append((x_MI, dy_MO))
+        else:
+            self.weight_sum = self._product(self.weight_sum, x_MI, dy_MO)
+            self.bias_sum = dy_MO.sum(0) if self.bias_sum is None else self.bias_sum.add_(dy_MO.sum(0))
+
+    def collect(self, x_MI: Tensor | None, dy_MO: Tensor | None, needs_bias: bool, step: Step) -> Any:
+        """The complete gradients of weight and bias, from the first pass's rows and all others."""
+        pairs, dweight, dbias = self.pairs, self.weight_sum, self.bias_sum
+        self.pairs, self.weight_sum, self.bias_sum = [], None, None
+        # dW = sum over passes of dy^T x,  db = column sums of dy
+        if x_MI is not None and dy_MO is not None:
+            pairs = [(x_MI, dy_MO), *pairs]
+        for x, dy in pairs:
+            dweight = self._product(dweight, x, dy)
+            if needs_bias:
+                dbias = _add_column_sums(dbias, dy, step)
+        if self.joined is not None:
+            dweight, self.joined = self._product(dweight, *self.joined), None
+        return dweight, dbias if needs_bias else None
+
+    def _product(self, total: Tensor | None, x_MI: Tensor, dy_MO: Tensor) -> Tensor:
+        # dW = dy^T x; of a Conv1D, dW^T = x^T dy
+        factors = (x_MI.t(), dy_MO) if self.transposed else (dy_MO.t(), x_MI)
+        return torch.mm(*factors) if total is None else total.addmm_(*factors)
+
+    def clear(self) -> bool:
+        had_any = (
+            super().clear() or bool(self.pairs) or self.weight_sum is not None or self.joined is not None
+        )
+        self.pairs, self.joined, self.weight_sum, self.bias_sum = [], None, None, None
+        return had_any
+
+    @staticmethod
+    def gradients(group: list[Any], x_LRI: Tensor | None, dy_LRO: Tensor | None) -> dict[int, Tensor]:
+        assert x_LRI is not None and dy_LRO is not None
+        dbiases = dy_LRO.sum(1).unbind() if group[0].bias is not None else [None] * len(group)
+        for rows, *parts in zip(group, x_LRI.unbind(), dy_LRO.unbind(), dbiases, strict=True):
+            rows.joined, dbias_O = tuple(parts[:2]), parts[2]
+            if dbias_O is not None:
+                rows.bias_sum = dbias_O if rows.bias_sum is None else rows.bias_sum.add_(dbias_O)
+        return {}
+
+
+def _add_column_sums(total_O: Tensor | None, dy_MO: Tensor, step: Step) -> Tensor:
+    if total_O is None:
+        return dy_MO.sum(0)
+    if dy_MO.element_size() < 4 and not dy_MO.is_cuda:  # there addmv rounds every partial sum to 16 bits
+        return total_O.add_(dy_MO.sum(0))
+    return torch.addmv(total_O, dy_MO.t(), step.ones(dy_MO))
+
+
+class Lookup:
+    """What a tied head and the lookups of an embedding's weight leave for its gradient."""
+
+    def __init__(self) -> None:
+        self.additions: list[Callable[[Tensor | None], Tensor]] = []  # gradient -> gradient
+
+    def clear(self) -> bool:
+        had_any = bool(self.additions)
+        self.additions = []
+        return had_any
+
+
+def install_deferral(model: nn.Module, context: Context) -> None:
     """Turn every plain linear and embedding layer of `model` into a deferring one, in place; names stay."""
-    deferral = Deferral()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         deferring = DEFERRING.get(type(module))
         if deferring is None or (isinstance(module, nn.Embedding) and not _is_plain(module)):
             continue
         if isinstance(module, nn.Linear) and id(module.weight) in looked_up:
-            # A tied head uses the embedding's queue, through the supervised loss only.
+            # A tied head uses the embedding's lookup, through the supervised loss only.
             continue
         module.__class__ = deferring
-        module.__dict__["deferral"] = deferral
-    return deferral
+        module.__dict__["context"] = context
 
 
 def _is_plain(embedding: nn.Embedding) -> bool:
@@ -53,36 +126,52 @@ def _is_plain(embedding: nn.Embedding) -> bool:
 class DeferringLinear(nn.Linear):
     """nn.Linear that computes its weight gradient in the backward of the first pass."""
 
-    deferral: Deferral
+    context: Context
+    transposed = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.deferral.applies_to(self.weight):
-            return super().forward(input)
-        return _call(self.deferral, self, _LinearProduct, input, self.weight, self.bias, transposed=False)
+        if self.context.current.is_short:
+            rows = self.context.rows_of(self, input)
+            if rows is not None:
+                return rows.record(input, F.linear(input, rows.weight, rows.bias))
+        elif self.context.defers(self.weight, input):
+            return _call(self, input)
+        return super().forward(input)
 
 
 class DeferringConv1D(Conv1D):
     """The same for transformers' Conv1D, a linear layer with weight [I, O]."""
 
-    deferral: Deferral
+    context: Context
+    transposed = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.deferral.applies_to(self.weight):
-            return super().forward(x)
-        return _call(self.deferral, self, _LinearProduct, x, self.weight, self.bias, transposed=True)
+        if self.context.current.is_short:
+            rows = self.context.rows_of(self, x)
+            if rows is not None:
+                return rows.record(x, _product(x, rows.weight, rows.bias, True))
+        elif self.context.defers(self.weight, x):
+            return _call(self, x)
+        return super().forward(x)
 
 
 class DeferringEmbedding(nn.Embedding):
-    """nn.Embedding that fills its gradient once; a tied head adds its part to the same buffer."""
+    """nn.Embedding that fills its gradient once; a tied head adds its part to the same buffer.
 
-    deferral: Deferral
+    Of the position ids of all passes, it looks up all rows in the first.
+    """
+
+    context: Context
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.deferral.applies_to(self.weight):
-            return super().forward(input)
-        return _call(
-            self.deferral, self.weight, _RowLookup, input, self.weight, None, padding_idx=self.padding_idx
-        )
+        return self.context.by_position(self, input, self._look_up)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        if not self.context.defers(self.weight):
+            return super().forward(ids)
+        assert self.context.step is not None
+        lookup = self.context.step.lookups.setdefault(id(self.weight), Lookup())
+        return _RowLookup.apply(ids, self.weight, lookup, self.padding_idx)
 
 
 DEFERRING: dict[type, type] = {
@@ -92,30 +181,23 @@ DEFERRING: dict[type, type] = {
 }
 
 
-def _call(
-    deferral: Deferral,
-    key: object,
-    function: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    **options: Any,
-) -> Tensor:
-    queue = deferral.open_queue(key)
-    recomputation = recomputation_of(input)
+def _call(layer: Any, x: Tensor) -> Tensor:
+    """Run a wide pass of a deferring linear layer."""
+    context, weight, bias = layer.context, layer.weight, layer.bias
+    recomputation = recomputation_of(x)
     saved = () if recomputation is None else recomputation.inputs
-    options["recompute"] = None if recomputation is None else recomputation.function
-    if deferral.is_recomputing and function is _LinearProduct:
+    if context.is_recomputing:
         # Save first: if these are the last tensors that the backward needs, the product is never computed.
-        _Save.apply(weight, *(saved or (input,)))
+        _Save.apply(weight, *(saved or (x,)))
         with torch.no_grad():
-            return _product(input, weight, bias, options["transposed"]).requires_grad_()
-    if queue.anchor is None:
-        output, queue.anchor = function.apply(input, weight, bias, None, queue, options, *saved)
-        return output
-    detached_bias = None if bias is None else bias.detach()
-    output, _ = function.apply(input, weight.detach(), detached_bias, queue.anchor, queue, options, *saved)
-    return output
+            return _product(x, weight, bias, layer.transposed).requires_grad_()
+    rows = context.step.rows.get(id(layer))
+    if rows is None:
+        rows = context.step.rows[id(layer)] = LinearRows(weight, bias, layer.transposed)
+    if context.current.past:
+        weight, bias = rows.weight, rows.bias
+    recompute = None if recomputation is None else recomputation.repeat()
+    return _LinearProduct.apply(x, weight, bias, rows, context.step, recompute, *saved)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -141,118 +223,62 @@ class _Save(torch.autograd.Function):
 
 
 class _LinearProduct(torch.autograd.Function):
-    """x_MI -> x W^T + b and the anchor."""
+    """x_MI -> x W^T + b of a wide pass; the first takes what the others left."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, queue, options, *recompute_inputs):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, rows, step, recompute, *recompute_inputs):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        ctx.queue, ctx.transposed, ctx.is_first = queue, options["transposed"], anchor is None
-        ctx.recompute, ctx.num_nones = options["recompute"], 3 + len(recompute_inputs)
+        ctx.rows, ctx.step, ctx.recompute = rows, step, recompute
+        ctx.num_nones = 3 + len(recompute_inputs)
         ctx.save_for_backward(weight, *(recompute_inputs or (x,)))
-        return _product(x, weight, bias, options["transposed"]), x.new_empty(0)
+        return _product(x, weight, bias, rows.transposed)
 
     @staticmethod
-    def backward(ctx, dy, _):  # type: ignore[override]
+    def backward(ctx, dy):  # type: ignore[override]
         weight, *saved = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_anchor = ctx.needs_input_grad[:4]
-        dx = None
+        needs_x, is_first, needs_bias = ctx.needs_input_grad[:3]
+        dx = dweight = dbias = x_MI = dy_MO = None
         if dy is not None:
             if needs_x:
                 # dx = dy W
-                dx = torch.matmul(dy, weight.t() if ctx.transposed else weight)
+                dx = torch.matmul(dy, weight.t() if ctx.rows.transposed else weight)
             x = ctx.recompute(*saved) if ctx.recompute is not None else saved[0]
-            pair = (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
-            if not ctx.is_first and needs_anchor:
-                ctx.queue.watch()
-                ctx.queue.pairs.append(pair)
-                _fold_when_large(ctx.queue, weight, ctx.transposed)
-        nones = (None,) * ctx.num_nones
-        if not ctx.is_first:
-            return dx, None, None, *nones
-        own = None if dy is None else pair
-        dweight, dbias = _collect(ctx.queue, own, ctx.transposed, needs_weight, needs_bias)
-        return dx, dweight, dbias, *nones
-
-
-def _fold_when_large(queue: WeightQueue, weight: Tensor, transposed: bool) -> None:
-    """Turn the queued rows into a gradient once they take as many bytes as one."""
-    if sum(x.numel() + dy.numel() for x, dy in queue.pairs) < weight.numel():
-        return
-    for x_MI, dy_MO in take(queue.pairs):
-        if queue.sums:
-            queue.sums[0].addmm_(*_factors(x_MI, dy_MO, transposed))
-            queue.sums[1].add_(dy_MO.sum(0))
-        else:
-            queue.sums = [torch.mm(*_factors(x_MI, dy_MO, transposed)), dy_MO.sum(0)]
-
-
-def _collect(
-    queue: WeightQueue,
-    own: tuple[Tensor, Tensor] | None,
-    transposed: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The complete gradient of a linear layer's weight and bias; empties the queue.
-
-    Concatenates the later passes' few rows; the first pass's many rows are not copied.
-    """
-    sums, queue.sums = queue.sums, []
-    pairs = take(queue.pairs)
-    parts = [] if own is None else [own]
-    if len(pairs) > 1:
-        pairs = [(torch.cat([x for x, _ in pairs]), torch.cat([dy for _, dy in pairs]))]
-    parts += pairs
-    dweight, dbias = sums if sums else (None, None)
-    # dW = sum over passes of dy^T x, db = column sums of dy
-    for x_MI, dy_MO in parts:
-        if needs_weight:
-            factors = _factors(x_MI, dy_MO, transposed)
-            dweight = torch.mm(*factors) if dweight is None else dweight.addmm_(*factors)
-        if needs_bias:
-            dbias = dy_MO.sum(0) if dbias is None else dbias.add_(dy_MO.sum(0))
-    return dweight if needs_weight else None, dbias if needs_bias else None
-
-
-def _factors(x_MI: Tensor, dy_MO: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    # dW = dy^T x; of a Conv1D, dW^T = x^T dy
-    return (x_MI.t(), dy_MO) if transposed else (dy_MO.t(), x_MI)
+            x_MI, dy_MO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        if is_first:
+            dweight, dbias = ctx.rows.collect(x_MI, dy_MO, needs_bias, ctx.step)
+        elif dy is not None:
+            ctx.step.watch()
+            ctx.rows.add(x_MI, dy_MO)
+        return dx, dweight, dbias, *(None,) * ctx.num_nones
 
 
 class _RowLookup(torch.autograd.Function):
-    """ids -> rows of the embedding and the anchor."""
+    """ids -> rows of the embedding."""
 
     @staticmethod
-    def forward(ctx, ids, weight, _bias, anchor, queue, options):  # type: ignore[override]
+    def forward(ctx, ids, weight, lookup, padding_idx):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        ctx.queue, ctx.padding_idx, ctx.is_first = queue, options["padding_idx"], anchor is None
+        ctx.lookup, ctx.padding_idx, ctx.shape = lookup, padding_idx, weight.shape
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
-        return F.embedding(ids, weight), weight.new_empty(0)
+        return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx, dy, _):  # type: ignore[override]
+    def backward(ctx, dy):  # type: ignore[override]
         (ids,) = ctx.saved_tensors
-        if dy is not None and (ctx.is_first or ctx.needs_input_grad[3]):
-            ctx.queue.watch()
-            ctx.queue.pairs.append((ids.reshape(-1), dy.reshape(-1, dy.shape[-1])))
-        if not ctx.is_first or ctx.queue.is_empty:
-            return (None,) * 6
-        pairs, additions = take(ctx.queue.pairs), take(ctx.queue.additions)
+        additions, ctx.lookup.additions = ctx.lookup.additions, []
         # dW[ids[m]] += dy[m], on top of a tied head's dlogits^T hidden
         dweight_VD = None
         for add in additions:
             dweight_VD = add(dweight_VD)
-        if pairs:
-            ids_M, rows_MD = torch.cat([ids for ids, _ in pairs]), torch.cat([rows for _, rows in pairs])
-            if dweight_VD is None:
-                padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-                dweight_VD = torch.ops.aten.embedding_dense_backward(
-                    rows_MD, ids_M, ctx.shape[0], padding, False
-                )
-            else:
-                _add_rows_(dweight_VD, ids_M, rows_MD, ctx.padding_idx)
-        return None, dweight_VD, None, None, None, None
+        if dy is None:
+            return None, dweight_VD, None, None
+        ids_M, rows_MD = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+        if dweight_VD is None:
+            padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+            dweight_VD = torch.ops.aten.embedding_dense_backward(rows_MD, ids_M, ctx.shape[0], padding, False)
+        else:
+            _add_rows_(dweight_VD, ids_M, rows_MD, ctx.padding_idx)
+        return None, dweight_VD, None, None
 
 
 def _add_rows_(target_VD: Tensor, ids_M: Tensor, rows_MD: Tensor, padding_idx: int | None) -> None:

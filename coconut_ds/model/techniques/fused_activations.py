@@ -10,18 +10,44 @@ that recomputes it, and a deferring layer saves that function's inputs, which ar
     before   u -> gelu saves u -> a -> c_proj saves a          now   c_proj saves (gelu, u)
 """
 
+import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN, NewGELUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralMLP,
+    MistralRMSNorm,
+    MistralRotaryEmbedding,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+
+from coconut_ds.model.techniques.passes import Context, Rows
 
 # Names in configurations that mean the tanh approximation of GELU.
 TANH_GELU_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
@@ -33,6 +59,19 @@ class Recomputation:
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
+    memo: list[weakref.ref[Tensor]] = field(default_factory=list)
+
+    def repeat(self) -> Callable[..., Tensor]:
+        """The function; layers that read the same output share its result while one of them holds it."""
+        return partial(_repeat, self.function, self.memo)
+
+
+def _repeat(function: Callable[..., Tensor], memo: list[weakref.ref[Tensor]], *inputs: Tensor) -> Tensor:
+    output = memo[0]() if memo else None
+    if output is None:
+        output = function(*inputs)
+        memo[:] = [weakref.ref(output)]
+    return output
 
 
 def recomputation_of(output: Tensor) -> Recomputation | None:
@@ -46,7 +85,7 @@ def _recomputable(output: Tensor, function: Callable[..., Tensor], *inputs: Tens
     return output
 
 
-def fuse_activations(model: nn.Module) -> int:
+def fuse_activations(model: nn.Module, context: Context) -> int:
     """Replace such modules of `model` in place and return their number; parameters and names stay."""
     tanh_gelus = {NewGELUActivation, *(type(ACT2FN[name]) for name in TANH_GELU_NAMES if name in ACT2FN)}
     replaced = 0
@@ -56,6 +95,7 @@ def fuse_activations(model: nn.Module) -> int:
             continue
         if fused is not None:
             module.__class__ = fused
+            module.__dict__["context"] = context
             replaced += 1
     return replaced
 
@@ -63,23 +103,37 @@ def fuse_activations(model: nn.Module) -> int:
 class FusedTanhGelu(nn.Module):
     """GELU's tanh approximation."""
 
+    context: Context
+
     def forward(self, input: Tensor) -> Tensor:
         # 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
         function = partial(F.gelu, approximate="tanh")
+        if self.context.current.is_short:
+            return function(input)
         return _recomputable(function(input), function, input)
 
 
 class FusedLayerNorm(nn.LayerNorm):
     """nn.LayerNorm with a recomputable output."""
 
+    context: Context
+
     def forward(self, input: Tensor) -> Tensor:
         shape, eps = self.normalized_shape, self.eps
+        if self.context.current.is_short:
+            rows = self.context.rows_of(self, input)
+            if rows is None:
+                return F.layer_norm(input, shape, self.weight, self.bias, eps)
+            return rows.record(input, F.layer_norm(input, shape, rows.weight, rows.bias, eps))
 
         def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
             # weight * (x - mean(x)) / sqrt(var(x) + eps) + bias
             return F.layer_norm(x, shape, weight, bias, eps)
 
-        parts = [part for part in (self.weight, self.bias) if part is not None]
+        def normalized(x: Tensor) -> Tensor:
+            return F.layer_norm(x, shape, eps=eps)
+
+        parts = _weights_of(self, input, normalized)
         return _recomputable(function(input, *parts), function, input, *parts)
 
 
@@ -90,11 +144,17 @@ class FusedDropout(nn.Dropout):
     saves neither's output.
     """
 
+    context: Context
+
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.inplace or not 0 < self.p < 1:
+        if not self.training or self.p == 0:
+            return input
+        if self.inplace or self.p == 1:
             return super().forward(input)
         # y = x * mask / (1 - p), mask ~ Bernoulli(1 - p)
         output, mask = torch.native_dropout(input, self.p, True)
+        if self.context.current.is_short:
+            return output
         scale = 1 / (1 - self.p)
         source = recomputation_of(input) or Recomputation(_itself, (input,))
         recompute_input = source.function  # not `source`: its tensors would outlive a checkpointed layer
@@ -106,20 +166,32 @@ class FusedDropout(nn.Dropout):
 
 
 class FusedRmsNorm(LlamaRMSNorm):
-    """RMS norm, normalized in fp32."""
+    """RMS norm, normalized in fp32; keeps its scale, one number per column."""
+
+    context: Context
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        eps = self.variance_epsilon
-        output = _RmsNorm.apply(hidden_states, self.weight, eps)
-        return _recomputable(output, partial(_rms_norm, eps=eps), hidden_states, self.weight)
+        scale = _scale_of(hidden_states.detach(), self.variance_epsilon)
+        if self.context.current.is_short:
+            rows = self.context.rows_of(self, hidden_states)
+            if rows is None:
+                return _RmsNorm.apply(hidden_states, self.weight, scale, True)
+            return rows.record(hidden_states, _RmsNorm.apply(hidden_states, rows.weight, scale, True))
+        (weight,) = _weights_of(self, hidden_states, partial(_normalized, eps=self.variance_epsilon))
+        output = _RmsNorm.apply(hidden_states, weight, scale, False)
+        return _recomputable(output, _rms_norm, hidden_states, weight, scale)
 
 
 class FusedGatedMlp(LlamaMLP):
     """Llama's MLP with the SiLU gate as one operation."""
 
+    context: Context
+
     def forward(self, x: Tensor) -> Tensor:
         # down(silu(gate(x)) * up(x))
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.context.current.is_short:
+            return self.down_proj(_silu_gate(gate, up))
         return self.down_proj(_recomputable(_SiluGate.apply(gate, up), _silu_gate, gate, up))
 
 
@@ -135,28 +207,90 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
+class NormRows(Rows):
+    """Rows of a norm; `normalized` is the norm without weight and bias."""
+
+    def __init__(self, weights: list[Tensor], eps: float, normalized: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(weights[0], weights[1] if weights[1:] else None, *weights)
+        self.eps, self.normalized = eps, normalized
+
+    def stand_ins(self) -> list[Tensor]:
+        """Weight and bias for a wide pass; the Barrier takes their gradients, for all layers at once."""
+        self.leaves.append([vector.detach().requires_grad_() for vector in self.vectors])
+        return self.leaves[-1]
+
+    def group(self) -> Any:
+        return *super().group(), self.eps
+
+    @staticmethod
+    def gradients(group: list[Any], x_LRI: Tensor | None, dy_LRO: Tensor | None) -> dict[int, Tensor]:
+        gradients: dict[int, Tensor] = {}
+        if x_LRI is None or dy_LRO is None:
+            totals: list[Tensor | None] = [None] * len(group[0].vectors)
+        else:
+            # dw = sum over rows of dy * n,  db = column sums of dy, for y = w * n + b
+            normal_LRD = group[0].normalized(x_LRI.float())
+            totals = [(dy_LRO.float() * normal_LRD).sum(1).to(dy_LRO.dtype), dy_LRO.sum(1)]
+        for index in range(len(group[0].vectors)):
+            total_LD = totals[index]
+            for leaves in zip(*(rows.leaves for rows in group), strict=True):
+                wide_LD = torch.stack([_taken_gradient(leaf[index]) for leaf in leaves])
+                total_LD = wide_LD if total_LD is None else total_LD.add_(wide_LD)
+            assert total_LD is not None
+            vectors = [rows.vectors[index] for rows in group]
+            gradients |= {id(vector): d for vector, d in zip(vectors, total_LD.unbind(), strict=True)}
+        return gradients
+
+
+def _taken_gradient(leaf: Tensor) -> Tensor:
+    gradient, leaf.grad = leaf.grad, None
+    return torch.zeros_like(leaf) if gradient is None else gradient
+
+
+def _weights_of(norm: Any, x: Tensor, normalized: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Weight and bias of a norm for a wide pass; opens the rows that the later passes leave."""
+    context = norm.context
+    weights = [w for w in (norm.weight, getattr(norm, "bias", None)) if w is not None]
+    if not weights or not all(context.defers(weight, x) for weight in weights):
+        return weights
+    rows = context.step.rows.get(id(norm))
+    if rows is None:
+        eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+        context.step.rows[id(norm)] = NormRows(weights, eps, normalized)
+    elif context.current.past and not context.is_recomputing:
+        return rows.stand_ins()
+    return weights
+
+
 def _scale_of(x: Tensor, eps: float) -> Tensor:
     # s = 1 / sqrt(mean(x^2) + eps)
     return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    # y = w * n, n = x s
-    return weight * (x.float() * _scale_of(x, eps)).to(x.dtype)
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    # n = x s
+    return x.float() * _scale_of(x, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    # y = w * n
+    return weight * (x.float() * scale).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
+    """RMS norm; with `keep`, its backward computes nothing of the forward again."""
+
     @staticmethod
-    def forward(ctx, x, weight, eps):  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return _rms_norm(x, weight, eps)
+    def forward(ctx, x, weight, scale, keep):  # type: ignore[override]
+        normal = x.float() * scale
+        ctx.save_for_backward(x, weight, scale, normal if keep else None)
+        return weight * normal.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        scale = _scale_of(x, ctx.eps)
-        normal = x.float() * scale
+        x, weight, scale, normal = ctx.saved_tensors
+        if normal is None:
+            normal = x.float() * scale
         # dw = sum over rows of dy * n
         dweight = None
         if ctx.needs_input_grad[1]:
@@ -164,8 +298,8 @@ class _RmsNorm(torch.autograd.Function):
         # dn = dy * w,  dx = s (dn - n mean(dn * n))
         dnormal = (dy * weight).float()
         mean = (dnormal * normal).mean(-1, keepdim=True)
-        dx = dnormal.sub_(normal.mul_(mean)).mul_(scale).to(x.dtype)
-        return dx, dweight, None
+        dx = dnormal.addcmul_(normal, mean, value=-1).mul_(scale).to(x.dtype)
+        return dx, dweight, None, None
 
 
 def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
@@ -185,3 +319,73 @@ class _SiluGate(torch.autograd.Function):
         dup = dy * F.silu(gate)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, dup
+
+
+def install_rotary(model: nn.Module, context: Context) -> None:
+    """Make the tables of Llama's rotary positions once per step, and rotate in few operators.
+
+    Left alone where the tables depend on the longest row seen, as in dynamic scaling.
+    """
+    tables = [module for module in model.modules() if type(module) in ROTARY_TABLES]
+    if not tables or any(table.rope_type not in STATIC_ROTARY for table in tables):
+        return
+    for module in model.modules():
+        if type(module) in ROTARY_TABLES:
+            module.__class__ = FusedRotaryTables
+            module.__dict__["context"] = context
+        elif type(module) in ROTARY_ATTENTION:
+            module.__class__ = ROTARY_ATTENTION[type(module)]
+
+
+class FusedRotaryTables(LlamaRotaryEmbedding):
+    """cos and signed sin of the current pass's positions, [B, S, E] each, for `rotate`."""
+
+    context: Context
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        def tables(positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = LlamaRotaryEmbedding.forward(self, x, positions_BT)
+            first, second = sin.chunk(2, dim=-1)
+            return cos, torch.cat([-first, second], dim=-1)
+
+        return self.context.by_position(self, position_ids, tables)
+
+
+def rotate(q: Tensor, k: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries [B, H, S, E] and keys [B, K, S, E] by tables of FusedRotaryTables."""
+    cos, sin = cos_BSE[:, None], sin_BSE[:, None]
+    if q.shape[2] > 1:
+        return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+    both = _Rotation.apply(torch.cat([q, k], dim=1), cos, sin)
+    return both.split([q.shape[1], k.shape[1]], dim=1)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        # y = cos * x + sin * swap(x), where swap exchanges the halves of a head
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        # dx = cos * dy + swap(sin * dy)
+        return torch.addcmul((dy * sin).roll(dy.shape[-1] // 2, -1), dy, cos), None, None
+
+
+def _rotating(attention: type) -> type:
+    """A subclass whose forward calls `rotate` where it names `apply_rotary_pos_emb`."""
+    forward: Any = inspect.unwrap(attention.forward)  # type: ignore[attr-defined]
+    names = {**forward.__globals__, "apply_rotary_pos_emb": rotate}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return type(f"Rotating{attention.__name__}", (attention,), {"forward": ours})
+
+
+STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+ROTARY_TABLES = (LlamaRotaryEmbedding, MistralRotaryEmbedding, Qwen2RotaryEmbedding, Qwen3RotaryEmbedding)
+ROTARY_ATTENTION: dict[type, type] = {
+    attention: _rotating(attention)
+    for attention in (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+}

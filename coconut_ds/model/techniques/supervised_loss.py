@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coconut_ds.model.techniques.backward_queue import Deferral, WeightQueue, is_partitioned
 from coconut_ds.model.techniques.deferred_grads import DeferringLinear
+from coconut_ds.model.techniques.passes import Context, is_partitioned
 
 
 def supervised_loss(
-    hidden_ND: Tensor, target_ids_N: Tensor, head: nn.Module, chunk_tokens: int, deferral: Deferral | None
+    hidden_ND: Tensor, target_ids_N: Tensor, head: nn.Module, chunk_tokens: int, context: Context
 ) -> Tensor:
     """Sum of the token losses, an fp32 scalar; at most `chunk_tokens` positions have logits at a time."""
     if (
@@ -31,10 +31,10 @@ def supervised_loss(
     ):
         return _loss_through_module(hidden_ND, target_ids_N, head, chunk_tokens)
     weight = head.weight
-    queue = deferral.queue_of(weight) if deferral is not None and deferral.applies_to(weight) else None
-    anchor = None if queue is None else queue.anchor
-    matrix = weight if queue is None else weight.detach()
-    return _HeadLoss.apply(hidden_ND, matrix, head.bias, anchor, queue, target_ids_N, chunk_tokens)
+    step = context.step if context.defers(weight) else None
+    lookup = None if step is None else step.lookups.get(id(weight))
+    matrix = weight if lookup is None else weight.detach()
+    return _HeadLoss.apply(hidden_ND, matrix, head.bias, lookup, step, target_ids_N, chunk_tokens)
 
 
 def full_loss(hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Module) -> Tensor:
@@ -82,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
     """Cross-entropy from hidden states, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, anchor, queue, target_ids_N, chunk_tokens):  # type: ignore[override]
+    def forward(ctx, hidden_ND, weight_VD, bias_V, lookup, step, target_ids_N, chunk_tokens):  # type: ignore[override]
         loss, probabilities = hidden_ND.new_zeros((), dtype=torch.float32), []
         norms = []
         for hidden, targets in zip(
@@ -100,14 +100,14 @@ class _HeadLoss(torch.autograd.Function):
             del logits
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_ids_N, *norms)
         # A single chunk keeps its softmax for the logit gradient; several chunks recompute theirs.
-        ctx.probabilities, ctx.queue, ctx.chunk_tokens = probabilities, queue, chunk_tokens
+        ctx.probabilities, ctx.chunk_tokens = probabilities, chunk_tokens
+        ctx.lookup, ctx.step = lookup, step
         return loss
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[override]
         hidden_ND, weight_VD, bias_V, target_ids_N, *norms = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        queue: WeightQueue | None = ctx.queue
         kept, ctx.probabilities = ctx.probabilities, []
         dhidden, dweight, dbias = [], None, None
         chunks = list(
@@ -122,13 +122,13 @@ class _HeadLoss(torch.autograd.Function):
                 dhidden.append(dlogits @ weight_VD)
             if needs_bias:
                 dbias = dlogits.sum(0) if dbias is None else dbias.add_(dlogits.sum(0))
-            if queue is not None:
-                queue.watch()
+            if ctx.lookup is not None:
+                ctx.step.watch()
                 if len(chunks) == 1 and 2 * len(hidden) <= hidden.shape[1]:
-                    queue.additions.append(partial(_add_product, dlogits, hidden))
+                    ctx.lookup.additions.append(partial(_add_product, dlogits, hidden))
                 else:
                     inputs = (hidden, weight_VD, bias_V, targets, norm_N, dloss)
-                    queue.additions.append(partial(_recompute_product, *inputs))
+                    ctx.lookup.additions.append(partial(_recompute_product, *inputs))
             elif needs_weight:
                 dweight = _add_product(dlogits, hidden, dweight)
             del dlogits

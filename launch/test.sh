@@ -2,7 +2,8 @@
 # Style, types and tests.  Further arguments go to pytest:
 #
 #   bash launch/test.sh                                    everything
-#   bash launch/test.sh -m "not slow and not faults"       the fast tests alone
+#   bash launch/test.sh -m fast                            a minute's worth: settings, data, records, documents
+#   bash launch/test.sh -m "not slow and not faults"       all but what starts a launcher or kills a run
 #   bash launch/test.sh tests/data/test_curriculum.py -x
 
 source "$(dirname "$0")/setup.sh" --tests

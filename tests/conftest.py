@@ -9,6 +9,17 @@ from unittest.mock import patch
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# `pytest -m fast`: rooms that build at most tiny models, and the tests beside this file.
+FAST_ROOMS = ("config", "data", "engine", "runs", "thoughts")
+NOT_FAST = ("test_golden.py", "test_quickstart_assets.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        room, *rest = item.path.relative_to(ROOT / "tests").parts
+        is_fast = room in FAST_ROOMS if rest else room not in NOT_FAST
+        if is_fast and not any(item.get_closest_marker(name) for name in ("slow", "faults")):
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from coconut_ds.config.schema import settings_with
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import interval_over_seeds, wilson_interval
 from coconut_ds.reports.run_records import SPLITS, Line, RunRecord, StageResult, describe_stage, verdicts
+from coconut_ds.runs.changes import learned_ds_settings
 from coconut_ds.tables import Table
 
 IN_COLUMNS = ("method", "thought", "tuning")
@@ -129,7 +130,13 @@ def _by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 def _identity(run: RunRecord) -> dict[str, Any]:
     """The settings that distinguish experiments, including the starting weights."""
-    return {**_but_seed(run.experiment), "memory": run.memory_split}
+    learned = learned_ds_settings(run.ds_config)
+    return {
+        **_but_seed(run.experiment),
+        "memory": run.memory_split,
+        "rows per step": run.ds_config.get("train_batch_size"),
+        "DeepSpeed settings": ", ".join(f"{key} {value}" for key, value in sorted(learned.items())),
+    }
 
 
 def _but_seed(experiment: Experiment) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What a checkpoint records of its run, and whether a run with other settings may resume from it.
 
-settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "base": {...},
+settings = {"experiment": {...}, "ds_config": {...}, "data": {name: sha256}, "card": {...}, "base": {...},
             "libraries": {...}, "code": "git commit"}
+
+"card" is what the data card says about grading, where the experiment says nothing.
 
 "base" describes the base model: weights, configuration, tokenizer.  It is made from the loaded model, not
 from its files: the model may move, and a folder, a .gguf file and a snapshot of the hub's cache compare
@@ -24,6 +26,7 @@ from transformers import PreTrainedModel
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import affects, settings_with
+from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError
 from coconut_ds.files import hash_file, json_text
@@ -165,9 +168,23 @@ DS_RULES = {
     "bf16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
     "optimizer.type": (Severity.IMPOSSIBLE, "the saved moments belong to another optimizer"),
     "optimizer": (Severity.NEEDS_ALLOW, LEARNS),
+    "fp16.fp16_master_weights_and_grads": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
+    "bf16.bf16_master_weights_and_grads": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
+    "bf16.bf16_optimizer_states": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
+    "zero_optimization.offload_optimizer.fp32_optimizer_states": (
+        Severity.IMPOSSIBLE,
+        "the saved tensors have another precision",
+    ),
+    "bf16": (Severity.NEEDS_ALLOW, LEARNS),
     "fp16": (Severity.NEEDS_ALLOW, "the saved loss scale is used"),
     "torch_autocast": (Severity.NEEDS_ALLOW, LEARNS),
     "data_types": (Severity.NEEDS_ALLOW, LEARNS),
+    "communication_data_type": (Severity.NEEDS_ALLOW, LEARNS),
+    "prescale_gradients": (Severity.NEEDS_ALLOW, LEARNS),
+    "gradient_predivide_factor": (Severity.NEEDS_ALLOW, LEARNS),
+    "zero_optimization.zero_quantized_weights": (Severity.NEEDS_ALLOW, LEARNS),
+    "zero_optimization.zero_quantized_nontrainable_weights": (Severity.NEEDS_ALLOW, LEARNS),
+    "zero_optimization.zero_quantized_gradients": (Severity.NEEDS_ALLOW, LEARNS),
 }
 
 
@@ -175,14 +192,35 @@ def settings_to_compare(
     experiment: Experiment, ds_config: Mapping[str, Any], base: BaseRecord | None = None
 ) -> dict[str, Any]:
     """The settings that a checkpoint records; reads the data files once, for their sha256."""
-    paths = {"train": experiment.train_path, "val": experiment.val_path}
     return {
         "experiment": asdict(experiment),
         "ds_config": dict(ds_config),
-        "data": {name: hash_file(Path(path)) for name, path in paths.items() if path},
+        "data": data_hashes(experiment),
+        "card": _card_settings(experiment),
         "base": asdict(base) if base else {},
         "libraries": library_versions(),
         "code": code_version(),
+    }
+
+
+def data_hashes(experiment: Experiment) -> dict[str, str]:
+    """sha256 of each data file of a run that exists."""
+    paths = {"train": experiment.train_path, "val": experiment.val_path, "test": experiment.test_path}
+    return {name: hash_file(Path(path)) for name, path in paths.items() if path and Path(path).is_file()}
+
+
+def _card_settings(experiment: Experiment) -> dict[str, Any]:
+    card = card_for(experiment.val_path)
+    settings = {"grading": card.grading, "max_new_tokens": card.max_new_tokens}
+    return {key: value for key, value in settings.items() if getattr(experiment, key) is None}
+
+
+def learned_ds_settings(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a DeepSpeed JSON that change what is learned: optimizer, arithmetic, communication."""
+    return {
+        key: value
+        for key, value in _flatten(ds_config)
+        if value != "auto" and (rule := _ds_rule(key)) is not None and rule[1] == LEARNS
     }
 
 
@@ -210,6 +248,7 @@ def classify_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         *_experiment_changes(saved, current),
         *_ds_changes(saved.get("ds_config", {}), current.get("ds_config", {})),
         *_data_changes(saved.get("data", {}), current.get("data", {})),
+        *_card_changes(saved.get("card", {}), current.get("card", {})),
         *_base_changes(saved.get("base"), current.get("base")),
     ]
     for key, old, new in _differences(saved.get("libraries", {}), current.get("libraries", {})):
@@ -292,30 +331,51 @@ def _experiment_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         elif (
             key in settings_with("path_to", "data", "weights")  # the content is compared
             or key == "resume"  # a checkpoint has its epoch
-            or (key == "num_epochs" and experiment.get("lr_schedule") == "constant")
+            or (key == "num_epochs" and not rate_depends_on_length(experiment))
         ):
             severity, why = HARMLESS
         yield Change(key, old, new, severity, why)
 
 
+def rate_depends_on_length(experiment: Mapping[str, Any]) -> bool:
+    """Whether another `num_epochs` changes the learning rate of the steps before: decay and warm-up do."""
+    return experiment.get("lr_schedule") != "constant" or bool(experiment.get("warmup_ratio"))
+
+
 def _ds_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
     for key, old, new in _differences(dict(_flatten(saved)), dict(_flatten(current))):
-        parts = key.split(".")
-        blocks = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-        if OWNED_BY_YAML.isdisjoint(blocks):
-            severity, why = next((DS_RULES[block] for block in blocks if block in DS_RULES), HARMLESS)
-            yield Change(key, old, new, severity, why)
+        if rule := _ds_rule(key):
+            yield Change(key, old, new, *rule)
+
+
+def _ds_rule(key: str) -> tuple[Severity, str] | None:
+    """The rule of a dotted key, from its longest block that has one; None for keys that the YAML owns."""
+    parts = key.split(".")
+    blocks = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    if not OWNED_BY_YAML.isdisjoint(blocks):
+        return None
+    return next((DS_RULES[block] for block in blocks if block in DS_RULES), HARMLESS)
 
 
 def _data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
     whys = {
         "train": (Severity.NEEDS_ALLOW, "the training file's content changed, and with it the order"),
         "val": (Severity.NEEDS_ALLOW, "the validation file's content changed: accuracies do not compare"),
+        "test": (Severity.NEEDS_ALLOW, "the test file's content changed: accuracies do not compare"),
         "base_model": (Severity.IMPOSSIBLE, "the base model's files changed"),
     }
+    if "test" not in saved or "test" not in current:  # older checkpoints have none; a test may come later
+        saved, current = ({k: v for k, v in hashes.items() if k != "test"} for hashes in (saved, current))
     for key, old, new in _differences(saved, current):
         severity, why = whys.get(key, (Severity.NEEDS_ALLOW, "its content changed"))
         yield Change(f"data.{key}", old, new, severity, why)
+
+
+def _card_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
+    """Changes of the data card, where neither the saved nor the current experiment overrides it."""
+    for key in sorted(saved.keys() & current.keys()):
+        if saved[key] != current[key]:
+            yield Change(f"card.{key}", saved[key], current[key], Severity.NEEDS_ALLOW, MEASURES)
 
 
 def _base_changes(saved: Any, current: Any) -> Iterator[Change]:

@@ -27,12 +27,14 @@ from typing import Any
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, load_experiment, parse_overrides
 from coconut_ds.config.methods import METHOD_BOOLEANS
-from coconut_ds.config.schema import parse_yaml_value, read_yaml
+from coconut_ds.config.schema import parse_yaml_value, read_json, read_yaml
 from coconut_ds.engine.signals import PID_FOLDER
 from coconut_ds.engine.watchdog import free_port
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.files import open_append
 from coconut_ds.reports.run_records import read_run
+from coconut_ds.runs.changes import data_hashes, learned_ds_settings
+from coconut_ds.runs.checkpoint_folders import CheckpointFolders
 from coconut_ds.runs.run_folder import run_folder
 
 DS_CONFIG = "deepspeed_config"
@@ -56,11 +58,20 @@ class Point:
         return run_folder(self.experiment)
 
     def is_finished(self) -> bool:
-        """Whether the run folder has the last epoch's result with settings that lead to the same results."""
+        """Whether the run folder has the last epoch's result, with equal data and equal settings ."""
         if not (self.folder / "experiment.yaml").is_file():
             return False
         run = read_run(self.folder)
-        if run.experiment.identity != self.experiment.identity:
+        ds_settings = learned_ds_settings(read_json(self.ds_config))
+        before = learned_ds_settings(run.ds_config)
+        manifests = CheckpointFolders(self.folder).manifests().values()
+        hashes = [manifest.settings.get("data", {}) for manifest in manifests][-1:]
+        data = data_hashes(self.experiment)
+        if (
+            run.experiment.identity != self.experiment.identity
+            or any(before.get(key, value) != value for key, value in ds_settings.items())
+            or any(saved.get(name, value) != value for saved in hashes for name, value in data.items())
+        ):
             return False
         last = self.experiment.num_epochs - 1
         kind = "test" if self.experiment.test_path else "valid"

@@ -21,7 +21,7 @@ from coconut_ds.errors import StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.memory.budget import PeakMeter
 from coconut_ds.model.loading import write_model
-from coconut_ds.runs.changes import settings_to_compare
+from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
@@ -123,7 +123,7 @@ class Trainer:
         accuracy, best = self.state.accuracy, self.checkpoints.folders.pointed_at("best")
         measured = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
         num_epochs = f"num_epochs={self.state.epoch + 1}"
-        allow = "" if self.experiment.lr_schedule == "constant" else " --allow num_epochs"
+        allow = " --allow num_epochs" if rate_depends_on_length(asdict(self.experiment)) else ""
         return (
             f"{self.run.folder} is finished: {self.state.epoch} of {self.experiment.num_epochs} epochs"
             f"{measured} ({self.trained_stage()}). "

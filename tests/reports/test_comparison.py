@@ -17,7 +17,7 @@ from coconut_ds.reports.comparison import (
     stage_table,
     summary_table,
 )
-from coconut_ds.reports.run_records import verdicts
+from coconut_ds.reports.run_records import read_run, verdicts
 from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 from coconut_ds.tables import Table
 from tests.reports.conftest import BASE, STAGED, validation
@@ -127,6 +127,25 @@ def test_labels_say_what_differs(make_run):
     assert [group.label for group in group_runs(runs)] == ["coconut, lr 0.001", "coconut, lr 0.0001"]
     far = make_run("far", [1, 2, 3], method="coconut", lr=0.5, weight_decay=0.5, warmup_ratio=0.5, **STAGED)
     assert group_runs([runs[0], far])[1].label == "far"
+
+
+def test_other_optimizer_settings_or_rows_are_no_seeds(make_run):
+    """Of the DeepSpeed JSON: what changes the result keeps runs apart, what moves memory is in the label."""
+    runs = [make_run(f"s{seed}", [1, 2, 3], method="coconut", seed=seed, **STAGED) for seed in (0, 1, 2, 3)]
+    for run, changes in zip(
+        runs[1:],
+        (
+            {"optimizer": {"params": {"betas": [0.5, 0.6]}}},
+            {"train_batch_size": 7},
+            {"communication_data_type": "fp16"},
+        ),
+        strict=True,
+    ):
+        file = run.folder / "ds_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    groups = group_runs([read_run(run.folder) for run in runs])
+    assert [group.seeds for group in groups] == [[0], [1], [2], [3]]
+    assert len({group.label for group in groups}) == 4
 
 
 def test_report_prints_text_latex_markdown_and_json(make_run, capsys):

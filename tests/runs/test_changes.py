@@ -1,14 +1,20 @@
 """Differences between saved and current settings, and which of them prevent resuming."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
-from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.config.schema import affects, settings_with
 from coconut_ds.errors import CheckpointError
-from coconut_ds.runs.changes import Severity, classify_changes, refuse_changes
+from coconut_ds.runs.changes import (
+    Severity,
+    classify_changes,
+    learned_ds_settings,
+    refuse_changes,
+    settings_to_compare,
+)
 from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 
 SAVED: dict[str, Any] = {
@@ -22,7 +28,8 @@ SAVED: dict[str, Any] = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 10, "offload_optimizer": {"device": "cpu"}},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}},
     },
-    "data": {"train": "aaa", "val": "bbb", "base_model": "ccc"},
+    "data": {"train": "aaa", "val": "bbb", "test": "ddd", "base_model": "ccc"},
+    "card": {"grading": "exact", "max_new_tokens": 64},
     "libraries": {"torch": "2.13.0", "deepspeed": "0.19.8"},
     "code": "1234",
 }  # fmt: skip
@@ -60,7 +67,15 @@ def with_(path: str, value: Any) -> dict[str, Any]:
         ("ds_config.zero_optimization.stage", 3, Severity.IMPOSSIBLE),
         ("ds_config.optimizer.params.betas", [0.9, 0.99], Severity.NEEDS_ALLOW),
         ("ds_config.optimizer.type", "Lion", Severity.IMPOSSIBLE),
+        ("ds_config.communication_data_type", "fp16", Severity.NEEDS_ALLOW),
+        ("ds_config.zero_optimization.zero_quantized_gradients", True, Severity.NEEDS_ALLOW),
+        ("ds_config.zero_optimization.offload_optimizer.fp32_optimizer_states", False, Severity.IMPOSSIBLE),
+        ("ds_config.bf16", {"bf16_optimizer_states": True}, Severity.IMPOSSIBLE),
+        ("ds_config.bf16", {"bf16_master_weights_and_grads": True}, Severity.IMPOSSIBLE),
         ("data.train", "xxx", Severity.NEEDS_ALLOW),
+        ("data.test", "xxx", Severity.NEEDS_ALLOW),
+        ("card.grading", "latex", Severity.NEEDS_ALLOW),
+        ("card.max_new_tokens", 1, Severity.NEEDS_ALLOW),
         ("data.base_model", "xxx", Severity.IMPOSSIBLE),
         ("libraries.torch", "2.14.0", Severity.HARMLESS),
         ("libraries.deepspeed", "0.20.0", Severity.NEEDS_ALLOW),
@@ -70,7 +85,8 @@ def with_(path: str, value: Any) -> dict[str, Any]:
 def test_one_change(path: str, value: Any, severity: Severity) -> None:
     (change,) = classify_changes(SAVED, with_(path, value))
     assert change.severity is severity
-    assert path.endswith(change.key) and repr(value)[:40] in str(change)
+    key = change.key.removesuffix(f".{next(iter(value))}") if isinstance(value, dict) else change.key
+    assert path.endswith(key) and (isinstance(value, dict) or repr(value)[:40] in str(change))
 
 
 @pytest.mark.parametrize("key", [field.name for field in fields(Experiment)])
@@ -105,6 +121,37 @@ def test_a_schedule_that_ends_makes_num_epochs_matter() -> None:
     saved = with_("experiment.lr_schedule", "cosine")
     current = {**saved, "experiment": {**saved["experiment"], "num_epochs": 20}}
     assert [change.severity for change in classify_changes(saved, current)] == [Severity.NEEDS_ALLOW]
+
+
+def test_so_does_a_warm_up_that_is_a_share_of_all_steps() -> None:
+    saved = with_("experiment.warmup_ratio", 0.5)
+    current = {**saved, "experiment": {**saved["experiment"], "num_epochs": 20}}
+    assert [change.severity for change in classify_changes(saved, current)] == [Severity.NEEDS_ALLOW]
+
+
+def test_older_checkpoints_without_a_test_file_or_a_card_resume() -> None:
+    saved = {key: value for key, value in SAVED.items() if key != "card"}
+    saved["data"] = {key: value for key, value in SAVED["data"].items() if key != "test"}
+    assert classify_changes(saved, SAVED) == [] == classify_changes(SAVED, saved)
+
+
+def test_settings_of_the_json_that_change_what_is_learned() -> None:
+    assert learned_ds_settings(SAVED["ds_config"]) == {"optimizer.params.betas": [0.9, 0.95]}
+    assert learned_ds_settings(
+        {"optimizer": {"params": {"eps": "auto"}}, "communication_data_type": "fp16"}
+    ) == {"communication_data_type": "fp16"}
+
+
+def test_the_card_counts_where_the_experiment_says_nothing(tmp_path, tiny_experiment) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"own_{name}.json").write_text('[{"question": "a", "steps": [], "answer": "b"}]')
+    (tmp_path / "own.card.json").write_text('{"name": "own", "grading": "latex", "max_new_tokens": 7}')
+    paths = {f"{name}_path": str(tmp_path / f"own_{name}.json") for name in ("train", "val")}
+    experiment = validate_experiment({**tiny_experiment, **paths}, "test")
+    recorded = settings_to_compare(experiment, {})["card"]
+    assert recorded == {"grading": "latex", "max_new_tokens": 7}
+    own = settings_to_compare(replace(experiment, max_new_tokens=9), {})["card"]
+    assert own == {"grading": "latex"}
 
 
 def test_a_window_that_is_learned_cannot_change_its_width() -> None:

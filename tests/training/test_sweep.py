@@ -16,6 +16,8 @@ from coconut_ds.__main__ import main
 from coconut_ds.cli.sweep import summary
 from coconut_ds.config.experiment import experiment_to_yaml
 from coconut_ds.errors import ConfigError
+from coconut_ds.runs.changes import data_hashes
+from coconut_ds.runs.checkpoint_folders import CheckpointFolders, Manifest, TrainState
 from coconut_ds.training import sweep
 from tests.launched.start import environment
 
@@ -104,6 +106,36 @@ def test_a_run_is_finished_when_its_last_epoch_is_measured_with_the_same_setting
     assert same.is_finished()
     (changed,) = sweep.points(config, ZERO2, ["lr=0.25"], {"seed": [0]})
     assert changed.folder == point.folder and not changed.is_finished()
+
+
+def test_a_run_with_another_optimizer_or_other_data_is_not_finished(config, tmp_path):
+    (point,) = sweep.points(config, ZERO2, [], {"seed": [0]})
+    finish(point)
+    ds_config = json.loads(Path(ZERO2).read_text())
+    (point.folder / "ds_config.json").write_text(json.dumps(ds_config))
+    assert point.is_finished()
+    ds_config["optimizer"]["params"]["betas"] = [0.5, 0.6]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(ds_config))
+    (point,) = sweep.points(config, str(other), [], {"seed": [0]})
+    assert not point.is_finished()
+
+
+def test_a_run_on_a_file_that_changed_is_not_finished(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.json").write_text("[]")
+    (point,) = sweep.points(config, ZERO2, [], {"seed": [0]})
+    finish(point)
+    checkpoint = point.folder / "checkpoint_2"
+    checkpoint.mkdir()
+    saved = {"data": data_hashes(point.experiment)}
+    state = TrainState(epoch=2, global_step=1)
+    monkeypatch.setattr(
+        CheckpointFolders, "manifests", lambda self: {"x": Manifest(state, saved, 1, True, {})}
+    )
+    assert point.is_finished()
+    Path("t.json").write_text("[{}]")
+    assert not point.is_finished()
 
 
 def program(code, point, wanted=0):

@@ -122,7 +122,7 @@ def stops_early(experiment: Experiment) -> str | None:
     key = "resume" if experiment.only_eval else "num_epochs"
     return (
         f"{key}: {getattr(experiment, key)} ends in stage {number} of {last}; "
-        f"the test uses that stage ({final_stage(experiment)})"
+        f"the results are of that stage ({final_stage(experiment)})"
     )
 
 

@@ -75,7 +75,7 @@ class StepMatch:
     top: int  # number of most likely tokens that count
     rates: tuple[tuple[float, ...], ...]
     by_chance: tuple[tuple[float, ...], ...]  # with the steps of another problem
-    continued: tuple[float, ...]  # [k]: share of correct remaining steps in words after k latents
+    continued: tuple[float | None, ...]  # [k]: correct remaining steps after k latents; None: none
     num_problems: int
 
 
@@ -278,13 +278,11 @@ def _rates(
     return tuple(tuple(hit / count for hit, count in zip(row, tried, strict=True)) for row in hits)
 
 
-def _continued(inspections: Sequence[Inspection], latents_per_step: int) -> tuple[float, ...]:
-    """Share of problems with exactly the steps that the latents did not replace."""
-    shares = []
+def _continued(inspections: Sequence[Inspection], latents_per_step: int) -> tuple[float | None, ...]:
+    """Of the problems with steps that the latents did not replace, the share with exactly these steps."""
+    shares: list[float | None] = []
     for k in range(len(inspections[0].in_words)):
-        right = [
-            split_completion(i.in_words[k])[0] == "\n".join(i.problem.steps[-(-k // latents_per_step) :])
-            for i in inspections
-        ]
-        shares.append(sum(right) / len(right))
+        remaining = [(i.in_words[k], i.problem.steps[-(-k // latents_per_step) :]) for i in inspections]
+        right = [split_completion(words)[0] == "\n".join(steps) for words, steps in remaining if steps]
+        shares.append(sum(right) / len(right) if right else None)
     return tuple(shares)

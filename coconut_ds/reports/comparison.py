@@ -110,7 +110,10 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
             words = [members[0].experiment.name]
         else:
             words += [str(identity[key]) if key == "memory" else f"{key} {identity[key]}" for key in more]
-        labeled.append(Group(tuple(members), ", ".join(word[:MAX_LETTERS] for word in words)))
+        label = ", ".join(word[:MAX_LETTERS] for word in words)
+        if any(label == other.label for other in labeled):
+            label = f"{label} ({members[0].folder.name})"
+        labeled.append(Group(tuple(members), label))
     return labeled
 
 
@@ -120,6 +123,8 @@ def _by_experiment(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     for run in runs:
         for members in groups:
             alike = _differ_in_starts_only(_identity(run), _identity(members[0]))
+            if run.experiment.seed in [other.experiment.seed for other in members]:
+                continue  # a copy or a repetition is not another seed
             if alike and any(_same_starts(run.experiment, other.experiment) for other in members):
                 members.append(run)
                 break
@@ -331,6 +336,15 @@ def all_verdicts(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[str
         for group in groups
         for split, lines in [group.results()]
         if len(_examples(lines)) > 1
+    ]
+    warnings += [
+        f"{first.label} and {second.label} were measured on different examples ({split}); do not compare them"
+        for first, second in itertools.combinations(groups, 2)
+        for (split, lines), (other_split, others) in [(first.results(), second.results())]
+        if split == other_split
+        and _examples(lines)
+        and _examples(others)
+        and _examples(lines).isdisjoint(_examples(others))
     ]
     for base, group in itertools.permutations(groups, 2):
         (base_split, base_lines), (split, lines) = base.results(), group.results()

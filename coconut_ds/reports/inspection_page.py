@@ -153,7 +153,7 @@ def terminal_match(match: StepMatch) -> str:
         [
             str(k),
             *(f"{100 * own:.1f} ({100 * other:4.1f})" for own, other in zip(rates, by_chance, strict=True)),
-            f"{100 * continued:.1f}",
+            "-" if continued is None else f"{100 * continued:.1f}",
         ]
         for k, (rates, by_chance, continued) in enumerate(
             zip(match.rates, match.by_chance, match.continued, strict=True)

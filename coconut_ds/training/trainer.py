@@ -96,6 +96,8 @@ class Trainer:
             self.print_line(f"load_model_path: {note}")
         if self.checkpoints.loaded and self.state.epoch >= self.experiment.num_epochs:
             self.print_line(self.finished())
+        elif (early := stops_early(self.experiment)) and not self.run_data.test:
+            self.print_line(early)
         result = None
         for epoch in range(self.state.epoch, self.experiment.num_epochs):
             if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
@@ -273,9 +275,11 @@ class Trainer:
         for prediction in result.predictions[:NUM_SHOWN]:
             self.run.sample(kind=name, epoch=epoch, **asdict(prediction))
         self.run.show_samples()
+        is_part = result.num_items == self.experiment.eval_max_items
+        part = f" of the first {result.num_items} examples" if is_part else ""
         self.print_line(
             f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
-            f"accuracy {100 * result.accuracy:.1f} % ({result.grading} grading)  "
+            f"accuracy {100 * result.accuracy:.1f} %{part} ({result.grading} grading)  "
             f"CoT match {100 * result.cot_match:.1f} %  "
             f"{self.peak.summary()}"
         )

@@ -181,7 +181,7 @@ def test_step_match_finds_what_is_there_and_chance_does_not(asked, problems):
     assert match is not None and match.num_problems == 5
     assert [row[0] for row in match.rates] == [1.0] * 4
     assert [row[0] for row in match.by_chance] == [0.0] * 4
-    assert match.continued == (1.0, 1.0, 1.0, 0.0)
+    assert match.continued == (1.0, 1.0, None, None)  # no step remains after two latents
     assert match_steps([shown], lambda text: set(), 1, top=1) is None
     assert "100.0 ( 0.0)" in terminal_match(match)
 

@@ -129,6 +129,16 @@ def test_labels_say_what_differs(make_run):
     assert group_runs([runs[0], far])[1].label == "far"
 
 
+def test_a_copy_of_a_run_is_no_second_seed(make_run):
+    runs = [make_run(name, [1, 2, 3], method="coconut", seed=0, **STAGED) for name in ("a", "a_copy")]
+    runs.append(make_run("b", [1, 2, 3], method="coconut", seed=1, **STAGED))
+    groups = group_runs(runs)
+    assert [(group.label, group.seeds) for group in groups] == [
+        ("coconut", [0, 1]),
+        ("coconut (a_copy)", [0]),
+    ]
+
+
 def test_other_optimizer_settings_or_rows_are_no_seeds(make_run):
     """Of the DeepSpeed JSON: what changes the result keeps runs apart, what moves memory is in the label."""
     runs = [make_run(f"s{seed}", [1, 2, 3], method="coconut", seed=seed, **STAGED) for seed in (0, 1, 2, 3)]

@@ -106,7 +106,11 @@ def test_seeds_with_other_examples_are_left_out(make_run):
 
 @pytest.mark.parametrize(
     "examples, lines",
-    [("aaa", ["coconut is not above no_cot"]), ("aab", []), ("aba", ["no_cot: its seeds were measured on"])],
+    [
+        ("aaa", ["coconut is not above no_cot"]),
+        ("aab", ["no_cot and coconut were measured on different examples (test)"]),
+        ("aba", ["no_cot: its seeds were measured on"]),
+    ],
 )
 def test_means_and_baselines_over_different_examples_are_named_or_left_out(make_run, examples, lines):
     """Of two seeds of the baseline and one run."""

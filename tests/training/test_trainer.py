@@ -57,7 +57,10 @@ def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_e
     with plain_trainer(values, num_epochs=2) as trainer:
         trainer.run_all()
     printed = capsys.readouterr().out
-    assert "num_epochs: 2 ends in stage 1 of 2; the test uses that stage (1 step hidden, 1 latent)" in printed
+    assert (
+        "num_epochs: 2 ends in stage 1 of 2; the results are of that stage (1 step hidden, 1 latent)"
+        in printed
+    )
     assert "tiny: Stage 1 was not learned: 0.0 % (95 % interval" in printed.splitlines()[-1]
 
 

@@ -10,7 +10,7 @@ Shapes: B prompts, R returned sequences per prompt, T columns, K latents, V voca
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from coconut_ds.data.batching import NO_LABEL, Batch, collate, refuse_long_prompts
 from coconut_ds.data.curriculum import Sample, prompt_only, render
 from coconut_ds.data.problems import Problem, card_for
-from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, load_vocabulary, tokenize
+from coconut_ds.data.tokenizer import DATA_ONLY, START, Vocabulary, load_vocabulary, tokenize
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation.evaluate import max_new_tokens
 from coconut_ds.evaluation.saved_models import (
@@ -52,6 +52,9 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import check_config, load_config
 from coconut_ds.runs.weights import refuse_non_finite
 from coconut_ds.thoughts import Thought, ThoughtSettings, build_thought
+
+# Caches that grow with the latents; the others need a fixed size or another loop.
+CACHES = (None, "dynamic", "offloaded", "quantized")
 
 
 class CoconutConfig(PreTrainedConfig):
@@ -70,6 +73,14 @@ class CoconutConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # The default of the outer configuration, None, would replace that of a built model.
         kwargs.setdefault("attn_implementation", getattr(self.text_config, "_attn_implementation", None))
+        inner = self.text_config
+        inner_type = (
+            inner.get("model_type") if isinstance(inner, dict) else getattr(inner, "model_type", None)
+        )
+        if inner_type == self.model_type:
+            raise ConfigError(
+                f"text_config.model_type: {self.model_type!r} must be the language model's type, as 'gpt2'"
+            )
         super().__post_init__(**kwargs)
         assert isinstance(self.text_config, PreTrainedConfig)
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
@@ -146,6 +157,11 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() and (not (folder / "config.json").is_file() or (folder / EXPORT_FILE).is_file()):
             return cls._of_run(folder, allow_pickle, **kwargs)
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{folder}: adapter_config.json beside the merged weights of `save_pretrained` would load "
+                "another model; delete adapter_config.json"
+            )
         config = kwargs.pop("config", None) or load_config(str(folder))
         check_config(config, str(folder))
         if not isinstance(config, CoconutConfig):
@@ -206,9 +222,13 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, set up for `generate`: a batch is padded on the left."""
+        """The tokenizer, set up for `generate`: a batch is padded on the left.
+
+        The text of a special token stays text, as in training data.
+        """
         tokenizer: Any = copy.deepcopy(self.vocabulary.tokenizer)
         tokenizer.padding_side = "left"
+        tokenizer.split_special_tokens = True
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -229,20 +249,28 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        in_generate: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] of token ids [B, T]; latent tokens are replaced by thoughts.
 
         `labels` (-100: none) are unshifted, and the loss is their mean, as in transformers.
-        `add_latents` puts latent slots behind a prompt.  Given a cache, a prompt with latents has logits for
-        its last column only.  Raises ValueError if the latents of two rows begin in different columns.
+        `position_ids`: default those of the mask.  `add_latents` puts latent slots behind a prompt.  Given a
+        cache, a prompt with latents has logits for its last column only.  `in_generate`: latent tokens behind
+        cached columns are generated text, and lengths are checked already.
+        Raises ValueError for latents that begin in different columns or come behind cached columns, and for
+        columns beyond the model's positions.
         """
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
-        positions_BT = (attention_mask.cumsum(1) - 1)[:, past:].clamp(min=0)
+        positions_BT = self._positions(input_ids, attention_mask[:, past:], attention_mask, position_ids)
+        if not in_generate:
+            self._refuse_columns(input_ids, attention_mask[:, past:], positions_BT, past)
         batch = None if past else self._batch(input_ids, attention_mask, positions_BT, labels)
         if batch is not None and batch.num_latents:
+            if isinstance(past_key_values, StaticCache):
+                raise ValueError("past_key_values: latents need a cache that grows; use DynamicCache()")
             if past_key_values is None:
                 hidden_BTD = self.model.hidden_states(batch)
             else:
@@ -253,8 +281,6 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
             return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        if self.model.num_positions is not None:  # finished rows of `generate` may run past the end
-            positions_BT = positions_BT.clamp(max=self.model.num_positions - 1)
         return self.model.causal_lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -265,6 +291,44 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _positions(
+        self, ids_BT: Tensor, real_BT: Tensor, mask_BT: Tensor, position_ids: Tensor | None
+    ) -> Tensor:
+        """The given positions or those of the mask, of the columns `real_BT` that follow the cached ones."""
+        if position_ids is None:
+            return (mask_BT.cumsum(1) - 1)[:, -real_BT.shape[1] :].clamp(min=0)
+        if position_ids.shape[-1] != ids_BT.shape[1] or position_ids.dim() > 2:
+            raise ValueError(
+                f"position_ids has the shape {[*position_ids.shape]}, and input_ids {[*ids_BT.shape]}: give "
+                "one position per token, or leave position_ids out"
+            )
+        return position_ids.expand_as(ids_BT)
+
+    def _refuse_columns(self, ids_BT: Tensor, real_BT: Tensor, positions_BT: Tensor, past: int) -> None:
+        """Raise ValueError for positions that the model does not have and for latents behind a cache."""
+        positions_BT = positions_BT[real_BT.bool()]
+        if positions_BT.numel():
+            least, most = int(positions_BT.min()), int(positions_BT.max())
+            limit = self.model.num_positions
+            if least < 0 or (limit is not None and most >= limit):
+                raise ValueError(
+                    f"input_ids: positions {least} to {most}, and the model has positions 0 to "
+                    f"{'any' if limit is None else limit - 1}; shorten the rows"
+                )
+        if past and bool((ids_BT == self.config.latent_token_id).any()):
+            raise ValueError(
+                f"input_ids has latent tokens behind {past} cached columns, and thoughts need the hidden "
+                "states of all columns; give the prompt with its latents in one call"
+            )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The inputs of one pass of `generate`: finished rows may run past the model's last position."""
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        inputs = prepare(*args, **kwargs)
+        if self.model.num_positions is not None and inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"].clamp(max=self.model.num_positions - 1)
+        return inputs | {"in_generate": True}
 
     def _batch(
         self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor | None
@@ -289,7 +353,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
         input_ids, attention_mask: [B, T] -> [B, T + num_latents + 2].  Default: as many latents as the model
         was trained with at last.  Ids with a start token and methods without latents stay unchanged.
-        Raises ValueError for prompts padded on the right.
+        Raises ValueError for prompts padded on the right, and if only some rows have a start token.
         """
         trained = self.trained.with_latents(num_latents)
         if attention_mask is None:
@@ -301,7 +365,14 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
                 "the prompts are padded on the right; use model.tokenizer, or padding_side='left'"
             )
         ids = self.config
-        if not trained.experiment.method.has_latents or bool((input_ids == ids.start_token_id).any()):
+        has_start = (input_ids == ids.start_token_id).any(1).tolist()
+        if any(has_start) and not all(has_start):
+            raise ValueError(
+                f"input_ids: row {has_start.index(True)} has the token {START} and row "
+                f"{has_start.index(False)} has not; tokenize text with model.tokenizer, which keeps special "
+                "tokens in a text as text, or add the latents to all rows"
+            )
+        if not trained.experiment.method.has_latents or all(has_start):
             return input_ids, attention_mask
         slots = [ids.start_token_id, *[ids.latent_token_id] * trained.stage.num_latents, ids.end_token_id]
         slots_BK = torch.tensor(slots, device=input_ids.device).expand(len(input_ids), -1)
@@ -325,7 +396,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         Latents are inserted behind each prompt for the model and are not part of the returned ids; `forward`
         and processors see them.  `num_latents`: default as many as the model was trained with at last.
         Every option of transformers is taken; by default answers are greedy, up to the length of the run's
-        evaluation.  A row also ends when its positions are used up.  Raises DataError for a longer prompt.
+        evaluation.  A row also ends when its positions are used up.
+        Raises DataError for a longer prompt, and ValueError for options that do not work with latents.
         """
         prompts_BT = inputs if input_ids is None else input_ids
         if prompts_BT is None:
@@ -334,8 +406,9 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             if (length := kwargs.pop(total, None)) is not None:  # counted without latents
                 kwargs.setdefault(new, max(length - prompts_BT.shape[1], 0))
         ids_BT, mask_BT = self.add_latents(prompts_BT, attention_mask, num_latents)
-        lengths = mask_BT.sum(1).tolist()
-        refuse_long_prompts(lengths, self.model.num_positions, "prompt")
+        refuse_long_prompts(mask_BT.sum(1).tolist(), self.model.num_positions, "prompt")
+        if bool((ids_BT == self.config.latent_token_id).any()):
+            _refuse_options(vars(generation_config or self.generation_config) | kwargs)
         stop = StoppingCriteriaList(stopping_criteria or [])
         if self.model.num_positions is not None:
             stop.append(PositionsUsed(self.model.num_positions, mask_BT))
@@ -429,6 +502,19 @@ class PositionsUsed(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         rows = len(input_ids) // len(self.last_column_B)
         return input_ids.shape[1] >= self.last_column_B.repeat_interleave(rows)
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of `generate` that would read latents as text, or fail."""
+    if (cache := options.get("cache_implementation")) not in CACHES:
+        raise ValueError(f"cache_implementation {cache!r} does not work with latents; leave it out")
+    for name in ("prefill_chunk_size", "assistant_model"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} does not work with latents; leave it out")
+    if (given := options.get("past_key_values")) is not None and (
+        isinstance(given, StaticCache) or given.get_seq_length()
+    ):
+        raise ValueError("past_key_values: a prompt with latents needs an empty DynamicCache(), or none")
 
 
 def _best_device() -> str:

@@ -110,17 +110,20 @@ class Trained:
         if self.stage.num_latents + 2 >= num_positions:
             raise ConfigError(
                 f"{self.name}: {self.stage.num_latents} latents do not fit the model's "
-                f"{num_positions} positions; set fewer with --latents"
+                f"{num_positions} positions; set fewer: num_latents of its stage, or --latents of a command"
             )
 
-    def with_latents(self, num_latents: int | None) -> "Trained":
-        """A copy with another number of latent slots.  Raises ConfigError if the method has no latents."""
+    def with_latents(self, num_latents: int | None, name: str = "num_latents") -> "Trained":
+        """A copy with another number of latent slots; `name`: what messages call that number.
+
+        Raises ConfigError if the method has no latents.
+        """
         if num_latents is None:
             return self
         if num_latents < 0:
-            raise ConfigError(f"--latents {num_latents}: must be 0 or more")
+            raise ConfigError(f"{name} {num_latents}: must be 0 or more")
         if num_latents and not self.experiment.method.has_latents:
-            raise ConfigError(f"--latents {num_latents}: the method {self.experiment.method} has no latents")
+            raise ConfigError(f"{name} {num_latents}: the method {self.experiment.method} has no latents")
         experiment = replace(self.experiment, pad_latent_to_max=True)
         return replace(self, experiment=experiment, stage=replace(self.stage, num_latents=num_latents))
 
@@ -162,12 +165,13 @@ def find_trained(
     if "stage" not in allow:
         for trained in models:
             _refuse_other_stage(trained)
-    models = [trained.with_latents(num_latents) for trained in models]
+    models = [trained.with_latents(num_latents, "--latents") for trained in models]
     for trained in models:
         if num_latents is None and trained.stage.num_latents > MAX_LATENTS:
             raise ConfigError(
                 f"{trained.name}: its stage has {trained.stage.num_latents} latents, more than "
-                f"{MAX_LATENTS}; if this is intended, use --latents {trained.stage.num_latents}"
+                f"{MAX_LATENTS}; if this is intended, use a command with "
+                f"--latents {trained.stage.num_latents}"
             )
     return models
 

@@ -1,5 +1,7 @@
 """Jinja templates of the HTML pages, which escape every value, and of the model card."""
 
+import re
+from html import escape
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -13,13 +15,20 @@ ENVIRONMENT = Environment(
     keep_trailing_newline=True,
 )
 
+MARKDOWN = re.compile(r"[\\|\[\]]")
+
 
 def one_line(value: object) -> str:
-    """A value as one line of Markdown, so that it cannot add lines to a table or a list."""
-    return " ".join(str(value).split()).replace("`", "'").replace("|", r"\|")
+    """A value as one line of Markdown text: it adds no lines, cells, HTML, images or links but bare URLs."""
+    return MARKDOWN.sub(r"\\\g<0>", escape(" ".join(str(value).replace("`", "'").split()), quote=False))
 
 
-ENVIRONMENT.filters["line"] = one_line
+def code_span(value: object) -> str:
+    """A value between backticks, as one line; backslashes have no meaning there."""
+    return escape(" ".join(str(value).replace("`", "'").split()), quote=False)
+
+
+ENVIRONMENT.filters |= {"line": one_line, "code": code_span}
 
 
 def render(template: str, **values: Any) -> str:

@@ -6,8 +6,10 @@ Shapes: B rows, T columns, V vocabulary.
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +17,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     LogitsProcessor,
     Qwen2Config,
+    StaticCache,
     pipeline,
 )
 
 from coconut_ds import CoconutForCausalLM
 from coconut_ds.__main__ import main
 from coconut_ds.data.batching import collate
-from coconut_ds.data.tokenizer import load_vocabulary
+from coconut_ds.data.tokenizer import END, LATENT, START, load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError, DataError
 from coconut_ds.evaluation.pretrained import CoconutConfig
 from tests.run_folders import make_run
@@ -323,6 +328,196 @@ def test_wrong_use(model, runs, tmp_path):
         CoconutForCausalLM.from_pretrained("missing")
     with pytest.raises(ConfigError, match="holds a gpt2 model without a thought"):
         CoconutForCausalLM.from_pretrained(runs["full"] / "checkpoint_4" / "model")
+
+
+@pytest.mark.parametrize("split", [3, -3, -2])
+def test_latents_behind_a_cache_are_refused(model, split):
+    ids, mask = model.add_latents(**prompts(model))
+    cache = DynamicCache()
+    model.model.causal_lm(ids[:, :split], attention_mask=mask[:, :split], past_key_values=cache)
+    with pytest.raises(ValueError, match="latent tokens behind .* cached columns.*in one call"):
+        model(ids[:, split:], mask, past_key_values=cache)
+
+
+def test_a_prompt_in_two_parts_behind_its_latents_has_the_same_logits(model):
+    ids, mask = model.add_latents(**prompts(model))
+    expected = model(ids, mask).logits[:, -1]
+    cache = DynamicCache()
+    model(ids[:, :-1], mask[:, :-1], past_key_values=cache)
+    torch.testing.assert_close(model(ids[:, -1:], mask, past_key_values=cache).logits[:, -1], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_chunk_size": 4},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "paged"},
+        {"assistant_model": torch.nn.Identity()},
+        {"generation_config": GenerationConfig(prefill_chunk_size=4)},
+    ],
+)
+def test_options_that_would_misread_latents_are_refused(model, options):
+    name = next(iter(options)).replace("generation_config", "prefill_chunk_size")
+    with pytest.raises(ValueError, match=f"{name}.* not work with latents; leave it out"):
+        model.generate(**prompts(model), **options)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_prompt_lookup_gives_the_same_tokens(model, question):
+    inputs = prompts(model, [question])
+    greedy = model.generate(**inputs, max_new_tokens=20)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, prompt_lookup_num_tokens=2), greedy)
+
+
+def test_caches_of_the_caller(model):
+    inputs = prompts(model)
+    expected = model.generate(**inputs)
+    cache = DynamicCache()
+    assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
+    with pytest.raises(ValueError, match="needs an empty DynamicCache"):
+        model.generate(**inputs, past_key_values=cache)
+    static = StaticCache(config=model.model.causal_lm.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="cache that grows"):
+        model(*model.add_latents(**inputs), past_key_values=static)
+
+
+def test_chunks_without_latents_give_the_same_tokens(runs):
+    model = CoconutForCausalLM.from_pretrained(runs["no_cot"])
+    inputs = prompts(model)
+    assert torch.equal(model.generate(**inputs, prefill_chunk_size=4), model.generate(**inputs))
+
+
+def test_generated_latent_tokens_are_text(model):
+    class Latents(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            latent = torch.tensor([model.vocabulary.latent_id] * len(scores))
+            return torch.nn.functional.one_hot(latent, scores.shape[1]).float()
+
+    inputs = prompts(model)
+    ids = model.generate(**inputs, logits_processor=[Latents()], max_new_tokens=3)
+    assert (ids[:, inputs.input_ids.shape[1] :] == model.vocabulary.latent_id).all()
+
+
+@pytest.mark.parametrize("text", [START, LATENT, END])
+def test_a_special_token_in_a_question_is_text(model, text):
+    questions = [QUESTIONS[0], f"1+{text}1=?", QUESTIONS[2]]
+    inputs = prompts(model, questions)
+    for row, sample in zip(inputs.input_ids, model.samples(questions), strict=True):
+        question = sample.tokens[: sample.first_latent - 1]
+        assert row.tolist()[-len(question) :] == list(question)
+    ids = model.generate(**inputs)
+    assert answers_of(model, ids, inputs.input_ids.shape[1]) == evaluated(model, questions)
+
+
+def test_only_some_rows_with_a_start_token_are_refused(model):
+    ids = torch.tensor([[1, 2, 3], [1, model.vocabulary.start_id, 3]])
+    with pytest.raises(ValueError, match=r"row 1 has the token <\|start-latent\|> and row 0 has not"):
+        model.generate(ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("latents", [True, False])
+def test_columns_beyond_the_positions_are_refused(model, latents):
+    ids = torch.ones(1, 120, dtype=torch.long)
+    ids, mask = model.add_latents(ids) if latents else (ids, torch.ones_like(ids))
+    room = 128 - ids.shape[1]
+    fits = torch.nn.functional.pad(ids, (0, room), value=1)
+    assert model(fits).logits.shape[1] == 128
+    with pytest.raises(ValueError, match="positions 0 to 128, and the model has positions 0 to 127"):
+        model(torch.nn.functional.pad(fits, (0, 1), value=1))
+    padded = torch.nn.functional.pad(fits, (50, 0), value=1)
+    attention = torch.nn.functional.pad(torch.ones_like(fits), (50, 0))
+    torch.testing.assert_close(model(padded, attention).logits[:, -1], model(fits).logits[:, -1])
+
+
+@pytest.mark.parametrize("latents", [0, None])
+def test_position_ids_are_used(model, latents):
+    ids, mask = model.add_latents(**prompts(model, QUESTIONS[:1]), num_latents=latents)
+    positions = mask.cumsum(1) - 1
+    plain, moved = model(ids, position_ids=positions).logits, model(ids, position_ids=positions + 5).logits
+    assert torch.equal(plain, model(ids).logits)
+    padded = torch.nn.functional.pad(ids, (5, 0))
+    attended = model(padded, torch.nn.functional.pad(mask, (5, 0)),
+                     position_ids=torch.arange(padded.shape[1])[None])  # fmt: skip
+    torch.testing.assert_close(attended.logits[:, 5:], moved)
+    assert not torch.allclose(plain, moved, atol=1e-3)
+    for wrong, message in (
+        (positions + 120, "the model has positions"),
+        (positions - 1, "the model has positions"),
+        (positions[:, 1:], "one position per token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, position_ids=wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cards_usage_runs(runs, kind, tmp_path, capsys):
+    assert main(["export", str(runs[kind]), "--output", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    card = (tmp_path / "out/README.md").read_text()
+    (usage,) = re.findall(r"```python\n(import coconut_ds\n.*?)```", card, re.S)
+    exec(usage.replace("THIS_FOLDER", str(tmp_path / "out")), {})
+    expected = CoconutForCausalLM.from_pretrained(runs[kind]).answer_questions("3+4+2+7=?")
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize("change", ["coconut", "adapter"])
+def test_folders_that_hold_two_models_are_refused(model, tmp_path, change):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if change == "coconut":
+        config["text_config"]["model_type"] = "coconut"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    else:
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
+    message = {"coconut": "text_config.model_type: 'coconut' must be", "adapter": "delete adapter_config"}
+    with pytest.raises(ConfigError, match=message[change]):
+        CoconutForCausalLM.from_pretrained(tmp_path)
+    if change == "coconut":
+        with pytest.raises(ConfigError, match=message[change]):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "<script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "[x\\](javascript:alert(1))",
+    "<javascript:alert(1)>",
+    "![x](http://example.com/x.png)",
+    "&#91;x](javascript:alert(1))",
+    "`<b>`",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_of_a_data_card_are_no_html_and_no_links(tiny_experiment, tmp_path, text):
+    markdown = pytest.importorskip("markdown_it")
+    fields = ("name", "source", "licence", "split_rule", "notes")
+    (tmp_path / "d.card.json").write_text(json.dumps({field: f"a {text} b" for field in fields}))
+    (tmp_path / "d_train.json").write_text(Path(tiny_experiment["train_path"]).read_text())
+    run = make_run(tiny_experiment, tmp_path, train_path=str(tmp_path / "d_train.json"))
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text().split("---\n", 2)[2]
+    parser = markdown.MarkdownIt("commonmark").enable("table")
+    parser.validateLink = lambda url: True  # by default javascript: is no link
+    tokens = parser.parse(card)
+    inline = [child for token in tokens for child in token.children or ()]
+    kinds = {token.type for token in [*tokens, *inline]}
+    assert not kinds & {"html_block", "html_inline", "link_open", "image"}
+    shown = "".join(child.content for child in inline)
+    assert shown.count(f"a {text} b".replace("`", "'")) >= 4  # in the name, which is code, `<` is `&lt;`
+
+
+@pytest.mark.parametrize("kind, number", [("full", -1), ("no_cot", 2)])
+def test_messages_of_calls_name_the_argument(runs, kind, number):
+    model = CoconutForCausalLM.from_pretrained(runs[kind])
+    for call in (
+        lambda: model.generate(**prompts(model), num_latents=number),
+        lambda: model.answer_questions(QUESTIONS, num_latents=number),
+    ):
+        with pytest.raises(ConfigError, match=f"^num_latents {number}: "):
+            call()
 
 
 class Payload:

@@ -214,11 +214,17 @@ def run_folder_of(path: str | Path) -> Path | None:
 def from_start(value: str, recorded_in: str | Path) -> str:
     """A path that a file of a run folder records.  A relative one counts from where the run was started.
 
-    If it does not exist there, it counts from the working folder, as before a run folder was moved.  A name
-    that exists nowhere stays as it is, since it may be an id of the hub, unless it has a file ending.
+    A run folder that was moved or copied with its surroundings counts from its present place first.  If the
+    path exists in neither place, it counts from the working folder.  A name that exists nowhere stays as it
+    is, since it may be an id of the hub, unless it has a file ending.
     """
     start = _start_folder(Path(recorded_in))
-    if start is None or os.path.isabs(value) or start == Path.cwd():
+    if start is None or os.path.isabs(value):
+        return value
+    present = _present_start(Path(recorded_in))
+    if present not in (None, start) and _exists(present / value):
+        start = present
+    if start == Path.cwd():
         return value
     there = start / value
     if _exists(there) or (there.suffix and not _exists(Path(value))):
@@ -226,16 +232,38 @@ def from_start(value: str, recorded_in: str | Path) -> str:
     return value
 
 
+def _started_run(path: Path) -> Path | None:
+    """The run folder that `path` belongs to, by its record of the start."""
+    folders = [Path(os.path.abspath(path)), *Path(os.path.abspath(path)).parents][:4]
+    return next((folder for folder in folders if (folder / ENVIRONMENT).is_file()), None)
+
+
 def _start_folder(path: Path) -> Path | None:
     """The working folder of the newest start of the run that `path` belongs to, if it is recorded."""
-    for folder in [Path(os.path.abspath(path)), *Path(os.path.abspath(path)).parents][:4]:
-        if (folder / ENVIRONMENT).is_file():
-            try:
-                start = Path(read_json(folder / ENVIRONMENT)["folder"])
-            except (OSError, ValueError, TypeError, KeyError):
-                return None
-            return start if start.is_absolute() else None
-    return None
+    folder = _started_run(path)
+    if folder is None:
+        return None
+    try:
+        start = Path(read_json(folder / ENVIRONMENT)["folder"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return start if start.is_absolute() else None
+
+
+def _present_start(path: Path) -> Path | None:
+    """The folder that `save_path` and `name` of a run count from at its present place, if they fit it."""
+    folder = _started_run(path)
+    assert folder is not None
+    try:
+        text = read_bytes(folder / "experiment.yaml", 1 << 17).decode("utf-8", errors="replace")
+    except (OSError, ValueError):
+        return None
+    # As training writes it: one line.  `config` reads the file properly, and stands on this module.
+    match = re.search(r"^save_path: *['\"]?([^'\"\n]+?)['\"]? *$", text, re.MULTILINE)
+    parts = Path(match[1]).parts if match else ("..",)
+    if os.path.isabs(parts[0]) or ".." in parts or folder.parent.parts[-len(parts) :] != parts:
+        return None
+    return folder.parents[len(parts)]
 
 
 def _exists(path: Path) -> bool:

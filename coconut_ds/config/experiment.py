@@ -8,6 +8,7 @@ paths exist is not checked here.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -158,6 +159,19 @@ def load_with_notes(
     return experiment, [f"{path}: {note}" for note in notes]
 
 
+def _in_its_folder(experiment: Experiment, path: str | Path, overrides: Sequence[str]) -> Experiment:
+    """A run folder that is not where its settings say was moved or copied: it keeps writing to itself."""
+    folder = run_folder_of(path)
+    recorded = os.path.join(experiment.save_path, experiment.name)
+    if folder is None or folder != Path(os.path.abspath(path)).parent:
+        return experiment
+    if os.path.realpath(recorded) == os.path.realpath(folder):
+        return experiment
+    place = {"save_path": str(folder.parent), "name": folder.name}
+    chosen = parse_overrides(overrides)
+    return replace(experiment, **{key: value for key, value in place.items() if key not in chosen})
+
+
 def without_permissions(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """Settings of a received file: `allow_pickle` is taken from the command line only."""
     return replace(experiment, allow_pickle=bool(parse_overrides(overrides).get("allow_pickle", False)))
@@ -176,6 +190,8 @@ def load_named_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Ex
 def load_named_with_notes(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, list[str]]:
     """`load_named_experiment`, with the notes of `load_with_notes`."""
     experiment, notes = load_with_notes(path, overrides, at_start=True)
+    if Path(path).name == "experiment.yaml":
+        experiment = _in_its_folder(experiment, path, overrides)
     is_received = Path(path).name == "experiment.yaml" or run_folder_of(path) is not None
     return without_permissions(experiment, overrides) if is_received else experiment, notes
 
@@ -325,13 +341,19 @@ def add_overrides(parser: argparse.ArgumentParser, of: str = "of the YAML") -> N
 
 
 def add_allow_stage(parser: argparse.ArgumentParser) -> None:
-    """--allow stage, for commands that read a trained model."""
+    """--allow, for commands that read a trained model."""
+    paths = settings_with("path_to", "data", "weights")
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
-        choices=("stage",),
-        help="stage: accept another stage than the trained one",
+        choices=(
+            "stage",
+            *(key for key in settings_with("affects", "learning", "shapes") if key not in paths),
+        ),
+        metavar="stage|KEY",
+        help="stage: accept another stage than the trained one; KEY: accept another value of a setting that "
+        "the weights were trained with",
     )
 
 

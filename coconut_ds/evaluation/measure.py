@@ -61,6 +61,7 @@ class Measurement:
     notes: tuple[str, ...] = ()
     file: str = ""
     role: str = ""  # of the file (data_files.py)
+    differences: tuple[str, ...] = ()  # from the run's own settings (Trained.differences)
 
     def key(self) -> dict[str, Any]:
         """The fields that identify the lines of this measurement."""
@@ -74,6 +75,7 @@ class Measurement:
             "examples": self.evaluation.examples,
             "stage": str(self.stage),
             "grading": self.evaluation.grading,
+            "differences": list(self.differences),
         }
 
     def numbers(self) -> dict[str, Any]:
@@ -99,6 +101,11 @@ class Measurement:
         return (
             f"{self.checkpoint}  {self.data}, {self.stage}\n"
             + "".join(f"  note: {line}\n" for line in self.notes)
+            + (
+                f"  note: not the run's own result: {', '.join(self.differences)}\n"
+                if self.differences
+                else ""
+            )
             + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
             f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
@@ -215,6 +222,7 @@ def _measurements(
             notes=tuple(trained.notes),
             file=file,
             role=role,
+            differences=trained.differences(test_set.card),
         )
 
     intact = result_of(None)
@@ -251,4 +259,7 @@ def _has_key(line: str, key: Mapping[str, Any]) -> bool:
         value = parse_json(line)
     except ValueError:
         return False
-    return isinstance(value, dict) and all(value.get(name) == expected for name, expected in key.items())
+    if not isinstance(value, dict):
+        return False
+    value = {"differences": [], **value}  # missing in lines of older versions
+    return all(value.get(name) == expected for name, expected in key.items())

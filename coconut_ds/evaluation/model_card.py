@@ -14,7 +14,7 @@ from coconut_ds.files import counted
 from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
 from coconut_ds.templates import one_line, render
 
-RESULT_KEY = ("split", "file", "examples", "stage", "latents", "ablation", "grading")
+RESULT_KEY = ("split", "file", "examples", "stage", "latents", "ablation", "grading", "differences")
 ROLES = {
     OWN: "the run's own file",
     TRAINING: "**training data**",
@@ -46,7 +46,10 @@ def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | No
         base=base,
         is_adapter=is_adapter,
         weights=weights,
-        results=[_cells(line, trained) for line in newest.values()],
+        results=[
+            _cells(line, trained)
+            for line in sorted(newest.values(), key=lambda line: bool(line["differences"]))
+        ],
         card=card_for(experiment.train_path or experiment.val_path),
         peaks=peaks,
         quoted=lambda text: json.dumps(str(text)),
@@ -57,11 +60,13 @@ def _cells(line: Mapping[str, Any], trained: Trained) -> list[str]:
     """One row of the results."""
     file = Path(line["file"]).name if line.get("file") else "file not recorded"
     role = f" ({ROLES[line['role']]})" if line.get("role") in ROLES else ""
+    otherwise = f"; **{one_line(', '.join(line['differences']))}**" if line["differences"] else ""
     stage = line.get("stage", "not recorded")
     if "stage" in line and trained.trained_at not in (None, Stage.parse(stage)):
         stage = f"{stage} (trained at: {trained.trained_at})"
     return [
-        f"{one_line(line['split'])}, {one_line(file)}{role}, {counted(line['num_items'], 'item')}",
+        f"{one_line(line['split'])}, {one_line(file)}{role}, {counted(line['num_items'], 'item')}"
+        + otherwise,
         one_line(stage),
         str(line["latents"]) + ("" if line["ablation"] == "intact" else f", {one_line(line['ablation'])}"),
         line.get("grading", "not recorded"),

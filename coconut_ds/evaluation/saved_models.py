@@ -25,14 +25,14 @@ from coconut_ds.config.experiment import (
     validate_experiment,
     without_permissions,
 )
-from coconut_ds.config.schema import read_json
+from coconut_ds.config.schema import affects, read_json, settings_with, shown
 from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage
-from coconut_ds.data.problems import card_for
+from coconut_ds.data.problems import Card, card_for
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation.data_files import DataFiles
-from coconut_ds.evaluation.evaluate import max_new_tokens
-from coconut_ds.files import EXPORT_FILE, run_folder_of
+from coconut_ds.evaluation.evaluate import grading_of, max_new_tokens
+from coconut_ds.files import EXPORT_FILE, counted, run_folder_of
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import build_module
 from coconut_ds.runs.checkpoint_folders import (
@@ -90,6 +90,7 @@ class Trained:
     trained_at: Stage | None = None  # from its manifest, if there is one
     note: str | None = None  # a caveat about the selected checkpoint
     files: DataFiles = DataFiles()  # of its own settings
+    own: Experiment | None = None  # its own settings, without the overrides of a command
 
     @property
     def notes(self) -> list[str]:
@@ -98,6 +99,28 @@ class Trained:
         if self.trained_at not in (None, self.stage):
             lines.append(f"at another stage ({self.stage}) than it was trained at ({self.trained_at})")
         return lines
+
+    def differences(self, card: Card) -> tuple[str, ...]:
+        """How a measurement differs from the run's own: 'max_new_tokens 1 instead of 64', '0 latents ...'.
+
+        `card`: of the measured file, which has the values of settings that are None.  The files themselves
+        are not compared: results record them.
+        """
+        resolved = {"max_new_tokens": max_new_tokens, "grading": grading_of}
+        texts = []
+        for key, own, used in changed_settings(self.own, self.experiment) if self.own else ():
+            if key in resolved and self.own is not None:
+                own, used = resolved[key](self.own, card), resolved[key](self.experiment, card)
+            if own != used:
+                texts.append(f"{key} {_text(used)} instead of {_text(own)}")
+        if self.trained_at is not None and self.stage != self.trained_at:
+            latents = self.trained_at.num_latents
+            texts.append(
+                f"{counted(self.stage.num_latents, 'latent')} instead of {latents}"
+                if replace(self.stage, num_latents=latents) == self.trained_at
+                else f"stage '{self.stage}' instead of '{self.trained_at}'"
+            )
+        return tuple(texts)
 
     def build(self, vocabulary: Vocabulary, latent_memory: LatentMemory = READING) -> Coconut:
         """The model in fp32 on the CPU, in evaluation mode.  Raises ConfigError and CheckpointError."""
@@ -138,7 +161,8 @@ def find_trained(
     """The models that a command line selects, one for each of `checkpoints` of a run folder.
 
     `checkpoints`: names, 'latest' (default), 'best', 'best_stage_2' or 'all'.  `allow`: with 'stage', the
-    settings may select another stage than the checkpoint was trained at.
+    settings may select another stage than the checkpoint was trained at; with a setting, `overrides` may
+    change that setting although the weights were trained with another value.
     Raises ConfigError and CheckpointError.
     """
     path = Path(target)
@@ -162,9 +186,12 @@ def find_trained(
             if path.is_dir()
             else _from_yaml(path, overrides)
         ]
-    if "stage" not in allow:
-        for trained in models:
-            _refuse_other_stage(trained)
+    for trained in models:
+        # --set on a YAML is an edit of it.
+        refused = _refused_settings(trained, allow) if path.is_dir() else []
+        refused += [] if "stage" in allow else _refused_stage(trained)
+        if refused:
+            raise ConfigError("\n".join(refused))
     models = [trained.with_latents(num_latents, "--latents") for trained in models]
     for trained in models:
         if num_latents is None and trained.stage.num_latents > MAX_LATENTS:
@@ -192,14 +219,43 @@ def find_one(
     return trained
 
 
-def _refuse_other_stage(trained: Trained) -> None:
+def changed_settings(own: Experiment, used: Experiment) -> list[tuple[str, Any, Any]]:
+    """(key, own value, used value) of the settings that change what a measurement means, without data files.
+
+    `eval_max_items` is left out: results record which examples they are of.
+    """
+    values, left_out = asdict(used), {*settings_with("path_to", "data"), "eval_max_items"}
+    return [
+        (key, value, values[key])
+        for key, value in asdict(own).items()
+        if value != values[key] and affects(key) != "running" and key not in left_out
+    ]
+
+
+def _text(value: object) -> str:
+    return shown(list(value) if isinstance(value, tuple) else value).strip("'")
+
+
+def _refused_settings(trained: Trained, allow: Collection[str]) -> list[str]:
+    """An error for each setting that the weights were trained with and that an override changes."""
+    paths = settings_with("path_to", "weights")
+    changed = changed_settings(trained.own, trained.experiment) if trained.own else []
+    return [
+        f"--set {key}={_text(used)}: {trained.name} was trained with {key} {_text(own)}; leave it out, or "
+        f"add --allow {key} if this is intended (results will say so)"
+        for key, own, used in changed
+        if affects(key) != "accuracy" and key not in (*paths, *allow)
+    ]
+
+
+def _refused_stage(trained: Trained) -> list[str]:
     if trained.trained_at in (None, trained.stage):
-        return
-    raise ConfigError(
+        return []
+    return [
         f"{trained.name} was trained at another stage ({trained.trained_at}) than the settings select "
         f"({trained.stage}). Evaluate its run folder instead, fix the curriculum or 'resume', or use "
         "--allow stage if this is intended"
-    )
+    ]
 
 
 def ds_config_of(folder: Path) -> DeepSpeedConfig:
@@ -241,7 +297,13 @@ def _in_run_folder(folder: Path, checkpoints: Sequence[str], overrides: Sequence
         at_checkpoint = replace(experiment, model_id=model_id, load_model_path=str(folder / name))
         note = misleading if name == best else None
         files = DataFiles.of(own, manifest.settings)
-        models.append(Trained(at_checkpoint, stage, name, folder, stage_of(manifest), note, files))
+        same_weights = replace(
+            own, model_id=model_id if experiment.tuning == "full" else own.model_id,
+            load_model_path=at_checkpoint.load_model_path,
+        )  # fmt: skip
+        models.append(
+            Trained(at_checkpoint, stage, name, folder, stage_of(manifest), note, files, same_weights)
+        )
     return models
 
 
@@ -269,7 +331,17 @@ def _from_yaml(path: Path, overrides: Sequence[str]) -> Trained:
     trained_at = stage_of(manifest) if manifest else _exported_stage(Path(name))
     note = misleading_best(Path(name)) if trained_at else None
     files = DataFiles.of(experiment, manifest.settings if manifest else None)
-    return Trained(experiment, final_stage(experiment), name, folder, trained_at, note, files)
+    own = _own_settings(folder, experiment)
+    return Trained(experiment, final_stage(experiment), name, folder, trained_at, note, files, own)
+
+
+def _own_settings(folder: Path, experiment: Experiment) -> Experiment:
+    """`experiment` with the settings by which the run in `folder` measures, if there is a run."""
+    if not (folder / "experiment.yaml").is_file():
+        return experiment
+    own = load_run_experiment(folder)
+    chosen = (*settings_with("path_to", "weights"), "resume")  # results record weights and stage
+    return replace(own, **{key: getattr(experiment, key) for key in chosen})
 
 
 def _manifest_of(weights: Path) -> Manifest | None:
@@ -294,7 +366,8 @@ def described_model(values: Mapping[str, Any], folder: Path, overrides: Sequence
     experiment = without_permissions(experiment, overrides)
     stage = Stage(**values["stage"])
     own = validate_experiment(settings, str(folder / EXPORT_FILE))
-    return Trained(experiment, stage, str(folder), folder, trained_at=stage, files=DataFiles.of(own))
+    files = DataFiles.of(own)
+    return Trained(experiment, stage, str(folder), folder, trained_at=stage, files=files, own=own)
 
 
 def portable_settings(trained: Trained, merged: bool) -> dict[str, Any]:

@@ -100,6 +100,9 @@ def _match(ours: Sequence[Answers], theirs: Sequence[Answers]) -> tuple[Answers,
 
 def _why_not(ours: Answers, theirs: Answers) -> str:
     """Why two results do not compare example by example; "" if they do."""
+    if texts := (*ours.differences, *theirs.differences):
+        words = ", ".join(dict.fromkeys(texts))
+        return f"not measured by the run's own settings ({words}); run `eval` without these changes"
     if ours.grading != theirs.grading:
         return f"graded by different rules ({ours.grading}, {theirs.grading})"
     if ours.examples and theirs.examples:

@@ -66,6 +66,7 @@ class Answers:
     checkpoint: str
     correct: dict[int, bool]  # by index
     expected: dict[int, str]
+    differences: tuple[str, ...] = ()  # from the run's own settings
 
     def __str__(self) -> str:
         file = f" {Path(self.file).name}" if self.file not in ("", self.split) else ""
@@ -209,24 +210,32 @@ class RunRecord:
     def answers(self) -> list[Answers]:
         """The answers of the intact model from `eval`; of one set of examples only the newest.
 
-        Ordered by split (test, validation, others), then the newest first.
+        Ordered by how they were measured (by the run's own settings first), then by split (test, validation,
+        others), then the newest first.
         """
-        newest: dict[tuple[str, str, str], tuple[tuple[str, int], Answers]] = {}
+        newest: dict[tuple[Any, ...], tuple[tuple[str, int], Answers]] = {}
         for line in prediction_lines(self.folder / PREDICTIONS):
             if line.get("ablation", "intact") != "intact":
                 continue
             texts = [value if isinstance(value := line.get(k), str) else "" for k in ("examples", "file")]
             grading = line["grading"] if line.get("grading") in GRADINGS else ""
-            key, measurement = (line["split"], texts[0], grading), (line["checkpoint"], line["latents"])
+            key = (line["split"], texts[0], grading, line["differences"])
+            measurement = (line["checkpoint"], line["latents"])
             if newest.get(key, (None,))[0] != measurement:
                 newest.pop(key, None)  # the newest comes last
-                newest[key] = measurement, Answers(*key[:2], texts[1], grading, line["checkpoint"], {}, {})
+                answers = Answers(
+                    *key[:2], texts[1], grading, line["checkpoint"], {}, {}, line["differences"]
+                )
+                newest[key] = measurement, answers
             answers = newest[key][1]
             answers.correct[line["index"]] = line["correct"]
             if isinstance(line.get("expected"), str):
                 answers.expected[line["index"]] = line["expected"]
         found = [answers for _, answers in reversed(newest.values())]
-        return sorted(found, key=lambda answers: [answers.split != split for split in SPLITS])
+        return sorted(
+            found,
+            key=lambda answers: [bool(answers.differences), *(answers.split != split for split in SPLITS)],
+        )
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -269,7 +278,7 @@ def verdicts(run: RunRecord) -> list[str]:
 
 def _not_above_chance(run: RunRecord) -> str | None:
     line = run.stages[-1].line if run.stages else None
-    if line is None or "chance" not in line or not line["num_items"]:
+    if line is None or not 0 <= line.get("chance", -1) <= 1 or not line["num_items"]:
         return None
     low, _ = wilson_interval(line["num_correct"], line["num_items"])
     if low > line["chance"] or line["accuracy"] == 1:  # nothing is left to learn
@@ -293,6 +302,7 @@ def _decline(run: RunRecord) -> str | None:
     if accuracy_before <= wilson_interval(last.line["num_correct"], last.line["num_items"])[1]:
         return None
     chance = last.line.get("chance", 0.0)
+    chance = chance if 0 <= chance <= 1 else 0.0
     kept = (accuracy - chance) / max(accuracy_before - chance, 1e-9)
     what = "was not learned" if kept < 0.5 else "is less accurate than the stage before"
     epochs = counted(sum(run.stage_of(line) == last.stage for line in run.of("valid")), "epoch")

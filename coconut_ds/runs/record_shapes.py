@@ -21,7 +21,7 @@ MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
 # Required numbers in metrics.jsonl, by kind of line.  A loss may be NaN.
 REQUIRED = {"train": ("epoch", "time", "loss"), "valid": MEASURED, "test": MEASURED, "memory": ("epoch",)}
 MEASURED_ON = ("file", "role", "examples", "stage")  # texts; lines of older versions have none of them
-OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr")
+OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr", "chance")
 
 NUMBER = {"type": "number", "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
 COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
@@ -170,7 +170,8 @@ def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
             for name in MEASURED_ON:
                 if not isinstance(line.get(name), str):
                     line.pop(name, None)
-            yield line
+            if _has_differences(line):
+                yield line
 
 
 def prediction_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -178,8 +179,17 @@ def prediction_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in json_lines(path):
         names = all(isinstance(line.get(name), str) for name in ("checkpoint", "split"))
         numbers = all(type(line.get(name)) is int for name in ("index", "latents"))
-        if names and numbers and isinstance(line.get("correct"), bool):
+        if names and numbers and isinstance(line.get("correct"), bool) and _has_differences(line):
             yield line
+
+
+def _has_differences(line: dict[str, Any]) -> bool:
+    """Whether `differences` is a list of texts; it becomes a tuple, empty for lines of older versions."""
+    texts = line.get("differences", [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return False
+    line["differences"] = tuple(texts)
+    return True
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import pytest
+import yaml
 
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import load_named_experiment
@@ -12,6 +14,7 @@ from coconut_ds.evaluation.measure import split_path
 from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.files import from_start
 from coconut_ds.reports.run_records import read_run
+from coconut_ds.runs.run_folder import run_folder
 from tests.run_folders import make_run
 
 
@@ -64,6 +67,36 @@ def test_a_run_is_resumed_from_another_folder(started, tmp_path, monkeypatch):
     assert experiment.load_model_path == f"{started}/runs/cot/best_stage_0"
     monkeypatch.chdir(started)
     assert load_named_experiment("runs/lora/experiment.yaml").model_id == "model"
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("place", ["runs/lora", "elsewhere", "runs/renamed"])
+def test_a_copied_run_writes_to_its_own_folder(started, tmp_path, monkeypatch, place, absolute):
+    """`cp -r w1/. w2/; cd w2; train runs/lora/experiment.yaml`; or the run folder alone, under any name."""
+    copy = tmp_path / place
+    shutil.copytree(started / "runs" / "lora", copy)
+    for name in ("data", "model"):
+        shutil.copytree(started / name, tmp_path / name)
+    settings = copy / "experiment.yaml"
+    if absolute:
+        settings.write_text(settings.read_text().replace("save_path: runs", f"save_path: {started}/runs"))
+    for folder in (tmp_path, started, copy):
+        monkeypatch.chdir(folder)
+        for path in (settings, os.path.relpath(settings)):
+            experiment = load_named_experiment(path)
+            assert run_folder(experiment).resolve() == copy
+            assert run_folder(load_named_experiment(path, ["name=new"])).resolve() == copy.parent / "new"
+            elsewhere = load_named_experiment(path, [f"save_path={tmp_path}/other"])
+            assert elsewhere.save_path == f"{tmp_path}/other"
+            its_own = not absolute and place.startswith("runs/")
+            root = tmp_path if its_own else started
+            assert os.path.realpath(experiment.val_path) == str(root / "data" / "arithmetic_valid.json")
+            assert os.path.realpath(experiment.model_id) == str(root / "model")
+
+
+def test_a_config_that_is_called_experiment_is_no_run_folder(tiny_experiment, tmp_path):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump({**tiny_experiment, "save_path": "/somewhere"}))
+    assert load_named_experiment(tmp_path / "experiment.yaml").save_path == "/somewhere"
 
 
 def test_the_message_names_the_file_that_was_looked_for(started, tmp_path, monkeypatch, capsys):

@@ -251,6 +251,27 @@ def test_every_row_of_the_card_says_file_stage_and_grading(tiny_experiment, tmp_
     ]  # fmt: skip
 
 
+def test_a_result_of_another_way_does_not_replace_the_own_row_of_the_card(tiny_experiment, tmp_path):
+    run = make_run(tiny_experiment, tmp_path)
+    trained = find_one(str(run))
+    result = summarize([Prediction(0, "### 1", "1", "1", True, False, 2)], 0.5, "exact")
+    own = Measurement(trained.name, "valid", trained.stage, None, result, file="v.json", role="own")
+    wrong = replace(result, num_correct=0, accuracy=0.0)
+    for texts in (("max_new_tokens 1 instead of 8",), (), ("thought fixed | b", "0 latents instead of 3")):
+        write_results(replace(own, differences=texts, evaluation=wrong if texts else result), run)
+    with open(run / "evaluations.jsonl", "a") as writer:  # a received line
+        writer.write(json.dumps({**own.numbers(), "differences": [5]}) + "\n")
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    rows = [row for row in card.splitlines() if row.startswith("| valid")]
+    assert [row.split(" item")[1].split(" | ")[0] for row in rows] == [
+        "",
+        "; **max_new_tokens 1 instead of 8**",
+        "; **thought fixed \\| b, 0 latents instead of 3**",
+    ]
+    assert ["100.0 %" in row for row in rows] == [True, False, False]
+
+
 @pytest.mark.parametrize("weights", [False, 0, ""])
 def test_a_received_base_record_is_checked(lora, tmp_path, weights):
     path = lora / "checkpoint_4" / "model" / "base.json"

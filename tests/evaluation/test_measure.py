@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import yaml
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.curriculum import ALL_STEPS, Stage
-from coconut_ds.data.problems import examples_digest, read_problems
+from coconut_ds.data.problems import card_for, examples_digest, read_problems
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation import measure
 from coconut_ds.evaluation.data_files import DataFiles
 from coconut_ds.evaluation.saved_models import ds_config_of, find_one, find_trained
 from coconut_ds.files import hash_file
+from coconut_ds.reports.run_records import read_run
 from tests.launched.start import ROOT, environment
 from tests.run_folders import make_run
 
@@ -149,6 +151,84 @@ def test_a_result_knows_its_file(run, tiny_experiment, tmp_path):
             assert trained.files.role(split, measure.split_path(trained.experiment, split)) == role, split
 
 
+WINDOW = ("thought=fixed_window", "latent_window_weights=[0.5, 0.3, 0.2]")
+
+
+@pytest.mark.parametrize(
+    "overrides, num_latents, differences",
+    [
+        ([], None, ()),
+        ([], 3, ()),
+        (["max_new_tokens=8", "batch_size_eval=2", "eval_max_items=3"], None, ()),
+        (["max_new_tokens=1"], 0, ("max_new_tokens 1 instead of 8", "0 latents instead of 3")),
+        (["max_new_tokens=null"], None, ("max_new_tokens 48 instead of 8",)),  # the data card's
+        (["grading=exact"], None, ()),  # the data card's
+        (["grading=latex"], None, ("grading latex instead of exact",)),
+        (["c_thought=2"], None, ("c_thought 2 instead of 1", "6 latents instead of 3")),
+        (
+            WINDOW,
+            None,
+            (
+                "thought fixed_window instead of last_hidden",
+                "latent_window_weights [0.5, 0.3, 0.2] instead of [0.6, 0.3, 0.1]",
+            ),
+        ),
+    ],
+)
+def test_a_measurement_says_how_it_differs_from_the_runs_own(run, overrides, num_latents, differences):
+    allow = ("stage", "c_thought", "thought", "latent_window_weights")
+    for target in (run, run / "checkpoint_4"):
+        trained = find_one(str(target), None, overrides, num_latents, allow)
+        card = replace(card_for(trained.experiment.val_path), max_new_tokens=48, grading="exact")
+        assert trained.differences(card) == differences
+
+
+@pytest.mark.parametrize(
+    "overrides, allow, refused",
+    [
+        (WINDOW, [], ["thought", "latent_window_weights"]),
+        (WINDOW, ["thought"], ["latent_window_weights"]),
+        (["seed=5"], [], ["seed"]),
+        (["c_thought=2"], ["stage"], ["c_thought"]),
+        (["max_new_tokens=1", "train_path=x.json", "batch_size_eval=1"], [], []),
+    ],
+)
+def test_settings_that_the_weights_were_trained_with_need_leave(run, overrides, allow, refused, capsys):
+    words = [word for text in overrides for word in ("--set", text)]
+    words += [word for key in allow for word in ("--allow", key)]
+    try:
+        find_trained(str(run), (), overrides, None, allow)
+        assert not refused
+    except ConfigError as error:
+        assert [line.partition("=")[0].removeprefix("--set ") for line in str(error).splitlines()] == refused
+        for command in (["eval"], ["generate", "--prompt", "1+1=?"]):
+            assert main([command[0], str(run), *command[1:], *words]) == 2
+            printed = capsys.readouterr().err
+            assert all(f"--allow {key} if this is intended" in printed for key in refused)
+
+
+def test_a_yaml_edited_beside_its_run_is_labeled(run, tmp_path):
+    values = yaml.safe_load((run / "experiment.yaml").read_text())
+    values |= {"only_eval": True, "load_model_path": str(run / "checkpoint_4"), "resume": 4}
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(values | {"max_new_tokens": 1}))
+    card = card_for(values["val_path"])
+    trained = find_one(str(tmp_path / "e.yaml"), allow=["stage"])
+    assert trained.folder == run and "max_new_tokens 1 instead of 8" in trained.differences(card)
+
+
+def test_a_result_of_another_way_does_not_replace_the_runs_own(tiny_experiment, tmp_path, capsys):
+    own = make_run(tiny_experiment, tmp_path, epochs=(4,), batch_size_eval=5, max_new_tokens=8)
+    for words in ([], ["--set", "max_new_tokens=1"], ["--latents", "0"], []):
+        assert main(["eval", str(own), "--limit", "3", *words]) == 0
+    assert "not the run's own result: max_new_tokens 1 instead of 8" in capsys.readouterr().out
+    recorded = [line["differences"] for line in lines(own / "evaluations.jsonl")]
+    assert recorded == [[], ["max_new_tokens 1 instead of 8"], ["0 latents instead of 3"], []]
+    answers = read_run(own).answers()
+    assert [list(one.differences) for one in answers] == [[], recorded[2], recorded[1]]
+    assert [len(one.correct) for one in answers] == [3, 3, 3]
+    assert len(lines(own / "predictions.jsonl")) == 9
+
+
 def test_a_file_that_was_trained_on_counts_after_it_changed(tmp_path):
     (tmp_path / "now.json").write_text("[1]")
     (tmp_path / "copy.json").write_text("[2]")
@@ -239,7 +319,15 @@ def test_ragged_latents_answer_the_same_in_any_company(run, tiny_experiment, tmp
         problem["steps"] = problem["steps"][: index % 4]
     path = tmp_path / "ragged.json"
     path.write_text(json.dumps(problems))
-    common = ("--split", str(path), "--set", "pad_latent_to_max=false", "--set")
+    common = (
+        "--split",
+        str(path),
+        "--set",
+        "pad_latent_to_max=false",
+        "--allow",
+        "pad_latent_to_max",
+        "--set",
+    )
     evaluate(run, *common, "batch_size_eval=1")
     expected = intact(run, str(path))
     evaluate(run, *common, "batch_size_eval=4", ranks=2)

@@ -277,3 +277,19 @@ def test_a_changed_schedule_does_not_relabel_what_was_trained(make_run):
     assert str(run.result_stage) == stages[1] and run.untrained_tests == []
     other = make_run("d", [90, 80], 9, method="coconut", logged=logged[:2], test_at=stages[2], **now)
     assert [line["accuracy"] for line in other.untrained_tests] == [0.09]
+
+
+ODD = ("x", None, [], {}, True, float("inf"), -1, 0.5, 10**30)
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_an_odd_number_in_any_field_is_no_traceback(make_run, value, capsys):
+    """Each field of each line of metrics.jsonl by itself, and one that is missing."""
+    run = make_run("c", [90, 80, 2], 3, method="coconut", chance=0.5, **STAGED)
+    fields = {(line["kind"], key) for line in run.lines for key in line if key not in ("kind", "at")}
+    assert ("valid", "chance") in fields
+    for kind, key in sorted(fields):
+        lines = [{**line, key: value} if line["kind"] == kind else line for line in run.lines]
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["report", str(run.folder)]) == 0, (kind, key)
+        capsys.readouterr()

@@ -49,6 +49,16 @@ def test_a_run_without_predictions_is_not_paired(two, capsys):
             {"examples": "e1", "file": "/data/t.json"},
             "(test t.json, 2 examples): they answered different",
         ),
+        (
+            {},
+            {"differences": ["max_new_tokens 1 instead of 64"]},
+            "(max_new_tokens 1 instead of 64); run `eval`",
+        ),
+        (
+            {"differences": ["0 latents instead of 3"]},
+            {},
+            "own settings (0 latents instead of 3); run `eval`",
+        ),
         ({}, {"grading": "latex"}, "graded by different rules (exact, latex)"),
         ({}, OLD, "graded by different rules"),
         ({"split": "valid"}, {"split": "valid", "examples": "e1"}, "(valid t_test.json, 2 examples) and n ("),
@@ -92,6 +102,17 @@ def test_an_evaluation_of_another_file_does_not_hide_the_own_one(two):
     add_answers(theirs.folder, [True, True], split="valid", examples="e1", file="t.json")
     (test,) = paired().tests
     assert (test.num_items, test.only_first, test.only_second) == (3, 1, 0)
+
+
+def test_an_evaluation_in_another_way_does_not_hide_the_own_one(two):
+    """`eval m1 --set max_new_tokens=1` and `eval m1 --latents 0` after both were evaluated."""
+    paired, ours, theirs = two
+    for run in (ours, theirs):
+        add_answers(run.folder, [True, True, False])
+    add_answers(ours.folder, [False] * 3, differences=["max_new_tokens 1 instead of 64"])
+    add_answers(ours.folder, [False] * 3, latents=0, differences=["0 latents instead of 4"])
+    (test,) = paired().tests
+    assert (test.num_items, test.only_first, test.only_second) == (3, 0, 0)
 
 
 def test_seeds_with_other_examples_are_left_out(make_run):

@@ -8,7 +8,8 @@
 
 RUN is a run folder, a checkpoint folder, or a folder written by `export`; it contains the settings and the
 stage.  CONFIG is an experiment YAML: `load_model_path` names the weights, and `resume`, the number of epochs
-they were trained for, determines the stage.  Evaluating at another stage needs --allow stage.
+they were trained for, determines the stage.  Evaluating at another stage needs --allow stage,
+and --set of a setting that the weights were trained with needs --allow KEY.
 Results are appended to evaluations.jsonl and predictions.jsonl in the run folder.
 
 An ablation replaces the latents; accuracy is compared with the intact model on the same problems

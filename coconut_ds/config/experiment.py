@@ -167,7 +167,7 @@ def _in_its_folder(experiment: Experiment, path: str | Path, overrides: Sequence
         return experiment
     if os.path.realpath(recorded) == os.path.realpath(folder):
         return experiment
-    place = {"save_path": str(folder.parent), "name": folder.name}
+    place: dict[str, Any] = {"save_path": str(folder.parent), "name": folder.name}
     chosen = parse_overrides(overrides)
     return replace(experiment, **{key: value for key, value in place.items() if key not in chosen})
 

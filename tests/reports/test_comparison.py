@@ -283,7 +283,7 @@ ODD = ("x", None, [], {}, True, float("inf"), -1, 0.5, 10**30)
 
 
 @pytest.mark.parametrize("value", ODD, ids=str)
-def test_an_odd_number_in_any_field_is_no_traceback(make_run, value, capsys):
+def test_an_odd_number_in_any_field_is_no_traceback(make_run, value):
     """Each field of each line of metrics.jsonl by itself, and one that is missing."""
     run = make_run("c", [90, 80, 2], 3, method="coconut", chance=0.5, **STAGED)
     fields = {(line["kind"], key) for line in run.lines for key in line if key not in ("kind", "at")}
@@ -291,5 +291,7 @@ def test_an_odd_number_in_any_field_is_no_traceback(make_run, value, capsys):
     for kind, key in sorted(fields):
         lines = [{**line, key: value} if line["kind"] == kind else line for line in run.lines]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert main(["report", str(run.folder)]) == 0, (kind, key)
-        capsys.readouterr()
+        damaged = read_run(run.folder)
+        assert all(isinstance(line, str) for line in verdicts(damaged)), (kind, key)
+        groups = group_runs([damaged])
+        assert summary_table(groups).rows and stage_table(groups) and best_table([damaged])

@@ -96,7 +96,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     identities = [_identity(members[0]) for members in groups]
     different = [key for key in identities[0] if any(i[key] != identities[0][key] for i in identities)]
     shown = [key for key in different if key not in ("thought", "tuning")]
-    labeled = []
+    labeled: list[Group] = []
     for members, identity in zip(groups, identities, strict=True):
         method = members[0].experiment.method
         words = [str(method)]

@@ -271,7 +271,9 @@ def one_rank(run):
     output = evaluate(
         run, "--checkpoint", "checkpoint_4", "--ablate", "zero,none", "--json", str(run / "all.json")
     )
-    return output, lines(run / "predictions.jsonl"), json.loads((run / "all.json").read_text())
+    examples = lines(run / "evaluations.jsonl")[-1]["examples"]  # other tests measure other files
+    predictions = [p for p in lines(run / "predictions.jsonl") if p["examples"] == examples]
+    return output, predictions, json.loads((run / "all.json").read_text())
 
 
 @pytest.mark.slow
@@ -297,8 +299,12 @@ def test_results_that_cannot_be_written_are_a_warning(tmp_path):
 
 
 def intact(run, split):
-    found = [p for p in lines(run / "predictions.jsonl") if (p["ablation"], p["split"]) == ("intact", split)]
-    return {p["index"]: p for p in found}
+    examples = lines(run / "evaluations.jsonl")[-1]["examples"]
+    return {
+        p["index"]: p
+        for p in lines(run / "predictions.jsonl")
+        if (p["ablation"], p["split"], p["examples"]) == ("intact", split, examples)
+    }
 
 
 @pytest.mark.slow

@@ -58,24 +58,23 @@ class Point:
         return run_folder(self.experiment)
 
     def is_finished(self) -> bool:
-        """Whether the run folder has the last epoch's result, with equal data and equal settings ."""
+        """Whether the run folder has the last epoch's result, from the same data and settings."""
         if not (self.folder / "experiment.yaml").is_file():
             return False
         run = read_run(self.folder)
-        ds_settings = learned_ds_settings(read_json(self.ds_config))
-        before = learned_ds_settings(run.ds_config)
-        manifests = CheckpointFolders(self.folder).manifests().values()
-        hashes = [manifest.settings.get("data", {}) for manifest in manifests][-1:]
-        data = data_hashes(self.experiment)
-        if (
-            run.experiment.identity != self.experiment.identity
-            or any(before.get(key, value) != value for key, value in ds_settings.items())
-            or any(saved.get(name, value) != value for saved in hashes for name, value in data.items())
-        ):
-            return False
         last = self.experiment.num_epochs - 1
         kind = "test" if self.experiment.test_path else "valid"
-        return any(int(line["epoch"]) >= last for line in run.of(kind))
+        if run.experiment.identity != self.experiment.identity or not any(
+            int(line["epoch"]) >= last for line in run.of(kind)
+        ):
+            return False
+        before = learned_ds_settings(run.ds_config)
+        now = learned_ds_settings(read_json(self.ds_config))
+        if any(before.get(key, value) != value for key, value in now.items()):
+            return False
+        manifests = list(CheckpointFolders(self.folder).manifests().values())
+        saved = manifests[-1].settings.get("data", {}) if manifests else {}
+        return all(saved.get(name, value) == value for name, value in data_hashes(self.experiment).items())
 
 
 @dataclass(frozen=True)

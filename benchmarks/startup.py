@@ -29,7 +29,7 @@ from coconut_ds.engine.watchdog import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = "COCONUT_DS_STARTUP_OUT"
-# Functions of coconut_ds.training.train, by the phase they make up.
+# Functions of coconut_ds.training.trainer, by the phase they make up.
 PHASES = {
     "data": "load_run_data",
     "distributed": "start_distributed",
@@ -52,7 +52,7 @@ def rank_main() -> None:
     began = interpreter_started()
     from coconut_ds import __main__ as program
     from coconut_ds.cli import train as command  # noqa: F401  what the program would import
-    from coconut_ds.training import train as trainer  # isort: skip
+    from coconut_ds.training import trainer  # isort: skip
 
     seconds = {"imports": time.time() - began}
     cpu = {"imports": time.process_time()}

@@ -125,7 +125,7 @@ install_test_requirements() {
 compile_operators() {
     local started=$SECONDS
     printf "setup: loading DeepSpeed's operators ... "
-    .venv/bin/python -m coconut_ds.engine.operators
+    .venv/bin/python -m coconut_ds.engine.deepspeed_patches
     if timeout 900 .venv/bin/python >.venv/setup.log 2>&1 <<'PYTHON'
 from deepspeed.accelerator import get_accelerator
 

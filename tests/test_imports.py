@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "coconut_ds"
 ROOMS = (
     "errors",
     "templates",
-    "failures",
+    "distributed",
     "files",
     "tables",
     "config",

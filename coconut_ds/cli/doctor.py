@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from coconut_ds.engine.operators import stale_locks
+from coconut_ds.engine.deepspeed_patches import stale_locks
 from coconut_ds.files import json_text
 from coconut_ds.tables import Table
 

@@ -28,7 +28,7 @@ from coconut_ds.evaluation.ablation import parse_ablations
 from coconut_ds.evaluation.measure import EvalOptions, measure
 from coconut_ds.evaluation.saved_models import ds_config_of, find_trained
 from coconut_ds.files import json_text, open_output
-from coconut_ds.training.run_settings import read_ds_config
+from coconut_ds.memory.budget import read_ds_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ from coconut_ds.cli.plan import add_planning_arguments, text_shape
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments, experiment_to_yaml
 from coconut_ds.files import json_text
+from coconut_ds.memory.budget import read_settings
 from coconut_ds.memory.fit import Fit, fit
 from coconut_ds.memory.planner import Planner
-from coconut_ds.training.run_settings import read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

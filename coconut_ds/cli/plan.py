@@ -13,10 +13,10 @@ from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
 from coconut_ds.config.experiment import add_experiment_arguments, read_experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
-from coconut_ds.memory.budget import cheapest_changes
+from coconut_ds.memory.budget import read_ds_config
+from coconut_ds.memory.fit import cheapest_changes
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
 from coconut_ds.memory.planner import Planner, TextShape
-from coconut_ds.training.run_settings import read_ds_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,8 @@ from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import UserError
 from coconut_ds.files import counted
+from coconut_ds.memory.budget import read_ds_config
 from coconut_ds.tables import Table
-from coconut_ds.training.run_settings import read_ds_config
 
 PUBLISHED_GPUS = 4
 

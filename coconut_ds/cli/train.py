@@ -10,9 +10,8 @@ import argparse
 
 from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments
-from coconut_ds.training.run_settings import read_settings
-from coconut_ds.training.train import train
-from coconut_ds.training.trainer import Options
+from coconut_ds.memory.budget import read_settings
+from coconut_ds.training.trainer import Options, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -93,9 +93,9 @@ def _check_start(path: Path, args: argparse.Namespace) -> str:
     """Check what `train` checks before its engine starts, with its functions; UserError as there."""
     from coconut_ds.data.problems import read_problems
     from coconut_ds.evaluation.saved_models import find_trained
+    from coconut_ds.memory.budget import read_settings
     from coconut_ds.model.loading import is_on_this_machine
-    from coconut_ds.training.run_settings import read_settings
-    from coconut_ds.training.train import check_model, check_start
+    from coconut_ds.training.trainer import check_model, check_start
 
     settings = argparse.Namespace(
         config=str(path), overrides=args.overrides, deepspeed_config=args.deepspeed_config

@@ -2,16 +2,21 @@
 
 Each function names the file of DeepSpeed that it depends on.  tests/engine/test_deepspeed_patches.py fails
 when another version is installed or one of those places changes; then check every function here.
+
+    python -m coconut_ds.engine.deepspeed_patches      remove the locks of interrupted builds
 """
 
 import importlib
 import os
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from coconut_ds.errors import Diverged
@@ -19,6 +24,7 @@ from coconut_ds.errors import Diverged
 VERSION = "0.19.8"
 SHARED_MEMORY = Path("/dev/shm")
 SCALER_AT_MINIMUM = "loss scale already at minimum"
+STALE_SECONDS = 60  # age of a build lock
 
 
 def import_muon_uncompiled() -> None:
@@ -148,3 +154,44 @@ def universal_load(engine: Any, saved: Mapping[str, Any], strict: bool) -> Itera
         yield
     finally:
         engine._config.load_universal_checkpoint = False
+
+
+def stale_locks() -> Iterator[Path]:
+    """Locks older than a minute in whose folder no process works; ninja runs in the folder it builds in."""
+    for lock in sorted(lock for root in _build_folders() for lock in root.glob("**/lock")):
+        if time.time() - lock.stat().st_mtime > STALE_SECONDS and not _works_in(lock.parent):
+            yield lock
+
+
+def remove_stale_locks() -> list[Path]:
+    """Remove what interrupted builds left; returns the removed locks."""
+    locks = list(stale_locks())
+    for lock in locks:
+        lock.unlink(missing_ok=True)
+    return locks
+
+
+def to_compile(installed: Mapping[str, object], on_gpu: bool) -> list[str]:
+    """The operators without a binary, neither `installed` with DeepSpeed nor built by an earlier start."""
+    names = ["cpu_adam"] if on_gpu else ["deepspeed_shm_comm", "cpu_adam"]
+    return [
+        name
+        for name in names
+        if not installed.get(name)
+        and not any(True for folder in _build_folders() for _ in folder.glob(f"**/{name}/{name}.so"))
+    ]
+
+
+def _build_folders() -> list[Path]:
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return [Path(os.environ["TORCH_EXTENSIONS_DIR"])]
+    return [Path.home() / ".cache" / "torch_extensions", Path(sys.prefix) / "torch_extensions"]
+
+
+def _works_in(folder: Path) -> bool:
+    return any(process.info["cwd"] == str(folder) for process in psutil.process_iter(["cwd"]))
+
+
+if __name__ == "__main__":
+    for removed in remove_stale_locks():
+        print(f"removed {removed}, left by an interrupted build")

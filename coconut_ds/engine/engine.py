@@ -31,12 +31,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.data.batching import Batch
+from coconut_ds.distributed import Ranks, phase
 from coconut_ds.engine import deepspeed_patches as patches
-from coconut_ds.engine.distributed import Ranks
-from coconut_ds.engine.operators import remove_stale_locks, to_compile
+from coconut_ds.engine.deepspeed_patches import remove_stale_locks, to_compile
 from coconut_ds.engine.watchdog import ended_after, free_port, meet
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.failures import phase
 from coconut_ds.model.coconut import Coconut
 
 FP32_BYTES = 4

@@ -25,7 +25,7 @@ import psutil
 from coconut_ds.errors import StopRequested
 
 if TYPE_CHECKING:
-    from coconut_ds.engine.distributed import Ranks
+    from coconut_ds.distributed import Ranks
 
 # Environment variable with the folder where ranks write their process ids, for launch/train.sh and sweeps.
 PID_FOLDER = "COCONUT_PID_FOLDER"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches
@@ -17,11 +18,31 @@ from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, split_completion
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import Vocabulary
-from coconut_ds.engine.distributed import ReadingEngine
-from coconut_ds.failures import phase
+from coconut_ds.distributed import Ranks, phase
+from coconut_ds.model.coconut import Coconut
 
 if TYPE_CHECKING:  # programs that only read a model do not import DeepSpeed
     from coconut_ds.engine.engine import Engine
+
+
+class ReadingEngine(Ranks):
+    """The complete model on every rank, without gradients or an optimizer, for evaluation."""
+
+    zero_stage = 0
+
+    def __init__(self, module: Coconut, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(ranks.rank, ranks.world_size, ranks.device)
+        self.module = module.to(device=ranks.device, dtype=dtype).requires_grad_(False)
+
+    def train(self) -> None:
+        self.module.train()
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of this rank's token losses / `batch.loss_denominator`."""
+        return self.module(batch)
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,14 @@ from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.run_data import TestSet, load_evaluation_data
 from coconut_ds.data.tokenizer import Vocabulary
-from coconut_ds.engine.distributed import Ranks, ReadingEngine
+from coconut_ds.distributed import Ranks, lost_ranks_explained
 from coconut_ds.engine.engine import Engine, finish_distributed, start_distributed
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.ablation import Comparison
 from coconut_ds.evaluation.data_files import OWN, TRAINING
-from coconut_ds.evaluation.evaluate import Evaluation, evaluate
+from coconut_ds.evaluation.evaluate import Evaluation, ReadingEngine, evaluate
 from coconut_ds.evaluation.intervals import percent_with_interval, wilson_interval
 from coconut_ds.evaluation.saved_models import Trained
-from coconut_ds.failures import lost_ranks_explained
 from coconut_ds.files import counted, json_text, open_append, parse_json, read_bytes, replace_text
 from coconut_ds.model.loading import DTYPES, load_config, parameter_groups
 

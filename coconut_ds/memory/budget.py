@@ -1,5 +1,6 @@
-"""Keep a run within its memory budget: check its plan, limit its GPU, report when memory runs out.
+"""Keep a run within its memory budget: read it, check the plan, limit the GPU, report when memory runs out.
 
+    read_settings(args)                 both settings files; a ds_config without a budget gets this machine's
     with enforce_memory_budget(...):    BudgetError before a model is loaded, if the plan does not fit
         train()                         out of memory on any rank: each rank writes a report and ends, code 78
 
@@ -7,6 +8,7 @@ Files: RUN/memory/plan.json, RUN/memory/out_of_memory_rank_N.json, and on a GPU 
 for https://pytorch.org/memory_viz.
 """
 
+import argparse
 import gc
 import os
 import resource
@@ -15,143 +17,73 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
-from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget, load_ds_config
+from coconut_ds.config.experiment import Experiment, read_experiment
 from coconut_ds.data.run_data import RunData
-from coconut_ds.engine.distributed import Ranks
+from coconut_ds.distributed import Ranks, is_out_of_memory, phase_of
 from coconut_ds.errors import BudgetError, ConfigError, OutOfMemory, UserError, first_line
-from coconut_ds.failures import is_out_of_memory, phase_of
-from coconut_ds.files import json_text, make_folder, replace_text
-from coconut_ds.memory.phases import EVALUATION, longest
-from coconut_ds.memory.planner import MIB, Change, Plan, Planner
+from coconut_ds.files import json_text, make_folder, print_notes, replace_text
+from coconut_ds.memory.fit import cheapest_changes
+from coconut_ds.memory.phases import longest
+from coconut_ds.memory.planner import GIB, MIB, Plan, Planner
+from coconut_ds.model.loading import load_config
 
+RESERVED_MIB = 800  # CUDA context, NCCL and cuBLAS workspaces, as in ds_configs/
+# The GPUs that the shipped files are made for; used on machines without a GPU.
+NAMED_DEVICE, NAMED_GPUS, NAMED_MIB = "GTX 1080 Ti", 2, 11_264
 # A plan below this share of the GPU needs no suggestions for saving memory.
 AMPLE = 0.5
-SMALLEST_BUCKET = 20_000_000
-NUM_CHANGES, NUM_TENSORS = 3, 15
+NUM_TENSORS = 15
 POLL_SECONDS = 0.5
 # How long the rank that ran out of memory waits for the reports of the others.
 REPORT_SECONDS = 8.0
 # How long the others then stay alive: the launcher ends all ranks when one exits.
 LINGER_SECONDS = 2.0
-ZERO, LATENT = "zero_optimization", "latent_memory"
-EXACT_TECHNIQUES = (
-    "fused_activations",
-    "segmented_cache",
-    "supervised_logits_only",
-    "deferred_weight_gradients",
-)
 
 
-@dataclass(frozen=True)
-class MemoryOption:
-    """A change that saves memory, and the changed run."""
-
-    text: str
-    setting: str  # the text to write or type
-    experiment: Experiment
-    ds_config: DeepSpeedConfig
-    name: str = ""  # of options that `fit` may use
+def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:
+    """Read both files of a command line. Raises ConfigError."""
+    experiment = read_experiment(args)
+    return experiment, read_ds_config(args.deepspeed_config, experiment)
 
 
-def memory_options(
-    experiment: Experiment, ds_config: DeepSpeedConfig, peak_phase: str = "", precision: str = "bf16"
-) -> Iterator[MemoryOption]:
-    """Changes in order of cost: first those without any, last those that change what is learned."""
-    zero, latent = ds_config.stock[ZERO], ds_config.latent_memory
-
-    def override(text: str, **changes: Any) -> MemoryOption:
-        setting = " ".join(f"--set {key}={value}" for key, value in changes.items())
-        return MemoryOption(text, setting, replace(experiment, **changes), ds_config)
-
-    def change(block: str, text: str, name: str = "", **changes: Any) -> MemoryOption:
-        changed = with_settings(ds_config, block, **changes)
-        return MemoryOption(text, json_text({block: changes})[1:-1], experiment, changed, name)
-
-    if peak_phase == EVALUATION and experiment.batch_size_eval > 1:
-        yield override("smaller evaluation batches", batch_size_eval=experiment.batch_size_eval // 2)
-    for technique in EXACT_TECHNIQUES:
-        if not getattr(latent, technique):
-            yield change(LATENT, f"enable {technique} (exact)", "", **{technique: True})
-    if zero.get("overlap_comm"):
-        yield change(ZERO, "one reduce bucket instead of two", "overlap_comm: false", overlap_comm=False)
-    if zero.get("reduce_bucket_size", 5e8) > SMALLEST_BUCKET:
-        name = f"reduce_bucket_size: {SMALLEST_BUCKET}"
-        yield change(ZERO, "a smaller reduce bucket", name, reduce_bucket_size=SMALLEST_BUCKET)
-    if ds_config.zero_stage == 1:
-        yield change(ZERO, "ZeRO-2 instead of ZeRO-1", stage=2)
-    if experiment.batch_size_training > 1:
-        fewer = with_rows(experiment, experiment.batch_size_training // 2)
-        yield override(
-            "half the micro-batch at the same global batch size",
-            batch_size_training=fewer.batch_size_training,
-            gradient_accumulation_steps=fewer.gradient_accumulation_steps,
+def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
+    """Read the DeepSpeed JSON for `experiment`; the main process prints its notes. Raises ConfigError."""
+    ds_config = load_ds_config(path)
+    notes = list(ds_config.notes)
+    hidden_size = None
+    if ds_config.needs_hidden_size:
+        hidden_size = load_config(experiment.model_id).get_text_config().hidden_size
+    budget = ds_config.memory_budget
+    if budget is None:
+        budget = default_budget()
+        notes.append(
+            f"{path}: memory_budget: missing; using {budget.device}: "
+            f"{budget.gpu_memory_mib:,} MiB per GPU, {budget.reserved_mib} reserved"
         )
-    if latent.activation_checkpointing == "none":
-        text, name = "activation checkpointing (exact, about a third slower)", "activation_checkpointing: "
-        yield change(LATENT, text, name + "layers", activation_checkpointing="layers")
-    if not ds_config.offload_optimizer:
-        stage, offload = max(2, ds_config.zero_stage), {"device": "cpu", "pin_memory": True}
-        text, name = "optimizer offload to the host (slower steps)", "offload_optimizer: cpu"
-        option = change(ZERO, text, name, stage=stage, offload_optimizer=offload)
-        optimizer = option.ds_config.stock["optimizer"]
-        params = {key: value for key, value in optimizer.get("params", {}).items() if key != "torch_adam"}
-        yield replace(option, ds_config=with_settings(option.ds_config, "optimizer", params=params))
-    if ds_config.precision == "fp32" and not experiment.bf16:
-        yield MemoryOption(
-            "16-bit weights and activations (bf16 from compute capability 8.0, fp16 on 7.x)",
-            '"bf16": {"enabled": true} or "fp16": {"enabled": true}',
-            experiment,
-            with_settings(ds_config, precision, enabled=True),
-            precision,
-        )
-    if experiment.tuning == "full":
-        yield override("LoRA instead of full tuning (changes what is learned)", tuning="lora")
+    print_notes(notes)
+    return ds_config.for_run(experiment, budget, hidden_size)
 
 
-def with_settings(ds_config: DeepSpeedConfig, block: str, **changes: Any) -> DeepSpeedConfig:
-    """The DeepSpeed config with some settings of a block changed."""
-    if block == LATENT:
-        return replace(ds_config, latent_memory=replace(ds_config.latent_memory, **changes))
-    return replace(ds_config, stock={**ds_config.stock, block: {**ds_config.stock.get(block, {}), **changes}})
-
-
-def with_rows(experiment: Experiment, rows: int) -> Experiment:
-    """The same global batch size from micro-batches of `rows` rows, rounded up."""
-    total = experiment.batch_size_training * experiment.gradient_accumulation_steps
-    return replace(experiment, batch_size_training=rows, gradient_accumulation_steps=-(-total // rows))
-
-
-def cheapest_changes(
-    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_CHANGES
-) -> tuple[Change, ...]:
-    """The first `limit` changes that help; if the plan does not fit, those that make it fit come first."""
-    changes: list[Change] = []
-    enough, epoch = 0, plan.peak_stage.epoch
-    for option in memory_options(experiment, ds_config, plan.peak_phase.name):
-        try:
-            changed = planner.plan(option.experiment, option.ds_config, plan.ranks, quick_at=epoch)
-        except ConfigError:
-            continue
-        if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
-            continue
-        changes.append(Change(option.text, option.setting, changed.gpu_bytes, changed.fits))
-        enough += changed.fits or plan.fits
-        if enough == limit:
-            break
-    if not plan.fits:
-        changes.sort(key=lambda change: not change.fits)
-    return tuple(changes[:limit])
+def default_budget() -> MemoryBudget:
+    """The budget of this machine's GPUs; without a GPU, that of ds_configs/, which only warns."""
+    host_memory_gib = round(psutil.virtual_memory().total / GIB, 1)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, gpus = properties.name, torch.cuda.device_count()
+        return MemoryBudget(device, gpus, properties.total_memory // MIB, RESERVED_MIB, host_memory_gib, {})
+    return MemoryBudget(NAMED_DEVICE, NAMED_GPUS, NAMED_MIB, RESERVED_MIB, host_memory_gib, {}, "warn")
 
 
 def judged_plan(

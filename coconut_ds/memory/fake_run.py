@@ -29,8 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch
-from coconut_ds.model.answer_cache import AnswerCache
-from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.coconut import AnswerCache, Coconut
 from coconut_ds.model.loading import DTYPES
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 

@@ -1,22 +1,134 @@
-"""Find the largest micro-batch within a budget at the same global batch size.
+"""Find settings that need less memory: single changes, and the largest micro-batch within a budget.
 
-    fit(planner, experiment, ds_config)  ->  Fit(memory_options=("offload_optimizer: cpu",), max_rows=4, ...)
+    cheapest_changes(planner, experiment, ds_config, plan)      changes that help, for a plan or an error
+    fit(planner, experiment, ds_config)      Fit(memory_options=("offload_optimizer: cpu",), max_rows=4, ...)
 
-If not even one row fits, memory options are tried one after another.  The search is binary on plans of
-shallow copies; the result and its neighbor are planned in full.
+`fit` keeps the global batch size.  If not even one row fits, memory options are tried one after another.  The
+search is binary on plans of shallow copies; the result and its neighbor are planned in full.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
-from coconut_ds.memory.budget import memory_options, with_rows
-from coconut_ds.memory.planner import Plan, Planner
+from coconut_ds.files import json_text
+from coconut_ds.memory.phases import EVALUATION
+from coconut_ds.memory.planner import Change, Plan, Planner
 
 # In the order in which `fit` adds them; the precision comes last.
 OPTIONS = ("activation_checkpointing", "overlap_comm", "reduce_bucket_size", "offload_optimizer")
+SMALLEST_BUCKET, NUM_CHANGES = 20_000_000, 3
+ZERO, LATENT = "zero_optimization", "latent_memory"
+EXACT_TECHNIQUES = (
+    "fused_activations",
+    "segmented_cache",
+    "supervised_logits_only",
+    "deferred_weight_gradients",
+)
+
+
+@dataclass(frozen=True)
+class MemoryOption:
+    """A change that saves memory, and the changed run."""
+
+    text: str
+    setting: str  # the text to write or type
+    experiment: Experiment
+    ds_config: DeepSpeedConfig
+    name: str = ""  # of options that `fit` may use
+
+
+def memory_options(
+    experiment: Experiment, ds_config: DeepSpeedConfig, peak_phase: str = "", precision: str = "bf16"
+) -> Iterator[MemoryOption]:
+    """Changes in order of cost: first those without any, last those that change what is learned."""
+    zero, latent = ds_config.stock[ZERO], ds_config.latent_memory
+
+    def override(text: str, **changes: Any) -> MemoryOption:
+        setting = " ".join(f"--set {key}={value}" for key, value in changes.items())
+        return MemoryOption(text, setting, replace(experiment, **changes), ds_config)
+
+    def change(block: str, text: str, name: str = "", **changes: Any) -> MemoryOption:
+        changed = with_settings(ds_config, block, **changes)
+        return MemoryOption(text, json_text({block: changes})[1:-1], experiment, changed, name)
+
+    if peak_phase == EVALUATION and experiment.batch_size_eval > 1:
+        yield override("smaller evaluation batches", batch_size_eval=experiment.batch_size_eval // 2)
+    for technique in EXACT_TECHNIQUES:
+        if not getattr(latent, technique):
+            yield change(LATENT, f"enable {technique} (exact)", "", **{technique: True})
+    if zero.get("overlap_comm"):
+        yield change(ZERO, "one reduce bucket instead of two", "overlap_comm: false", overlap_comm=False)
+    if zero.get("reduce_bucket_size", 5e8) > SMALLEST_BUCKET:
+        name = f"reduce_bucket_size: {SMALLEST_BUCKET}"
+        yield change(ZERO, "a smaller reduce bucket", name, reduce_bucket_size=SMALLEST_BUCKET)
+    if ds_config.zero_stage == 1:
+        yield change(ZERO, "ZeRO-2 instead of ZeRO-1", stage=2)
+    if experiment.batch_size_training > 1:
+        fewer = with_rows(experiment, experiment.batch_size_training // 2)
+        yield override(
+            "half the micro-batch at the same global batch size",
+            batch_size_training=fewer.batch_size_training,
+            gradient_accumulation_steps=fewer.gradient_accumulation_steps,
+        )
+    if latent.activation_checkpointing == "none":
+        text, name = "activation checkpointing (exact, about a third slower)", "activation_checkpointing: "
+        yield change(LATENT, text, name + "layers", activation_checkpointing="layers")
+    if not ds_config.offload_optimizer:
+        stage, offload = max(2, ds_config.zero_stage), {"device": "cpu", "pin_memory": True}
+        text, name = "optimizer offload to the host (slower steps)", "offload_optimizer: cpu"
+        option = change(ZERO, text, name, stage=stage, offload_optimizer=offload)
+        optimizer = option.ds_config.stock["optimizer"]
+        params = {key: value for key, value in optimizer.get("params", {}).items() if key != "torch_adam"}
+        yield replace(option, ds_config=with_settings(option.ds_config, "optimizer", params=params))
+    if ds_config.precision == "fp32" and not experiment.bf16:
+        yield MemoryOption(
+            "16-bit weights and activations (bf16 from compute capability 8.0, fp16 on 7.x)",
+            '"bf16": {"enabled": true} or "fp16": {"enabled": true}',
+            experiment,
+            with_settings(ds_config, precision, enabled=True),
+            precision,
+        )
+    if experiment.tuning == "full":
+        yield override("LoRA instead of full tuning (changes what is learned)", tuning="lora")
+
+
+def with_settings(ds_config: DeepSpeedConfig, block: str, **changes: Any) -> DeepSpeedConfig:
+    """The DeepSpeed config with some settings of a block changed."""
+    if block == LATENT:
+        return replace(ds_config, latent_memory=replace(ds_config.latent_memory, **changes))
+    return replace(ds_config, stock={**ds_config.stock, block: {**ds_config.stock.get(block, {}), **changes}})
+
+
+def with_rows(experiment: Experiment, rows: int) -> Experiment:
+    """The same global batch size from micro-batches of `rows` rows, rounded up."""
+    total = experiment.batch_size_training * experiment.gradient_accumulation_steps
+    return replace(experiment, batch_size_training=rows, gradient_accumulation_steps=-(-total // rows))
+
+
+def cheapest_changes(
+    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_CHANGES
+) -> tuple[Change, ...]:
+    """The first `limit` changes that help; if the plan does not fit, those that make it fit come first."""
+    changes: list[Change] = []
+    enough, epoch = 0, plan.peak_stage.epoch
+    for option in memory_options(experiment, ds_config, plan.peak_phase.name):
+        try:
+            changed = planner.plan(option.experiment, option.ds_config, plan.ranks, quick_at=epoch)
+        except ConfigError:
+            continue
+        if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
+            continue
+        changes.append(Change(option.text, option.setting, changed.gpu_bytes, changed.fits))
+        enough += changed.fits or plan.fits
+        if enough == limit:
+            break
+    if not plan.fits:
+        changes.sort(key=lambda change: not change.fits)
+    return tuple(changes[:limit])
 
 
 @dataclass(frozen=True)

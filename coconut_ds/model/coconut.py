@@ -9,23 +9,23 @@ A continuous thought is a hidden state of the model, fed back as the next input 
 
 Source: Coconut, arXiv 2412.06769, section 3; the passes are split as in its released code.
 
-Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
+Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary; in the cache of an answer K
+key-value heads, S new columns, E head size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch, refuse_long_prompts
-from coconut_ds.failures import phase
-from coconut_ds.model.answer_cache import AnswerCache
+from coconut_ds.distributed import phase
 from coconut_ds.model.techniques import Techniques
 from coconut_ds.model.techniques.passes import Pass
 from coconut_ds.runs.changes import BaseRecord
@@ -192,7 +192,7 @@ class Coconut(nn.Module):
             columns += 1
             hidden_BD = self.read_tokens(token_B, mask_BT[:, :columns], position_B, cache)
 
-    def read_prompts(self, batch: Batch, cache: AnswerCache) -> tuple[Tensor, Tensor]:
+    def read_prompts(self, batch: Batch, cache: "AnswerCache") -> tuple[Tensor, Tensor]:
         """Fill `cache`; return (hidden_BD, position_B) of each row's last token."""
         columns_T = torch.arange(batch.shape[1], device=batch.attention_mask_BT.device)
         last_B = (batch.attention_mask_BT * columns_T).argmax(dim=1)
@@ -200,7 +200,9 @@ class Coconut(nn.Module):
         hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
         return hidden_BTD[all_B, last_B], batch.position_ids_BT[all_B, last_B]
 
-    def read_tokens(self, token_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: AnswerCache) -> Tensor:
+    def read_tokens(
+        self, token_B: Tensor, mask_BT: Tensor, position_B: Tensor, cache: "AnswerCache"
+    ) -> Tensor:
         """Read one more token per row; `mask_BT` covers the cached columns and the new one."""
         embeds_B1D = self.embedding(token_B[:, None])
         return self._read(embeds_B1D, mask_BT, position_B[:, None], cache)[:, -1]
@@ -231,3 +233,72 @@ def _pieces(passes: Sequence[Pass]) -> list[int]:
         width = run.stop - run.start
         pieces += [1, width - 1] if run.past and width > 1 else [width]
     return pieces
+
+
+class AnswerLayer(CacheLayerMixin):
+    """One layer's keys and values, [B, K, columns, E]; the first `length` columns are filled."""
+
+    is_sliding = False
+    keys: Any  # a Tensor after the first update
+    values: Any
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys = _allocate(key_states, self.columns)
+        self.values = _allocate(value_states, self.columns)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, K, S, E]; returns all filled columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in transformers before 5.20."""
+        return -1
+
+
+class AnswerCache(Cache):
+    """A cache of `num_layers` layers with room for `columns` columns."""
+
+    def __init__(self, num_layers: int, columns: int) -> None:
+        super().__init__(layers=[AnswerLayer(columns) for _ in range(num_layers)])
+
+    def fill(self, columns: int) -> None:
+        """Mark the first `columns` as filled, for a run on fake tensors."""
+        for layer in self.layers:
+            assert isinstance(layer, AnswerLayer)
+            layer.length = columns
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        for layer in self.layers:
+            assert isinstance(layer, AnswerLayer)
+            layer.keep(rows)
+
+
+def _allocate(states_BKSE: Tensor, columns: int) -> Tensor:
+    B, K, _, E = states_BKSE.shape
+    return torch.empty(B, K, columns, E, dtype=states_BKSE.dtype, device=states_BKSE.device)

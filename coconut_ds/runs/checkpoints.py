@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from coconut_ds.distributed import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
-from coconut_ds.failures import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.files import counted, sync_path
 from coconut_ds.runs.changes import refuse_changes
 from coconut_ds.runs.checkpoint_folders import (

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from coconut_ds.__main__ import main
-from coconut_ds.engine.distributed import Ranks
+from coconut_ds.distributed import Ranks
 from tests.conftest import ROOT
 
 CPU = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
@@ -38,7 +38,7 @@ def start(tiny_experiment, tmp_path, monkeypatch, capsys):
     """Run a command on an experiment with `changes`, one rank and no process group; (exit code, error)."""
     shutil.copytree(tiny_experiment["model_id"], tmp_path / "model")
     monkeypatch.setattr(
-        "coconut_ds.training.train.start_distributed", lambda *_: Ranks(0, 1, torch.device("cpu"))
+        "coconut_ds.training.trainer.start_distributed", lambda *_: Ranks(0, 1, torch.device("cpu"))
     )
 
     def run(command, changes, ds_changes):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coconut_ds.engine import engine
-from coconut_ds.engine.operators import remove_stale_locks, to_compile
+from coconut_ds.engine.deepspeed_patches import remove_stale_locks, to_compile
 from coconut_ds.errors import ConfigError
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

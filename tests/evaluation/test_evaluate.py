@@ -9,8 +9,8 @@ from coconut_ds.data.curriculum import render
 from coconut_ds.data.problems import Card, Problem
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import TokenizedProblem
-from coconut_ds.engine.distributed import Ranks, ReadingEngine
-from coconut_ds.evaluation.evaluate import evaluate
+from coconut_ds.distributed import Ranks
+from coconut_ds.evaluation.evaluate import ReadingEngine, evaluate
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from tests.run_folders import make_run
 

@@ -69,7 +69,7 @@ def test_kill(bench: Bench, reference: Numbers, name: str, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_kill_before_the_ranks_meet(bench: Bench, rank: int) -> None:
-    fault = {"rank": rank, "at": "coconut_ds.training.train:start_distributed", "do": "kill"}
+    fault = {"rank": rank, "at": "coconut_ds.training.trainer:start_distributed", "do": "kill"}
     ended = bench.train("--stuck-seconds", "1", faults=[fault])
     assert ended.codes[rank] == -9 and ended.codes[1 - rank] == 77, ended.output
     assert f"rank {rank} of 2 did not connect to" in ended.output and ended.seconds < 100

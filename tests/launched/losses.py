@@ -15,9 +15,9 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.data.run_data import load_run_data
 from coconut_ds.engine.engine import finish_distributed, start_distributed
+from coconut_ds.memory.budget import read_ds_config
 from coconut_ds.model.loading import load_config
-from coconut_ds.training.run_settings import read_ds_config
-from coconut_ds.training.train import start_engine
+from coconut_ds.training.trainer import start_engine
 
 
 def losses_of(case, ranks):

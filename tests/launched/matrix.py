@@ -16,7 +16,7 @@ from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.data.run_data import load_run_data
 from coconut_ds.engine.engine import finish_distributed, start_distributed
 from coconut_ds.model.loading import load_config, trainable_parameters
-from coconut_ds.training.train import start_engine
+from coconut_ds.training.trainer import start_engine
 
 STEPS, MORE_STEPS = 5, 2
 

@@ -10,17 +10,17 @@ import torch
 import yaml
 
 from coconut_ds.config.deepspeed import MemoryBudget
+from coconut_ds.distributed import phase, phase_of
 from coconut_ds.engine.engine import Engine
 from coconut_ds.errors import BudgetError, OutOfMemory
 from coconut_ds.evaluation.evaluate import evaluate
-from coconut_ds.failures import phase, phase_of
 from coconut_ds.memory.budget import MemoryGuard, largest_tensors, refuse_or_warn
 from coconut_ds.memory.phases import BatchShape, Phase, StagePlan
 from coconut_ds.memory.planner import MIB, Plan
 from coconut_ds.memory.zero import Item
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.checkpoints import Checkpoints
-from coconut_ds.training import train
+from coconut_ds.training import trainer
 from tests.launched.start import ROOT, start
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_a_component_over_its_share_warns(recwarn):
 
 
 PHASES = {
-    "initialise": train.start_engine,
+    "initialise": trainer.start_engine,
     "forward": Engine.loss,
     "backward": Engine.backward,
     "optimizer step": Engine.step,

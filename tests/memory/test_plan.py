@@ -14,8 +14,7 @@ from coconut_ds.config.experiment import load_experiment, validate_experiment
 from coconut_ds.data.problems import Problem
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import BudgetError, ConfigError
-from coconut_ds.memory.budget import cheapest_changes, with_rows
-from coconut_ds.memory.fit import fit
+from coconut_ds.memory.fit import cheapest_changes, fit, with_rows
 from coconut_ds.memory.phases import PlannedRun, largest_batch, longest, shape_of, stages_of
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
 from coconut_ds.memory.planner import Planner, TextShape, read_lengths

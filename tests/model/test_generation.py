@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.errors import DataError
-from coconut_ds.model.answer_cache import AnswerCache
+from coconut_ds.model.coconut import AnswerCache
 from tests.model.cases import ARCHITECTURES, LATENT_ID, PLAIN, make_batch, make_coconut
 
 # (question, latents, <end> and a forced first step) of each prompt

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from coconut_ds.engine.distributed import Ranks
+from coconut_ds.distributed import Ranks
 
 
 class FakeShards(Ranks):

@@ -1,4 +1,4 @@
-"""Install the faults of FAULTS in every process that imports coconut_ds.training.train.
+"""Install the faults of FAULTS in every process that imports coconut_ds.training.trainer.
 
 Python imports this module at its start when its folder is on PYTHONPATH.
 """
@@ -11,10 +11,10 @@ import sys
 
 
 class InstallAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Load coconut_ds.training.train as usual, then break what FAULTS says."""
+    """Load coconut_ds.training.trainer as usual, then break what FAULTS says."""
 
     def find_spec(self, name, path, target=None):
-        if name != "coconut_ds.training.train":
+        if name != "coconut_ds.training.trainer":
             return None
         self.spec = importlib.machinery.PathFinder.find_spec(name, path)
         self.loader = self.spec.loader

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from coconut_ds.distributed import is_lost_rank, is_out_of_memory, lost_ranks_explained, phase, phase_of
 from coconut_ds.errors import CheckpointError, ConfigError, RankLost
-from coconut_ds.failures import is_lost_rank, is_out_of_memory, lost_ranks_explained, phase, phase_of
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/"
 LOST = {

@@ -1,4 +1,4 @@
-"""Classify failures: a lost rank, a port in use, out of memory, a full disk.
+"""Ranks and their collectives, and failures told apart: a lost rank, a port in use, no memory, a full disk.
 
 gloo, NCCL, c10d and torch.save raise RuntimeError for all of them, and libraries wrap those in their own
 errors, so the causes of an error are checked too.
@@ -10,14 +10,17 @@ errors, so the causes of an error are checked too.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from coconut_ds.errors import RankLost, UserError, first_line, port_in_use
 
+Result = TypeVar("Result")
 # Messages of gloo, c10d's store and NCCL if the other end of a connection is gone or does not answer.
 LOST = (
     "connection closed", "connection reset", "connection was reset", "connection refused", "broken pipe",
@@ -30,6 +33,72 @@ OWN_FAULT = ("ncclinvalidusage", "ncclinvalidargument", "ncclunhandledcudaerror"
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "std::bad_alloc")
 PHASE = "coconut_ds_phase"  # attribute of an error
 PORT_IN_USE = ("eaddrinuse", "address already in use")
+
+
+@dataclass(eq=False)
+class Ranks:
+    """This process among all ranks; every method is collective."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(reduced, op=operation)
+        return reduced.tolist()
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Exact sums (float64) of each value over the ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def any_over_ranks(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return self.max_over_ranks([float(flag)])[0] > 0
+
+    def all_over_ranks(self, flag: bool) -> bool:
+        """Whether `flag` is true on every rank."""
+        return not self.any_over_ranks(not flag)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        holder = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(holder, src=0, device=self.device)
+        return holder[0]
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on the main rank; return its result, or raise its UserError, on all ranks."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as error:
+                failure = error
+        result, failure = self.broadcast_object((result, failure))
+        if failure is not None:
+            raise failure
+        return result
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ablate", metavar="NAME,...", help="also evaluate these ablations (see above), or 'all'"
     )
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
-    add_ds_config_argument(parser, required=False)
+    add_ds_config_argument(parser, needed=False)
     add_allow_stage(parser)
     add_overrides(parser, "of the run")
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     folder = models[0].folder
     if args.deepspeed_config:
-        ds_config = read_ds_config(args.deepspeed_config, models[0].experiment)
+        ds_config = read_ds_config(args.deepspeed_config, models[0].experiment, args.ds_overrides)
         results = measure(models, ds_config, options)
     else:
         results = measure(

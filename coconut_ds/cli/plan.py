@@ -9,7 +9,7 @@ tensors without storage.  Exit code 0: every plan fits; 3: at least one does not
 import argparse
 from dataclasses import replace
 
-from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
+from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments, read_experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
@@ -21,9 +21,7 @@ from coconut_ds.memory.planner import Planner, TextShape
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
-    parser.add_argument(
-        *DS_CONFIG_FLAGS, nargs="+", required=True, metavar="JSON", help="DeepSpeed configs to compare"
-    )
+    add_ds_config_argument(parser, several=True)
     add_planning_arguments(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -35,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args)
-    ds_configs = [read_ds_config(path, experiment) for path in args.deepspeed_config]
+    ds_configs = [read_ds_config(path, experiment, args.ds_overrides) for path in args.deepspeed_config]
     planner = Planner.of(experiment, text_shape(args), args.device)
     plans = []
     for ds_config in ds_configs:

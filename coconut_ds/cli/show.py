@@ -34,7 +34,7 @@ PUBLISHED_GPUS = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
-    add_ds_config_argument(parser, required=False)
+    add_ds_config_argument(parser, needed=False)
     parser.add_argument(
         "--gpus", type=int, metavar="N", help="number of GPUs (default: the memory budget's, or 2)"
     )
@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args)
-    ds_config = read_ds_config(args.deepspeed_config, experiment) if args.deepspeed_config else None
+    ds_config = (
+        read_ds_config(args.deepspeed_config, experiment, args.ds_overrides)
+        if args.deepspeed_config
+        else None
+    )
     _print_section("Settings", [experiment_to_yaml(experiment)])
     if ds_config is not None:
         _print_section("Memory", _memory_lines(ds_config))

@@ -13,7 +13,7 @@ RUN/sweep.log.  Exit code 0: all runs finished; 1: at least one failed; 75: stop
 
 import argparse
 
-from coconut_ds.config.deepspeed import DS_CONFIG_FLAGS
+from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_overrides
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.errors import ConfigError, StopRequested
@@ -37,7 +37,7 @@ from coconut_ds.training.sweep import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG|GRID.yaml", help="experiment YAML, or a grid file")
-    parser.add_argument(*DS_CONFIG_FLAGS, metavar="JSON", help="DeepSpeed config of every run")
+    add_ds_config_argument(parser)
     parser.add_argument(
         "--grid",
         action="append",
@@ -75,10 +75,12 @@ def _grid(args: argparse.Namespace) -> list[Point]:
         axes = {**values["grid"], **parse_axes(args.grid)}
         overrides = [*map(str, values.get("set") or ()), *overrides]
         ds_config = args.deepspeed_config or values.get("deepspeed_config")
-        return points(values["config"], ds_config, overrides, axes, args.name or values.get("name"))
+        name = args.name or values.get("name")
+        return points(values["config"], ds_config, overrides, axes, name, args.ds_overrides)
     if not args.grid:
         raise ConfigError(f"sweep: {args.config} is a single experiment; add --grid KEY=VALUE,VALUE,...")
-    return points(args.config, args.deepspeed_config, overrides, parse_axes(args.grid), args.name)
+    axes = parse_axes(args.grid)
+    return points(args.config, args.deepspeed_config, overrides, axes, args.name, args.ds_overrides)
 
 
 def _num_gpus() -> int:

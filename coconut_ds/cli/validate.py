@@ -1,7 +1,7 @@
 """Check experiments, DeepSpeed configs and data files without starting anything.
 
     python -m coconut_ds validate FILE... [--model ID_OR_FOLDER] [--picture PNG]
-    python -m coconut_ds validate CONFIG --deepspeed_config JSON [--ranks N]      would `train` start?
+    python -m coconut_ds validate CONFIG --deepspeed_config JSON... [--ranks N]   would `train` start?
 
 YAML files are experiments.  JSON files may be DeepSpeed configs, data sets or data cards; the type is
 detected from the content.  All errors in all files are reported at once.  Data files are checked together:
@@ -13,6 +13,7 @@ Exit code 2: a file is invalid, the splits leak, or `train` would refuse to star
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from coconut_ds.config.deepspeed import add_ds_config_argument, load_ds_config
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="ID", help="count lengths in tokens of this model instead of words"
     )
-    add_ds_config_argument(parser, required=False)
+    add_ds_config_argument(parser, needed=False, several=True)
     parser.add_argument(
         "--ranks",
         type=int,
@@ -48,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     failed = 0
     data_files = []
-    for path in map(Path, args.files):
+    for path, ds_path in _checks(args):
         try:
             if _is_data(path):
                 data_files.append(path)
             else:
-                print(f"{path}: ok, {_check_settings(path, args)}")
+                print(f"{path}: ok, {_check_settings(path, ds_path, args)}")
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
@@ -62,11 +63,18 @@ def run(args: argparse.Namespace) -> int:
     return ConfigError.exit_code if failed else 0
 
 
-def _check_settings(path: Path, args: argparse.Namespace) -> str:
+def _checks(args: argparse.Namespace) -> Iterator[tuple[Path, str | None]]:
+    """Every file, and an experiment once with each DeepSpeed config."""
+    for path in map(Path, args.files):
+        ds_paths = args.deepspeed_config if path.suffix in (".yaml", ".yml") else []
+        yield from ((path, ds_path) for ds_path in ds_paths or [None])
+
+
+def _check_settings(path: Path, ds_path: str | None, args: argparse.Namespace) -> str:
     """One line about a valid file; ConfigError or DataError with all errors of an invalid one."""
     if path.suffix in (".yaml", ".yml"):
-        if args.deepspeed_config:
-            return _check_start(path, args)
+        if ds_path:
+            return _check_start(path, ds_path, args)
         experiment, notes = load_with_notes(path, args.overrides)
         print_notes([*notes, *_length_notes(experiment)])
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
@@ -77,7 +85,7 @@ def _check_settings(path: Path, args: argparse.Namespace) -> str:
     if path.name.endswith(CARD_SUFFIX):
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
         return f"the card of {card.name}, graded as {card.grading}"
-    ds_config = load_ds_config(path)
+    ds_config = load_ds_config(path, args.ds_overrides)
     print_notes(ds_config.notes)
     if ds_config.nvme_blocks:
         from coconut_ds.engine.engine import refuse_missing_operators  # imports DeepSpeed
@@ -89,7 +97,7 @@ def _check_settings(path: Path, args: argparse.Namespace) -> str:
     return f"a DeepSpeed config (ZeRO stage {ds_config.zero_stage}, {precision})"
 
 
-def _check_start(path: Path, args: argparse.Namespace) -> str:
+def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     """Check what `train` checks before its engine starts, with its functions; UserError as there."""
     from coconut_ds.data.problems import read_problems
     from coconut_ds.evaluation.saved_models import find_trained
@@ -97,13 +105,11 @@ def _check_start(path: Path, args: argparse.Namespace) -> str:
     from coconut_ds.model.loading import is_on_this_machine
     from coconut_ds.training.trainer import check_model, check_start
 
-    settings = argparse.Namespace(
-        config=str(path), overrides=args.overrides, deepspeed_config=args.deepspeed_config
-    )
+    settings = argparse.Namespace(**{**vars(args), "config": str(path), "deepspeed_config": ds_path})
     experiment, ds_config = read_settings(settings)
     assert ds_config.memory_budget is not None  # read_settings fills it in
     ranks = args.ranks or ds_config.memory_budget.gpus
-    start = f"{experiment.method} on {counted(ranks, 'rank')} with {args.deepspeed_config}"
+    start = f"{experiment.method} on {counted(ranks, 'rank')} with {ds_path}"
     if not is_on_this_machine(experiment.model_id):
         ds_config.resolve(experiment, ranks)
         for file in (experiment.train_path, experiment.val_path, experiment.test_path):

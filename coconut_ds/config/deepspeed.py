@@ -9,14 +9,15 @@ for every change; what cannot be converted is left for the schema to refuse.
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.schema import load_schema, read_json, violations
+from coconut_ds.config.schema import load_schema, parse_yaml_value, read_json, violations
 from coconut_ds.errors import ConfigError
 
 # The spellings of DeepSpeed's guide and of the Hugging Face Trainer.
@@ -28,6 +29,30 @@ AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
     "stage3_param_persistence_threshold": lambda hidden_size: 10 * hidden_size,
 }
 COMMENT = ("_", "//", "#")
+# Old and internal spellings of keys, and the block that each is in.
+RENAMED = {
+    "": {"bfloat16": "bf16"},
+    "zero_optimization": {
+        "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+        "gather_16bit_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+        **{
+            name: f"stage3_{name}"
+            for name in (
+                "prefetch_bucket_size",
+                "param_persistence_threshold",
+                "model_persistence_threshold",
+                "max_live_parameters",
+                "max_reuse_distance",
+                "module_granularity_threshold",
+                "use_all_reduce_for_fetch_params",
+                "allgather_sequential",
+            )
+        },
+    },
+}
+OLD_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+DEFAULT_FILE = Path("ds_configs/zero2_offload.json")
+SHIPPED = Path(__file__).parent.parent / "shipped"
 # Refused keys whose `false` has an effect: it turns off a default.
 FALSE_COUNTS = ("cpu_offload_use_pin_memory",)
 
@@ -154,9 +179,34 @@ class DeepSpeedConfig:
         return {**self.resolve(experiment, world_size), **blocks}
 
 
-def load_ds_config(path: str | Path) -> DeepSpeedConfig:
-    """Read and validate one JSON.  ConfigError with all errors of the file in one message."""
-    return validate_ds_config(read_json(path), str(path))
+def load_ds_config(path: str | Path, overrides: Sequence[str] = ()) -> DeepSpeedConfig:
+    """Read and validate one JSON; `overrides`: the KEY=VALUE of --ds.
+
+    ConfigError with all errors of the file in one message.
+    """
+    values = read_json(path)
+    for override in overrides:
+        _override(values, override)
+    return validate_ds_config(values, str(path))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one value of a file in place: zero_optimization.stage=3.  An empty value deletes the key."""
+    key, equals, text = override.partition("=")
+    *blocks, name = key.split(".")
+    if not equals or not all((*blocks, name)):
+        raise ConfigError(
+            f"--ds {override}: must be KEY=VALUE, with dots for nesting: --ds zero_optimization.stage=2"
+        )
+    block = values
+    for inside in blocks:
+        block = block.setdefault(inside, {})
+        if not isinstance(block, dict):
+            raise ConfigError(f"--ds {override}: {inside} is not a block, so it has no key {name}")
+    if text:
+        block[name] = parse_yaml_value(text, f"--ds {key}")
+    else:
+        block.pop(name, None)
 
 
 def validate_ds_config(values: Mapping[str, Any], where: str) -> DeepSpeedConfig:
@@ -242,8 +292,6 @@ def _offload_contradictions(valid: Mapping[str, Any], params: Mapping[str, Any])
 def _zero_contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
     """Pairs that DeepSpeed refuses only when it wraps the model (runtime/engine.py, runtime/zero/)."""
     zero = valid["zero_optimization"]
-    if zero["stage"] == 1 and zero.get("overlap_comm"):
-        yield 'zero_optimization.overlap_comm: cannot be true at stage 1; write false, or "stage": 2'
     if zero["stage"] >= 2 and zero.get("reduce_scatter", True):
         for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
             if valid.get(key, plain) != plain:
@@ -280,9 +328,12 @@ def _converted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _without_comments(value: Any) -> Any:
+    """The same without comment keys, and without null, which is DeepSpeed's "not set"."""
     if not isinstance(value, Mapping):
         return value
-    return {k: _without_comments(v) for k, v in value.items() if not str(k).startswith(COMMENT)}
+    return {
+        k: _without_comments(v) for k, v in value.items() if not str(k).startswith(COMMENT) and v is not None
+    }
 
 
 def _convert(values: dict[str, Any]) -> Iterator[str]:
@@ -304,10 +355,37 @@ def _convert(values: dict[str, Any]) -> Iterator[str]:
         why = "is 0" if "stage" in zero else "is missing"
         zero["stage"] = 1
         yield f"zero_optimization.stage: {why}; stage 1 is used, which shards the optimizer states"
+    if isinstance(zero, dict):
+        yield from _convert_offload(zero)
+        if zero.get("stage") == 1 and zero.get("overlap_comm"):
+            del zero["overlap_comm"]
+            yield "zero_optimization.overlap_comm: is not possible at stage 1; it is ignored"
+    for block, names in RENAMED.items():
+        inside = values.get(block, {}) if block else values
+        for old, new in names.items():
+            if isinstance(inside, dict) and not _is_off(inside.get(old)) and new not in inside:
+                inside[new] = inside.pop(old)
+                yield f"{block}{'.' if block else ''}{old}: is now called {new}"
     latent = values.get("latent_memory")
     if isinstance(latent, dict) and "recompute" in latent and "activation_checkpointing" not in latent:
         latent["activation_checkpointing"] = latent.pop("recompute")
         yield "latent_memory.recompute: is now called activation_checkpointing"
+
+
+def _convert_offload(zero: dict[str, Any]) -> Iterator[str]:
+    """The offload blocks in today's spelling, and without what has no effect at the file's stage."""
+    pins = zero.get("cpu_offload_use_pin_memory")
+    for old, new in OLD_OFFLOAD.items():
+        if zero.get(old) is True and new not in zero:
+            del zero[old]
+            zero[new] = {"device": "cpu"} | ({"pin_memory": pins} if isinstance(pins, bool) else {})
+            zero.pop("cpu_offload_use_pin_memory", None)
+            yield f'zero_optimization.{old}: is now written "{new}": {json.dumps(zero[new])}'
+    block = zero.get("offload_param")
+    if zero.get("stage") in (1, 2) and isinstance(block, dict):
+        del zero["offload_param"]
+        if block.get("device", "none") != "none":
+            yield "zero_optimization.offload_param: has no effect below stage 3; it is ignored"
 
 
 def _drop_without_effect(
@@ -349,11 +427,33 @@ def _is_off(value: Any) -> bool:
     return bool(value) and all(map(_is_off, value.values()))
 
 
-def add_ds_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--deepspeed_config."""
+def add_ds_config_argument(
+    parser: argparse.ArgumentParser, needed: bool = True, several: bool = False
+) -> None:
+    """--deepspeed_config and --ds, into `ds_overrides`.
+
+    `needed`: without the option, `default_ds_config` is used.  `several`: the option takes a list of files.
+    """
+    what = "DeepSpeed configs to compare" if several else "DeepSpeed config"
+    default = f"default: {DEFAULT_FILE}" if needed else f"for example {DEFAULT_FILE}"
     parser.add_argument(
         *DS_CONFIG_FLAGS,
-        required=required,
+        nargs="+" if several else None,
+        default=[None] if several and needed else [] if several else None,
         metavar="JSON",
-        help="DeepSpeed config, for example ds_configs/zero2_offload.json",
+        help=f"{what} ({default})",
     )
+    parser.add_argument(
+        "--ds",
+        dest="ds_overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting of the DeepSpeed config, with dots for nesting: "
+        "zero_optimization.stage=3; can be repeated",
+    )
+
+
+def default_ds_config() -> str:
+    """The file of a run without --deepspeed_config: of this folder, else the one in the package."""
+    return str(DEFAULT_FILE if DEFAULT_FILE.exists() else SHIPPED / DEFAULT_FILE)

@@ -28,7 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget, load_ds_config
+from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget, default_ds_config, load_ds_config
 from coconut_ds.config.experiment import Experiment, read_experiment
 from coconut_ds.data.run_data import RunData
 from coconut_ds.distributed import Ranks, is_out_of_memory, phase_of
@@ -55,13 +55,20 @@ LINGER_SECONDS = 2.0
 def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig]:
     """Read both files of a command line. Raises ConfigError."""
     experiment = read_experiment(args)
-    return experiment, read_ds_config(args.deepspeed_config, experiment)
+    return experiment, read_ds_config(args.deepspeed_config, experiment, args.ds_overrides)
 
 
-def read_ds_config(path: str, experiment: Experiment) -> DeepSpeedConfig:
-    """Read the DeepSpeed JSON for `experiment`; the main process prints its notes. Raises ConfigError."""
-    ds_config = load_ds_config(path)
-    notes = list(ds_config.notes)
+def read_ds_config(
+    path: str | None, experiment: Experiment, overrides: Sequence[str] = ()
+) -> DeepSpeedConfig:
+    """Read the DeepSpeed JSON for `experiment`; the main process prints its notes. Raises ConfigError.
+
+    Without a path: ds_configs/zero2_offload.json.  `overrides`: of --ds.
+    """
+    notes = [] if path else [f"no --deepspeed_config, so {default_ds_config()} is used"]
+    path = path or default_ds_config()
+    ds_config = load_ds_config(path, overrides)
+    notes += ds_config.notes
     hidden_size = None
     if ds_config.needs_hidden_size:
         hidden_size = load_config(experiment.model_id).get_text_config().hidden_size

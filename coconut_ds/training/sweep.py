@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coconut_ds.config.deepspeed import load_ds_config
+from coconut_ds.config.deepspeed import default_ds_config, load_ds_config
 from coconut_ds.config.experiment import Experiment, load_experiment, parse_overrides
 from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import parse_yaml_value, read_json, read_yaml
@@ -52,6 +52,7 @@ class Point:
     ds_config: str
     overrides: tuple[str, ...]
     experiment: Experiment
+    ds_overrides: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -117,6 +118,7 @@ def points(
     overrides: Sequence[str],
     axes: Mapping[str, Sequence[Any]],
     name: str | None = None,
+    ds_overrides: Sequence[str] = (),
 ) -> list[Point]:
     """Check and return every combination of the axes' values; the first axis changes slowest.
 
@@ -129,9 +131,7 @@ def points(
     results, errors = [], []
     for combination in itertools.product(*axes.values()):
         chosen = dict(zip(axes, combination, strict=True))
-        path = chosen.pop(DS_CONFIG, ds_config)
-        if path is None:
-            raise ConfigError("give --deepspeed_config, or add deepspeed_config to the grid")
+        path = chosen.pop(DS_CONFIG, ds_config) or default_ds_config()
         words = [f"{key}-{_word(value)}" for key, value in chosen.items()]
         words += [Path(path).stem] if DS_CONFIG in axes else []
         more = [*overrides, f"name={'-'.join([base, *words])}"]
@@ -139,8 +139,9 @@ def points(
         if "method" in chosen:  # a boolean in the file would select a second method
             more += _no_booleans(config, more)
         try:
-            load_ds_config(path)
-            results.append(Point(config, path, tuple(more), load_experiment(config, more)))
+            load_ds_config(path, ds_overrides)
+            experiment = load_experiment(config, more)
+            results.append(Point(config, path, tuple(more), experiment, tuple(ds_overrides)))
         except ConfigError as error:
             errors.append(str(error))
     if errors:
@@ -178,6 +179,7 @@ def launch_module(module: str, num_gpus: int, port: int | None = None) -> list[s
 def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list[str]:
     """The command line that trains a point."""
     settings = [word for override in point.overrides for word in ("--set", override)]
+    settings += [word for override in point.ds_overrides for word in ("--ds", override)]
     arguments = ["train", point.config, "--deepspeed_config", point.ds_config, *settings]
     return [*launch_module("coconut_ds", num_gpus, port), *arguments]
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from coconut_ds.config.deepspeed import (
     DeepSpeedConfig,
     LatentMemory,
     MemoryBudget,
+    default_ds_config,
     load_ds_config,
     validate_ds_config,
 )
@@ -174,17 +176,11 @@ BAD = [
     ({"amp": {"enabled": True}}, "amp: was removed from DeepSpeed; enable fp16 or bf16"),
     ({"curriculum_learning": {}}, "curriculum_learning: was removed"),
     ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size: MiCS was removed"),
-    ({"zero_optimization": {"cpu_offload": True}}, 'write "offload_optimizer": {"device": "cpu"}'),
     ({"memory_breakdown": True}, "memory_breakdown: resets the peak-memory counters"),
     (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
         'set "latent_memory": {"activation_checkpointing": "layers"}',
     ),
-    (
-        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
-        "offload_param: has no effect below ZeRO stage 3",
-    ),
-    ({"zero_optimization": {"max_live_parameters": 1}}, "write stage3_max_live_parameters"),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": True}}},
         "offload_optimizer.super_offload: has no effect below ZeRO stage 3",
@@ -226,7 +222,6 @@ BAD = [
         {"zero_optimization": {"cpu_offload_use_pin_memory": False}},
         "write pin_memory with the same value inside offload_optimizer",
     ),
-    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, 'at stage 1; write false, or "stage": 2'),
     ({"gradient_predivide_factor": 2}, "gradient_predivide_factor: cannot be combined with reduce_scatter"),
     ({"prescale_gradients": True}, "prescale_gradients: cannot be combined with reduce_scatter"),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "needs DeepSpeed's CPU Adam"),
@@ -254,7 +249,6 @@ BAD = [
     ),
     ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "needs DeepSpeed's CPU Adam"),
     ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "needs bf16_master_weights_and_grads"),
-    ({"bfloat16": {"enabled": True}}, "bfloat16: is the old spelling; write bf16"),
     ({"data_types": {"param_dtype": "bf16"}}, "param_dtype: is bf16, but the file trains in fp32"),
     ({"torch_autocast": {"enabled": True}}, "torch_autocast: is not supported by the latent loop"),
     ({"wandb": {"enabled": True}}, "wandb: would start a second wandb run"),
@@ -335,6 +329,65 @@ def test_settings_without_effect_are_noted_and_left_out(changes, part):
     assert [part in note for note in config.notes] == [True]
     bare = {**PLAIN, "zero_optimization": {"stage": config.zero_stage}}
     assert config.stock == bare
+
+
+CPU = {"device": "cpu"}
+RENAMED = [
+    ({"bfloat16": {"enabled": True}}, {"bf16": {"enabled": True}}),
+    ({"zero_optimization": {"cpu_offload": True}}, {"zero_optimization": {"offload_optimizer": CPU}}),
+    (
+        {"zero_optimization": {"cpu_offload": True, "cpu_offload_use_pin_memory": False}},
+        {"zero_optimization": {"offload_optimizer": {**CPU, "pin_memory": False}}},
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "max_live_parameters": 9}},
+        {"zero_optimization": {"stage": 3, "offload_param": CPU, "stage3_max_live_parameters": 9}},
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}},
+        {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
+    ),
+    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {"zero_optimization": {"stage": 1}}),
+    ({"zero_optimization": {"stage": 2, "offload_param": CPU}}, {"zero_optimization": {"stage": 2}}),
+]
+
+
+@pytest.mark.parametrize("written, meant", RENAMED, ids=lambda values: str(values)[:60])
+def test_old_spellings_are_converted_and_noted(written, meant):
+    config = plain(**written)
+    assert config.stock == plain(**meant).stock and 1 <= len(config.notes) <= 2
+
+
+def test_the_default_file_is_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(DS_CONFIGS.parent)
+    assert default_ds_config() == "ds_configs/zero2_offload.json"
+    monkeypatch.chdir(tmp_path)
+    assert load_ds_config(default_ds_config()).offload_optimizer
+
+
+def test_a_new_spelling_beside_the_old_one_is_refused():
+    with pytest.raises(ConfigError, match="is the old spelling"):
+        plain(bfloat16={"enabled": True}, bf16={"enabled": False})
+
+
+def test_ds_overrides(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(PLAIN))
+    config = load_ds_config(
+        path, ["zero_optimization.stage=3", "zero_optimization.offload_optimizer.device=cpu"]
+    )
+    assert config.zero_stage == 3 and config.offload_optimizer
+    assert load_ds_config(path, ["bf16.enabled=true"]).precision == "bf16"
+    assert load_ds_config(path, ["optimizer="]).stock["optimizer"]["type"] == "AdamW"
+    for override, part in (
+        ("zero_optimization", "must be KEY=VALUE"),
+        ("zero_optimization..stage=1", "must be KEY=VALUE"),
+        ("zero_optimization.stage.x=1", "stage is not a block"),
+        ("zero_optimization.stag=1", "did you mean 'stage'?"),
+        ("zero_optimization.stage=[", "not valid YAML"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            load_ds_config(path, [override])
 
 
 @pytest.mark.parametrize("changes", OFF, ids=str)

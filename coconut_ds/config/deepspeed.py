@@ -9,7 +9,6 @@ for every change; what cannot be converted is left for the schema to refuse.
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from typing import Any
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import load_schema, parse_yaml_value, read_json, violations
 from coconut_ds.errors import ConfigError
+from coconut_ds.files import json_text
 
 # The spellings of DeepSpeed's guide and of the Hugging Face Trainer.
 DS_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
@@ -380,7 +380,7 @@ def _convert_offload(zero: dict[str, Any]) -> Iterator[str]:
             del zero[old]
             zero[new] = {"device": "cpu"} | ({"pin_memory": pins} if isinstance(pins, bool) else {})
             zero.pop("cpu_offload_use_pin_memory", None)
-            yield f'zero_optimization.{old}: is now written "{new}": {json.dumps(zero[new])}'
+            yield f'zero_optimization.{old}: is now written "{new}": {json_text(zero[new])}'
     block = zero.get("offload_param")
     if zero.get("stage") in (1, 2) and isinstance(block, dict):
         del zero["offload_param"]

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="accept that this setting differs from the checkpoint's; world_size is the number of GPUs; "
+        help="accept that this setting differs from the checkpoint's; world_size is the number of GPUs, "
+        "ds_layout the ZeRO stage, offload and order of the shards; "
         "with only_eval, stage accepts another stage than the trained one; can be repeated",
     )
     parser.add_argument("--max-minutes", type=float, metavar="N", help="save and stop after N minutes")

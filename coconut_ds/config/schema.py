@@ -48,6 +48,16 @@ def load_schema(name: str) -> dict[str, Any]:
     return json.loads(text)
 
 
+def default_of(name: str, key: str) -> Any:
+    """The default of a setting, named with dots, in schema `name`; None if it has none."""
+    schema = rule = load_schema(name)
+    for part in key.split("."):
+        rule = rule.get("properties", {}).get(part, {})
+        if "$ref" in rule:
+            rule = schema["$defs"][rule["$ref"].rsplit("/", 1)[1]]
+    return rule.get("default")
+
+
 def defaults(schema: Mapping[str, Any], published: bool = False) -> dict[str, Any]:
     """Defaults of all properties that have one; `published`: for a file of the published code."""
     name = "published_default" if published else "default"

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from coconut_ds.errors import Diverged
 
@@ -42,7 +43,7 @@ def import_muon_uncompiled() -> None:
 
 
 def unlink_shared_memory(rank: int) -> None:
-    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce; it then ends with the ranks.
+    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce, so that it ends with the ranks.
 
     DeepSpeed never unlinks it, so every start would use up that much memory until the next reboot.  Call it
     on every rank when all have opened the memory.  deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`
@@ -133,22 +134,83 @@ class OwnSettings:
                 group["lr"] = rate
 
 
+def count_steps_as(optimizer: Any) -> None:
+    """Let loaded states count steps as the optimizer does that has them now.
+
+    torch's AdamW counts in a tensor, DeepSpeed's Adams in an int.  deepspeed/ops/adam/cpu_adam.py
+    """
+    base = base_optimizer(optimizer)
+    for state in base.state.values():
+        if "step" in state:
+            step = int(state["step"])
+            state["step"] = torch.tensor(float(step)) if isinstance(base, torch.optim.AdamW) else step
+
+
 def has_group_without_part(optimizer: Any, zero_stage: int) -> bool:
     """Whether this rank has no part of a parameter group, which a universal load cannot handle.
 
-    deepspeed/runtime/zero/stage_1_and_2.py, `_load_universal_checkpoint`
+    deepspeed/runtime/base_optimizer.py, `load_hp_checkpoint_state_from_checkpoint_dir`
     """
-    groups: Sequence[Any] = [] if zero_stage == 3 else optimizer.bit16_groups
+    if zero_stage == 3:
+        return False
+    groups: Sequence[Any] = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
     return any(all(parameter._hp_mapping is None for parameter in group) for group in groups)
 
 
+def module_file(zero_stage: int) -> str:
+    """The file of the module that a ZeRO stage looks for in a universal checkpoint.
+
+    deepspeed/runtime/engine.py, `_get_ckpt_name`
+    """
+    return ("zero_pp_rank_0_" if zero_stage == 3 else "") + "mp_rank_00_model_states.pt"
+
+
+def universal_tensor(path: Path) -> Tensor:
+    """A tensor of a universal checkpoint, in the form of any stage."""
+    content = torch.load(path, map_location="cpu", weights_only=False)
+    return content["param"] if isinstance(content, dict) else content
+
+
+def translate_universal(folder: Path, zero_stage: int) -> None:
+    """Let `zero_stage` read a universal checkpoint that was made from shards of another stage.
+
+    Stage 3 has flat tensors and one step for all; stages 1 and 2 have tensors with their shape inside a
+    dict, a step beside each, and DeepSpeed's version.  deepspeed/checkpoint/ds_to_universal.py, `main`;
+    runtime/zero/stage3.py, `load_hp_checkpoint_state_from_checkpoint_dir_stage3`
+    """
+    wanted, common_file = folder / module_file(zero_stage), folder / "zero" / "optimizer_state.pt"
+    if wanted.exists():
+        return
+    written = folder / module_file(2 if zero_stage == 3 else 3)
+    common = torch.load(common_file, map_location="cpu", weights_only=False)
+    tensors = [path for path in common_file.parent.iterdir() if path.is_dir()]
+    if zero_stage == 3:
+        step = torch.load(tensors[0] / "step.pt", weights_only=False)
+        common["optimizer_state_dict"] = {
+            "state": {0: {"step": step}},
+            "param_groups": common["param_groups"],
+        }
+    else:
+        common["ds_version"] = VERSION
+        step = common.pop("optimizer_state_dict")["state"][0]["step"]
+        groups = torch.load(written, map_location="cpu", weights_only=False)["param_shapes"]
+        shapes = {name: shape for group in groups for name, shape in group.items()}
+        for tensor in tensors:
+            for path in list(tensor.iterdir()):
+                torch.save({"param": universal_tensor(path).view(shapes[tensor.name]), "cat_dim": 0}, path)
+            torch.save(step, tensor / "step.pt")
+    torch.save(common, common_file)
+    written.rename(wanted)
+
+
 @contextmanager
-def universal_load(engine: Any, saved: Mapping[str, Any], strict: bool) -> Iterator[None]:
-    """Let `engine.load_checkpoint` read a universal checkpoint, and restore the module from `saved`.
+def universal_load(engine: Any, saved: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `engine.load_checkpoint` read a universal checkpoint, and restore the buffers from `saved`.
 
     Such a load restores master weights and moments, but no buffers.  deepspeed/runtime/engine.py
     """
-    engine.load_module_state_dict(saved, strict=strict)
+    buffers = {name: saved[name] for name, _ in engine.module.named_buffers() if name in saved}
+    engine.module.load_state_dict(buffers, strict=False)
     engine._config.load_universal_checkpoint = True
     try:
         yield

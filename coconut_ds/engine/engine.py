@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -305,12 +305,14 @@ class Engine(Ranks):
         if path is None:
             raise ConfigError(f"{folder}: not a DeepSpeed checkpoint")
         self._own_settings.restore()
+        patches.count_steps_as(self._optimizer)
         return client_state
 
     def convert_shards(self, folder: Path, target: Path) -> None:
-        """Convert what `save_shards` wrote to a form in `target` that any number of ranks can load.
+        """Convert what `save_shards` wrote to a form in `target` that this engine's ZeRO stage loads.
 
-        Call it on one rank only.  Source: deepspeed/checkpoint/ds_to_universal.py.
+        Any stage and number of ranks may have written it.  Call it on one rank only.
+        Source: deepspeed/checkpoint/ds_to_universal.py.
         """
         from deepspeed.checkpoint import ds_to_universal  # rarely needed
 
@@ -323,8 +325,9 @@ class Engine(Ranks):
             strict=True,
             inject_missing_state=True,
         )
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             ds_to_universal.main(arguments)
+        patches.translate_universal(target, self.zero_stage)
 
     def load_converted_shards(self, folder: Path) -> dict[str, Any]:
         """Load what `convert_shards` wrote and return the client_state of `save_shards`. Collective.
@@ -337,16 +340,17 @@ class Engine(Ranks):
                 f"a parameter group has no part for one of {self.world_size} ranks, which DeepSpeed cannot "
                 "load; resume with fewer ranks"
             )
-        (first_file, *_) = sorted(folder.glob("*mp_rank_00_model_states.pt"))
-        saved = torch.load(first_file, map_location="cpu", weights_only=False)
-        with patches.universal_load(self._engine, saved, strict=not self.excludes_frozen):
+        module_file = folder / patches.module_file(self.zero_stage)
+        saved = torch.load(module_file, map_location="cpu", weights_only=False)
+        with patches.universal_load(self._engine, saved["module"]):
             client_state = self.load_shards(folder)
         different = self.gather(self._different_from(saved["module"], folder))
         if any(different):
             names = ", ".join(sorted({name for rank in different for name in rank})[:5])
             raise CheckpointError(
-                f"{folder}: these weights differ from the saved ones: {names}; resume with as many ranks as "
-                "before, or start a new run: set a new 'name', and this checkpoint as 'load_model_path'"
+                f"{folder}: these weights differ from the saved ones: {names}; resume with the ranks and the "
+                "ds_config of before, or start a new run: set a new 'name', and this checkpoint as "
+                "'load_model_path'"
             )
         return client_state
 
@@ -365,7 +369,7 @@ class Engine(Ranks):
                     continue
                 expected = saved[name]
                 if expected.numel() != value.numel():
-                    expected = torch.load(folder / "zero" / name / "fp32.pt", weights_only=False)
+                    expected = patches.universal_tensor(folder / "zero" / name / "fp32.pt")
                 if not torch.equal(value.cpu().flatten(), expected.flatten().to(value.dtype)):
                     different.append(name)
         return different

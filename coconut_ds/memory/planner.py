@@ -38,16 +38,13 @@ SHAPE_HINT = (
 
 
 @dataclass(frozen=True)
-class MemoryOption:
-    """A change that saves memory, the changed run, and what its plan says."""
+class Change:
+    """A suggested change and its effect."""
 
     text: str
     setting: str  # the text to write or type
-    experiment: Experiment
-    ds_config: DeepSpeedConfig
-    name: str = ""  # of options that `fit` may use
-    gpu_bytes: int = 0
-    fits: bool = False
+    gpu_bytes: int
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     host: tuple[Item, ...]  # of one rank
     notes: tuple[str, ...] = ()
-    changes: tuple[MemoryOption, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def states_bytes(self) -> int:

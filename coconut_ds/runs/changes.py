@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.config.schema import affects, settings_with
+from coconut_ds.config.schema import affects, default_of, settings_with
 from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError
@@ -128,15 +128,23 @@ class Change:
     severity: Severity
     why: str
 
+    @property
+    def option(self) -> str:
+        """What --allow accepts it by."""
+        return LAYOUT if self.why in (SHARDS, KERNEL) else self.key
+
     def __str__(self) -> str:
-        remedy = ("", f"; --allow {self.key}", "; impossible")[self.severity]
+        remedy = ("", f"; --allow {self.option}", "; impossible")[self.severity]
         values = f"{self.key}: {_short(self.saved)} when saved, {_short(self.current)} now"
         return values + (f" ({self.why}{remedy})" if self.why else "")
 
 
 HARMLESS = (Severity.HARMLESS, "")
+LAYOUT = "ds_layout"  # --allow: all settings with one of the next two reasons
+SHARDS = "the shards are split again"
+KERNEL = "another optimizer kernel: results differ in the last digits"
 SHAPES = "the saved tensors have other shapes or names"
-SHARDS = "the saved shards are split differently"
+PRECISION = "the saved tensors have another precision, so the run would not continue from the same numbers"
 LEARNS = "changes what is learned"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 METHOD = "another method needs a new run: set a new 'name', and this checkpoint as 'load_model_path'"
@@ -157,24 +165,20 @@ OWNED_BY_YAML = {
 }  # fmt: skip
 # Settings of the DeepSpeed JSON; all others only change where memory is used.
 DS_RULES = {
-    "zero_optimization.stage": (Severity.IMPOSSIBLE, SHARDS),
-    "zero_optimization.round_robin_gradients": (Severity.IMPOSSIBLE, SHARDS),
-    "zero_optimization.parameter_alignment": (Severity.IMPOSSIBLE, SHARDS),
-    "zero_optimization.offload_optimizer.device": (
-        Severity.NEEDS_ALLOW,
-        "another optimizer kernel: results differ in the last digits",
-    ),
-    "fp16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
-    "bf16.enabled": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
+    "zero_optimization.stage": (Severity.NEEDS_ALLOW, SHARDS),
+    "zero_optimization.round_robin_gradients": (Severity.NEEDS_ALLOW, SHARDS),
+    "zero_optimization.parameter_alignment": (Severity.NEEDS_ALLOW, SHARDS),
+    "zero_optimization.sub_group_size": (Severity.NEEDS_ALLOW, SHARDS),
+    "zero_optimization.offload_optimizer.device": (Severity.NEEDS_ALLOW, KERNEL),
+    "optimizer.params.torch_adam": (Severity.NEEDS_ALLOW, KERNEL),
+    "fp16.enabled": (Severity.IMPOSSIBLE, PRECISION),
+    "bf16.enabled": (Severity.IMPOSSIBLE, PRECISION),
     "optimizer.type": (Severity.IMPOSSIBLE, "the saved moments belong to another optimizer"),
     "optimizer": (Severity.NEEDS_ALLOW, LEARNS),
-    "fp16.fp16_master_weights_and_grads": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
-    "bf16.bf16_master_weights_and_grads": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
-    "bf16.bf16_optimizer_states": (Severity.IMPOSSIBLE, "the saved tensors have another precision"),
-    "zero_optimization.offload_optimizer.fp32_optimizer_states": (
-        Severity.IMPOSSIBLE,
-        "the saved tensors have another precision",
-    ),
+    "fp16.fp16_master_weights_and_grads": (Severity.IMPOSSIBLE, PRECISION),
+    "bf16.bf16_master_weights_and_grads": (Severity.IMPOSSIBLE, PRECISION),
+    "bf16.bf16_optimizer_states": (Severity.IMPOSSIBLE, PRECISION),
+    "optimizer.params.fp32_optimizer_states": (Severity.IMPOSSIBLE, PRECISION),
     "bf16": (Severity.NEEDS_ALLOW, LEARNS),
     "fp16": (Severity.NEEDS_ALLOW, "the saved loss scale is used"),
     "torch_autocast": (Severity.NEEDS_ALLOW, LEARNS),
@@ -271,12 +275,11 @@ def refuse_changes(
         change
         for change in changes
         if change.severity is Severity.IMPOSSIBLE
-        or (change.severity is Severity.NEEDS_ALLOW and change.key not in allow)
+        or (change.severity is Severity.NEEDS_ALLOW and change.option not in allow)
     ]
     if refused:
-        options = " ".join(
-            f"--allow {change.key}" for change in refused if change.severity is Severity.NEEDS_ALLOW
-        )
+        needed = dict.fromkeys(change.option for change in refused if change.severity is Severity.NEEDS_ALLOW)
+        options = " ".join(f"--allow {option}" for option in needed)
         impossible = any(change.severity is Severity.IMPOSSIBLE for change in refused)
         advice = (
             "set it back, or start a new run: set a new 'name', and this checkpoint as 'load_model_path'"
@@ -342,10 +345,22 @@ def rate_depends_on_length(experiment: Mapping[str, Any]) -> bool:
     return experiment.get("lr_schedule") != "constant" or bool(experiment.get("warmup_ratio"))
 
 
+def splits_otherwise(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether shards of a run with `saved` settings must be converted to load with `current` ones."""
+    changes = _ds_changes(saved.get("ds_config", {}), current.get("ds_config", {}))
+    return any(change.why == SHARDS for change in changes)
+
+
 def _ds_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Change]:
-    for key, old, new in _differences(dict(_flatten(saved)), dict(_flatten(current))):
-        if rule := _ds_rule(key):
-            yield Change(key, old, new, *rule)
+    """The differences; a missing key has DeepSpeed's default."""
+    settings = [dict(_flatten(values)) for values in (saved, current)]
+    defaults = {key: default_of("ds_config", key) for key in (*settings[0], *settings[1])}
+    for key, old, new in _differences(*(defaults | values for values in settings)):
+        if (rule := _ds_rule(key)) is None:
+            continue
+        if key == "zero_optimization.offload_optimizer.device" and "nvme" in (old, new):
+            rule = (Severity.IMPOSSIBLE, "the moments on an NVMe drive have a form of their own")
+        yield Change(key, old, new, *rule)
 
 
 def _ds_rule(key: str) -> tuple[Severity, str] | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from coconut_ds.distributed import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
 from coconut_ds.files import counted, sync_path
-from coconut_ds.runs.changes import refuse_changes
+from coconut_ds.runs.changes import refuse_changes, splits_otherwise
 from coconut_ds.runs.checkpoint_folders import (
     DRAFT,
     CheckpointFolders,
@@ -129,10 +129,12 @@ class Checkpoints:
             return None
         name, manifest = chosen
         folder = self.run_folder / name
-        if manifest.world_size == self.engine.world_size:
-            client_state = self.engine.load_shards(folder / "engine")
+        if manifest.world_size != self.engine.world_size:
+            client_state = self._load_converted(folder / "engine", f"world size {self.engine.world_size}")
+        elif splits_otherwise(manifest.settings, self.settings):
+            client_state = self._load_converted(folder / "engine", "the new ZeRO settings")
         else:
-            client_state = self._load_for_other_ranks(folder / "engine")
+            client_state = self.engine.load_shards(folder / "engine")
         if client_state.get("step_of_run") != manifest.state.global_step:
             raise CheckpointError(f"{folder}: its shards are from another step than its manifest")
         random_file = self._random_file(folder)
@@ -151,26 +153,25 @@ class Checkpoints:
         """A folder name that all ranks share; the next start removes the folder if it is left behind."""
         return self.run_folder / f"{DRAFT}{name}-{self.engine.broadcast_object(uuid.uuid4().hex[:8])}"
 
-    def _load_for_other_ranks(self, shards: Path) -> dict[str, Any]:
-        """Load shards from another number of ranks, through a temporary universal checkpoint."""
+    def _load_converted(self, shards: Path, target: str) -> dict[str, Any]:
+        """Load shards that are split in another way, through a temporary universal checkpoint."""
         draft = self._new_draft("universal")
         converted = draft / "universal"
-        self._on_main(lambda: self._convert(shards, converted))
+        self._on_main(lambda: self._convert(shards, converted, target))
         client_state = self.engine.load_converted_shards(converted)
         self.engine.barrier()
         if self.engine.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         return client_state
 
-    def _convert(self, shards: Path, converted: Path) -> None:
+    def _convert(self, shards: Path, converted: Path, target: str) -> None:
         # DeepSpeed writes every tensor twice: in pieces and complete.
         needed = 2 * sum(path.stat().st_size for path in shards.iterdir())
         if lack := self._lack_of_space(needed):
             raise CheckpointError(
-                f"{self.run_folder}: converting {shards} for world size {self.engine.world_size} {lack}; "
-                "free disk space"
+                f"{self.run_folder}: converting {shards} for {target} {lack}; free disk space"
             )
-        self._log(f"converting {shards} for world size {self.engine.world_size}")
+        self._log(f"converting {shards} for {target}")
         converted.mkdir(parents=True)
         try:
             self.engine.convert_shards(shards, converted)

@@ -1,4 +1,4 @@
-"""A checkpoint of two ranks goes on with one and back, as if nobody had changed anything."""
+"""A checkpoint goes on with other ranks or another ds_config, as if nobody had changed anything."""
 
 import json
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 ONE_RANK = ("--set", "gradient_accumulation_steps=4")  # two ranks have 2: the same rows a step
 ALLOW = ("--allow", "world_size")
+LAYOUT = ("--allow", "ds_layout")
 
 
 class PlainBench(Bench):
@@ -95,6 +96,21 @@ def test_two_ranks_one_rank_two_ranks(task: Path, tmp_path: Path, warm: Warm, ca
     assert bench.steps() == list(range(1, 2 * STEPS_PER_EPOCH + 1))
     assert bench.losses() == pytest.approx(reference.losses(), rel=1e-5)
     torch.testing.assert_close(bench.tensors(), reference.tensors(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA])
+def test_three_ds_configs_in_turn(task: Path, tmp_path: Path, warm: Warm, tuning: Mapping[str, Any]) -> None:
+    reference = PlainBench(task, tmp_path / "reference", warm, "zero2_offload", MLP | tuning)
+    reference.finish(ranks=2)
+    bench = PlainBench(task, tmp_path / "bench", warm, "zero2_offload", MLP | tuning)
+    bench.stop_after(4, ranks=2)
+    bench.ds_config = "zero3_offload"
+    assert_refused(bench.train(ranks=2), "resume with the new value: --allow ds_layout")
+    bench.stop_after(4, *LAYOUT, ranks=2)
+    bench.ds_config = "zero2"
+    assert "for the new ZeRO settings" in bench.finish(*LAYOUT, ranks=2).output
+    assert bench.steps() == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    assert bench.losses() == pytest.approx(reference.losses(), rel=1e-5)
 
 
 def test_a_group_without_a_part_for_every_rank(task: Path, tmp_path: Path, warm: Warm) -> None:

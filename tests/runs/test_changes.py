@@ -14,6 +14,7 @@ from coconut_ds.runs.changes import (
     learned_ds_settings,
     refuse_changes,
     settings_to_compare,
+    splits_otherwise,
 )
 from coconut_ds.runs.checkpoint_folders import Manifest, TrainState
 
@@ -64,12 +65,18 @@ def with_(path: str, value: Any) -> dict[str, Any]:
         ("experiment.lora_target_modules", ["q"], Severity.IMPOSSIBLE),
         ("ds_config.zero_optimization.reduce_bucket_size", 20, Severity.HARMLESS),
         ("ds_config.zero_optimization.offload_optimizer.device", "none", Severity.NEEDS_ALLOW),
-        ("ds_config.zero_optimization.stage", 3, Severity.IMPOSSIBLE),
+        ("ds_config.zero_optimization.offload_optimizer.device", "nvme", Severity.IMPOSSIBLE),
+        ("ds_config.zero_optimization.stage", 3, Severity.NEEDS_ALLOW),
+        ("ds_config.zero_optimization.round_robin_gradients", True, Severity.NEEDS_ALLOW),
+        ("ds_config.zero_optimization.parameter_alignment", True, Severity.NEEDS_ALLOW),
+        ("ds_config.zero_optimization.sub_group_size", 5000, Severity.NEEDS_ALLOW),
+        ("ds_config.optimizer.params.torch_adam", True, Severity.NEEDS_ALLOW),
         ("ds_config.optimizer.params.betas", [0.9, 0.99], Severity.NEEDS_ALLOW),
         ("ds_config.optimizer.type", "Lion", Severity.IMPOSSIBLE),
         ("ds_config.communication_data_type", "fp16", Severity.NEEDS_ALLOW),
         ("ds_config.zero_optimization.zero_quantized_gradients", True, Severity.NEEDS_ALLOW),
-        ("ds_config.zero_optimization.offload_optimizer.fp32_optimizer_states", False, Severity.IMPOSSIBLE),
+        ("ds_config.optimizer.params.fp32_optimizer_states", False, Severity.IMPOSSIBLE),
+        ("ds_config.fp16", {"enabled": True}, Severity.IMPOSSIBLE),
         ("ds_config.bf16", {"bf16_optimizer_states": True}, Severity.IMPOSSIBLE),
         ("ds_config.bf16", {"bf16_master_weights_and_grads": True}, Severity.IMPOSSIBLE),
         ("data.train", "xxx", Severity.NEEDS_ALLOW),
@@ -170,6 +177,42 @@ def test_all_differences_are_listed_and_the_command_line_is_given() -> None:
     with pytest.raises(CheckpointError, match="--allow data.val"):
         refuse_changes(manifest, current, 2, ["lr"])
     assert len(refuse_changes(manifest, current, 2, ["lr", "data.val"])) == 2
+
+
+def test_one_leave_for_all_that_splits_memory() -> None:
+    manifest = Manifest(TrainState(), SAVED, 2, False, {})
+    zero = {"stage": 3, "sub_group_size": 5000, "reduce_bucket_size": 20}
+    current = with_("ds_config.zero_optimization", zero)
+    with pytest.raises(CheckpointError, match="new value: --allow ds_layout$") as caught:
+        refuse_changes(manifest, current, 2, ["zero_optimization.stage"])
+    assert "stage: 2 when saved, 3 now (the shards are split again; --allow ds_layout)" in str(caught.value)
+    assert len(refuse_changes(manifest, current, 2, ["ds_layout"])) == 4
+    assert splits_otherwise(SAVED, current)
+
+
+def test_leave_for_the_layout_does_not_help_a_precision() -> None:
+    manifest = Manifest(TrainState(), SAVED, 2, False, {})
+    with pytest.raises(CheckpointError, match="another precision, so the run would not continue.*impossible"):
+        refuse_changes(manifest, with_("ds_config.bf16", {"enabled": True}), 2, ["ds_layout"])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("fp16", {"enabled": False}),
+        ("zero_optimization.round_robin_gradients", False),
+        ("zero_optimization.sub_group_size", 1_000_000_000),
+        ("zero_optimization.offload_optimizer.pin_memory", True),
+    ],
+)
+def test_a_default_that_is_written_is_no_change(key: str, value: Any) -> None:
+    current = with_(f"ds_config.{key}", value)
+    assert classify_changes(SAVED, current) == [] == classify_changes(current, SAVED)
+    assert not splits_otherwise(SAVED, current)
+
+
+def test_another_optimizer_kernel_needs_no_conversion() -> None:
+    assert not splits_otherwise(SAVED, with_("ds_config.zero_optimization.offload_optimizer.device", "none"))
 
 
 def test_leave_does_not_help_what_is_impossible() -> None:

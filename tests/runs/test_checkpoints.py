@@ -334,6 +334,16 @@ def test_another_number_of_ranks_loads_through_a_conversion(bench: Bench) -> Non
     assert bench.names() == ["checkpoint_1"]
 
 
+def test_another_zero_stage_loads_through_a_conversion(bench: Bench) -> None:
+    bench.save(bench.fresh(), 1)
+    stage_3 = {**SETTINGS, "ds_config": {"zero_optimization": {"stage": 3}}}
+    with pytest.raises(CheckpointError, match="--allow ds_layout"):
+        bench.fresh(settings=stage_3).load()
+    assert bench.fresh(settings=stage_3).load(allow=["ds_layout"]) is not None
+    assert bench.engine.converted
+    assert any("for the new ZeRO settings" in line for line in bench.lines)
+
+
 def test_conversion_that_cannot_be_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.save(bench.fresh(), 1)
     as_of_two_ranks(bench.folder / "checkpoint_1")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from benchmarks.sections import MB, STEP_NAMES
 
@@ -17,12 +18,53 @@ AXES = {"latents": "latents", "rows": "rows", "question": "question tokens"}
 def draw_all(results: Mapping[str, Any], folder: Path) -> None:
     """Draw what there are results for."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("scaling", scaling), ("quickstart", quickstart)):
-        if name in results:
+    for name, result, draw in PICTURES:
+        if result in results:
             # Without the program's version in the file, the same numbers give the same bytes.
-            draw(results[name]["records"]).savefig(
+            draw(results[result]["records"]).savefig(
                 folder / f"{name}.png", dpi=110, metadata={"Software": None}
             )
+
+
+def overview(records: list[dict[str, Any]]) -> Figure:
+    """README's figure: the latent loop, and the peak memory of a training step."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    loop, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_loop(loop)
+    own = {record["variant"]: record["peak_bytes"] / MB for record in records}
+    shown = [(title, own[name]) for name, title in STEP_NAMES.items() if name in own][::-1]
+    colors = ["#2a7f62" if title.startswith("coconut_ds") else "#9aa5ad" for title, _ in shown]
+    drawn = bars.barh([title for title, _ in shown], [peak for _, peak in shown], color=colors)
+    bars.bar_label(drawn, fmt="{:,.0f} MB", padding=4, fontsize=9)
+    bars.set(xlim=(0, 1.25 * max(own.values())), xticks=[])
+    bars.set_title("Peak memory of a training step, 6 latents\n(GPT-2 124M, fp32, CPU)", fontsize=10)
+    bars.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure
+
+
+def _draw_loop(axes: Any) -> None:
+    """Columns of one row: question, latents, answer; arrows from a hidden state to the next input."""
+    columns = ["question", "<start>", "latent 1", "latent 2", "latent 3", "<end>", "answer"]
+    for x, name in enumerate(columns):
+        is_latent = name.startswith("latent")
+        color = "#2a7f62" if is_latent else "#d9dee2"
+        axes.text(x, 0, name, ha="center", va="center", fontsize=9, color="white" if is_latent else "black",
+                  bbox={"boxstyle": "round,pad=0.4", "facecolor": color, "edgecolor": "none"})  # fmt: skip
+        axes.plot([x, x], [0.22, 0.5], color="#9aa5ad", linewidth=1)
+        if columns[x + 1 : x + 2] and columns[x + 1].startswith("latent"):
+            axes.plot([x, x, x + 0.5, x + 0.5], [1, 1.15, 1.15, 0.36], color="#2a7f62", linewidth=1.5)
+            arrow = {"arrowstyle": "->", "color": "#2a7f62", "linewidth": 1.5}
+            axes.annotate("", xy=(x + 0.97, 0.2), xytext=(x + 0.49, 0.37), arrowprops=arrow)
+    box = Rectangle((-0.5, 0.5), len(columns), 0.5, facecolor="#eef1f3", edgecolor="#9aa5ad", zorder=0)
+    axes.add_patch(box)
+    axes.text(5, 0.75, "language model", ha="center", va="center", fontsize=10)
+    axes.set_title(
+        "The last hidden state is the next input: a continuous thought.\n"
+        "One pass per thought, and one backward through all of them",
+        fontsize=10,
+    )
+    axes.set(xlim=(-0.7, len(columns) - 0.3), ylim=(-0.4, 1.4))
+    axes.axis("off")
 
 
 def scaling(records: list[dict[str, Any]]) -> Figure:
@@ -60,3 +102,11 @@ def quickstart(records: list[dict[str, Any]]) -> Figure:
     plot.set_title("dashed: no CoT", fontsize=9)
     plot.legend(fontsize=8)
     return figure
+
+
+# Name of the picture, of the result, and the function.
+PICTURES = (
+    ("overview", "train_step_prosqa", overview),
+    ("scaling", "scaling", scaling),
+    ("quickstart", "quickstart", quickstart),
+)

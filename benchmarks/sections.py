@@ -12,7 +12,7 @@ from benchmarks.gpu_section import gpu_text
 MB = 1e6
 STEP_NAMES = {
     "textbook": "textbook loop, as published",
-    "single_pass": "one ordinary pass: the limit",
+    "single_pass": "one ordinary pass, no latents",
     "coconut_ds": "coconut_ds",
     "coconut_ds+checkpointing": "coconut_ds + activation checkpointing",
 }

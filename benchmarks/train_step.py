@@ -5,7 +5,7 @@
 
 One JSON line per variant: seconds (median, least, most), least CPU seconds, peak bytes above weights and
 gradients, tokens.  With --threads 1 the CPU seconds hold on a busy machine too.
-  single_pass           the limit: the same tokens in one ordinary pass, no recurrence
+  single_pass           the same tokens in one ordinary pass, no recurrence
   textbook              a plain faithful loop: benchmarks/textbook.py
   coconut_ds            all techniques but activation checkpointing;  coconut_ds+checkpointing: all of them
   coconut_ds-NAME       one technique switched off

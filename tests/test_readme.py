@@ -2,11 +2,14 @@
 
 import re
 import shlex
+import subprocess
 
 import pytest
+import yaml
 
 from coconut_ds.__main__ import COMMANDS
 from tests.conftest import ROOT
+from tests.launched.start import environment
 from tests.run_folders import make_run
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,6 +66,28 @@ def test_commands_name_what_exists(line):
             assert (ROOT / word).exists(), word
     if "coconut_ds" in words:
         assert words[words.index("coconut_ds") + 1] in COMMANDS
+
+
+NOT_RUN = ("launch/", "preprocessing/")  # set-up, downloads
+
+
+@pytest.mark.slow
+def test_commands_run_as_printed(tiny_experiment, tmp_path):
+    """Every line of "Use", with a tiny experiment in the place of GSM8K's."""
+    settings = {
+        **tiny_experiment, "name": "gsm-coconut", "save_path": "runs", "num_epochs": 2, "max_new_tokens": 8,
+        "test_path": tiny_experiment["val_path"],
+    }  # fmt: skip
+    (tmp_path / "configs" / "full").mkdir(parents=True)
+    (tmp_path / "configs" / "full" / "gsm_coconut.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    lines = [line for line in COMMAND_LINES if not any(word in line for word in NOT_RUN)]
+    assert len(lines) == 5
+    for line in lines:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/understanding.md"])

@@ -43,7 +43,7 @@ def import_muon_uncompiled() -> None:
 
 
 def unlink_shared_memory(rank: int) -> None:
-    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce, so that it ends with the ranks.
+    """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce; it then ends with the ranks.
 
     DeepSpeed never unlinks it, so every start would use up that much memory until the next reboot.  Call it
     on every rank when all have opened the memory.  deepspeed/ops/csrc/cpu/comm/shm.cpp, `shm_initialize`

@@ -16,7 +16,7 @@ from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.memory.phases import EVALUATION
-from coconut_ds.memory.planner import Change, Plan, Planner
+from coconut_ds.memory.planner import MemoryOption, Plan, Planner
 
 # In the order in which `fit` adds them; the precision comes last.
 OPTIONS = ("activation_checkpointing", "overlap_comm", "reduce_bucket_size", "offload_optimizer")
@@ -28,17 +28,6 @@ EXACT_TECHNIQUES = (
     "supervised_logits_only",
     "deferred_weight_gradients",
 )
-
-
-@dataclass(frozen=True)
-class MemoryOption:
-    """A change that saves memory, and the changed run."""
-
-    text: str
-    setting: str  # the text to write or type
-    experiment: Experiment
-    ds_config: DeepSpeedConfig
-    name: str = ""  # of options that `fit` may use
 
 
 def memory_options(
@@ -111,9 +100,9 @@ def with_rows(experiment: Experiment, rows: int) -> Experiment:
 
 def cheapest_changes(
     planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_CHANGES
-) -> tuple[Change, ...]:
+) -> tuple[MemoryOption, ...]:
     """The first `limit` changes that help; if the plan does not fit, those that make it fit come first."""
-    changes: list[Change] = []
+    changes: list[MemoryOption] = []
     enough, epoch = 0, plan.peak_stage.epoch
     for option in memory_options(experiment, ds_config, plan.peak_phase.name):
         try:
@@ -122,7 +111,7 @@ def cheapest_changes(
             continue
         if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
             continue
-        changes.append(Change(option.text, option.setting, changed.gpu_bytes, changed.fits))
+        changes.append(replace(option, gpu_bytes=changed.gpu_bytes, fits=changed.fits))
         enough += changed.fits or plan.fits
         if enough == limit:
             break

@@ -38,13 +38,16 @@ SHAPE_HINT = (
 
 
 @dataclass(frozen=True)
-class Change:
-    """A suggested change and its effect."""
+class MemoryOption:
+    """A change that saves memory, the changed run, and what its plan says."""
 
     text: str
     setting: str  # the text to write or type
-    gpu_bytes: int
-    fits: bool
+    experiment: Experiment
+    ds_config: DeepSpeedConfig
+    name: str = ""  # of options that `fit` may use
+    gpu_bytes: int = 0
+    fits: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     host: tuple[Item, ...]  # of one rank
     notes: tuple[str, ...] = ()
-    changes: tuple[Change, ...] = ()
+    changes: tuple[MemoryOption, ...] = ()
 
     @property
     def states_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """Tiny random models and batches that the tests of this folder share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +24,13 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 VOCABULARY, HIDDEN, LATENT_ID = 61, 32, 60
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 EQUAL_ROWS = ((9, 3, 5), (9, 3, 5), (9, 3, 5))
 RAGGED_ROWS = ((9, 4, 3), (4, 1, 5), (6, 2, 4))
 NO_LATENT_ROWS = ((9, 0, 4), (5, 0, 6), (7, 0, 2))
@@ -51,11 +60,7 @@ def gpt2(dropout: float = 0.0) -> PreTrainedModel:
 def llama(dropout: float = 0.0) -> PreTrainedModel:
     """Grouped queries (4 heads on 2), head not tied."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        **SIZES,
         num_key_value_heads=2,
         attention_dropout=dropout,
         tie_word_embeddings=False,
@@ -67,11 +72,7 @@ def llama(dropout: float = 0.0) -> PreTrainedModel:
 def qwen2(dropout: float = 0.0) -> PreTrainedModel:
     """One key-value head, biases on q, k, v, head tied."""
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        **SIZES,
         num_key_value_heads=1,
         attention_dropout=dropout,
         tie_word_embeddings=True,
@@ -82,11 +83,7 @@ def qwen2(dropout: float = 0.0) -> PreTrainedModel:
 def mistral(dropout: float = 0.0) -> PreTrainedModel:
     """A sliding window shorter than the rows, in all layers."""
     config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        **SIZES,
         num_key_value_heads=2,
         attention_dropout=dropout,
         sliding_window=6,
@@ -99,11 +96,7 @@ def mistral(dropout: float = 0.0) -> PreTrainedModel:
 def mixed_windows(dropout: float = 0.0) -> PreTrainedModel:
     """A sliding window in one layer, full attention in the others."""
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        **SIZES,
         num_key_value_heads=2,
         attention_dropout=dropout,
         use_sliding_window=True,

@@ -9,14 +9,8 @@ from coconut_ds.config.experiment import Method
 from coconut_ds.thoughts import available_thoughts
 from tests.launched.start import start
 
-TUNINGS = ("full", "lora")
-DS_CONFIGS = ("zero2", "zero2_offload", "zero3_offload")
-VARIANTS = [
-    f"{thought}-{tuning}-{ds_config}"
-    for thought in available_thoughts()
-    for tuning in TUNINGS
-    for ds_config in DS_CONFIGS
-]
+PAIRS = ("full-zero2", "full-zero3_offload", "lora-zero2_offload", "lora-zero3_offload")
+VARIANTS = [f"{thought}-{pair}" for thought in available_thoughts() for pair in PAIRS]
 BF16 = [f"{thought}-lora-zero2_offload_bf16" for thought in available_thoughts()]
 METHODS = [str(method) for method in Method]
 LAST_STAGE = 3
@@ -78,14 +72,14 @@ def test_lora_trains_and_saves_no_weight_of_the_base(results, name):
         assert results[name]["frozen"] == []
 
 
-@pytest.mark.parametrize("thought, tuning", [(t, u) for t in available_thoughts() for u in TUNINGS])
-def test_splitting_memory_changes_no_loss(results, thought, tuning):
-    first, *others = (results[f"{thought}-{tuning}-{ds_config}"]["losses"] for ds_config in DS_CONFIGS)
-    for losses in others:
-        assert losses == pytest.approx(first, abs=1e-5)
+@pytest.mark.parametrize("thought", available_thoughts())
+@pytest.mark.parametrize("pair", [PAIRS[:2], PAIRS[2:]], ids=str)
+def test_splitting_memory_changes_no_loss(results, thought, pair):
+    first, second = (results[f"{thought}-{settings}"]["losses"] for settings in pair)
+    assert second == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.parametrize("ds_config", DS_CONFIGS)
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3_offload"])
 def test_window_weights_move_and_are_logged(results, ds_config):
     weights = results[f"learnable_window-full-{ds_config}"]["weights"]
     assert sum(weights) == pytest.approx(1)

@@ -22,6 +22,7 @@ from coconut_ds.files import json_text
 
 # The spellings of DeepSpeed's guide and of the Hugging Face Trainer.
 DS_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 OUR_BLOCKS = ("memory_budget", "latent_memory", "$schema")
 AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
     "reduce_bucket_size": lambda hidden_size: hidden_size**2,
@@ -149,10 +150,15 @@ class DeepSpeedConfig:
         micro, steps = experiment.batch_size_training, experiment.gradient_accumulation_steps
         rows = micro * steps * world_size
         total = f"batch_size_training {micro} x gradient_accumulation_steps {steps} x {world_size} ranks"
-        errors = [
+        batch = [
             *_fill(resolved, "train_batch_size", rows, total),
             *_fill(resolved, "train_micro_batch_size_per_gpu", micro, "batch_size_training"),
             *_fill(resolved, "gradient_accumulation_steps", steps, "gradient_accumulation_steps"),
+        ]
+        if batch:
+            batch.append(_batch_remedy(self.stock, resolved, world_size))
+        errors = [
+            *batch,
             *_fill(resolved, "gradient_clipping", experiment.gradient_clipping, "gradient_clipping"),
             *_fill(params, "lr", experiment.lr, "lr", "optimizer.params."),
             *_fill(params, "weight_decay", experiment.weight_decay, "weight_decay", "optimizer.params."),
@@ -246,6 +252,18 @@ def _fill(block: dict[str, Any], key: str, number: float, source: str, inside: s
             f"{inside}{key}: is {given}, but the experiment sets {number} ({source}); "
             f'write "auto" here to use the YAML value{yaml_line}'
         )
+
+
+def _batch_remedy(stock: Mapping[str, Any], filled: Mapping[str, Any], world_size: int) -> str:
+    """The options for the experiment's batch numbers, and those for the file's where they agree."""
+    text = "for the YAML's batch numbers: " + " ".join(f"--ds {key}=auto" for key in BATCH_KEYS)
+    total, micro, steps = (filled[key] for key in BATCH_KEYS)
+    if stock.get("gradient_accumulation_steps", "auto") == "auto":
+        steps = total // (micro * world_size)
+    if stock.get("train_batch_size", "auto") not in ("auto", micro * steps * world_size) or steps < 1:
+        return text
+    settings = f"--set batch_size_training={micro} --set gradient_accumulation_steps={steps}"
+    return f"{text}; for this file's: {settings}"
 
 
 def _contradictions(valid: Mapping[str, Any]) -> Iterator[str]:

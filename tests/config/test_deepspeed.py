@@ -358,6 +358,35 @@ def test_old_spellings_are_converted_and_noted(written, meant):
     assert config.stock == plain(**meant).stock and 1 <= len(config.notes) <= 2
 
 
+@pytest.mark.parametrize(
+    "batch, micro, steps",
+    [
+        ({"train_batch_size": 32}, 4, 4),
+        ({"train_micro_batch_size_per_gpu": 2}, 2, 16),
+        ({"gradient_accumulation_steps": 2}, 4, 2),
+        (
+            {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4},
+            2,
+            4,
+        ),
+        ({"train_batch_size": 7}, None, None),
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 3}, None, None),
+    ],
+    ids=str,
+)
+def test_batch_numbers_that_differ_come_with_the_options_for_either(batch, micro, steps):
+    config = plain(**batch)
+    with pytest.raises(ConfigError) as error:
+        config.resolve(experiment(), 2)
+    assert "for the YAML's batch numbers: --ds train_batch_size=auto" in str(error.value)
+    assert ("for this file's" in str(error.value)) is (micro is not None)
+    if micro is not None:
+        settings = f"--set batch_size_training={micro} --set gradient_accumulation_steps={steps}"
+        assert settings in str(error.value)
+        changed = experiment(batch_size_training=micro, gradient_accumulation_steps=steps)
+        assert config.resolve(changed, 2)["train_micro_batch_size_per_gpu"] == micro
+
+
 def test_the_default_file_is_found_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(DS_CONFIGS.parent)
     assert default_ds_config() == "ds_configs/zero2_offload.json"

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment, validate_experiment
-from coconut_ds.config.methods import Method, thought_names
+from coconut_ds.config.methods import Method, registered
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.memory.fake_run import build_fake_model, record
@@ -55,6 +55,7 @@ class Case:
     rows: int
     precision: str = "fp32"
     question: int = TEXT.question  # tokens
+    latent_supervision: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -100,7 +101,7 @@ def variations(model: str) -> Iterator[Case]:
         if method != Method.COCONUT:
             thought = "pause" if method.is_pause else "last_hidden"
             yield replace(plain, method=str(method), thought=thought)
-    for thought, checkpointing in itertools.product(thought_names(), ("none", "layers")):
+    for thought, checkpointing in itertools.product(registered("thoughts"), ("none", "layers")):
         if thought not in ("last_hidden", "pause"):
             yield replace(plain, thought=thought, activation_checkpointing=checkpointing)
     for question, tuning, checkpointing in itertools.product(
@@ -121,6 +122,7 @@ def experiment_of(case: Case) -> Experiment:
     }  # fmt: skip
     if case.method.startswith("coconut"):
         values["thought"] = case.thought
+        values["latent_supervision"] = case.latent_supervision
     return validate_experiment(values, "plan_accuracy")
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.variants               17 runs a seed, seeds 0 and 1; about an hour on two cores
     python -m benchmarks.variants --dry-run     their commands
 
-The quickstart's recipe throughout, each run one process.  LoRA runs start from the CoT run of their seed, as
-LoRA needs a model that knows the task's words.  Finished runs are skipped, so the same command goes on; after
-every run benchmarks/results/variants.json is written anew.
+The quickstart's recipe with the paper's loss throughout, each run one process.  LoRA runs start from the CoT
+run of their seed, as LoRA needs a model that knows the task's words.  Finished runs are skipped, so the same
+command goes on; after every run benchmarks/results/variants.json is written anew.
 
 Knows: the grid.  Does not know: how a run is started (coconut_ds/training/sweep.py) or trained.
 """
@@ -22,11 +22,11 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.quickstart import stages_of, test_of
-from coconut_ds.config.methods import Method, thought_names
+from coconut_ds.config.methods import Method, registered
 from coconut_ds.reports.run_records import read_run
 from coconut_ds.training.sweep import Point, launch_command, points, run_all
 
-CONFIG = "configs/quickstart/coconut.yaml"
+CONFIG = "configs/quickstart/plain.yaml"
 DS_CONFIG = "ds_configs/zero2_offload.json"
 ROWS = 64  # the quickstart's two ranks of 32
 NO_TEXT = "pause"  # the pause thought belongs to the methods of that name
@@ -46,19 +46,26 @@ def variants() -> Iterator[Variant]:
         # Token by token, as in its own paper; by whole steps it would be no_thoughts over again.
         extra = ("icot_tokens_per_epoch=1",) if method is Method.ICOT else ()
         yield Variant(f"method {method.value}", (f"method={method.value}", *extra))
-    for thought in thought_names():
+    for thought in registered("thoughts"):
         if thought not in (NO_TEXT, "last_hidden"):
             yield Variant(f"thought {thought}, full", ("method=coconut", f"thought={thought}"))
-    for thought in thought_names():
+    for thought in registered("thoughts"):
         if thought != NO_TEXT:
             settings = ("method=coconut", f"thought={thought}", "tuning=lora", "lora_r=32", "lora_alpha=64")
             yield Variant(f"thought {thought}, LoRA", settings)
 
 
-def point_of(variant: Variant, seed: int, folder: Path, extra: list[str]) -> Point:
+def point_of(
+    variant: Variant,
+    seed: int,
+    folder: Path,
+    extra: list[str],
+    config: str = CONFIG,
+    name: str | None = None,
+) -> Point:
     """The run of one variant and seed."""
     data = folder / f"data{seed}"
-    name = f"{'-'.join(word.partition('=')[2] for word in variant.settings[:3])}-seed{seed}"
+    name = name or f"{'-'.join(word.partition('=')[2] for word in variant.settings[:3])}-seed{seed}"
     settings = [
         f"save_path={folder}", f"name={name}", f"seed={seed}", f"batch_size_training={ROWS}",
         f"model_id={data}/gpt2", f"train_path={data}/arithmetic_train.json",
@@ -68,7 +75,7 @@ def point_of(variant: Variant, seed: int, folder: Path, extra: list[str]) -> Poi
     if "tuning=lora" in variant.settings:
         cot = point_of(next(variants()), seed, folder, extra)
         settings.append(f"load_model_path={cot.folder}/checkpoint_{cot.experiment.num_epochs}")
-    (point,) = points(CONFIG, DS_CONFIG, settings, {}, name)
+    (point,) = points(config, DS_CONFIG, settings, {}, name)
     return point
 
 

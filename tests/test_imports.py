@@ -17,6 +17,7 @@ ROOMS = (
     "files",
     "tables",
     "config",
+    "objectives",
     "data",
     "runs",
     "thoughts",

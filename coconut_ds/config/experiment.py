@@ -58,6 +58,8 @@ class Experiment:
     method: Method
     thought: str
     tuning: str  # "full" | "lora"
+    latent_supervision: str | None  # a module of objectives/
+    latent_supervision_weight: float
     c_thought: int
     epochs_per_stage: int | tuple[int, ...]  # a tuple for stage 0, 1, ...; its last number repeats
     max_latent_stage: int

@@ -73,9 +73,9 @@ def thought_and_tuning(method: Method, settings: Mapping[str, Any]) -> tuple[str
     return settings["thought"] or ("pause" if method.is_pause else thought), tuning
 
 
-def thought_names() -> list[str]:
-    """The modules of thoughts/, which is the registry."""
-    folder = str(Path(__file__).parents[1] / "thoughts")
+def registered(registry: str) -> list[str]:
+    """The modules of a registry folder: thoughts or objectives."""
+    folder = str(Path(__file__).parents[1] / registry)
     return sorted(module.name for module in pkgutil.iter_modules([folder]) if not module.name.startswith("_"))
 
 
@@ -130,10 +130,11 @@ def _latent_contradictions(
 
 
 def _thought_contradictions(valid: Mapping[str, Any]) -> Iterator[Contradiction]:
-    thought, names = valid.get("thought"), thought_names()
-    if thought is not None and thought not in names:
-        text = f"thought: must be one of {', '.join(names)}, got {shown(thought)}"
-        yield {"thought"}, text + did_you_mean(thought, names)
+    for key, registry in (("thought", "thoughts"), ("latent_supervision", "objectives")):
+        name, names = valid.get(key), registered(registry)
+        if name is not None and name not in names:
+            text = f"{key}: must be one of {', '.join(names)}, got {shown(name)}"
+            yield {key}, text + did_you_mean(name, names)
     variant = valid.get("latent_variant")
     for key, meant in zip(("thought", "tuning"), LATENT_VARIANTS.get(str(variant), ()), strict=False):
         if valid.get(key) not in (None, meant):
@@ -213,6 +214,7 @@ def unread(
     if not method.has_latents:
         kept = f"; tuning is {tuning}" if settings.get("latent_variant") and tuning != "full" else ""
         keys = ["thought", "latent_variant", "c_thought", "pad_latent_to_max", "thought_lr"]
+        keys += ["latent_supervision", "latent_supervision_weight"]
         yield f"method {method} has no latents{kept}", [*keys, *window, "ablate_after_stage"]
     if not method.has_stages:
         last = [] if method.has_latents else ["max_latent_stage"]
@@ -229,5 +231,7 @@ def unread(
         yield "thought learnable_window learns its weights", ["latent_window_weights"]
     if method.has_latents and thought in ("last_hidden", "fixed_window"):
         yield f"thought {thought} has no parameters", ["thought_lr"]
+    if method.has_latents and settings["latent_supervision"] is None:
+        yield "latent_supervision is not set", ["latent_supervision_weight"]
     if tuning == "full":
         yield "tuning is full, not lora", settings_with("group", "LoRA")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.curriculum import Sample, Stage, mixed_stage, prompt_only, render
+from coconut_ds.data.curriculum import Sample, Stage, mixed_stage, prompt_only, render, supervise
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import DataError
 
@@ -26,7 +26,7 @@ class Batch:
 
     labels_BT[b, t] is the token at t if it is to be learned, else -100 (unshifted, as in Hugging Face).
     target_positions_N are the flat indices b*T+t whose hidden state predicts target_ids_N; both are computed
-    on the host, so that a step needs no search on the device.
+    on the host, so that a step needs no search on the device.  Targets of latents come last.
     """
 
     input_ids_BT: torch.Tensor
@@ -40,6 +40,8 @@ class Batch:
     num_latents: int  # latent columns, the same on every rank; a row may use fewer
     loss_denominator: int  # supervised tokens of the optimizer step, over all ranks and micro-batches
     indices: tuple[int, ...]  # problem of each row, PADDING_ROW for a filler row
+    num_latent_targets: int = 0
+    latent_denominator: int = 0  # targets of latents of the optimizer step, like loss_denominator
 
     @classmethod
     def from_padded(
@@ -97,7 +99,11 @@ def supervised(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def collate(
-    samples: Sequence[Sample | None], pad_id: int, num_latents: int | None = None, loss_denominator: int = 1
+    samples: Sequence[Sample | None],
+    pad_id: int,
+    num_latents: int | None = None,
+    loss_denominator: int = 1,
+    latent_denominator: int = 0,
 ) -> Batch:
     """Pad samples to one batch with aligned latent slots; `None` makes a filler row without loss.
 
@@ -127,6 +133,16 @@ def collate(
         if sample is not None:
             labels[row, start + sample.num_prompt : stop] = ids[row, start + sample.num_prompt : stop]
     positions_N, ids_N = supervised(labels)
+    latent_targets = [
+        (row * columns + first_latent + slot - 1, token)
+        for row, sample in enumerate(samples)
+        if sample is not None
+        for slot, token in sample.latent_targets
+    ]
+    if latent_targets:
+        positions_M2 = torch.tensor(latent_targets)
+        positions_N = torch.cat([positions_N, positions_M2[:, 0]])
+        ids_N = torch.cat([ids_N, positions_M2[:, 1]])
     return Batch(
         input_ids_BT=ids,
         attention_mask_BT=mask,
@@ -139,6 +155,8 @@ def collate(
         num_latents=num_latents,
         loss_denominator=loss_denominator,
         indices=tuple(PADDING_ROW if s is None else s.index for s in samples),
+        num_latent_targets=len(latent_targets),
+        latent_denominator=latent_denominator,
     )
 
 
@@ -204,13 +222,15 @@ def training_steps(
     def draw(index: int) -> Sample:
         problem = problems[index]
         stage = mixed_stage(len(problem.steps), epoch, index, experiment)
-        return render(problem, stage, experiment, vocabulary, index)
+        sample = render(problem, stage, experiment, vocabulary, index)
+        return supervise(sample, problem, stage, experiment, vocabulary)
 
     for start in range(first_sample, len(order), layout.rows_per_step):
         samples = [draw(index) for index in order[start : start + layout.rows_per_step]]
         denominator = sum(len(sample.tokens) - sample.num_prompt for sample in samples)
+        latents = sum(len(sample.latent_targets) for sample in samples)
         yield [
-            collate(rows, vocabulary.pad_id, num_latents, denominator)
+            collate(rows, vocabulary.pad_id, num_latents, denominator, latents)
             for rows, num_latents in _shares(samples, layout.rows, layout)
         ]
 
@@ -252,5 +272,6 @@ def _shares(
         longest = -(-len(together) // layout.world_size)
         own += [None] * (longest - len(own))
         if own == [None]:
-            own = [dataclasses.replace(together[-1], index=PADDING_ROW, num_prompt=len(together[-1].tokens))]
+            last = together[-1]
+            own = [Sample(PADDING_ROW, last.tokens, len(last.tokens), last.num_latents, last.first_latent)]
         yield own, num_latents

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from coconut_ds.config.experiment import Experiment, Method
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.files import counted
+from coconut_ds.objectives import latent_targets
 
 ALL_STEPS = sys.maxsize
 
@@ -54,6 +55,7 @@ class Sample:
     num_prompt: int
     num_latents: int
     first_latent: int  # position of the first latent slot, or where it would be
+    latent_targets: tuple[tuple[int, int], ...] = ()  # (slot, token that the column before it predicts)
 
 
 def stage_number(epoch: int, experiment: Experiment) -> int:
@@ -165,6 +167,22 @@ def render(
     reasoning = tuple(itertools.chain.from_iterable(problem.steps[stage.hidden_steps :]))
     tokens = (*prompt, *reasoning[stage.hidden_tokens :], *problem.answer)
     return Sample(index, tokens, len(prompt), num_latents, first_latent)
+
+
+def supervise(
+    sample: Sample,
+    problem: TokenizedProblem,
+    stage: Stage,
+    experiment: Experiment,
+    vocabulary: Vocabulary,
+) -> Sample:
+    """The rendered sample with the targets of its latents, for training (`latent_supervision`)."""
+    name, c_thought = experiment.latent_supervision, experiment.c_thought
+    if name is None or sample.num_latents == 0:
+        return sample
+    steps = problem.steps[: min(stage.hidden_steps, sample.num_latents // c_thought)]
+    targets = tuple(latent_targets(name, steps, c_thought, vocabulary.tokenizer))
+    return replace(sample, latent_targets=targets)
 
 
 def prompt_only(sample: Sample) -> Sample:

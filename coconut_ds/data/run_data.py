@@ -13,7 +13,15 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.curriculum import Stage, final_stage, last_epoch, numbered_stage, render, stage_at
+from coconut_ds.data.curriculum import (
+    Stage,
+    final_stage,
+    last_epoch,
+    numbered_stage,
+    render,
+    stage_at,
+    supervise,
+)
 from coconut_ds.data.problems import Card, Problem, card_for, examples_digest, read_problems
 from coconut_ds.data.tokenizer import (
     CachedProblems,
@@ -29,6 +37,7 @@ from coconut_ds.files import print_notes
 
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
 MAX_NAMED, MAX_LETTERS = 5, 60  # unknown texts in a note
+MAX_SUPERVISED = 100  # examples searched for targets of latents
 # Models with one of these settings compute their positions; others have a table of learned positions.
 COMPUTED_POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "alibi")
 
@@ -75,6 +84,7 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
         limit = DEBUG_TRAIN_ITEMS if debug else None
         train = cached_tokens(experiment.train_path, vocabulary, limit=limit)
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
+    refuse_unsupervised(train, experiment, vocabulary)
     valid = load_test_set(experiment.val_path, vocabulary, limit)
     test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
     check = LengthCheck(experiment, vocabulary, limit_of(config))
@@ -83,6 +93,26 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
     print_notes(shared_questions(train, experiment.train_path, sets))
     print_notes(unknown_text(vocabulary, train, experiment.train_path, sets))
     return RunData(vocabulary, train, valid, test)
+
+
+def refuse_unsupervised(
+    train: Sequence[TokenizedProblem], experiment: Experiment, vocabulary: Vocabulary
+) -> None:
+    """Raise DataError if `latent_supervision` finds no target in the first steps of the training data."""
+    if experiment.latent_supervision is None or not experiment.method.has_latents:
+        return
+    stage = numbered_stage(experiment.max_latent_stage, experiment)
+    problems = [train[index] for index in range(min(len(train), MAX_SUPERVISED))]
+    samples = (
+        supervise(render(p, stage, experiment, vocabulary), p, stage, experiment, vocabulary)
+        for p in problems
+    )
+    if problems and not any(sample.latent_targets for sample in samples):
+        raise DataError(
+            f"{experiment.train_path}: latent_supervision: {experiment.latent_supervision} has no target in "
+            f"the steps of the first {len(problems)} examples; add steps with a result, or write "
+            "'latent_supervision: none'"
+        )
 
 
 def load_evaluation_data(

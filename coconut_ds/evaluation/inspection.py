@@ -23,6 +23,7 @@ from coconut_ds.evaluation.ablation import record_latents
 from coconut_ds.evaluation.frontier import Frontier, frontiers, read_graph
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.model.coconut import Coconut
+from coconut_ds.objectives.step_result import result_of
 
 MAX_SINGLE_TOKENS = 40  # longer questions are shown by sentence
 Tokens = Callable[[str], set[int]]  # text -> its possible first tokens
@@ -252,12 +253,6 @@ def match_steps(
         _continued(with_steps, latents_per_step),
         len(with_steps),
     )
-
-
-def result_of(step: str) -> str:
-    """The text after the last '=' of a step (`<<3+4=7>>`: 7), else its last word."""
-    result = step.rpartition("=")[2] if "=" in step else step.rpartition(" ")[2]
-    return result.strip(" .<>\n")
 
 
 def _rates(

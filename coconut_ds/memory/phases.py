@@ -123,9 +123,14 @@ def largest_batch(
     while len(chosen) < rows:
         chosen += chosen[: rows - len(chosen)]
     samples = [render(p, stages[p], experiment, vocabulary, i) for i, p in enumerate(chosen)]
+    if experiment.latent_supervision is not None:  # at most one target per latent
+        samples = [
+            replace(s, latent_targets=tuple((slot, 0) for slot in range(s.num_latents))) for s in samples
+        ]
     max_latents = max((stages[p].num_latents for p in problems), default=0)
     padded = at.stage.num_latents if experiment.pad_latent_to_max else max(s.num_latents for s in samples)
-    return collate(samples, vocabulary.pad_id, max(max_latents, padded) if _mixes(experiment) else None, 1)
+    columns = max(max_latents, padded) if _mixes(experiment) else None
+    return collate(samples, vocabulary.pad_id, columns, 1, sum(len(s.latent_targets) for s in samples))
 
 
 def _mixes(experiment: Experiment) -> bool:
@@ -144,7 +149,8 @@ def largest_evaluation_batch(
     problems: Sequence[TokenizedProblem], at: StageOfRun, experiment: Experiment, vocabulary: Vocabulary
 ) -> Batch:
     """The evaluation batch for the loss at a stage with the most columns and labels."""
-    unmixed = replace(experiment, uniform_prob=0.0)  # evaluation does not mix stages
+    # Evaluation does not mix stages, and its loss is that of the text.
+    unmixed = replace(experiment, uniform_prob=0.0, latent_supervision=None)
     return largest_batch(problems, at, unmixed, vocabulary, experiment.batch_size_eval)
 
 

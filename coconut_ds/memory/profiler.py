@@ -146,7 +146,8 @@ def profile_steps(
     """
     micro_batches = min(accumulation, MAX_MICRO_BATCHES)
     denominator = batch.loss_denominator * len(batch.target_ids_N) * engine.world_size * micro_batches
-    batch = replace(batch, loss_denominator=denominator)
+    latents = batch.num_latent_targets * engine.world_size * micro_batches
+    batch = replace(batch, loss_denominator=denominator, latent_denominator=latents)
     meter.begin(BETWEEN)
     states = {INITIALISE: census(engine)}
     engine.train()
@@ -202,17 +203,17 @@ def _micro_batch(
         module.causal_lm.get_decoder().register_forward_pre_hook(lambda *_: begin(f"pass {next(passes)}")),
         *(p.register_post_accumulate_grad_hook(reduce) for p in module.parameters() if p.requires_grad),
     ]
-    original = module.techniques.loss
+    original = module.techniques.losses
 
     def marked_loss(*arguments: Any, **named: Any) -> Tensor:
         begin("loss")
         return original(*arguments, **named)
 
-    module.techniques.loss = marked_loss  # type: ignore[method-assign]
+    module.techniques.losses = marked_loss  # type: ignore[method-assign]
     try:
         yield begin
     finally:
-        del module.techniques.loss
+        del module.techniques.losses
         for handle in handles:
             handle.remove()
 

@@ -52,6 +52,8 @@ class Coconut(nn.Module):
         self.thought = thought
         self.techniques = Techniques(self.causal_lm, latent_memory)
         self.base_record: BaseRecord | None = None  # of the model before training
+        self.latent_weight = 0.0  # of the latents' targets in the loss
+        self.latent_loss: Tensor | None = None  # share of the last batch, detached; None without targets
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -74,10 +76,19 @@ class Coconut(nn.Module):
         return self.causal_lm.get_output_embeddings()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of the token losses of `batch` over `batch.loss_denominator`: a scalar, fp32."""
+        """This batch's share of the loss, a scalar in fp32.
+
+        loss = sum(text losses) / loss_denominator + latent_weight * sum(latent losses) / latent_denominator
+        """
         with self.techniques.training_forward(passes_of(batch), batch) as cache:
             hidden_BTD = torch.cat(list(self._passes(batch, cache)), dim=1)
-            loss = self.techniques.loss(hidden_BTD, batch, self.head) / batch.loss_denominator
+            losses_N = self.techniques.losses(hidden_BTD, batch, self.head)
+        num_text, self.latent_loss = len(losses_N) - batch.num_latent_targets, None
+        loss = losses_N[:num_text].sum() / batch.loss_denominator
+        if batch.latent_denominator:
+            latent_loss = losses_N[num_text:].sum() / batch.latent_denominator
+            self.latent_loss = latent_loss.detach()
+            loss = loss + self.latent_weight * latent_loss
         return loss if batch.num_latents else loss + self._zero_of_thought(hidden_BTD, batch)
 
     def _zero_of_thought(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:

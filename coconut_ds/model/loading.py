@@ -84,6 +84,7 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     else:
         module = Coconut(base, thought, latent_memory)
     module.base_record = record
+    module.latent_weight = experiment.latent_supervision_weight
     if adapter is not None:
         lora.load_adapter(module, adapter, with_window=experiment.method.has_latents)
     elif source and (learned := load_thought_weights(source)):

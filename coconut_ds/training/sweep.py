@@ -11,6 +11,7 @@ Every run is named after its grid values and trains in its own process, so a cra
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -42,6 +43,7 @@ KEYS = ("config", DS_CONFIG, "set", "grid", "name")
 FINISHED, SKIPPED, FAILED, STOPPED = "finished", "already finished", "failed", "stopped"
 LOG = "sweep.log"
 SAVE_SECONDS = 600
+MAX_SEEDS = 10_000  # of one range
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,18 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise ConfigError(f"--grid {text}: must be KEY=VALUE,VALUE,...")
         axes[key.strip()] = [parse_yaml_value(value, f"--grid {text}") for value in values.split(",")]
     return axes
+
+
+def parse_seeds(text: str) -> list[int]:
+    """[100, 101, 7] from '100-101,7'.  Raises ConfigError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + MAX_SEEDS:
+            raise ConfigError(f"seeds: {part!r} is not a seed or a range like 0-19 (in {text!r})")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def points(

@@ -295,17 +295,20 @@ class Trainer:
         """Run one optimizer step and return its numbers for the log."""
         started = time.perf_counter()
         number = self.state.global_step + 1
-        shares = []
+        shares, latent_shares = [], []
         for batch in micro_batches:
             self.watchdog.beat(f"step {number}, forward")
             share = self.engine.loss(batch.to(self.engine.device))
+            latent_shares.append(self.engine.module.latent_loss)
             self.watchdog.beat(f"step {number}, backward")
             shares.append(self.engine.backward(share))
         self.watchdog.beat(f"step {number}, optimizer")
         applied = self.engine.step()
         losses = torch.stack(shares)
+        supervised = [share for share in latent_shares if share is not None]
+        totals = torch.stack([losses.sum(), *([torch.stack(supervised).sum()] if supervised else [])])
         own_samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
-        loss, all_samples = self.engine.sum_over_ranks([float(losses.sum()), own_samples])
+        loss, *latent_loss, all_samples = self.engine.sum_over_ranks([*totals.tolist(), own_samples])
         self.guard.check(number, loss, applied, micro_batches, losses)
         tokens, samples = micro_batches[0].loss_denominator, int(all_samples)
         self.state = replace(
@@ -319,6 +322,9 @@ class Trainer:
         )
         seconds = time.perf_counter() - started
         numbers = {"loss": loss, "lr": self.engine.learning_rate, "tokens_per_s": tokens / seconds}
+        if latent_loss:  # "loss" stays that of the text, comparable with other runs and with validation
+            numbers["latent_loss"] = latent_loss[0]
+            numbers["loss"] -= self.engine.module.latent_weight * latent_loss[0]
         if self.engine.gradient_norm is not None:
             numbers["gradient_norm"] = self.engine.gradient_norm
         if self.engine.loss_scale is not None:

@@ -17,7 +17,7 @@ from coconut_ds.config.experiment import (
     parse_overrides,
     validate_experiment,
 )
-from coconut_ds.config.methods import LATENT_VARIANTS, METHOD_BOOLEANS, thought_names
+from coconut_ds.config.methods import LATENT_VARIANTS, METHOD_BOOLEANS, registered
 from coconut_ds.config.schema import defaults, load_schema
 from coconut_ds.errors import ConfigError
 
@@ -111,7 +111,7 @@ def test_latent_variant_names_a_pair(variant):
     assert (experiment.thought, experiment.tuning) == LATENT_VARIANTS.get(variant, ("last_hidden", "full"))
 
 
-@pytest.mark.parametrize("thought", thought_names())
+@pytest.mark.parametrize("thought", registered("thoughts"))
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_every_thought_of_the_folder_works_with_both_tunings(thought, tuning):
     experiment = smallest(thought=thought, tuning=tuning)

@@ -13,9 +13,10 @@ from coconut_ds.data.batching import collate
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.evaluation.ablation import record_latents
 from coconut_ds.evaluation.frontier import Graph, frontiers, read_graph
-from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps, prompts_by_latents, result_of
+from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps, prompts_by_latents
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from coconut_ds.evaluation.saved_models import find_one
+from coconut_ds.objectives.step_result import result_of
 from coconut_ds.reports.inspection_page import page, terminal, terminal_match
 from tests.run_folders import make_run
 

@@ -12,7 +12,7 @@ from coconut_ds.model.techniques.supervised_loss import supervised_loss
 
 
 def reference(hidden_ND, ids_N, head):
-    return F.cross_entropy(head(hidden_ND).float(), ids_N, reduction="sum")
+    return F.cross_entropy(head(hidden_ND).float(), ids_N, reduction="none")
 
 
 def make(vocabulary=97, hidden=16, positions=25, bias=False):
@@ -27,10 +27,11 @@ def make(vocabulary=97, hidden=16, positions=25, bias=False):
 def test_equals_cross_entropy(chunk_tokens, bias):
     head, hidden_ND, ids_N = make(bias=bias)
     expected = reference(hidden_ND, ids_N, head)
-    wanted = torch.autograd.grad(3 * expected, [hidden_ND, *head.parameters()])
-    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, Context())
-    got = torch.autograd.grad(3 * loss, [hidden_ND, *head.parameters()])
-    torch.testing.assert_close(loss, expected)
+    weights_N = torch.rand(len(ids_N))
+    wanted = torch.autograd.grad((weights_N * expected).sum(), [hidden_ND, *head.parameters()])
+    losses_N = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, Context())
+    got = torch.autograd.grad((weights_N * losses_N).sum(), [hidden_ND, *head.parameters()])
+    torch.testing.assert_close(losses_N, expected)
     torch.testing.assert_close(got, wanted)
 
 
@@ -45,9 +46,9 @@ class Scaled(nn.Linear):
 def test_any_head_module_works(chunk_tokens):
     torch.manual_seed(0)
     head, (_, hidden_ND, ids_N) = Scaled(16, 97), make()
-    expected = reference(hidden_ND, ids_N, head)
+    expected = reference(hidden_ND, ids_N, head).sum()
     wanted = torch.autograd.grad(expected, [hidden_ND, *head.parameters()])
-    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, Context())
+    loss = supervised_loss(hidden_ND, ids_N, head, chunk_tokens, Context()).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, [hidden_ND, *head.parameters()]), wanted)
 
 
@@ -61,7 +62,7 @@ class Tied(nn.Module):
 
     def loss(self, ids_N, targets_N, chunk_tokens, context: Context):
         hidden_ND = self.middle(self.embedding(ids_N)).tanh()
-        return supervised_loss(hidden_ND, targets_N, self.head, chunk_tokens, context)
+        return supervised_loss(hidden_ND, targets_N, self.head, chunk_tokens, context).sum()
 
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
@@ -72,7 +73,7 @@ def test_tied_head_joins_the_embeddings_gradient(positions, chunk_tokens, paddin
     deferred = Tied(31, 16, padding_idx)
     deferred.load_state_dict(plain.state_dict())
     ids_N, targets_N = torch.randint(0, 31, (2, positions))
-    plain.loss(ids_N, targets_N, chunk_tokens, Context()).backward()
+    plain.loss(ids_N, targets_N, chunk_tokens, Context()).sum().backward()
     context = Context()
     install_deferral(deferred, context)
     fired = []
@@ -106,7 +107,7 @@ def test_logits_of_one_chunk_exist_at_a_time():
     head, hidden_ND, ids_N = make(vocabulary=5000, positions=64)
     head.weight.requires_grad_(False)
     with LiveBytes() as live:
-        supervised_loss(hidden_ND, ids_N, head, 8, Context()).backward()
+        supervised_loss(hidden_ND, ids_N, head, 8, Context()).sum().backward()
     assert live.peak < 3 * 8 * 5000 * 4
 
 
@@ -115,5 +116,5 @@ def test_a_head_that_is_more_than_a_matrix_has_one_buffer_of_logits():
     head, (_, hidden_ND, ids_N) = Scaled(16, 5000), make(vocabulary=5000, positions=64)
     head.weight.requires_grad_(False)
     with LiveBytes() as live:
-        supervised_loss(hidden_ND, ids_N, head, 64, Context()).backward()
+        supervised_loss(hidden_ND, ids_N, head, 64, Context()).sum().backward()
     assert live.peak < 2.2 * 64 * 5000 * 4  # Scaled makes a second one

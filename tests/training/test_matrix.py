@@ -11,6 +11,7 @@ from tests.launched.start import start
 
 PAIRS = ("full-zero2", "full-zero3_offload", "lora-zero2_offload", "lora-zero3_offload")
 VARIANTS = [f"{thought}-{pair}" for thought in available_thoughts() for pair in PAIRS]
+SUPERVISED = [f"step_result-{pair}" for pair in PAIRS]
 BF16 = [f"{thought}-lora-zero2_offload_bf16" for thought in available_thoughts()]
 METHODS = [str(method) for method in Method]
 LAST_STAGE = 3
@@ -23,6 +24,16 @@ def variant_case(name, experiment):
     return {
         "name": name,
         "experiment": experiment | {"thought": thought, "tuning": tuning, "thought_lr": 0.05},
+        "ds_config": f"ds_configs/{ds_config}.json",
+        "epoch": LAST_STAGE,
+    }
+
+
+def supervised_case(name, experiment):
+    objective, tuning, ds_config = name.split("-")
+    return {
+        "name": name,
+        "experiment": experiment | {"latent_supervision": objective, "tuning": tuning},
         "ds_config": f"ds_configs/{ds_config}.json",
         "epoch": LAST_STAGE,
     }
@@ -42,6 +53,7 @@ def results(tiny_experiment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
     experiment = tiny_experiment | {"lr": 0.01, "uniform_prob": 0.0}
     cases = [variant_case(name, experiment) for name in (*VARIANTS, *BF16)]
+    cases += [supervised_case(name, experiment) for name in SUPERVISED]
     cases += [method_case(name, experiment) for name in METHODS]
     (folder / "cases.json").write_text(json.dumps(cases))
     process = start("tests.launched.matrix", folder / "cases.json", folder / "out.json", ranks=2, timeout=540)
@@ -49,7 +61,7 @@ def results(tiny_experiment, tmp_path_factory):
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *BF16, *METHODS])
+@pytest.mark.parametrize("name", [*VARIANTS, *SUPERVISED, *BF16, *METHODS])
 def test_learns_one_batch_and_goes_on_from_a_checkpoint(results, name):
     losses = results[name]["losses"]
     assert all(math.isfinite(loss) for loss in losses)
@@ -72,7 +84,7 @@ def test_lora_trains_and_saves_no_weight_of_the_base(results, name):
         assert results[name]["frozen"] == []
 
 
-@pytest.mark.parametrize("thought", available_thoughts())
+@pytest.mark.parametrize("thought", [*available_thoughts(), "step_result"])
 @pytest.mark.parametrize("pair", [PAIRS[:2], PAIRS[2:]], ids=str)
 def test_splitting_memory_changes_no_loss(results, thought, pair):
     first, second = (results[f"{thought}-{settings}"]["losses"] for settings in pair)

@@ -90,10 +90,10 @@ class Techniques:
             mask = mask_BT[:, None, None] if self.settings.segmented_cache else mask_BT
             return read(step.enter(embeds_BTD), mask, positions_BT)
 
-    def loss(self, hidden_BTD: Tensor, batch: Batch, head: nn.Module) -> Tensor:
-        """Sum of the batch's token losses, fp32."""
+    def losses(self, hidden_BTD: Tensor, batch: Batch, head: nn.Module) -> Tensor:
+        """The loss of every target of the batch, losses_N in fp32."""
         if not self.settings.supervised_logits_only:
-            return full_loss(hidden_BTD, batch.labels_BT, head)
+            return full_loss(hidden_BTD, batch.target_positions_N, batch.target_ids_N, head)
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.target_positions_N]
         return supervised_loss(
             hidden_ND, batch.target_ids_N, head, self.settings.loss_chunk_tokens, self.context

@@ -22,7 +22,7 @@ from coconut_ds.model.techniques.passes import Context, is_partitioned
 def supervised_loss(
     hidden_ND: Tensor, target_ids_N: Tensor, head: nn.Module, chunk_tokens: int, context: Context
 ) -> Tensor:
-    """Sum of the token losses, an fp32 scalar; at most `chunk_tokens` positions have logits at a time."""
+    """The token losses, losses_N in fp32; at most `chunk_tokens` positions have logits at a time."""
     if (
         not isinstance(head, nn.Linear)
         or type(head) not in (nn.Linear, DeferringLinear)
@@ -37,10 +37,10 @@ def supervised_loss(
     return _HeadLoss.apply(hidden_ND, matrix, head.bias, lookup, step, target_ids_N, chunk_tokens)
 
 
-def full_loss(hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Module) -> Tensor:
-    """Sum of the token losses, from fp32 logits of every column; labels of -100 do not count."""
+def full_loss(hidden_BTD: Tensor, positions_N: Tensor, target_ids_N: Tensor, head: nn.Module) -> Tensor:
+    """The token losses at flat positions b*T+t, losses_N, from fp32 logits of every column."""
     logits_BTV = head(hidden_BTD).float()
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum")
+    return F.cross_entropy(logits_BTV.flatten(0, 1)[positions_N], target_ids_N, reduction="none")
 
 
 def _loss_through_module(
@@ -58,7 +58,7 @@ def _loss_through_module(
         checkpoint(loss_of, hidden, ids, use_reentrant=False, preserve_rng_state=False)
         for hidden, ids in chunks
     ]
-    return torch.stack(losses).sum()
+    return torch.cat(losses)
 
 
 class _LogitsLoss(torch.autograd.Function):
@@ -66,16 +66,16 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_NV, target_ids_N):  # type: ignore[override]
-        # loss = sum over n of log sum exp(z_n) - z_n[target_n], for logits z
+        # loss_n = log sum exp(z_n) - z_n[target_n], for logits z
         target_logits = logits_NV.gather(1, target_ids_N[:, None])[:, 0]
         norm_N = _softmax_(logits_NV)
         ctx.save_for_backward(logits_NV, target_ids_N)
-        return (norm_N - target_logits).sum()
+        return norm_N - target_logits
 
     @staticmethod
-    def backward(ctx, dloss):  # type: ignore[override]
+    def backward(ctx, dloss_N):  # type: ignore[override]
         softmax_NV, target_ids_N = ctx.saved_tensors
-        return _logit_gradient_(softmax_NV, target_ids_N, dloss), None
+        return _logit_gradient_(softmax_NV, target_ids_N, dloss_N), None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -83,16 +83,15 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, lookup, step, target_ids_N, chunk_tokens):  # type: ignore[override]
-        loss, probabilities = hidden_ND.new_zeros((), dtype=torch.float32), []
-        norms = []
+        losses, probabilities, norms = [], [], []
         for hidden, targets in zip(
             hidden_ND.split(chunk_tokens), target_ids_N.split(chunk_tokens), strict=True
         ):
-            # z = hidden W^T + b,  loss = sum over n of log sum exp(z_n) - z_n[target_n]
+            # z = hidden W^T + b,  loss_n = log sum exp(z_n) - z_n[target_n]
             logits = F.linear(hidden, weight_VD, bias_V).float()
             target_logits = logits.gather(1, targets[:, None])[:, 0]
             norm_N = _softmax_(logits)
-            loss = loss + (norm_N - target_logits).sum()
+            losses.append(norm_N - target_logits)
             norms.append(norm_N)
             probabilities.append(logits)
             if len(hidden_ND) > chunk_tokens or not ctx.needs_input_grad[0]:
@@ -102,18 +101,18 @@ class _HeadLoss(torch.autograd.Function):
         # A single chunk keeps its softmax for the logit gradient; several chunks recompute theirs.
         ctx.probabilities, ctx.chunk_tokens = probabilities, chunk_tokens
         ctx.lookup, ctx.step = lookup, step
-        return loss
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, dloss):  # type: ignore[override]
+    def backward(ctx, dloss_N):  # type: ignore[override]
         hidden_ND, weight_VD, bias_V, target_ids_N, *norms = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         kept, ctx.probabilities = ctx.probabilities, []
         dhidden, dweight, dbias = [], None, None
         chunks = list(
-            zip(hidden_ND.split(ctx.chunk_tokens), target_ids_N.split(ctx.chunk_tokens), norms, strict=True)
+            zip(*(x.split(ctx.chunk_tokens) for x in (hidden_ND, target_ids_N, dloss_N)), norms, strict=True)
         )
-        for hidden, targets, norm_N in chunks:
+        for hidden, targets, dloss, norm_N in chunks:
             softmax = kept.pop() if kept else _softmax(hidden, weight_VD, bias_V, norm_N)
             dlogits = _logit_gradient_(softmax, targets, dloss).to(hidden.dtype)
             del softmax
@@ -149,11 +148,11 @@ def _softmax(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, norm_N
     return F.linear(hidden_ND, weight_VD, bias_V).float().sub_(norm_N[:, None]).exp_()
 
 
-def _logit_gradient_(softmax_NV: Tensor, target_ids_N: Tensor, dloss: Tensor) -> Tensor:
+def _logit_gradient_(softmax_NV: Tensor, target_ids_N: Tensor, dloss_N: Tensor) -> Tensor:
     """Turn the softmax into the gradient of the logits, in place."""
-    # dz = (softmax(z) - onehot(target)) * dloss
+    # dz_n = (softmax(z_n) - onehot(target_n)) * dloss_n
     minus_one_N1 = softmax_NV.new_full((len(target_ids_N), 1), -1)
-    return softmax_NV.scatter_add_(1, target_ids_N[:, None], minus_one_N1).mul_(dloss)
+    return softmax_NV.scatter_add_(1, target_ids_N[:, None], minus_one_N1).mul_(dloss_N[:, None])
 
 
 def _add_product(dlogits_NV: Tensor, hidden_ND: Tensor, dweight_VD: Tensor | None) -> Tensor:
@@ -169,9 +168,9 @@ def _recompute_product(
     bias_V: Tensor | None,
     target_ids_N: Tensor,
     norm_N: Tensor,
-    dloss: Tensor,
+    dloss_N: Tensor,
     dweight_VD: Tensor | None,
 ) -> Tensor:
     softmax = _softmax(hidden_ND, weight_VD, bias_V, norm_N)
-    dlogits = _logit_gradient_(softmax, target_ids_N, dloss).to(hidden_ND.dtype)
+    dlogits = _logit_gradient_(softmax, target_ids_N, dloss_N).to(hidden_ND.dtype)
     return _add_product(dlogits, hidden_ND, dweight_VD)

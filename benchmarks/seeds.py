@@ -1,0 +1,136 @@
+"""How many seeds of the quickstart learn every stage: one process a run, the JSON file after each seed.
+
+    python -m benchmarks.seeds --seeds 100-139,7,32                       a few minutes a run
+    python -m benchmarks.seeds --seeds 100-102 --runs coconut,no_cot      some runs of some seeds
+
+The same command resumes.  Results in benchmarks/results/seeds.json are kept, unless their recipe has changed.
+`swap` is the validation accuracy when every latent is that of another question.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.quickstart import stages_of, test_of
+from benchmarks.variants import Variant, make_data, point_of
+from coconut_ds.config.schema import defaults, load_schema
+from coconut_ds.reports.run_records import RunRecord, read_run
+from coconut_ds.training.sweep import Point, launch_command, parse_seeds
+
+LEARNED = 0.95
+SWAP = "ablate_after_stage=[swap]"
+RUNS = {  # name: (config, settings)
+    "coconut": ("configs/quickstart/coconut.yaml", (SWAP,)),
+    "plain": ("configs/quickstart/plain.yaml", (SWAP,)),
+    "no_cot": ("configs/quickstart/no_cot.yaml", ()),
+    "no_thoughts": ("configs/quickstart/coconut.yaml", ("method=no_thoughts",)),
+}
+
+
+def point(run: str, seed: int, folder: Path, extra: Sequence[str]) -> Point:
+    """The run named `run` of one seed."""
+    config, settings = RUNS[run]
+    return point_of(Variant(run, settings), seed, folder, list(extra), config, f"{run}-{seed}")
+
+
+def recipe_of(experiment: Mapping[str, Any]) -> str:
+    """A digest of the settings that affect what is learned and differ from the defaults, but for the seed."""
+    standard = defaults(load_schema("experiment"))
+    settings = {
+        key: value for key, value in experiment.items() if key != "seed" and value != standard.get(key)
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def epoch_learned(run: RunRecord) -> int | None:
+    """The first epoch of the last stage, from 1, with a validation accuracy of LEARNED; None if none has."""
+    lines = run.of("valid")
+    last = [line["accuracy"] for line in lines if line["stage"] == lines[-1]["stage"]]
+    return next((epoch for epoch, accuracy in enumerate(last, 1) if accuracy >= LEARNED), None)
+
+
+def result_of(name: str, seed: int, chosen: Point) -> dict[str, Any]:
+    """What a finished run says."""
+    run = read_run(chosen.folder)
+    swaps = {str(line["epoch"] + 1): line["accuracy"] for line in run.of("ablation")}
+    times = [line["time"] for line in run.lines]
+    return {
+        "run": name,
+        "seed": seed,
+        "recipe": recipe_of(chosen.experiment.learning),
+        "test": test_of(run),
+        "stages": stages_of(run),
+        "epoch_learned": epoch_learned(run),
+        "swap": swaps.get(str(chosen.experiment.num_epochs)),
+        "seconds": round(max(times) - min(times)),
+        "processor": record.processor(),
+        "commit": record.commit(),
+    }
+
+
+def train(chosen: Point) -> bool:
+    """Run one training in its own process; whether it finished."""
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    with open(chosen.folder / "seeds.log", "a") as log:
+        done = subprocess.run(launch_command(chosen, 1), stdout=log, stderr=log, cwd=record.ROOT)
+    return done.returncode == 0 and chosen.is_finished()
+
+
+def share_text(results: Sequence[Mapping[str, Any]], name: str) -> str:
+    tests = [result["test"] for result in results if result["run"] == name]
+    return f"{name}: {sum(test >= LEARNED for test in tests)} of {len(tests)} seeds at {LEARNED:.0%} or more"
+
+
+def known_results(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", type=parse_seeds, default=parse_seeds("100-139,7,32"), metavar="A-B,C")
+    parser.add_argument("--runs", default="coconut,no_cot,no_thoughts", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--set", dest="extra", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    args = parser.parse_args(arguments)
+    names = args.runs.split(",")
+    if unknown := sorted(set(names) - set(RUNS)):
+        parser.error(f"--runs: {unknown[0]} is not one of {', '.join(RUNS)}")
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    results = known_results(args.results / "seeds.json")
+
+    def measure(name: str, seed: int) -> None:
+        chosen = point(name, seed, args.folder, args.extra)
+        key = (name, seed, recipe_of(chosen.experiment.learning))
+        if any((known["run"], known["seed"], known["recipe"]) == key for known in results):
+            return
+        make_data(seed, args.folder)
+        started = time.monotonic()
+        if not (chosen.is_finished() or train(chosen)):
+            print(f"{name}, seed {seed}: failed; see {chosen.folder}/seeds.log", flush=True)
+            return
+        result = result_of(name, seed, chosen)
+        results[:] = [known for known in results if (known["run"], known["seed"]) != key[:2]] + [result]
+        results.sort(key=lambda known: (list(RUNS).index(known["run"]), known["seed"]))
+        record.write("seeds", f"python -m benchmarks.seeds --jobs {args.jobs}", results, args.results)
+        seconds = time.monotonic() - started
+        print(f"{name}, seed {seed}: {result['test']:.1%} in {seconds:.0f} s; {share_text(results, name)}")
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in [pool.submit(measure, name, seed) for name in names for seed in args.seeds]:
+            done.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -180,6 +180,23 @@ def test_large_scores_of_16_bits(dtype, score):
             assert error <= 16 * precision * max(reference.grad.norm(), size) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dropout_in_16_bits(dtype):
+    """A pass of one column with dropout, as GPT-2 trains: gradients as near to fp32's as 16 bits allow."""
+    gradients = []
+    for kind in (torch.float32, dtype):
+        states = tuple(
+            [x.detach().to(kind).requires_grad_() for x in part] for part in make_states(COCONUT, torch.float32)
+        )
+        torch.manual_seed(1)
+        outs = buffered(COCONUT, *states, dropout=0.3)
+        inputs = [x for part in states for x in part]
+        gradients.append(torch.autograd.grad(sum(out.float().square().sum() for out in outs), inputs))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == dtype
+        assert (rounded.float() - exact).norm() <= 16 * torch.finfo(dtype).eps * exact.norm()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_small_blocks_change_nothing(monkeypatch, architecture):
     batch = make_batch(RAGGED_ROWS)

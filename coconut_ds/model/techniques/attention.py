@@ -148,7 +148,7 @@ def _scores(query_NRE: Tensor, keys_NTE: Tensor, mask_NRT: Tensor, scale: float)
     if query_NRE.device.type == "cuda":
         mask_NRT = mask_NRT.expand(-1, query_NRE.shape[1], -1)
         return torch.baddbmm(mask_NRT, query_NRE, keys_NTE.mT, alpha=scale, out_dtype=torch.float32)
-    return torch.baddbmm(mask_NRT, query_NRE.float(), keys_NTE.float().mT, alpha=scale)
+    return torch.baddbmm(mask_NRT.float(), query_NRE.float(), keys_NTE.float().mT, alpha=scale)
 
 
 class _FirstPass(torch.autograd.Function):
@@ -194,8 +194,10 @@ class _ShortPass(torch.autograd.Function):
         # dP = (dO V^T) * D,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K
         dweights, kept = torch.bmm(dout, layer.values_NTE.mT), weights
         if keep is not None:
-            factor = keep * (1 / (1 - ctx.dropout))
-            dweights, kept = dweights * factor, weights * factor
+            dweights, kept = (
+                torch.ops.aten.native_dropout_backward(x, keep, 1 / (1 - ctx.dropout))
+                for x in (dweights, weights)
+            )
         dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
         dquery = torch.baddbmm(query, dscores, layer.keys_NTE, beta=0, alpha=scale)
         # All columns of the tail, for equal shapes in all passes: those not yet written get zeros.

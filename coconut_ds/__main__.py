@@ -8,11 +8,12 @@ import argparse
 import ast
 import importlib
 import io
+import itertools
 import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from coconut_ds.errors import UserError
@@ -57,6 +58,7 @@ def _main(argv: Sequence[str] | None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(*LOCAL_RANK, type=int, default=0, help="set by the launcher")
+    spellings: Collection[str] = ()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in names:
         summary, _, details = _docstring(name).partition("\n")
@@ -82,13 +84,18 @@ def _main(argv: Sequence[str] | None) -> int:
                 return UserError.exit_code
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args, rest = parser.parse_known_args(without_bare_deepspeed(arguments))
-    if rest and hasattr(args, "overrides"):
+            spellings = command._option_string_actions
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return UserError.exit_code
+    if chosen is None and (word := _first_word(arguments)):
+        parser.error(_unknown_command(word, names))
+    arguments = [_as_declared(word, spellings) for word in without_bare_deepspeed(arguments)]
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
         from coconut_ds.config.experiment import unrecognized_flags  # only for this error
 
-        parser.error(unrecognized_flags(rest, arguments))
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(unrecognized_flags(rest, arguments, spellings, hasattr(args, "overrides")))
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if not (is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -109,9 +116,32 @@ def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:
 
     DeepSpeed's add_config_arguments defines it as a flag, the Hugging Face Trainer as the config's path.
     """
-    following = [*arguments[1:], ""]
-    pairs = zip(arguments, following, strict=True)
+    pairs = itertools.zip_longest(arguments, arguments[1:], fillvalue="")
     return [word for word, after in pairs if word != "--deepspeed" or after.endswith(".json")]
+
+
+def _as_declared(word: str, options: Collection[str]) -> str:
+    """An option with hyphens and underscores as the command declares it: --max_minutes -> --max-minutes."""
+    name, equals, value = word.partition("=")
+    if name.startswith("--") and name not in options:
+        plain = name.replace("_", "-")
+        name = next((option for option in options if option.replace("_", "-") == plain), name)
+    return name + equals + value
+
+
+def _first_word(arguments: Sequence[str]) -> str:
+    """The first argument that is no option; `--local_rank N` is the launcher's."""
+    pairs = zip(arguments, ["", *arguments], strict=False)
+    return next((word for word, before in pairs if not word.startswith("-") and before not in LOCAL_RANK), "")
+
+
+def _unknown_command(word: str, names: Sequence[str]) -> str:
+    from coconut_ds.config.schema import did_you_mean  # only for this error
+
+    hint = did_you_mean(word, names)
+    if word.endswith((".yaml", ".yml")):
+        hint = f"; write `train {word}` or `validate {word}`"
+    return f"{word!r} is not a command{hint or '; commands: ' + ', '.join(names)}"
 
 
 def _docstring(name: str) -> str:

@@ -219,7 +219,7 @@ def from_start(value: str, recorded_in: str | Path) -> str:
     is, since it may be an id of the hub, unless it has a file ending.
     """
     start = _start_folder(Path(recorded_in))
-    if start is None or os.path.isabs(value):
+    if start is None or os.path.isabs(value) or value.startswith("hf://"):
         return value
     present = _present_start(Path(recorded_in))
     if present not in (None, start) and _exists(present / value):

@@ -10,6 +10,11 @@
 # DS_ACCELERATOR=cpu ignores GPUs.  PYTHON=/path/to/python chooses the interpreter.  A second run takes a second.
 
 set -euo pipefail
+# --help of every script here: its first lines, and nothing is installed.
+if [[ "$0" = *.sh && " $* " =~ " "(--help|-h)" " ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/torch_build.sh

@@ -6,7 +6,7 @@
 #   bash launch/test.sh -m "not slow and not faults"       all but what starts a launcher or kills a run
 #   bash launch/test.sh tests/data/test_curriculum.py -x
 
-source "$(dirname "$0")/setup.sh" --tests
+source "$(dirname "$0")/setup.sh" --tests "$@"
 
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     """--ranks, --device and the shape options."""
-    parser.add_argument("--ranks", type=int, metavar="N", help="number of GPUs (default: memory_budget.gpus)")
+    parser.add_argument(
+        "--ranks", "--num-gpus", type=int, metavar="N", help="number of GPUs (default: memory_budget.gpus)"
+    )
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),

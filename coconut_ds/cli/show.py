@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
     add_ds_config_argument(parser, needed=False)
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="number of GPUs (default: the memory budget's, or 2)"
+        "--gpus",
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="number of GPUs (default: the memory budget's, or 2)",
     )
     parser.add_argument(
         "--item", type=int, default=0, metavar="N", help="index of the problem to show (default: 0)"
@@ -54,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if ds_config is not None:
         _print_section("Memory", _memory_lines(ds_config))
     try:
-        problems = read_problems(experiment.val_path if experiment.only_eval else experiment.train_path)
+        path = experiment.val_path if experiment.only_eval else experiment.train_path
+        problems = read_problems(path, None, experiment.fields, [])
     except UserError as error:
         problems = []
         _print_section("Data", [str(error)])

@@ -17,9 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coconut_ds.config.deepspeed import add_ds_config_argument, load_ds_config
-from coconut_ds.config.experiment import Experiment, add_overrides, load_with_notes, validate_experiment
+from coconut_ds.config.experiment import (
+    Experiment,
+    add_overrides,
+    load_with_notes,
+    parse_overrides,
+    validate_experiment,
+)
 from coconut_ds.config.schema import MAX_BYTES
-from coconut_ds.data.problems import card_for, looks_like_data
+from coconut_ds.data.forms import is_hub, looks_like_data
+from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import counted, print_notes
 
@@ -38,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ds_config_argument(parser, needed=False, several=True)
     parser.add_argument(
         "--ranks",
+        "--num-gpus",
         type=int,
         metavar="N",
         help="number of GPUs for --deepspeed_config (default: memory_budget.gpus)",
@@ -48,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     failed = 0
-    data_files = []
+    data_files: list[Path] = []
     for path, ds_path in _checks(args):
         try:
             if _is_data(path):
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
     if data_files:
-        failed += _check_data(data_files, args.model, args.picture)
+        failed += _check_data(data_files, args)
     return ConfigError.exit_code if failed else 0
 
 
@@ -78,10 +86,6 @@ def _check_settings(path: Path, ds_path: str | None, args: argparse.Namespace) -
         experiment, notes = load_with_notes(path, args.overrides)
         print_notes([*notes, *_length_notes(experiment)])
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
-    if path.suffix != ".json":
-        raise ConfigError(
-            f"{path}: neither .yaml nor .json; give experiments, DeepSpeed configs or data files"
-        )
     if path.name.endswith(CARD_SUFFIX):
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
         return f"the card of {card.name}, graded as {card.grading}"
@@ -99,7 +103,7 @@ def _check_settings(path: Path, ds_path: str | None, args: argparse.Namespace) -
 
 def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     """Check what `train` checks before its engine starts, with its functions; UserError as there."""
-    from coconut_ds.data.problems import read_problems
+    from coconut_ds.data.run_data import read_files
     from coconut_ds.evaluation.saved_models import find_trained
     from coconut_ds.memory.budget import read_settings
     from coconut_ds.model.loading import is_on_this_machine
@@ -112,9 +116,7 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     start = f"{experiment.method} on {counted(ranks, 'rank')} with {ds_path}"
     if not is_on_this_machine(experiment.model_id):
         ds_config.resolve(experiment, ranks)
-        for file in (experiment.train_path, experiment.val_path, experiment.test_path):
-            if file:
-                read_problems(file)
+        read_files(experiment)
         return f"{start}; model_id {experiment.model_id} is not on this machine and was not checked"
     if experiment.only_eval:
         find_trained(str(path), overrides=args.overrides)
@@ -127,32 +129,34 @@ def _length_notes(experiment: Experiment) -> list[str]:
     paths = [experiment.train_path, experiment.val_path, experiment.test_path]
     if not all(Path(path).exists() for path in [experiment.model_id, *paths] if path):
         return []
-    from coconut_ds.data.problems import read_problems
     from coconut_ds.data.run_data import (  # imports torch, which settings files do not need
         LengthCheck,
         limit_of,
+        read_files,
     )
     from coconut_ds.data.tokenizer import load_vocabulary, tokenize
     from coconut_ds.model.loading import load_config
 
     vocabulary = load_vocabulary(experiment.model_id)
     check = LengthCheck(experiment, vocabulary, limit_of(load_config(experiment.model_id)))
-    return check.refuse(check.uses(*(tokenize(read_problems(p), vocabulary) if p else [] for p in paths)))
+    return check.refuse(check.uses(*(tokenize(problems, vocabulary) for problems in read_files(experiment))))
 
 
-def _check_data(paths: list[Path], model: str | None, picture: str | None) -> int:
+def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
     """Print the report on the data files; return the number of errors and leaks."""
     from coconut_ds.data.checks import check_data_files  # imports torch, which settings files do not need
     from coconut_ds.data.run_data import LengthCheck, limit_of
     from coconut_ds.data.tokenizer import load_vocabulary, refuse_unsavable
     from coconut_ds.model.loading import load_config
 
+    model, picture = args.model, args.picture
+    fields = parse_overrides(args.overrides).get("fields")
     vocabulary, check = None, None
     if model is not None:
         vocabulary = load_vocabulary(model)
         refuse_unsavable(vocabulary, model)
         check = LengthCheck(EVERY_STEP_SHOWN, vocabulary, limit_of(load_config(model)))
-    report = check_data_files(paths, vocabulary, check)
+    report = check_data_files(paths, vocabulary, check, fields)
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:
         report.save_picture(picture)
@@ -161,10 +165,12 @@ def _check_data(paths: list[Path], model: str | None, picture: str | None) -> in
 
 
 def _is_data(path: Path) -> bool:
-    if path.suffix not in (".json", ".jsonl") or path.name.endswith(CARD_SUFFIX):
+    if path.suffix in (".yaml", ".yml") or path.name.endswith(CARD_SUFFIX):
         return False
+    if path.suffix != ".json" or is_hub(path):
+        return True
     try:
         with open(path, "rb") as file:
-            return path.suffix == ".jsonl" or looks_like_data(file.read(MAX_BYTES))
+            return looks_like_data(file.read(MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

@@ -9,7 +9,7 @@ paths exist is not checked here.
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from coconut_ds.config.methods import (
 from coconut_ds.config.schema import (
     affects,
     defaults,
+    did_you_mean,
     kinds,
     load_schema,
     parse_yaml_value,
@@ -85,6 +86,7 @@ class Experiment:
     train_path: str  # "" with only_eval if the file has none
     val_path: str
     test_path: str | None
+    fields: Mapping[str, str] | None  # question, steps, answer -> the data files' names of them
     max_new_tokens: int | None
     grading: str | None  # "exact" | "latex"
 
@@ -366,15 +368,19 @@ def read_experiment(args: argparse.Namespace) -> Experiment:
     return experiment
 
 
-def unrecognized_flags(flags: Sequence[str], arguments: Sequence[str]) -> str:
-    """The error for `flags` of a command line, with `--set` for those that other trainers have for a setting.
+def unrecognized_flags(
+    flags: Sequence[str], arguments: Sequence[str], options: Collection[str] = (), has_set: bool = True
+) -> str:
+    """The error for `flags` of a command line: `--set` for a setting, else the option that it misspells.
 
     --learning_rate 1e-4      unrecognized arguments: --learning_rate 1e-4; write --set lr=1e-4
+    `options`: those of the command; `has_set`: whether `--set` is one of them.
     """
     schema = load_schema("experiment")
-    settings = synonyms(schema) | {key: key for key in schema["properties"]}
+    settings = synonyms(schema) | {key: key for key in schema["properties"]} if has_set else {}
+    elsewhere = schema["elsewhere"] if has_set else {}
     following = dict(zip(arguments, [*arguments[1:], ""], strict=True))
-    written, remedies = [], []
+    written, remedies, hints = [], [], ""
     for word in flags:
         if not word.startswith("--"):
             continue
@@ -382,8 +388,12 @@ def unrecognized_flags(flags: Sequence[str], arguments: Sequence[str]) -> str:
         if not equals and not following.get(word, "").startswith("--"):
             value = following.get(word, "")
         written.append(word if equals else f"{word} {value}".strip())
-        setting = settings.get(flag.removeprefix("--").replace("-", "_"))
-        if setting is not None:
-            remedies.append(f"--set {setting}={value or 'true'}")
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in settings:
+            remedies.append(f"--set {settings[name]}={value or 'true'}")
+        elif name in elsewhere:
+            hints += f"; {elsewhere[name]}"
+        else:
+            hints += did_you_mean(flag, options)
     text = f"unrecognized arguments: {' '.join(written or flags)}"
-    return text + (f"; write {' '.join(remedies)}" if remedies else "")
+    return text + (f"; write {' '.join(remedies)}" if remedies else "") + hints

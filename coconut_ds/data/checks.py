@@ -75,7 +75,10 @@ class DataReport:
 
 
 def check_data_files(
-    paths: Iterable[str | Path], vocabulary: Vocabulary | None = None, check: LengthCheck | None = None
+    paths: Iterable[str | Path],
+    vocabulary: Vocabulary | None = None,
+    check: LengthCheck | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> DataReport:
     """Read and check data files; lengths are in tokens with a vocabulary, in words without.
 
@@ -87,8 +90,9 @@ def check_data_files(
     limit = check.limit.positions if check and check.limit else _stated_length(vocabulary)
     for path in map(Path, paths):
         try:
-            problems = read_problems(path)
-            file = _check_file(path, problems, vocabulary, limit)
+            no_steps: list[int] = []
+            problems = read_problems(path, None, fields, no_steps)
+            file = _check_file(path, problems, no_steps, vocabulary, limit)
             if check and check.limit and max(file.lengths) > check.limit.positions:
                 tokens = tokenize(problems, check.vocabulary)
                 check.refuse([Use(str(path), tokens, trained_stages(check.experiment), trains=True)])
@@ -102,19 +106,24 @@ def check_data_files(
 
 
 def _check_file(
-    path: Path, problems: Sequence[Problem], vocabulary: Vocabulary | None, limit: int | None
+    path: Path,
+    problems: Sequence[Problem],
+    no_steps: Sequence[int],
+    vocabulary: Vocabulary | None,
+    limit: int | None,
 ) -> FileReport:
     lengths = _lengths(problems, vocabulary)
     findings = []
     first_with = {_fingerprint(p.question): i for i, p in reversed(list(enumerate(problems)))}
     repeated = [i for i, p in enumerate(problems) if first_with[_fingerprint(p.question)] < i]
-    without = [i for i, p in enumerate(problems) if not p.steps]
+    without = [i for i, p in enumerate(problems) if not p.steps and not no_steps]
     texts = [(p.question, *p.steps, p.answer) for p in problems]
     marked = [i for i, parts in enumerate(texts) if any(m in "\n".join(parts) for m in (START, LATENT, END))]
     hashed = [i for i, p in enumerate(problems) if "#" in p.answer]
     too_long = [i for i, total in enumerate(lengths) if limit is not None and total > limit]
     for items, text in (
         (repeated, "repeat the question of an earlier problem in the file"),
+        (no_steps, "have no 'steps' field: good for evaluation only, training needs it"),
         (without, "have no steps; stages that hide steps hide nothing there"),
         (marked, "contain a special token such as <|latent|> as text"),
         (hashed, "have '#' in the answer, where grading splits: no prediction can be correct"),

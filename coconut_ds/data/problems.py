@@ -3,35 +3,37 @@
 [{"question": "2 + 2 ?", "steps": ["<<2+2=4>>"], "answer": "4"}, ...]      data/gsm_valid.json
 {"name": "gsm", "grading": "exact", "max_new_tokens": 64, ...}             data/gsm.card.json beside it
 
-A data file may also be JSON lines, or one object with the list under any key or a list for every field.
+forms.py lists the other forms of a data file.
 """
 
+import ast
 import hashlib
-import json
 import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.schema import violations
+from coconut_ds.data.forms import (
+    FIELDS,
+    Number,
+    each_item,
+    field_of,
+    how_to_make,
+    local_file,
+    other_form,
+    read_text,
+)
 from coconut_ds.errors import DataError
-from coconut_ds.files import parse_json, read_bytes
+from coconut_ds.files import parse_json
 
 GRADINGS = ("exact", "latex")
 
-_SCRIPTS = {  # the script that makes data/NAME_*.json; the longest matching name counts
-    "gsm": "gsm8k.py",
-    "prontoqa": "prontoqa.py",
-    "prontoqa_like": "prontoqa.py --generate",
-    "prosqa": "prosqa.py",
-    "prosqa_like": "prosqa.py --generate",
-    "math": "hendrycks_math.py",
-    "arithmetic": "arithmetic.py",
-}
 _TEXT = {"type": "string"}
 _CARD_SCHEMA = {
     "required": ["name"],
@@ -47,13 +49,8 @@ _CARD_SCHEMA = {
 }
 _OFFER = re.compile(r"(\w+) or (?:an? )?(\w+)\s*\?\s*$")  # ProsQA: "Is Tom a terpus or brimpus?"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BLANK = re.compile(r"[ \t\n\r]*")
-_DATA_KEY = re.compile(rb'\{\s*"(data|problems|examples|items|rows|train|valid|test|steps|answer)"\s*:\s*\[')
-_BOM = b"\xef\xbb\xbf"
+_CALCULATIONS = re.compile(r"(\s*<<[^<>]*>>)+\s*")
 _MAX_REPORTED = 20
-_ORIGINAL_ANSWER = "####"  # before the answer in GSM8K's own files
-_CONVERT_GSM8K = "`python preprocessing/gsm8k.py --form {} --source FOLDER` converts a folder of such files"
-_LIST_FORM = 'write [{"question": "...", "steps": ["..."], "answer": "..."}, ...]'
 _MAX_LATEX_CHARS = 500  # longer answers are only compared as text
 _LATEX_SECONDS = 3
 
@@ -67,7 +64,7 @@ class Problem:
     answer: str
 
 
-def _raise_errors(path: Path, errors: Sequence[str]) -> None:
+def _raise_errors(path: str | Path, errors: Sequence[str]) -> None:
     """Raise all errors of a file together, if there are any."""
     if len(errors) == 1:
         raise DataError(f"{path}: {errors[0]}")
@@ -76,39 +73,47 @@ def _raise_errors(path: Path, errors: Sequence[str]) -> None:
         raise DataError(f"{path}: {len(errors)} errors\n  " + "\n  ".join(errors[:_MAX_REPORTED]) + more)
 
 
-def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
-    """Read the problems of a JSON file, at most `limit` of them.  Other fields are ignored.
+def read_problems(
+    path: str | Path,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+    without_steps: list[int] | None = None,
+) -> list[Problem]:
+    """Read the problems of a data file (forms.py), at most `limit` of them.  Other fields are ignored.
 
-    Blank steps are dropped: the published conversion writes `[""]` for an item without reasoning.
+    `fields`: the file's name for question, steps or answer if that is another one.  Steps in one text are its
+    lines or its <<calculations>>.  Blank steps are dropped: the published conversion writes `[""]` for an
+    item without reasoning.  Items without steps are errors unless `without_steps` collects their indices.
     Raises DataError with the first 20 errors of the file, each with its item and field.
     """
-    return list(each_problem(path, limit))
+    return list(each_problem(path, limit, fields, without_steps))
 
 
-def each_problem(path: str | Path, limit: int | None = None) -> Iterator[Problem]:
+def each_problem(
+    path: str | Path,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+    without_steps: list[int] | None = None,
+) -> Iterator[Problem]:
     """Yield the problems one by one, to save memory. Raises like read_problems, at the end."""
-    path = Path(path)
     errors: list[str] = []
     if limit is not None and limit < 1:
         raise DataError(f"{path}: the limit must be at least 1, got {limit}")
+    names = dict.fromkeys(FIELDS, "") | dict(fields or {})
     index = -1
-    for index, item in enumerate(_items(path, errors)):
-        problem = _problem(item, index, errors)
+    for index, item in enumerate(each_item(local_file(path), errors)):
+        values = _values(item, names)
+        if index == 0 and (message := other_form(item, values)):
+            errors.append(message)
+            break
+        problem = _problem(item, values, index, errors, without_steps)
         if problem is not None:
             yield problem
         if index + 1 == limit:
             break
     _raise_errors(path, errors)
     if index < 0:
-        raise DataError(f"{path}: the list is empty; {_how_to_make(path)}")
-
-
-def looks_like_data(content: bytes) -> bool:
-    """Whether a JSON file holds problems, not settings; its first megabyte is enough."""
-    start = content.removeprefix(_BOM).lstrip()
-    if start.startswith(b"[") or _unfinished_download(content):
-        return True
-    return start.startswith(b"{") and (b'"question"' in start or _DATA_KEY.match(start) is not None)
+        raise DataError(f"{path}: the list is empty; {how_to_make(Path(path))}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def card_for(path: str | Path) -> Card:
 def read_card(path: str | Path) -> Card:
     """Read a card. Raises DataError with all errors of the file."""
     path = Path(path)
-    text = _read_text(path)
+    text = read_text(path)
     try:
         values = parse_json(text)
     except ValueError as error:
@@ -218,175 +223,74 @@ def _offers_its_answer(problem: Problem) -> bool:
     return offer is not None and len(words & set(offer.groups())) == 1
 
 
-def _read_text(path: Path) -> str:
-    """Read a UTF-8 file that is not empty. Raises DataError with how to get the file."""
-    advice = _how_to_make(path)
-    try:
-        content = read_bytes(path)
-    except FileNotFoundError:
-        where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise DataError(f"{path}: no such file{where}; {advice}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder; give the JSON file inside it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not content.strip():
-        raise DataError(f"{path}: the file is empty; {advice}")
-    if download := _unfinished_download(content):
-        raise DataError(f"{path}: {download}; {advice}")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8 "
-            f"(from Latin-1: iconv -f LATIN1 -t UTF-8)"
-        ) from None
-
-
-def _unfinished_download(content: bytes) -> str:
-    """A message for a Git LFS pointer or an HTML page in place of the file; empty for other files."""
-    start = content[:200].removeprefix(_BOM).lstrip().lower()
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "is an HTML page, not the file itself; download the raw file"
-    return ""
-
-
-def _items(path: Path, errors: list[str]) -> Iterator[Any]:
-    """Decode the items of a data file one at a time; a syntax error ends the iteration."""
-    text, index = _read_text(path), 0
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        item = dict(pairs)
-        if len(item) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            errors.extend(f"item {index}, '{key}': the key occurs more than once; keep one" for key in twice)
-        return item
-
-    def not_json(constant: str) -> None:
-        errors.append(f"item {index}: {constant} is not JSON; write text in quotes")
-
-    decode = json.JSONDecoder(object_pairs_hook=unique, parse_constant=not_json).raw_decode
-    position = _after_blanks(text, 0)
-    is_list = text.startswith("[", position)
-    if not is_list and not text.startswith("{", position):
-        first_line = text[position:].partition("\n")[0]
-        if "||" in first_line and _ORIGINAL_ANSWER in first_line:
-            form = "this is GSM8K's line format (question||steps #### answer); "
-            raise DataError(f"{path}: {form}{_CONVERT_GSM8K.format('icot')}")
-        raise DataError(f"{path}: the file must hold a list of problems; {_LIST_FORM}")
-    at_end = False
-    if is_list:
-        position = _after_blanks(text, position + 1)
-        at_end = text.startswith("]", position)
-        position += at_end
-    while not at_end:
-        try:
-            item, position = decode(text, position)
-        except (ValueError, RecursionError) as error:
-            errors.append(f"item {index}: {_syntax_error(error)}")
-            return
-        position = _after_blanks(text, position)
-        if not is_list:
-            at_end = position == len(text)
-            yield from _held_by(item, errors) if at_end and index == 0 else [item]
-        else:
-            yield item
-            separator = text[position : position + 1]
-            position = _after_blanks(text, position + 1)
-            at_end = separator == "]"
-            if separator not in ("]", ","):
-                what = f"{separator!r}" if separator else "the end of the file (was it cut off?)"
-                line = text.count("\n", 0, position) + 1
-                errors.append(f"after item {index}, line {line}: expected ',' or ']' but found {what}")
-                return
-        index += 1
-    if _after_blanks(text, position) != len(text):
-        line = text.count("\n", 0, position) + 1
-        errors.append(f"line {line}: more text follows the end of the list; remove it")
-
-
-def _held_by(value: dict[str, Any], errors: list[str]) -> Iterator[Any]:
-    """The items of {"data": [...]} or {"question": [...], ...}; otherwise the object is the only item."""
-    lists = {key: items for key, items in value.items() if isinstance(items, list)}
-    if isinstance(value.get("question"), str):
-        yield value
-    elif "question" in lists:
-        lengths = {key: len(items) for key, items in lists.items()}
-        if len(set(lengths.values())) > 1:
-            described = ", ".join(f"'{key}' has {length}" for key, length in lengths.items())
-            errors.append(f"the columns differ in length: {described}")
-            return
-        for row in zip(*lists.values(), strict=True):
-            yield dict(zip(lists, row, strict=True))
-    elif len(lists) == 1:
-        yield from next(iter(lists.values()))
-    else:
-        errors.append(f"the file must hold a list of problems; {_LIST_FORM}")
-
-
-def _after_blanks(text: str, position: int) -> int:
-    match = _BLANK.match(text, position)
-    return match.end() if match else position
-
-
-def _syntax_error(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply; write a flat object"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-    return f"not JSON: {error}"
-
-
 def _kind(value: Any) -> str:
+    if isinstance(value, Number):
+        return "a number"
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def _how_to_make(path: Path) -> str:
-    fitting = [name for name in _SCRIPTS if path.stem.startswith(name + "_")]
-    if fitting:
-        script = _SCRIPTS[max(fitting, key=len)]
-        return f"`python preprocessing/{script}` makes it in data/ (see its --help for another folder)"
-    return "the scripts in preprocessing/ make such files (see data/README.md)"
+def _values(item: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of an item that a problem has, under our names."""
+    values = {}
+    for key in FIELDS if isinstance(item, dict) else ():
+        for name in (names[key], key):
+            with suppress(KeyError):
+                values[key] = field_of(item, name)
+                break
+    return values
 
 
-def _problem(item: Any, index: int, errors: list[str]) -> Problem | None:
+def _problem(
+    item: Any, values: Mapping[str, Any], index: int, errors: list[str], without_steps: list[int] | None
+) -> Problem | None:
     if not isinstance(item, dict):
         errors.append(f"item {index}: must be an object, got {_kind(item)}")
         return None
     before = len(errors)
+    errors += [f"item {index}, '{key}': missing" for key in ("question", "answer") if key not in values]
     for key in ("question", "answer"):
-        value = item.get(key)
-        if key not in item:
-            errors.append(f"item {index}, '{key}': missing")
-        elif not isinstance(value, str):
-            errors.append(f"item {index}, '{key}': must be text, got {_kind(value)}; put it in quotes")
-        elif not value.strip():
-            errors.append(f"item {index}, '{key}': empty; fill it in or remove the item")
-        elif _has_surrogate(value):
-            errors.append(
-                f"item {index}, '{key}': half a surrogate pair (\\ud800-\\udfff) is not a character"
-            )
-    steps = item.get("steps", [])
-    if "steps" not in item:
-        remedy = "write [] for an answer without reasoning"
-        if _ORIGINAL_ANSWER in str(item.get("answer")):
-            remedy = "the answer holds them, as in GSM8K's own files; " + _CONVERT_GSM8K.format("original")
-        errors.append(f"item {index}, 'steps': missing; {remedy}")
-    elif not isinstance(steps, list):
+        errors += [f"item {index}, '{key}': {error}" for error in _text_errors(key, values.get(key, "-"))]
+    if "steps" not in values:
+        if without_steps is None:
+            errors.append(f"item {index}, 'steps': missing; write [] for an answer without reasoning")
+        else:
+            without_steps.append(index)
+    steps = values.get("steps", [])
+    if isinstance(steps, str) and not isinstance(steps, Number):
+        steps = _steps_of_text(steps)
+    if not isinstance(steps, list):
         errors.append(f"item {index}, 'steps': must be a list of texts, got {_kind(steps)}")
-    for number, step in enumerate(steps if isinstance(steps, list) else ()):
-        if not isinstance(step, str):
+        return None
+    for number, step in enumerate(steps):
+        if not isinstance(step, str) or isinstance(step, Number):
             errors.append(f"item {index}, 'steps'[{number}]: must be text, got {_kind(step)}")
         elif _has_surrogate(step):
             errors.append(f"item {index}, 'steps'[{number}]: half a surrogate pair is not a character")
     if len(errors) > before:
         return None
-    return Problem(item["question"], tuple(step for step in steps if step.strip()), item["answer"])
+    return Problem(values["question"], tuple(filter(str.strip, steps)), str(values["answer"]))
+
+
+def _text_errors(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, str) or (isinstance(value, Number) and key == "question"):
+        yield f"must be text, got {_kind(value)}; put it in quotes"
+    elif not value.strip():
+        yield "empty; fill it in or remove the item"
+    elif _has_surrogate(value):
+        yield "half a surrogate pair (\\ud800-\\udfff) is not a character"
+
+
+def _steps_of_text(text: str) -> list[Any]:
+    """The steps in one text: a list in JSON or Python, <<calculations>> in a row, or lines."""
+    if text.lstrip().startswith("["):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(text.strip())  # as pandas and csv write a list
+            if isinstance(value, list):
+                return value
+    if _CALCULATIONS.fullmatch(text):
+        return re.findall(r"<<[^<>]*>>", text)
+    return text.splitlines()
 
 
 @lru_cache(maxsize=65536)

@@ -82,16 +82,20 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
     if not experiment.only_eval:
         refuse_unsavable(vocabulary, experiment.model_id)
         limit = DEBUG_TRAIN_ITEMS if debug else None
-        train = cached_tokens(experiment.train_path, vocabulary, limit=limit)
+        train = cached_tokens(experiment.train_path, vocabulary, limit=limit, fields=experiment.fields)
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
     refuse_unsupervised(train, experiment, vocabulary)
-    valid = load_test_set(experiment.val_path, vocabulary, limit)
-    test = load_test_set(experiment.test_path, vocabulary, limit) if experiment.test_path else None
+    valid = load_test_set(experiment.val_path, vocabulary, limit, experiment.fields)
+    test = (
+        load_test_set(experiment.test_path, vocabulary, limit, experiment.fields)
+        if experiment.test_path
+        else None
+    )
     check = LengthCheck(experiment, vocabulary, limit_of(config))
     print_notes(check.refuse(check.uses(train, valid.tokenized, test.tokenized if test else ())))
     sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
     print_notes(shared_questions(train, experiment.train_path, sets))
-    print_notes(unknown_text(vocabulary, train, experiment.train_path, sets))
+    print_notes(unknown_text(vocabulary, train, experiment.train_path, sets, experiment.fields))
     return RunData(vocabulary, train, valid, test)
 
 
@@ -115,20 +119,36 @@ def refuse_unsupervised(
         )
 
 
+def read_files(experiment: Experiment) -> list[list[Problem]]:
+    """The problems of train_path, val_path and test_path, empty for a path that is not set.
+
+    Raises DataError as `load_run_data` does; items of evaluation files may lack steps.
+    """
+    train = read_problems(experiment.train_path, None, experiment.fields) if experiment.train_path else []
+    paths = (experiment.val_path, experiment.test_path)
+    return [train, *(read_problems(path, None, experiment.fields, []) if path else [] for path in paths)]
+
+
 def load_evaluation_data(
     experiment: Experiment, config: PretrainedConfig, path: str, stage: Stage, limit: int | None
 ) -> tuple[Vocabulary, TestSet]:
     """Read and tokenize a file to evaluate at `stage`.  Prints and raises like `load_run_data`."""
     vocabulary = load_vocabulary(experiment.model_id)
-    test_set = load_test_set(path, vocabulary, limit)
+    test_set = load_test_set(path, vocabulary, limit, experiment.fields)
     check = LengthCheck(experiment, vocabulary, limit_of(config))
     print_notes(check.refuse([Use(path, test_set.tokenized, [stage])]))
     return vocabulary, test_set
 
 
-def load_test_set(path: str, vocabulary: Vocabulary, limit: int | None = None) -> TestSet:
-    """Read problems to grade, with their card.  Raises DataError."""
-    problems = read_problems(path, limit)
+def load_test_set(
+    path: str, vocabulary: Vocabulary, limit: int | None = None, fields: Mapping[str, str] | None = None
+) -> TestSet:
+    """Read problems to grade, with their card; a note counts those without steps.  Raises DataError."""
+    without_steps: list[int] = []
+    problems = read_problems(path, limit, fields, without_steps)
+    if without_steps:
+        count = f"{len(without_steps)} of {len(problems)} problems have no 'steps'"
+        print_notes([f"{path}: {count}; their loss and CoT match are of the answer alone"])
     return TestSet(problems, tokenize(problems, vocabulary), card_for(path))
 
 
@@ -265,7 +285,11 @@ def shared_questions(
 
 
 def unknown_text(
-    vocabulary: Vocabulary, train: Sequence[TokenizedProblem], train_path: str, sets: Mapping[str, TestSet]
+    vocabulary: Vocabulary,
+    train: Sequence[TokenizedProblem],
+    train_path: str,
+    sets: Mapping[str, TestSet],
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """One note with the count and the texts that the tokenizer maps to its unknown token, if any."""
     unknown = vocabulary.tokenizer.unk_token_id
@@ -280,7 +304,7 @@ def unknown_text(
         indices = [i for i, problem in enumerate(tokenized) if _has(problem, unknown)]
         if indices:
             files.append(path)
-            known = read_problems(path, indices[-1] + 1) if problems is None else problems
+            known = read_problems(path, indices[-1] + 1, fields) if problems is None else problems
             for index in indices:
                 texts.update(_unknown_parts(known[index], vocabulary, unknown))
     if not texts:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import zipfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
 from coconut_ds.files import hash_file, replace_bytes
@@ -35,7 +36,7 @@ START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-CACHE_FORMAT = 2  # increase it when the text format or the arrays change
+CACHE_FORMAT = 3  # increase it when the text format or the arrays change
 _CHUNK = 4_096  # problems tokenized at a time
 
 # For every `from_pretrained`: never run code from a model folder, and do not ask whether to.
@@ -265,21 +266,25 @@ class CachedProblems(Sequence[TokenizedProblem]):
 
 
 def cached_tokens(
-    path: str | Path, vocabulary: Vocabulary, folder: str | Path | None = None, limit: int | None = None
+    path: str | Path,
+    vocabulary: Vocabulary,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> CachedProblems:
     """The tokenized problems of a data file, from the cache; adds them if they are missing or damaged.
 
-    The entry's name is a digest of the file's content, the tokenizer and the limit.  If several ranks start
-    at once, one tokenizes and the others wait.  `folder`: by default beside the file, else the user's cache.
-    Raises DataError like read_problems, and if the entry cannot be stored.
+    The entry's name is a digest of the file's content, the tokenizer, the limit and the field names.
+    If several ranks start at once, one tokenizes and the others wait.  `folder`: by default beside the file,
+    else the user's cache.  Raises DataError like read_problems, and if the entry cannot be stored.
     """
-    path = Path(path)
+    path = local_file(path)
     try:
         content = hash_file(path)
     except OSError:
         list(islice(each_problem(path), 1))  # raises a DataError with the reason and the fix
         raise
-    key = f"{CACHE_FORMAT} {limit} {vocabulary.digest()} {content}"
+    key = f"{CACHE_FORMAT} {limit} {vocabulary.digest()} {content} {sorted((fields or {}).items())}"
     folder = Path(folder or _cache_folder(path))
     entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     num_ids = max(vocabulary.tokenizer.get_vocab().values(), default=0) + 1  # some tokenizers skip ids
@@ -289,7 +294,7 @@ def cached_tokens(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if (cached := _read_entry(entry, num_ids)) is None:
-                cached = _tokenize_file(path, vocabulary, limit, num_ids)
+                cached = _tokenize_file(each_problem(path, limit, fields), vocabulary, num_ids)
                 _write_entry(entry, cached)
     except OSError as error:
         raise DataError(
@@ -311,8 +316,7 @@ def _id_type(num_ids: int) -> type[np.unsignedinteger]:
     return np.uint16 if num_ids <= 1 << 16 else np.uint32
 
 
-def _tokenize_file(path: Path, vocabulary: Vocabulary, limit: int | None, num_ids: int) -> CachedProblems:
-    problems: Iterator[Problem] = each_problem(path, limit)
+def _tokenize_file(problems: Iterator[Problem], vocabulary: Vocabulary, num_ids: int) -> CachedProblems:
     tokens, piece_ends, first_pieces = array("I"), array("q"), array("q", [0])
     while chunk := list(islice(problems, _CHUNK)):
         for problem in tokenize(chunk, vocabulary):

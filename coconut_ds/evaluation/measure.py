@@ -21,6 +21,7 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch
 from coconut_ds.data.curriculum import Stage
+from coconut_ds.data.forms import is_hub
 from coconut_ds.data.run_data import TestSet, load_evaluation_data
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.distributed import Ranks, lost_ranks_explained
@@ -172,7 +173,7 @@ def split_path(experiment: Experiment, split: str) -> str:
     """The file of a named split, or the given file.  Raises ConfigError."""
     key = {"valid": "val_path", "test": "test_path", "train": "train_path"}.get(split)
     if key is None:
-        if not Path(split).is_file():
+        if not (is_hub(split) or Path(split).is_file()):
             raise ConfigError(f"--split {split}: no such file; use valid, test, train or a file")
         return split
     if path := getattr(experiment, key):

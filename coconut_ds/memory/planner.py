@@ -9,13 +9,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
 from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import card_for, read_problems
 from coconut_ds.data.run_data import DEBUG_TRAIN_ITEMS
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
@@ -235,12 +235,13 @@ def read_lengths(experiment: Experiment) -> tuple[list[TokenizedProblem], list[T
         raise ConfigError(f"{error}\n  {SHAPE_HINT}") from error
     files = []
     for path, key in ((experiment.train_path, "train_path"), (experiment.val_path, "val_path")):
-        if path and not Path(path).exists():
+        if path and not local_file(path).exists():
             raise ConfigError(
                 f"{key}: {path} does not exist, so the longest problem is unknown.\n  {SHAPE_HINT}"
             )
         limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
-        files.append(tokenize(longest(read_problems(path, limit)), vocabulary) if path else [])
+        problems = read_problems(path, limit, experiment.fields, []) if path else []
+        files.append(tokenize(longest(problems), vocabulary) if path else [])
     train, valid = files
     return train or valid, valid, vocabulary
 

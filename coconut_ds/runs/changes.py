@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import affects, default_of, settings_with
+from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import card_for
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.errors import CheckpointError
@@ -210,7 +211,8 @@ def settings_to_compare(
 def data_hashes(experiment: Experiment) -> dict[str, str]:
     """sha256 of each data file of a run that exists."""
     paths = {"train": experiment.train_path, "val": experiment.val_path, "test": experiment.test_path}
-    return {name: hash_file(Path(path)) for name, path in paths.items() if path and Path(path).is_file()}
+    files = {name: local_file(path) for name, path in paths.items() if path}
+    return {name: hash_file(file) for name, file in files.items() if file.is_file()}
 
 
 def _card_settings(experiment: Experiment) -> dict[str, Any]:

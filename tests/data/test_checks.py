@@ -55,7 +55,7 @@ def test_findings_name_the_items(tmp_path, item, finding):
 
 def test_a_file_that_cannot_be_used_does_not_hide_the_others(tmp_path):
     good = write(tmp_path / "a.json", {})
-    bad = write(tmp_path / "b.json", {"answer": 5})
+    bad = write(tmp_path / "b.json", {"answer": [5]})
     report = check_data_files([bad, good, tmp_path / "gsm_absent.json"])
     assert len(report.files) == 1 and len(report.errors) == 2 and not report.is_valid
     assert "error: " in report.table() and "gsm8k.py" in report.table()

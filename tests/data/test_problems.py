@@ -107,9 +107,9 @@ def test_one_line_is_one_problem(tmp_path):
         (f"[{item}] []", "more text follows"),
         ('[{"steps": [], "answer": "4"}]', "item 0, 'question': missing"),
         ('[{"question": "?", "answer": "4"}]', "item 0, 'steps': missing"),
-        ('[{"question": "?", "steps": "a", "answer": "4"}]', "'steps': must be a list of texts, got text"),
+        ('[{"question": "?", "steps": 1, "answer": "4"}]', "'steps': must be a list of texts, got a number"),
         ('[{"question": "?", "steps": [1], "answer": "4"}]', "'steps'[0]: must be text, got a number"),
-        ('[{"question": "?", "steps": [], "answer": 4}]', "'answer': must be text, got a number"),
+        ('[{"question": "?", "steps": [], "answer": true}]', "'answer': must be text, got true/false"),
         ('[{"question": " ", "steps": [], "answer": "4"}]', "'question': empty"),
         ('[{"question": "?", "steps": [], "answer": ""}]', "'answer': empty"),
         ('[{"question": "?", "steps": [], "answer": NaN}]', "item 0: NaN is not JSON"),
@@ -130,7 +130,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, content, exp
 
 
 def test_all_problems_come_in_one_message_up_to_twenty(tmp_path):
-    path = write(tmp_path / "bad.json", json.dumps([{}, GOOD, GOOD | {"answer": 1}] + [[]] * 30))
+    path = write(tmp_path / "bad.json", json.dumps([{}, GOOD, GOOD | {"answer": [1]}] + [[]] * 30))
     with pytest.raises(DataError) as caught:
         read_problems(path)
     text = str(caught.value)

@@ -186,7 +186,8 @@ def test_dropout_in_16_bits(dtype):
     gradients = []
     for kind in (torch.float32, dtype):
         states = tuple(
-            [x.detach().to(kind).requires_grad_() for x in part] for part in make_states(COCONUT, torch.float32)
+            [x.detach().to(kind).requires_grad_() for x in part]
+            for part in make_states(COCONUT, torch.float32)
         )
         torch.manual_seed(1)
         outs = buffered(COCONUT, *states, dropout=0.3)

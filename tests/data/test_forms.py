@@ -1,0 +1,279 @@
+"""Data files in every form that the field uses: read, or refused in one message with what to write."""
+
+import contextlib
+import gzip
+import io
+import json
+import random
+import sys
+
+import pytest
+
+from coconut_ds.__main__ import main
+from coconut_ds.data.forms import field_of, local_file
+from coconut_ds.data.problems import Problem, read_problems
+from coconut_ds.data.tokenizer import cached_tokens, load_vocabulary
+from coconut_ds.errors import DataError
+
+ITEMS = [
+    {"question": f"{a} + 1 + 2 + 3 ?", "steps": [f"{a} + 1 = {a + 1}", "x = 2"], "answer": str(a)}
+    for a in range(4)
+]
+PROBLEMS = [Problem(item["question"], tuple(item["steps"]), item["answer"]) for item in ITEMS]
+LINES = "\n".join(map(json.dumps, ITEMS))
+COLUMNS = {key: [item[key] for item in ITEMS] for key in ITEMS[0]}
+
+
+def csv_text(delimiter):
+    import csv
+
+    writer = io.StringIO()
+    rows = csv.DictWriter(writer, list(ITEMS[0]), delimiter=delimiter)
+    rows.writeheader()
+    rows.writerows(item | {"steps": "\n".join(item["steps"])} for item in ITEMS)
+    return writer.getvalue()
+
+
+def parquet(items=ITEMS):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as pq
+
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(items), content)
+    return content.getvalue()
+
+
+FORMS = {
+    "list.json": json.dumps(ITEMS),
+    "lines.jsonl": LINES,
+    "lines.json": LINES,
+    "blank_lines.jsonl": LINES.replace("\n", "\n\n\r\n"),
+    "bom.json": "\ufeff" + json.dumps(ITEMS),
+    "bom.jsonl": "\ufeff" + LINES,
+    "wrapped.json": json.dumps({"data": ITEMS}),
+    "with_metadata.json": json.dumps({"version": 1, "license": "MIT", "tags": ["a"], "rows": ITEMS}),
+    "columns.json": json.dumps(COLUMNS),
+    "list.json.gz": gzip.compress(json.dumps(ITEMS).encode()),
+    "lines.jsonl.gz": gzip.compress(LINES.encode()),
+    "table.csv": csv_text(","),
+    "table.tsv": csv_text("\t"),
+    "table.csv.gz": gzip.compress(csv_text(",").encode()),
+    "rows.parquet": parquet,
+}
+
+
+def content_of(name):
+    content = FORMS[name]() if callable(FORMS[name]) else FORMS[name]
+    return content.encode() if isinstance(content, str) else content
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_holds_the_same_problems(name, tmp_path):
+    (tmp_path / name).write_bytes(content_of(name))
+    assert read_problems(tmp_path / name) == PROBLEMS
+    assert main(["validate", str(tmp_path / name)]) == 0
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"answer": 7}, Problem("q", ("a",), "7")),
+        ({"answer": 2.50}, Problem("q", ("a",), "2.5")),
+        ({"steps": "a\nb\n"}, Problem("q", ("a", "b"), "4")),
+        ({"steps": "<<1+1=2>> <<2+2=4>>"}, Problem("q", ("<<1+1=2>>", "<<2+2=4>>"), "4")),
+        ({"steps": "so <<1+1=2>> <<2+2=4>>"}, Problem("q", ("so <<1+1=2>> <<2+2=4>>",), "4")),
+        ({"steps": "['a', \"b's\"]"}, Problem("q", ("a", "b's"), "4")),
+        ({"steps": "[1, 2) is half open"}, Problem("q", ("[1, 2) is half open",), "4")),
+        ({"steps": ""}, Problem("q", (), "4")),
+    ],
+)
+def test_values_are_read_as_meant(changes, problem, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "q", "steps": ["a"], "answer": "4"} | changes]))
+    assert read_problems(tmp_path / "a.json") == [problem]
+
+
+def test_numbers_stay_as_they_are_written(tmp_path):
+    answers = ["1.50", "1e3", "-0", "123456789012345678901234567890"]
+    items = ",".join(f'{{"question": "q", "steps": [], "answer": {answer}}}' for answer in answers)
+    (tmp_path / "a.json").write_text(f"[{items}]")
+    assert [problem.answer for problem in read_problems(tmp_path / "a.json")] == answers
+    (tmp_path / "a.parquet").write_bytes(parquet([{"question": "q", "steps": [], "answer": 72.0}]))
+    assert read_problems(tmp_path / "a.parquet")[0].answer == "72"
+
+
+OTHER_FORMS = {
+    "alpaca": ({"instruction": "a", "input": "", "output": "b"}, "{question: instruction, answer: output}"),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "{question: conversations.0.value, answer: conversations.1.value}",
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "{question: messages.0.content, answer: messages.1.content}",
+    ),
+    "metamath": ({"query": "a", "response": "b", "type": "x"}, "{question: query, answer: response}"),
+    "with cot": (
+        {"problem": "a", "cot": "c", "output": "b"}, "{question: problem, steps: cot, answer: output}",
+    ),
+    "gsm8k": ({"question": "a", "answer": "2 <<1+1=2>>\n#### 2"}, "gsm8k.py --form original --source FOLDER"),
+    "math": ({"problem": "a", "solution": "\\boxed{2}"}, "hendrycks_math.py --source FOLDER"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("name", ["list.json", "one.jsonl"])
+def test_another_form_gets_one_message_that_reads_or_converts_it(form, name, tmp_path, capsys):
+    item, words = OTHER_FORMS[form]
+    path = tmp_path / name
+    path.write_text(json.dumps([item, item]) if name == "list.json" else json.dumps(item))
+    assert main(["validate", str(path)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert words in line and str(path) in line
+    if "fields: {" not in line:
+        return
+    fields = line.partition("'fields: ")[2].partition("'")[0]
+    assert main(["validate", str(path), "--set", f"fields={fields}"]) == 0
+
+
+def test_gsm8k_lines_and_tables_without_their_ending_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("1 + 1||<<1+1=2>> #### 2\n")
+    with pytest.raises(DataError, match="--form icot --source FOLDER"):
+        read_problems(tmp_path / "a.txt")
+    (tmp_path / "b.json").write_text("question,steps,answer\n1,2,3\n")
+    with pytest.raises(DataError, match="a table ends in .csv or .tsv"):
+        read_problems(tmp_path / "b.json")
+
+
+def test_a_field_map_is_a_setting(tiny_experiment, tmp_path, capsys):
+    """`validate` and the data of a run read one file by it; a file with our names needs none."""
+    import yaml
+
+    items = [{"q": item["question"], "a": {"text": item["answer"]}, "cot": item["steps"]} for item in ITEMS]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, items)))
+    fields = {"question": "q", "steps": "cot", "answer": "a.text"}
+    vocabulary = load_vocabulary(tiny_experiment["model_id"])
+    tokens = cached_tokens(tmp_path / "train.jsonl", vocabulary, fields=fields)
+    (tmp_path / "plain.json").write_text(json.dumps(ITEMS))
+    assert tokens[:] == cached_tokens(tmp_path / "plain.json", vocabulary)[:]
+    assert read_problems(tmp_path / "plain.json", None, fields) == PROBLEMS
+    experiment = tiny_experiment | {"train_path": str(tmp_path / "train.jsonl"), "fields": fields}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(experiment))
+    assert main(["validate", str(tmp_path / "c.yaml")]) == 0
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(experiment | {"fields": {"anwser": "q"}}))
+    assert main(["validate", str(tmp_path / "c.yaml")]) == 2
+    assert "fields.anwser: is not a setting; did you mean 'answer'?" in capsys.readouterr().err
+
+
+def test_evaluation_files_may_lack_steps(tmp_path, capsys):
+    items = [{"question": "q", "answer": "1"}, {"question": "r", "answer": "2", "steps": ["a"]}]
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    without = []
+    assert [p.steps for p in read_problems(tmp_path / "a.json", without_steps=without)] == [(), ("a",)]
+    assert without == [0]
+    with pytest.raises(DataError, match=r"item 0, 'steps': missing; write \[\]"):
+        read_problems(tmp_path / "a.json")
+    assert main(["validate", str(tmp_path / "a.json")]) == 0
+    assert "1 of 2 have no 'steps' field: good for evaluation only" in capsys.readouterr().out
+
+
+def test_parquet_without_pyarrow_names_the_install_command(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="`pip install pyarrow` installs it"):
+        read_problems(tmp_path / "a.parquet")
+
+
+def test_nested_fields():
+    item = {"a.b": 1, "c": [{"d": 2}]}
+    assert field_of(item, "a.b") == 1 and field_of(item, "c.0.d") == 2
+    for path in ("a", "c.1.d", "c.x", "c.0.d.e"):
+        with pytest.raises(KeyError):
+            field_of(item, path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Write files into a cache of the hub as `owner/name`, and keep our own cache in tmp_path."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
+    folder = tmp_path / "hub" / "datasets--owner--name"
+    sha = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(sha)
+
+    def write(name, content):
+        path = folder / "snapshots" / sha / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    return write
+
+
+def test_a_data_set_of_the_hub_is_read_from_the_cache(hub, tiny_experiment):
+    hub("data/train-00000-of-00002.parquet", parquet(ITEMS[:2]))
+    hub("data/train-00001-of-00002.parquet", parquet(ITEMS[2:]))
+    hub("data/test-00000-of-00001.parquet", parquet(ITEMS[:1]))
+    hub("README.md", b"train")
+    assert read_problems("hf://owner/name:train") == PROBLEMS
+    assert read_problems("hf://owner/name:test") == PROBLEMS[:1]
+    vocabulary = load_vocabulary(tiny_experiment["model_id"])
+    assert len(cached_tokens("hf://owner/name:train", vocabulary)) == len(ITEMS)
+    kept = local_file("hf://owner/name@main:train")
+    assert kept == local_file("hf://owner/name:train") and len(kept.read_text().splitlines()) == len(ITEMS)
+    with pytest.raises(DataError, match="no file of split 'validation'"):
+        read_problems("hf://owner/name:validation")
+
+
+def test_several_configurations_of_a_data_set_are_named(hub):
+    hub("main/train.jsonl", LINES.encode())
+    hub("socratic/train.jsonl", b"")
+    with pytest.raises(DataError, match="hf://owner/name/main:train, hf://owner/name/socratic:train"):
+        read_problems("hf://owner/name:train")
+    assert read_problems("hf://owner/name/main:train") == PROBLEMS
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("hf://owner/name", "must be hf://OWNER/NAME:SPLIT"),
+        ("hf://name:train", "must be hf://OWNER/NAME:SPLIT"),
+        ("hf://nobody/nothing:train", "is not in the cache"),
+    ],
+)
+def test_a_data_set_that_is_not_there(hub, name, words):
+    with pytest.raises(DataError, match=words):
+        read_problems(name)
+
+
+def cut(draw, content):
+    return content[: draw.randrange(len(content))]
+
+
+def flipped(draw, content):
+    changed = bytearray(content)
+    for _ in range(draw.randint(1, 8)):
+        changed[draw.randrange(len(changed))] = draw.randrange(256)
+    return bytes(changed)
+
+
+def swapped(draw, content):
+    """One piece of text replaced by another that has a meaning in some form."""
+    pieces = [b'"', b"[", b"]", b"{", b"}", b",", b"\n", b"\x00", b"null", b"1e999", b"NaN", b"\\ud800"]
+    position = draw.randrange(len(content))
+    return content[:position] + draw.choice(pieces) + content[position + draw.randrange(12) :]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_damaged_files_end_in_a_message(name, tmp_path):
+    """15 forms x 14 mutations = 210 files: `validate` ends with 0 or 2, never with a traceback."""
+    content = content_of(name)
+    path = tmp_path / name
+    for seed in range(14):
+        draw = random.Random(f"{name} {seed}")
+        path.write_bytes((cut, flipped, swapped)[seed % 3](draw, content))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = main(["validate", str(path)])
+        assert code in (0, 2), (seed, output.getvalue())
+        assert code == 0 or "error: " in output.getvalue() or "leak: " in output.getvalue()

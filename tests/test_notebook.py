@@ -1,0 +1,38 @@
+"""The example notebook runs from top to bottom, with fewer epochs; a line with ! is a shell command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coconut_ds.__main__ import main
+from tests.conftest import ROOT
+
+CELLS = json.loads((ROOT / "examples" / "first_run.ipynb").read_text(encoding="utf-8"))["cells"]
+EPOCHS = {"epochs_per_stage: [10, 4, 18]": "epochs_per_stage: [1, 1, 1]", "num_epochs: 32": "num_epochs: 3"}
+
+
+def shell(command: str) -> None:
+    subprocess.run(command, shell=True, check=True)
+
+
+@pytest.mark.slow
+def test_first_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert main(["configs", "copy"]) == 0
+    code = "\n".join("".join(cell["source"]) + "\n" for cell in CELLS if cell["cell_type"] == "code")
+    for long, short in EPOCHS.items():
+        assert long in code
+        code = code.replace(long, short)
+    environment = dict(os.environ)
+    try:
+        exec(re.sub(r"^!(.*)$", lambda line: f"shell({line[1]!r})", code, flags=re.M), {"shell": shell})
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)

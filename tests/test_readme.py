@@ -101,9 +101,9 @@ def test_python_examples_run(page, tiny_experiment, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", re.findall(r"`(\w[\w/]*\.py(?:::\w+)?)`", (ROOT / "docs" / "defects.md").read_text())
+    "name", re.findall(r"`(\w[\w/]*test_\w+\.py(?:::\w+)?)`", (ROOT / "docs" / "reliability.md").read_text())
 )
-def test_defects_name_tests_that_exist(name):
+def test_reliability_names_tests_that_exist(name):
     file, _, function = name.partition("::")
     text = (ROOT / "tests" / file).read_text(encoding="utf-8")
     assert not function or f"def {function}(" in text

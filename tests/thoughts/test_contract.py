@@ -47,8 +47,8 @@ def test_the_folder_is_the_registry():
 
 
 def test_one_file_is_all_a_new_thought_takes(tmp_path, monkeypatch):
-    """The example of docs/variants.md, put beside the others."""
-    guide = (Path(__file__).parents[2] / "docs" / "variants.md").read_text()
+    """The example of docs/methods.md, put beside the others."""
+    guide = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     code = re.search(r"```python\n(.*?)```", guide, re.DOTALL).group(1)
     (tmp_path / "last_two.py").write_text(code)
     monkeypatch.setattr(thoughts, "__path__", [*thoughts.__path__, str(tmp_path)])
@@ -60,7 +60,7 @@ def test_one_file_is_all_a_new_thought_takes(tmp_path, monkeypatch):
 
 
 def test_the_guide_names_every_thought():
-    guide = (Path(__file__).parents[2] / "docs" / "variants.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     table = guide.split("## Thoughts")[1].split("## Tuning")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) - {"thought"} == set(ALL)
 

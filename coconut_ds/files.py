@@ -222,12 +222,12 @@ def from_start(value: str, recorded_in: str | Path) -> str:
     if start is None or os.path.isabs(value) or value.startswith("hf://"):
         return value
     present = _present_start(Path(recorded_in))
-    if present not in (None, start) and _exists(present / value):
+    if present not in (None, start) and exists(present / value):
         start = present
     if start == Path.cwd():
         return value
     there = start / value
-    if _exists(there) or (there.suffix and not _exists(Path(value))):
+    if exists(there) or (there.suffix and not exists(Path(value))):
         return str(there)
     return value
 
@@ -266,7 +266,8 @@ def _present_start(path: Path) -> Path | None:
     return folder.parents[len(parts)]
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether a file, a folder or a checkpoint called `best_stage_N` is there."""
     try:
         # RUN/best_stage_2 is a name, not a file.
         return path.exists() or (path.name.startswith("best_stage_") and path.parent.is_dir())

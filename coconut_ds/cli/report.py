@@ -19,11 +19,11 @@ from coconut_ds.errors import ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.reports.comparison import Group, all_tables, all_verdicts, group_numbers, group_runs
 from coconut_ds.reports.pairing import pair
-from coconut_ds.reports.run_records import RunRecord, read_run
+from coconut_ds.reports.run_records import RunRecord, read_run, run_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders that hold runs")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="write a page that compares two runs")
     parser.add_argument("--html", metavar="FILE", help="write the page to FILE (also for several runs)")
     parser.add_argument("--no-page", action="store_true", help="print the tables and write no page")
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folders = [*args.runs, *(args.compare or ())]
-    if not folders:
+    if not args.runs and not args.compare:
         raise ConfigError("report: name at least one run folder")
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    named = [folder for path in args.runs for folder in run_folders(path) or [path]]
+    runs = [read_run(folder) for folder in dict.fromkeys(map(Path, [*named, *(args.compare or ())]))]
     groups = group_runs(runs)
     if args.json:
         pairing = pair(groups)
@@ -77,7 +77,9 @@ def text(runs: list[RunRecord], groups: list[Group]) -> str:
     if lines := pair(groups).lines():
         parts.append("\n".join(["paired tests (McNemar, exact)", *(f"  {line}" for line in lines)]))
     elif len(groups) > 1:
-        commands = " and ".join(f"`eval {group.first.folder} --split test`" for group in groups[:2])
+        firsts = [group.first for group in groups[:2]]
+        split = "test" if all(run.experiment.test_path for run in firsts) else "valid"
+        commands = " and ".join(f"`eval {run.folder} --split {split}`" for run in firsts)
         parts.append(f"no paired test: {commands} write the predictions it needs")
     parts.append("run folders: " + ", ".join(str(run.folder) for run in runs))
     if warnings := all_verdicts(runs, groups):

@@ -84,7 +84,8 @@ def _check_settings(path: Path, ds_path: str | None, args: argparse.Namespace) -
         if ds_path:
             return _check_start(path, ds_path, args)
         experiment, notes = load_with_notes(path, args.overrides)
-        print_notes([*notes, *_length_notes(experiment)])
+        print_notes(notes)
+        _check_run_data(experiment)
         return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
     if path.name.endswith(CARD_SUFFIX):
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
@@ -124,22 +125,15 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     return f"`train` would start: {start}"
 
 
-def _length_notes(experiment: Experiment) -> list[str]:
-    """Notes on long examples if data and model are on this machine; DataError as in training."""
+def _check_run_data(experiment: Experiment) -> None:
+    """Read the data as training does, with its notes, if data and model are on this machine; DataError."""
     paths = [experiment.train_path, experiment.val_path, experiment.test_path]
     if not all(Path(path).exists() for path in [experiment.model_id, *paths] if path):
-        return []
-    from coconut_ds.data.run_data import (  # imports torch, which settings files do not need
-        LengthCheck,
-        limit_of,
-        read_files,
-    )
-    from coconut_ds.data.tokenizer import load_vocabulary, tokenize
+        return
+    from coconut_ds.data.run_data import load_run_data  # imports torch, which settings files do not need
     from coconut_ds.model.loading import load_config
 
-    vocabulary = load_vocabulary(experiment.model_id)
-    check = LengthCheck(experiment, vocabulary, limit_of(load_config(experiment.model_id)))
-    return check.refuse(check.uses(*(tokenize(problems, vocabulary) for problems in read_files(experiment))))
+    load_run_data(experiment, load_config(experiment.model_id))
 
 
 def _check_data(paths: list[Path], args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ paths exist is not checked here.
 
 import argparse
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,7 @@ from coconut_ds.config.schema import (
     violations,
 )
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import from_start, print_notes, run_folder_of
+from coconut_ds.files import exists, from_start, print_notes, run_folder_of
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,36 @@ def load_with_notes(
     `at_start`: relative paths in a run folder count from where the run was started (from_start).
     """
     values = read_yaml(path)
+    notes: list[str] = []
     if at_start and Path(path).name == "experiment.yaml":
         for key in settings_with("path_to", "data", "weights", "runs"):
             if isinstance(values.get(key), str):
                 values[key] = from_start(values[key], path)
+    elif Path(path).name != "experiment.yaml":
+        notes += _from_its_project(values, Path(path))
     published = has_published_keys(values)  # from the file alone: --set method=cot does not change its origin
     where = str(path)
     if overrides:
         changes = parse_overrides(overrides)
         values = _without_replaced(values, changes) | changes
         where += " with --set " + " ".join(overrides)
-    experiment, notes = _check(values, where, published)
-    return experiment, [f"{path}: {note}" for note in notes]
+    experiment, more = _check(values, where, published)
+    return experiment, [f"{path}: {note}" for note in [*notes, *more]]
+
+
+def _from_its_project(values: dict[str, Any], path: Path) -> Iterator[str]:
+    """Complete relative paths that exist beside or above a YAML and not in the working folder; note them."""
+    above = Path(os.path.abspath(path)).parents[:4]
+    moved: dict[Path, list[str]] = {}
+    for key in settings_with("path_to", "data", "weights"):
+        value = values.get(key)
+        if not isinstance(value, str) or os.path.isabs(value) or exists(Path(value)):
+            continue
+        if root := next((folder for folder in above if value and exists(folder / value)), None):
+            values[key] = str(root / value)
+            moved.setdefault(root, []).append(key)
+    for root, keys in moved.items():
+        yield f"{', '.join(keys)}: not in this folder, read from {root}"
 
 
 def _in_its_folder(experiment: Experiment, path: str | Path, overrides: Sequence[str]) -> Experiment:

@@ -238,6 +238,16 @@ class RunRecord:
         )
 
 
+def run_folders(path: str | Path) -> list[Path]:
+    """`path` if it is a run folder, else the run folders in it and in its folders, by name."""
+    path = Path(path)
+    if (path / "experiment.yaml").is_file():
+        return [path]
+    found = {file.parent for level in ("*", "*/*") for file in path.glob(f"{level}/experiment.yaml")}
+    # A checkpoint or an export inside a run has settings too.
+    return sorted(folder for folder in found if not found.intersection(folder.parents))
+
+
 def read_run(folder: str | Path) -> RunRecord:
     """Read all records of a run folder.  Raises ConfigError if it is no run folder."""
     folder = Path(folder)
@@ -269,9 +279,10 @@ def verdicts(run: RunRecord) -> list[str]:
     name = run.experiment.name
     lines = [f"{name}: {line}" for line in (_not_above_chance(run), _decline(run)) if line][:1]
     if run.untrained_tests:
+        split = "test" if run.experiment.test_path else "valid"
         lines.append(
             f"{name}: its test by an older version used a stage that was not trained "
-            f"and is left out; run it again: python -m coconut_ds eval {run.folder} --split test"
+            f"and is left out; run it again: python -m coconut_ds eval {run.folder} --split {split}"
         )
     return lines
 

@@ -89,6 +89,21 @@ class RunLock:
         self._file.close()
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a process on this machine holds the lock of a run folder."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class JsonLines:
     """A file with one JSON object per line that can be truncated to an earlier byte position."""
 

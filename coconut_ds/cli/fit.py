@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     experiment, ds_config = read_settings(args)
-    planner = Planner.of(experiment, text_shape(args), args.device)
+    planner = Planner.of(experiment, text_shape(args), args.device, args.exact)
     result = fit(planner, experiment, ds_config, args.ranks, args.precision)
     shape = result.experiment
     print(

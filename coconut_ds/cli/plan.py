@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args)
     ds_configs = [read_ds_config(path, experiment, args.ds_overrides) for path in args.deepspeed_config]
-    planner = Planner.of(experiment, text_shape(args), args.device)
+    planner = Planner.of(experiment, text_shape(args), args.device, args.exact)
     plans = []
     for ds_config in ds_configs:
         plan = planner.plan(experiment, ds_config, args.ranks)
@@ -58,6 +58,9 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     """--ranks, --device and the shape options."""
     parser.add_argument(
         "--ranks", "--num-gpus", type=int, metavar="N", help="number of GPUs (default: memory_budget.gpus)"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="run every layer of the model; slower, for unusual models"
     )
     parser.add_argument(
         "--device",

@@ -45,6 +45,18 @@ class FakeModel:
     mode: FakeTensorMode
     device: str  # "cuda" or "cpu": the device whose kernels and code paths are used
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers; none if the model keeps them in another way."""
+        decoder, count = self.model.causal_lm.get_decoder(), self.model.causal_lm.config.num_hidden_layers
+        lists = (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        return next(lists, nn.ModuleList())
+
+    def layers_of(self, parameters: Sequence[Tensor]) -> list[int | None]:
+        """The decoder layer of each parameter, None for others."""
+        layers = {id(p): index for index, layer in enumerate(self.layers) for p in layer.parameters()}
+        return [layers.get(id(parameter)) for parameter in parameters]
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which the model can be called with batches from `batch`."""
@@ -167,6 +179,9 @@ class Trace:
 
     events: list[Event]
     parameter_sizes: tuple[int, ...]  # elements per trainable parameter, in the optimizer's order
+    # Of each event: the number of the part of the run, and the decoder layer, None outside of layers.
+    places: Sequence[tuple[int, int | None]] = ()
+    parameter_layers: tuple[int | None, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -174,11 +189,11 @@ class Trace:
         return peak_of(self.events)
 
 
-def peak_of(events: Sequence[Event], without: str = "") -> int:
-    """Peak bytes, without those of one kind."""
+def peak_of(events: Sequence[Event]) -> int:
+    """Peak bytes."""
     total = highest = 0
     for event in events:
-        if isinstance(event, tuple) and event[1] != without:
+        if isinstance(event, tuple):
             total += event[0]
             highest = max(highest, total)
     return highest
@@ -205,6 +220,8 @@ class LiveBytes(TorchDispatchMode):
     """A context manager that records when operators allocate storages and when these are released.
 
     events: (+bytes, kind) and (-bytes, kind), in order.  `workspace`: temporary bytes inside an operator.
+    places: of each event, its part of the run and its decoder layer (`enter`); a release outside of layers
+    belongs to the layer of the allocation.
     Works on real tensors of any device and on fake ones.  Storages are followed by weak references, as in
     torch.distributed._tools.mem_tracker.
 
@@ -220,6 +237,9 @@ class LiveBytes(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.events: list[Event] = []
+        self.places: list[tuple[int, int | None]] = []
+        self._part, self._leaves = 0, False
+        self._layer: int | None = None
         self._kind_of, self._workspace = kind_of, workspace
         self._known: dict[int, Any] = {}
         self._sum: tuple[int, str] | None = None  # bytes and kind of a sum not yet recorded
@@ -237,6 +257,21 @@ class LiveBytes(TorchDispatchMode):
         self._record_sum()
         return peak_of(self.events)
 
+    def enter(self, layer: int | None) -> None:
+        """Begin another part of the run, in a decoder layer or outside of layers."""
+        self._part, self._layer, self._leaves = self._part + 1, layer, False
+
+    def leave_layers(self) -> None:
+        """Like `enter(None)`, with the next allocation: releases before it belong to the last layer."""
+        self._leaves = True
+
+    def add(self, event: Event, layer: int | None = None) -> None:
+        """Append an event; `layer`: outside of layers, the one it belongs to."""
+        if self._leaves and isinstance(event, tuple) and event[0] > 0:
+            self.enter(None)
+        self.events.append(event)
+        self.places.append((self._part, layer if self._layer is None else self._layer))
+
     def ignore(self, tensor: Tensor) -> None:
         """Leave out a storage that exists before the run and stays."""
         storage = tensor.untyped_storage()
@@ -252,12 +287,13 @@ class LiveBytes(TorchDispatchMode):
         if self._sum is not None:
             self._operands = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
         if self._workspace is not None and (inside := self._workspace(func, args)):
-            self.events += [(inside, ACTIVATIONS), (-inside, ACTIVATIONS)]
+            self.add((inside, ACTIVATIONS))
+            self.add((-inside, ACTIVATIONS))
         return result
 
     def _record_sum(self) -> None:
         if self._sum is not None:
-            self.events.append(self._sum)
+            self.add(self._sum)
             self._sum = None
 
     def _see(self, tensor: Tensor, args: Any, kwargs: Any, may_accumulate: bool) -> None:
@@ -270,17 +306,17 @@ class LiveBytes(TorchDispatchMode):
             return  # a view or an in-place result of a tensor from before the run
         kind = self._kind_of(tensor)
         self._known[key] = None
-        weakref.finalize(storage, self._drop, key, size, kind).atexit = False
+        weakref.finalize(storage, self._drop, key, size, kind, self._layer).atexit = False
         if may_accumulate:
             self._sum = size, kind
         else:
-            self.events.append((size, kind))
+            self.add((size, kind))
 
-    def _drop(self, key: int, size: int, kind: str) -> None:
+    def _drop(self, key: int, size: int, kind: str, layer: int | None) -> None:
         self._known.pop(key, None)
         if self._sum is not None and key not in self._operands:
             self._record_sum()
-        self.events.append((-size, kind))
+        self.add((-size, kind), layer)
         self._record_sum()
 
 
@@ -292,22 +328,26 @@ def record(fake_model: FakeModel, batch: Batch) -> Trace:
     is_backward = False
     log = _log(fake_model, batch, lambda tensor: is_backward and tuple(tensor.shape) in shapes)
 
+    layers = fake_model.layers_of(trainable)
+
     def drop(index: int, parameter: Tensor) -> None:
         parameter.grad = None
-        log.events.append(Arrival(index))
+        log.add(Arrival(index), layers[index])
 
     with ExitStack() as stack:
         for index, parameter in enumerate(trainable):
             hook = parameter.register_post_accumulate_grad_hook(partial(drop, index))
             stack.callback(hook.remove)
         stack.enter_context(fake_model.running())
+        stack.enter_context(_following_layers(fake_model, log, lambda: is_backward))
         stack.enter_context(log)
         loss = model(batch)
         is_backward = True
-        log.events.append(BackwardBegins())
+        log.add(BackwardBegins())
         loss.backward()
+        log.enter(None)
         del loss
-    return Trace(list(log.events), tuple(p.numel() for p in trainable))
+    return Trace(log.events, tuple(p.numel() for p in trainable), log.places, tuple(layers))
 
 
 def record_evaluation(fake_model: FakeModel, batch: Batch, max_new_tokens: int = 0) -> Trace:
@@ -315,11 +355,40 @@ def record_evaluation(fake_model: FakeModel, batch: Batch, max_new_tokens: int =
     model, batch = fake_model.model, fake_model.batch(batch)
     log = _log(fake_model, batch)
     model.eval()
-    with fake_model.running(), torch.no_grad(), log:
+    with _following_layers(fake_model, log), fake_model.running(), torch.no_grad(), log:
         result = _last_logits(model, batch, max_new_tokens) if max_new_tokens else model(batch)
         del result
     model.train()
-    return Trace(list(log.events), ())
+    return Trace(log.events, (), log.places)
+
+
+@contextmanager
+def _following_layers(
+    fake_model: FakeModel, log: LiveBytes, is_backward: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Tell `log` when a decoder layer begins and ends, in the forward and in the backward."""
+
+    def begin(layer: int, _: nn.Module, inputs: Any) -> None:
+        if is_backward():
+            return  # a checkpointed layer runs again
+        if layer == 0 and inputs[0].requires_grad:
+            inputs[0].register_hook(lambda _: log.enter(None))
+        log.enter(layer)
+
+    def end(layer: int, _: nn.Module, inputs: Any, outputs: Any) -> None:
+        if is_backward():
+            return
+        hidden = next(value for value in tree_iter(outputs) if isinstance(value, Tensor))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: log.enter(layer))
+        if layer == len(fake_model.layers) - 1:
+            log.leave_layers()
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(fake_model.layers):
+            stack.callback(layer.register_forward_pre_hook(partial(begin, index)).remove)
+            stack.callback(layer.register_forward_hook(partial(end, index)).remove)
+        yield
 
 
 def _log(

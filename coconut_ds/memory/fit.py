@@ -4,7 +4,7 @@
     fit(planner, experiment, ds_config)      Fit(memory_options=("offload_optimizer: cpu",), max_rows=4, ...)
 
 `fit` keeps the global batch size.  If not even one row fits, memory options are tried one after another.  The
-search is binary on plans of shallow copies; the result and its neighbor are planned in full.
+search is binary on plans of the peak stage; the result and its neighbor are planned with every stage.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def cheapest_changes(
     enough, epoch = 0, plan.peak_stage.epoch
     for option in memory_options(experiment, ds_config, plan.peak_phase.name):
         try:
-            changed = planner.plan(option.experiment, option.ds_config, plan.ranks, quick_at=epoch)
+            changed = planner.plan(option.experiment, option.ds_config, plan.ranks, only_epoch=epoch)
         except ConfigError:
             continue
         if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
@@ -189,7 +189,7 @@ def _max_rows(
         return planner.plan(with_rows(experiment, rows), ds_config, ranks).fits
 
     def nearly_fits(rows: int) -> bool:
-        return planner.plan(with_rows(experiment, rows), ds_config, ranks, quick_at=epoch).fits
+        return planner.plan(with_rows(experiment, rows), ds_config, ranks, only_epoch=epoch).fits
 
     epoch = planner.plan(with_rows(experiment, 1), ds_config, ranks).peak_stage.epoch
     low, high = 0, total

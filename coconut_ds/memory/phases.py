@@ -3,14 +3,14 @@
 Each stage is planned with its largest micro-batch: longest question, longest continuation, most labels.  Rows
 are shuffled, so some step of a long run may get them together.
 
-The full model runs only for the stages that may be the peak.  Two shallow copies of the model select these
-and size the others: activations grow by the same number of bytes with every layer.
+Models of many equal layers are planned from runs of two shallow copies (depth.py).
 """
 
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import le
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
@@ -27,6 +27,7 @@ from coconut_ds.data.curriculum import (
 )
 from coconut_ds.data.problems import Problem
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.memory.depth import sizes_with_depth, with_depth
 from coconut_ds.memory.fake_run import (
     ACTIVATIONS,
     GRADIENTS,
@@ -34,7 +35,6 @@ from coconut_ds.memory.fake_run import (
     FakeModel,
     Trace,
     build_fake_model,
-    peak_of,
     record,
     record_evaluation,
     with_layers,
@@ -50,8 +50,6 @@ FORWARD_BACKWARD, STEP, EVALUATION = "forward and backward", "optimizer step", "
 MAX_TOKENIZED = 4000
 # Assumed, to be checked on a GPU: share lost between the blocks of the caching allocator.
 FRAGMENTATION = 0.05
-# Stages at least this close to the largest are run on the full model too, at most MAX_EXACT of them.
-NEAR, MAX_EXACT = 0.95, 2
 
 AnyProblem = TypeVar("AnyProblem", Problem, TokenizedProblem)
 
@@ -211,7 +209,6 @@ class StagePlan:
     name: str
     shape: BatchShape
     gpu_bytes: int
-    is_exact: bool  # false: scaled from shallow runs
 
 
 @dataclass(frozen=True)
@@ -234,8 +231,13 @@ class PlannedRun:
 
     @cached_property
     def sizes(self) -> Sizes:
-        model = self.fake_model(self.planner.num_layers).model
-        return Sizes.of(model, parameter_groups(model, self.experiment))
+        fake_models = [self.fake_model(layers) for layers in self.planner.depths]
+        groups = [parameter_groups(fake.model, self.experiment) for fake in fake_models]
+        sizes = [Sizes.of(fake.model, own) for fake, own in zip(fake_models, groups, strict=True)]
+        if len(sizes) == 1:
+            return sizes[0]
+        layers = [fake_models[1].layers_of(group["params"]) for group in groups[1]]
+        return sizes_with_depth(sizes, self.planner.num_layers, layers)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -268,65 +270,42 @@ class PlannedRun:
             planner.fake_models[(*self.key, layers)] = fake_model
         return planner.fake_models[(*self.key, layers)]
 
-    def trace_key(self, batch: Batch, layers: int, new_tokens: int | None = None) -> tuple[Any, ...]:
-        return (*self.key, shape_of(batch), layers, new_tokens)
-
-    def trace(self, batch: Batch, layers: int, new_tokens: int | None = None) -> Trace:
+    def trace(self, batch: Batch, new_tokens: int | None = None) -> Trace:
         """The cached trace of forward and backward of `batch`.
 
         With `new_tokens`: of a forward without gradients (0), or of the generation of so many tokens.
         """
-        key, traces = self.trace_key(batch, layers, new_tokens), self.planner.traces
-        if key not in traces:
-            model = self.fake_model(layers)
-            traces[key] = (
-                record(model, batch) if new_tokens is None else record_evaluation(model, batch, new_tokens)
-            )
-        return traces[key]
+        planner, key = self.planner, (*self.key, shape_of(batch), new_tokens)
+        if key not in planner.traces:
+            traces = [self.recorded(batch, layers, new_tokens) for layers in planner.depths]
+            trace = with_depth(traces, planner.num_layers) if len(traces) > 1 else traces[0]
+            planner.traces[key] = trace or self.recorded(batch, planner.num_layers, new_tokens)
+        return planner.traces[key]
 
-    def stages(self, states: int, quick_at: int | None) -> tuple[list[StagePlan], Phase]:
-        """Every stage, and the phase of the peak stage.  `states`: bytes of the persistent states."""
-        planner, rows = self.planner, self.experiment.batch_size_training
+    def recorded(self, batch: Batch, layers: int, new_tokens: int | None) -> Trace:
+        """The trace of a copy of the model with `layers` layers."""
+        model = self.fake_model(layers)
+        return record(model, batch) if new_tokens is None else record_evaluation(model, batch, new_tokens)
+
+    def stages(self, states: int, only: int | None) -> tuple[list[StagePlan], Phase]:
+        """Every stage, and the phase of the peak stage.
+
+        `states`: bytes of the persistent states.  `only`: epoch of the only stage to plan.
+        """
+        rows, vocabulary = self.experiment.batch_size_training, self.planner.vocabulary
         stages = stages_of(self.experiment)
-        if quick_at is not None:
-            stages = [at for at in stages if at.epoch <= quick_at][-1:]
-        batches = [
-            largest_batch(planner.train, at, self.experiment, planner.vocabulary, rows) for at in stages
-        ]
-        scaled = [0] * len(batches)
-        if planner.depths is None or (len(stages) == 1 and quick_at is None):
-            exact = {index: self.exact_phase(batch) for index, batch in enumerate(batches)}
-        else:
-            scaled = [self.scaled(batch) for batch in batches]
-            near = [index for index, size in enumerate(scaled) if size >= NEAR * max(scaled)]
-            exact = {
-                index: self.exact_phase(batches[index])
-                if quick_at is None or self.trace_key(batches[index], planner.num_layers) in planner.traces
-                else self.quick_phase(scaled[index])
-                for index in sorted(near, key=scaled.__getitem__, reverse=True)[:MAX_EXACT]
-            }
-        known = max(exact, key=lambda index: exact[index].size)
+        if only is not None:
+            stages = [at for at in stages if at.epoch <= only][-1:]
+        phases, plans = [], []
+        for at in stages:
+            batch = largest_batch(self.planner.train, at, self.experiment, vocabulary, rows)
+            phases.append(self.forward_backward(batch))
+            plans.append(StagePlan(at.epoch, str(at.stage), shape_of(batch), states + phases[-1].size))
+        return plans, max(phases, key=lambda phase: phase.size)
 
-        def size_of(index: int) -> int:
-            if index in exact:
-                return states + exact[index].size
-            difference = scaled[index] - scaled[known]
-            return states + max(0, exact[known].size + int(difference * (1 + self.fragmentation)))
-
-        plans = [
-            StagePlan(at.epoch, str(at.stage), shape_of(batch), size_of(index), index in exact)
-            for index, (at, batch) in enumerate(zip(stages, batches, strict=True))
-        ]
-        return plans, exact[known]
-
-    def scaled(self, batch: Batch) -> int:
-        """Activations and loss of the full model, from two shallow copies."""
-        traces = [self.trace(batch, layers) for layers in self.planner.depths or ()]
-        return self.planner.to_full_depth([peak_of(trace.events, without=GRADIENTS) for trace in traces])
-
-    def exact_phase(self, batch: Batch) -> Phase:
-        """Forward and backward, from a run of the full model."""
-        run = replay(self.trace(batch, self.planner.num_layers), self.sizes, self.zero)
+    def forward_backward(self, batch: Batch) -> Phase:
+        """The phase of a micro-batch."""
+        run = replay(self.trace(batch), self.sizes, self.zero)
         shape, zero = shape_of(batch), self.zero
         workspace = self.attention_workspace(shape)
         when = "in the backward" if run.peak_in_backward else "at the end of the forward"
@@ -343,19 +322,6 @@ class PlannedRun:
             part(COMMUNICATION, "reduce bucket and copies", bucket),
         ]
         return self.phase(items, run.own)
-
-    def quick_phase(self, activations: int) -> Phase:
-        """Forward and backward, from shallow copies of the model and formulas."""
-        zero, b = self.zero, self.zero.model_bytes
-        waiting = b * self.sizes.trainable
-        if zero.stage > 1:
-            waiting = 0 if zero.offload_optimizer or zero.stage == 3 else waiting // zero.ranks
-        items = [
-            Item(ACTIVATIONS, "activations of all passes", activations, "scaled from shallow copies"),
-            Item(GRADIENTS, "accumulated gradients", waiting, "b P for ZeRO-1, b P/N for ZeRO-2"),
-            Item(COMMUNICATION, "reduce bucket", b * zero.bucket * (1 + zero.overlap), "b R"),
-        ]
-        return self.phase(items, {})
 
     def phase(self, items: list[Item], own_peaks: Mapping[str, int]) -> Phase:
         items = [item for item in items if item.size]
@@ -374,10 +340,19 @@ class PlannedRun:
     def evaluation(self) -> Phase:
         """The larger of the loss at the largest stage and generation from the longest prompts."""
         planner, tokens = self.planner, self.planner.max_new_tokens
+        batches = {
+            at: largest_evaluation_batch(planner.valid, at, self.experiment, planner.vocabulary)
+            for at in evaluated_stages(self.experiment)
+        }
+        # A forward without gradients grows with the columns of its passes and the labels.
+        shapes = {at: shape_of(batch) for at, batch in batches.items()}
+        extents = {at: (s.prompt, s.columns, s.columns - s.prompt, s.labels) for at, s in shapes.items()}
         losses = [
             (self.evaluated(batch, 0), f"stage of epoch {at.epoch + 1}, {shape_of(batch)}")
-            for at in evaluated_stages(self.experiment)
-            for batch in [largest_evaluation_batch(planner.valid, at, self.experiment, planner.vocabulary)]
+            for at, batch in batches.items()
+            if not any(
+                extents[at] != other and all(map(le, extents[at], other)) for other in extents.values()
+            )
         ]
         loss, where = max(losses)
         prompts = longest_prompts(planner.valid, self.experiment, planner.vocabulary)
@@ -399,6 +374,5 @@ class PlannedRun:
         return Phase(EVALUATION, items)
 
     def evaluated(self, batch: Batch, new_tokens: int) -> int:
-        """Peak bytes of the loss of a batch, or of generation from it, from shallow copies if possible."""
-        depths = self.planner.depths or (self.planner.num_layers,)
-        return self.planner.to_full_depth([self.trace(batch, layers, new_tokens).peak for layers in depths])
+        """Peak bytes of the loss of a batch, or of generation from it."""
+        return self.trace(batch, new_tokens).peak

@@ -48,11 +48,8 @@ def _tables(plan: Plan) -> Iterator[Table]:
     ]
     yield Table(("PHASES, including states", "MiB", ""), phases, align="lrl")
 
-    stages = [
-        (f"epoch {s.epoch + 1}: {s.name}", "" if s.is_exact else "about", _mib(s.gpu_bytes), str(s.shape))
-        for s in plan.stages
-    ]
-    yield Table(("STAGES, forward and backward", "", "MiB", "largest micro-batch"), stages, align="llrl")
+    stages = [(f"epoch {s.epoch + 1}: {s.name}", _mib(s.gpu_bytes), str(s.shape)) for s in plan.stages]
+    yield Table(("STAGES, forward and backward", "MiB", "largest micro-batch"), stages, align="lrl")
 
     if plan.budget is not None:
         shares, over = plan.budget.components_mib, plan.over_share()

@@ -8,7 +8,7 @@ plan.fits        whether the GPU stays within its budget less the reserve, and t
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -20,6 +20,7 @@ from coconut_ds.data.problems import card_for, read_problems
 from coconut_ds.data.run_data import DEBUG_TRAIN_ITEMS
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
 from coconut_ds.errors import ConfigError
+from coconut_ds.memory.depth import SHALLOW
 from coconut_ds.memory.fake_run import FakeModel, Trace
 from coconut_ds.memory.phases import STEP, Phase, PlannedRun, StagePlan, longest
 from coconut_ds.memory.zero import Item, gpu_states, host_states, step_items
@@ -28,8 +29,6 @@ from coconut_ds.model.loading import load_config
 MIB, GIB = 2**20, 2**30
 # Display order of components; those of `components_mib` first.
 COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "communication", "fragmentation")
-# Layers of the two shallow copies that measure one layer.  Smaller models run in full.
-SHALLOW = (2, 4)
 PINNED_ROUNDING = "pinned_max_round_threshold_mb"
 SHAPE_HINT = (
     "To plan without it, give token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
@@ -189,7 +188,6 @@ class Plan:
                     "stage": stage.name,
                     **vars(stage.shape),
                     "gpu_mib": mib(stage.gpu_bytes),
-                    "exact": stage.is_exact,
                 }
                 for stage in self.stages
             ],
@@ -258,17 +256,22 @@ class Planner:
     max_new_tokens: int
     notes: tuple[str, ...] = ()
     device: str = "cuda"
+    exact: bool = False  # run the model in full, not shallow copies of it
     fake_models: dict[Any, FakeModel] = field(default_factory=dict, repr=False)
     traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, experiment: Experiment, shape: TextShape | None = None, device: str = "cuda") -> "Planner":
+    def of(
+        cls, experiment: Experiment, shape: TextShape | None = None, device: str = "cuda", exact: bool = False
+    ) -> "Planner":
         """Read the model's configuration and the lengths of the data.  Raises ConfigError, DataError."""
         config = load_config(experiment.model_id)
         if shape is not None:
             problems = [shape.problem()]
-            return cls.from_run_data(experiment, problems, problems, None, device, config)
-        return cls.from_run_data(experiment, *read_lengths(experiment), device, config)
+            planner = cls.from_run_data(experiment, problems, problems, None, device, config)
+        else:
+            planner = cls.from_run_data(experiment, *read_lengths(experiment), device, config)
+        return replace(planner, exact=exact)
 
     @classmethod
     def from_run_data(
@@ -306,12 +309,12 @@ class Planner:
         ds_config: DeepSpeedConfig,
         ranks: int | None = None,
         *,
-        quick_at: int | None = None,
+        only_epoch: int | None = None,
     ) -> Plan:
         """The plan of one experiment under one ds_config.
 
         ranks: GPUs of the run; default: those of the memory_budget, else 1.
-        quick_at: plan only the stage of this epoch, and only with shallow copies of the model.
+        only_epoch: plan only the stage of this epoch.
         Raises ConfigError if the two files conflict or the model does not support a technique.
         """
         budget = ds_config.memory_budget
@@ -320,7 +323,7 @@ class Planner:
         run = PlannedRun(self, experiment, ds_config, ranks)
         sizes, zero = run.sizes, run.zero
         states = gpu_states(sizes, zero)
-        stages, peak_phase = run.stages(sum(item.size for item in states), quick_at)
+        stages, peak_phase = run.stages(sum(item.size for item in states), only_epoch)
         phases = [peak_phase, Phase(STEP, tuple(step_items(sizes, zero)))]
         if self.valid:
             phases.append(run.evaluation())
@@ -339,17 +342,11 @@ class Planner:
         )
 
     @property
-    def depths(self) -> tuple[int, int] | None:
-        """Layers of the two shallow copies, or None if the model is small or its layers differ."""
+    def depths(self) -> tuple[int, ...]:
+        """Layers of the copies that run: two shallow ones, or the model itself if it is small or uneven."""
         types = getattr(self.config.get_text_config(), "layer_types", None) or ["one"]
-        return SHALLOW if self.num_layers > SHALLOW[1] and len(set(types)) == 1 else None
-
-    def to_full_depth(self, sizes: list[int]) -> int:
-        """Bytes of the full model, extrapolated from the two shallow copies."""
-        if len(sizes) == 1:
-            return sizes[0]
-        low, high = sizes
-        return low + (high - low) * (self.num_layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0])
+        is_shallow = not self.exact and self.num_layers > max(SHALLOW) and len(set(types)) == 1
+        return SHALLOW if is_shallow else (self.num_layers,)
 
     def _warnings(self, stages: list[StagePlan], ds_config: DeepSpeedConfig) -> tuple[str, ...]:
         notes = []

@@ -97,7 +97,7 @@ def test_recipe_for_a_larger_model_fits_as_its_comment_says(path):
     shape = ROOT / "benchmarks/shapes" / path.stem.partition("_coconut_")[2]
     experiment = load_experiment(path, [f"model_id={shape}"])
     planner = Planner.of(experiment, TextShape(question=256, steps=8, step=16, answer=12))
-    plan = planner.plan(experiment, load_ds_config(comment[1]), quick_at=0)
+    plan = planner.plan(experiment, load_ds_config(comment[1]), only_epoch=0)
     assert plan.fits and plan.gpu_bytes / 2**30 == pytest.approx(float(comment[2]), rel=0.05)
 
 

@@ -8,6 +8,7 @@ detected from the content.  All errors in all files are reported at once.  Data 
 lengths, leaks between splits, problems longer than the model allows.
 With --deepspeed_config, each experiment is checked as `train` checks it before the engine starts: both files
 together, data, tokenizer, memory plan and weights.  Nothing is downloaded.
+What only this machine cannot do, such as fp16 without a GPU, is named and is no error.
 Exit code 2: a file is invalid, the splits leak, or `train` would refuse to start.
 """
 
@@ -105,6 +106,7 @@ def _check_settings(path: Path, ds_path: str | None, args: argparse.Namespace) -
 def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     """Check what `train` checks before its engine starts, with its functions; UserError as there."""
     from coconut_ds.data.run_data import read_files
+    from coconut_ds.engine.engine import refusal_of_device
     from coconut_ds.evaluation.saved_models import find_trained
     from coconut_ds.memory.budget import read_settings
     from coconut_ds.model.loading import is_on_this_machine
@@ -122,6 +124,8 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     if experiment.only_eval:
         find_trained(str(path), overrides=args.overrides)
     check_model(experiment, ds_config, check_start(experiment, ds_config, ranks), ranks)
+    if refusal := refusal_of_device(ds_config):
+        return f"`train` would start: {start}; not on this machine: {refusal}"
     return f"`train` would start: {start}"
 
 

@@ -68,6 +68,17 @@ def refuse_missing_operators(ds_config: DeepSpeedConfig) -> None:
         raise ConfigError("\n".join(lines))
 
 
+def refusal_of_device(ds_config: DeepSpeedConfig) -> str | None:
+    """Why `train` refuses this machine's device, None if it does not."""
+    try:
+        _choose_device(ds_config.precision)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _for_device(ds_config.stock, device)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     """Join the process group of the `deepspeed` launcher, torchrun or srun; without one, a group of one.
 
@@ -153,7 +164,7 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return dict(ds_config)
     optimizer = ds_config["optimizer"]
-    params = {"torch_adam": True, **optimizer["params"]} | ({"torch_adam": True} if on_cpu else {})
+    params = {"torch_adam": True, **optimizer.get("params", {})} | ({"torch_adam": True} if on_cpu else {})
     if not params.pop("bias_correction", True):
         return dict(ds_config)  # torch's AdamW always corrects the bias
     return {**ds_config, "optimizer": {**optimizer, "params": params}}

@@ -99,6 +99,21 @@ def test_what_validate_accepts_starts(start, capsys):
     assert start("validate", {}, {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "ds_changes, reason",
+    [
+        ({"fp16": {"enabled": True}}, "fp16 needs a GPU"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "gradients: needs a GPU"),
+    ],
+)
+def test_what_this_machine_cannot_run_is_named(start, monkeypatch, ds_changes, reason):
+    lines = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+    assert start("validate", {}, ds_changes)[0] == 0
+    (line,) = [line for line in lines if "`train` would start: " in line]
+    assert "; not on this machine: " in line and reason in line
+
+
 def test_settings_and_ranks_of_the_command_line_count(tiny_experiment, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_experiment | {"val_path": "nowhere.json"}))
     (tmp_path / "ds.json").write_text(json.dumps(CPU | {"train_batch_size": 24}))

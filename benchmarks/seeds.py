@@ -26,12 +26,11 @@ from coconut_ds.reports.run_records import RunRecord, read_run
 from coconut_ds.training.sweep import Point, launch_command, parse_seeds
 
 LEARNED = 0.95
-SWAP = "ablate_after_stage=[swap]"
 RUNS = {  # name: (config, settings)
-    "coconut": ("configs/quickstart/coconut.yaml", (SWAP,)),
-    "plain": ("configs/quickstart/plain.yaml", (SWAP,)),
+    "coconut": ("configs/quickstart/coconut.yaml", ()),
+    "plain": ("configs/quickstart/plain.yaml", ()),
     "no_cot": ("configs/quickstart/no_cot.yaml", ()),
-    "no_thoughts": ("configs/quickstart/coconut.yaml", ("method=no_thoughts",)),
+    "no_thoughts": ("configs/quickstart/no_thoughts.yaml", ()),
 }
 
 

@@ -39,17 +39,22 @@ def test_every_requirement_is_pinned_once(name: str):
     assert len({line.split("==")[0].lower() for line in lines}) == len(lines)
 
 
+METHOD = {"name", "method", "latent_supervision", "c_thought", "ablate_after_stage"}
+SCHEDULE = {"epochs_per_stage", "num_epochs", "warmup_ratio"}
+
+
 @pytest.mark.parametrize(
     "name, changed",
     [
-        ("no_cot", {"method", "latent_supervision", "c_thought", "epochs_per_stage", "uniform_prob"}),
-        ("plain", {"latent_supervision", "epochs_per_stage"}),
+        ("no_thoughts", METHOD),
+        ("no_cot", METHOD | SCHEDULE | {"uniform_prob"}),
+        ("plain", {"name", "latent_supervision"} | SCHEDULE),
     ],
 )
 def test_a_baseline_differs_from_coconut_only_in_its_method(name: str, changed: set[str]):
     coconut, other = (asdict(load_experiment(CONFIGS / f"{file}.yaml")) for file in ("coconut", name))
     different = {key for key in coconut if coconut[key] != other[key]}
-    assert different == {"name", "num_epochs", "warmup_ratio", *changed}
+    assert different == changed
 
 
 def test_the_last_epochs_and_the_test_hide_every_step_of_the_default_chains():
@@ -90,7 +95,10 @@ def test_the_script_ends_in_a_table_and_goes_on_where_it_was(tmp_path: Path):
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        tables.append(done.stdout[done.stdout.index("== 4/4") :])
+        tables.append(done.stdout[done.stdout.index("== 6/6") :])
     assert tables[0] == tables[1]
     assert len(re.findall(r"validation, stage \d: .* \d+\.\d %", tables[0])) == 4
-    assert re.search(r"test: .* \d+\.\d % +\d+\.\d %", tables[0])
+    assert re.search(r"validation, latents replaced: swap( +\d+\.\d %){2}", tables[0])
+    assert re.search(r"test: .*( +\d+\.\d %){4}", tables[0])
+    assert len(re.findall(r"coconut.*: with the latents of another example", tables[0])) == 2
+    assert re.search(r"no_thoughts (is as accurate|did not learn it)", tables[0])

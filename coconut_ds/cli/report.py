@@ -18,6 +18,7 @@ from pathlib import Path
 from coconut_ds.errors import ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.reports.comparison import Group, all_tables, all_verdicts, group_numbers, group_runs
+from coconut_ds.reports.conclusions import conclusions
 from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import RunRecord, read_run, run_folders
 
@@ -82,6 +83,8 @@ def text(runs: list[RunRecord], groups: list[Group]) -> str:
         commands = " and ".join(f"`eval {run.folder} --split {split}`" for run in firsts)
         parts.append(f"no paired test: {commands} write the predictions it needs")
     parts.append("run folders: " + ", ".join(str(run.folder) for run in runs))
+    if lines := conclusions(groups):
+        parts.append("\n".join(lines))
     if warnings := all_verdicts(runs, groups):
         parts.append("\n".join(warnings))
     return "\n\n".join(parts)

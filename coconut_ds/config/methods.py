@@ -181,7 +181,7 @@ def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradicti
 
 # Values that mean "off"; CoT files of the published code have them.
 OFF = {"c_thought": 0, "max_latent_stage": 0, "epochs_per_stage": 1}
-NO_WINDOW = ("last_hidden", "mlp_projection", "pause")
+NO_WINDOW = ("last_hidden", "normalized_hidden", "mlp_projection", "pause")
 
 
 def without_effect(
@@ -229,7 +229,7 @@ def unread(
         yield "thought fixed_window learns no weights", ["latent_window_init"]
     if method.has_latents and thought == "learnable_window":
         yield "thought learnable_window learns its weights", ["latent_window_weights"]
-    if method.has_latents and thought in ("last_hidden", "fixed_window"):
+    if method.has_latents and thought in ("last_hidden", "normalized_hidden", "fixed_window"):
         yield f"thought {thought} has no parameters", ["thought_lr"]
     if method.has_latents and settings["latent_supervision"] is None:
         yield "latent_supervision is not set", ["latent_supervision_weight"]

@@ -210,11 +210,11 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         return build_thought(experiment.thought, hidden_size, ThoughtSettings.of(experiment))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Compute the buffers of the thought, which no file has.  Its parameters initialize themselves."""
+        """Compute the thought's buffers that no file has.  Its parameters initialize themselves."""
         if isinstance(module, Thought):
             buffers = dict(self._new_thought().named_buffers())
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+            for name in module._non_persistent_buffers_set:
+                module.get_buffer(name).copy_(buffers[name])
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

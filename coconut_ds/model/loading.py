@@ -76,6 +76,8 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
         install_weights(base, weights, str(start))
     record = BaseRecord.of(base, vocabulary, with_weights=experiment.tuning == "lora")
     thought = build_thought(experiment.thought, base.config.hidden_size, ThoughtSettings.of(experiment))
+    embeddings: Any = base.get_input_embeddings()
+    thought.start(embeddings.weight)
     if not experiment.method.has_latents:
         thought.requires_grad_(False)
     if experiment.tuning == "lora":

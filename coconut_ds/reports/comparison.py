@@ -79,6 +79,11 @@ class Group:
         method = self.first.experiment.method
         return self.first.experiment.thought if method.has_latents and not method.is_pause else ""
 
+    def ablated(self, name: str) -> list[Any]:
+        """One line per run of an ablation after the last stage; empty if a run has none."""
+        lines = [run.ablated.get(name) for run in self.runs]
+        return lines if all(lines) else []
+
     def results(self) -> tuple[str | None, list[Any]]:
         """(split, one line per run): the test set if every run has it."""
         for split in SPLITS:
@@ -246,7 +251,7 @@ def group_numbers(group: Group) -> dict[str, Any]:
         "budget_mib": group.first.budget_mib,
         "stages": [
             {"stage": number, "what": what, "accuracy": asdict(Accuracy.of(results))}
-            for number, what, results in _stages(group)
+            for number, what, results in stages_of_group(group)
         ],
     }
 
@@ -258,10 +263,10 @@ def stage_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         if not group.first.experiment.method.has_stages:
             continue
-        for number, what, lines in _stages(group):
+        for number, what, lines in stages_of_group(group):
             if number not in titles or "latent" in what:
                 titles[number] = what
-            cells[number, group.label] = _percent(lines)
+            cells[number, group.label] = percent(lines)
     rows = [
         [f"validation, stage {number}: {titles[number]}", *(cells.get((number, g.label), "") for g in groups)]
         for number in sorted(titles)
@@ -269,10 +274,15 @@ def stage_table(groups: Sequence[Group]) -> Table:
     without = [group for group in groups if not group.first.experiment.method.has_stages]
     if without:
         last = [[run.stages[-1].line for run in group.runs if run.stages] for group in groups]
-        rows.append(["validation, at the end", *map(_percent, last)])
+        rows.append(["validation, at the end", *map(percent, last)])
+    names = dict.fromkeys(name for group in groups for name in group.first.ablated)
+    rows += [
+        [f"validation, latents replaced: {name}", *(percent(group.ablated(name)) for group in groups)]
+        for name in names
+    ]
     tests = [[run.measured("test")[-1] for run in group.runs if run.measured("test")] for group in groups]
     if any(tests):
-        rows.append([f"test: {_tested_at(groups)}", *map(_percent, tests)])
+        rows.append([f"test: {_tested_at(groups)}", *map(percent, tests)])
     return Table(["accuracy", *map(_column_title, groups)], rows)
 
 
@@ -287,10 +297,10 @@ def best_table(runs: Sequence[RunRecord]) -> Table:
         for number in sorted(names.keys() | {run.stage_number_of(line) for line in lines}):
             if number in names:
                 name, accuracy = names[number]
-                measured = "-" if accuracy is None else _percent([{"accuracy": accuracy}])
+                measured = "-" if accuracy is None else percent([{"accuracy": accuracy}])
             else:
                 at = [line for line in lines if run.stage_number_of(line) == number]
-                name, measured = "-", _percent([max(at, key=lambda line: line["accuracy"])])
+                name, measured = "-", percent([max(at, key=lambda line: line["accuracy"])])
             rows.append([run.experiment.name, f"best_stage_{number}", name, measured])
     return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, align="lllr")
 
@@ -308,7 +318,7 @@ def _column_title(group: Group) -> str:
     return group.label + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "")
 
 
-def _stages(group: Group) -> Iterator[tuple[int, str, list[Any]]]:
+def stages_of_group(group: Group) -> Iterator[tuple[int, str, list[Any]]]:
     """(number, description, one line per run) of every stage that all runs trained."""
     columns: list[list[StageResult]] = [run.stages for run in group.runs]
     for results in zip(*columns, strict=False):
@@ -316,7 +326,8 @@ def _stages(group: Group) -> Iterator[tuple[int, str, list[Any]]]:
             yield results[0].number, describe_stage(results[0].stage), [result.line for result in results]
 
 
-def _percent(lines: Sequence[Any]) -> str:
+def percent(lines: Sequence[Any]) -> str:
+    """Mean accuracy of log lines, with its standard deviation for several."""
     if not lines:
         return ""
     values = [100 * line["accuracy"] for line in lines]

@@ -170,6 +170,12 @@ class RunRecord:
         return list(results.values())
 
     @property
+    def ablated(self) -> dict[str, Line]:
+        """The lines of `ablate_after_stage` after the last validation, by ablation."""
+        epoch = self.stages[-1].line["epoch"] if self.stages else None
+        return {str(line["ablation"]): line for line in self.of("ablation") if line["epoch"] == epoch}
+
+    @property
     def has_numbered_stages(self) -> bool:
         return self.experiment.method.has_stages and self.experiment.icot_tokens_per_epoch is None
 

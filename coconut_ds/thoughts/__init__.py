@@ -109,6 +109,10 @@ class Thought(nn.Module, ABC):
     def __init__(self, hidden_size: int, settings: ThoughtSettings) -> None:
         super().__init__()
 
+    def start(self, embedding_VD: Tensor) -> None:
+        """Called once, with the token embeddings before training; trained weights are loaded after it."""
+        return None
+
     @abstractmethod
     def forward(self, history: History) -> Tensor:
         """The next input embedding of every row, thought_BD, in the hidden states' dtype."""

@@ -33,6 +33,16 @@ STEPS = result(
     *(step_record(*numbers) for numbers in [("coconut_ds", 1.1, 110), ("coconut_ds+checkpointing", 1.4, 80)]),
     step_record("coconut_ds-segmented_cache", 1.2, 140),
 )
+SEEDS = result(
+    *(
+        {"run": "coconut", "stages": {"0": 1.0}, "seed": seed, "test": test, "epoch_learned": epoch, **more}
+        for seed, test, epoch, more in (
+            (7, 1.0, 1, {"swap": 0.11, "seconds": 60}),
+            (32, 0.48, None, {"swap": 0.41, "seconds": 61}),
+        )
+    ),
+    {"run": "no_cot", "seed": 7, "stages": {"0": 0.1}, "test": 0.104, "swap": None, "seconds": 9},
+)
 QUICKSTART = result(
     {"method": "coconut", "seed": 0, "stages": {"0": 1.0, "3": 0.985}, "test": 0.99, "minutes": 3.2},
     {"method": "no_cot", "seed": 0, "stages": {"0": 0.22}, "test": 0.214, "minutes": 1.5},
@@ -60,13 +70,15 @@ def test_without_results_everything_is_not_measured():
 
 
 def test_numbers_of_the_json_reach_both_texts():
-    results = {"train_step": STEPS, "quickstart": QUICKSTART}
+    results = {"train_step": STEPS, "seeds": SEEDS}
     page, block = render.page(results), sections.readme_block(results)
     assert "| without segmented_cache | 2.40 (1.20 to 3.60) | 1.20 | 140 | 1.40 | 0.35 |" in page
     assert "a processor, 2 cores, 8.0 GiB; python 3.11, torch 2.13; 2026-01-01, commit abc1234" in page
     assert "| coconut_ds + activation checkpointing | 80 MB | 1.40 |" in block
-    assert "| Coconut, 3 of 3 steps in latents | 98.5 % |" in block
-    assert "| no CoT, test | 21.4 % |" in block
+    assert "| Coconut, latents supervised | 1 of 2 (9 to 91 %) | 48.0 to 100.0 % | 11.0 to 41.0 % |" in block
+    assert "| no CoT | 0 of 1 (0 to 79 %) | 10.4 % |  |" in block
+    assert "| coconut, seed 7 | 100.0 % | 100.0 % | 1 | 11.0 % |  | 10.4 % | 60 |" in page
+    assert "| coconut, seed 32 | 100.0 % | 48.0 % | never | 41.0 % |  |  | 61 |" in page
 
 
 def test_the_block_between_the_markers_alone_changes():

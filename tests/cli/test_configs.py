@@ -41,6 +41,8 @@ def test_copy_keeps_what_the_user_changed(tmp_path, monkeypatch, capsys):
     assert copied == [
         "configs/quickstart/coconut.yaml",
         "configs/quickstart/no_cot.yaml",
+        "configs/quickstart/no_thoughts.yaml",
+        "configs/quickstart/plain.yaml",
         "ds_configs/zero2.json",
     ]
     own = tmp_path / "ds_configs" / "zero2.json"

@@ -40,6 +40,7 @@ KINDS = {
     "full": {},
     "window": {"thought": "fixed_window"},
     "mlp": {"thought": "mlp_projection"},
+    "normalized": {"thought": "normalized_hidden"},
     "lora": {"tuning": "lora", "thought": "learnable_window"},
     "no_cot": {"method": "no_cot"},
 }

@@ -102,7 +102,7 @@ def test_every_parameter_and_the_newest_state_receive_a_gradient(name):
     if name == "mlp_projection":
         nn.init.normal_(thought.outer.weight, std=0.1)  # zero at the start, which also stops inner's gradient
     passes = [hidden.requires_grad_() for hidden in random_passes(5, 1)]
-    thought(history_of(passes)).pow(2).sum().backward()
+    thought(history_of(passes)).pow(3).sum().backward()  # a square would be the same for every direction
     for parameter_name, parameter in thought.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
     if name not in NO_FEEDBACK:
@@ -137,6 +137,22 @@ def test_a_row_of_padding_only_stays_finite(name):
     thought_BD.sum().backward() if thought_BD.requires_grad else None
     assert torch.isfinite(thought_BD).all()
     assert all(torch.isfinite(p.grad).all() for p in thought.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalized_hidden_is_the_equation(dtype):
+    embedding_VD = torch.randn(50, D, generator=torch.Generator().manual_seed(3)) * 7
+    thought = build("normalized_hidden")
+    thought.start(embedding_VD)
+    passes = random_passes(5, 1)
+    hidden_BD = passes[-1][:, -1]
+    norm = sum(row.norm() for row in embedding_VD) / len(embedding_VD)
+    expected_BD = torch.stack([norm * row / row.norm() for row in hidden_BD])
+    thought_BD = thought.to(dtype)(history_of(passes, dtype=dtype))
+    torch.testing.assert_close(
+        thought_BD.float(), expected_BD, rtol=1e-6 if dtype.itemsize == 4 else 2e-2, atol=1e-5
+    )
+    torch.testing.assert_close(thought.state_dict()["embedding_norm"].float(), norm, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", ("last_hidden", "mlp_projection", *WINDOWS))

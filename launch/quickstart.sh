@@ -5,7 +5,7 @@
 #
 # Makes chains of additions and a tiny GPT-2, trains it with Coconut, with the paper's loss and as two controls,
 # and prints one table.  PLAIN=0 leaves the paper's loss out, the longest of the four.
-# To resume after an interruption, run the same command.  Further arguments (--set KEY=VALUE) go to both trainings.
+# To resume after an interruption, run the same command.  Further arguments (--set KEY=VALUE) go to every training.
 
 source "$(dirname "$0")/setup.sh"
 

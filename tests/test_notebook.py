@@ -36,3 +36,9 @@ def test_first_run(tmp_path, monkeypatch):
     finally:
         os.environ.clear()
         os.environ.update(environment)
+
+
+def test_outputs_are_those_of_a_complete_run():
+    outputs = [cell["outputs"] for cell in CELLS if cell["cell_type"] == "code"]
+    assert all(output["output_type"] != "error" for cell in outputs for output in cell)
+    assert sum(map(bool, outputs)) > len(outputs) // 2

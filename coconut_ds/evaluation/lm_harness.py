@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
+
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 
 Request = tuple[str, Mapping[str, Any]]  # context, generation arguments of the task
@@ -78,7 +80,8 @@ def harness_model() -> type:
         ) -> None:
             super().__init__()
             self.model = CoconutForCausalLM.from_pretrained(pretrained)
-            self.model.to(device or self.model.device)
+            if device and (torch.cuda.is_available() or not device.startswith("cuda")):
+                self.model.to(device)  # lm_eval's default is cuda:0 on any machine
             self.batch_size = 32 if str(batch_size).startswith("auto") else int(batch_size)
             self.num_latents = num_latents
 

@@ -81,7 +81,7 @@ def test_the_class_is_registered_and_loads_a_run(run, model, monkeypatch):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     harness_model()
-    lm = registered["coconut"](pretrained=str(run), batch_size="auto", device="cpu")
+    lm = registered["coconut"](pretrained=str(run), batch_size="auto", device="cuda:0")
     requests = [SimpleNamespace(args=(question, {"until": ["\n\n\n\n"]})) for question in QUESTIONS]
     assert lm.generate_until(requests) == model.answer_questions(QUESTIONS)
     with pytest.raises(NotImplementedError, match="generate_until"):

@@ -1,4 +1,4 @@
-"""The pages of docs/: links and names of files that exist."""
+"""The pages of docs/: a budget of words; links and names of files that exist."""
 
 import re
 
@@ -8,7 +8,21 @@ from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FILES = r"`((?:configs|ds_configs|preprocessing|launch|benchmarks|tests|docs|coconut_ds)/[\w./-]+)`"
+MADE = re.compile(r"<!-- (?:bytes table|statistics) -->.*?<!-- end -->", re.DOTALL)  # by programs
 LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *ROOT.glob("*/README.md")]
+
+
+def words(page):
+    """Words that people wrote: without marked blocks, and tables and machine lines of benchmarks.md."""
+    text = MADE.sub("", page.read_text(encoding="utf-8"))
+    if page.name == "benchmarks.md":
+        text = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "<sub>")))
+    return sum(any(map(str.isalnum, word)) for word in text.split())
+
+
+def test_docs_have_a_budget_of_words():
+    counts = {page.name: words(page) for page in PAGES if page.name != "findings.md"}
+    assert sum(counts.values()) <= 10_000, counts
 
 
 def anchors(text):

@@ -11,7 +11,8 @@ from coconut_ds.runs.run_folder import RunLock
 
 LINE = {
     "kind": "valid", "step": 4, "stage": 1, "at": "1 step hidden, 1 latent", "loss": 1.0, "time": 1.0,
-    "accuracy": 0.5, "cot_match": 0.0, "num_items": 4, "num_correct": 2, "mean_tokens": 1.0, "grading": "exact",
+    "accuracy": 0.5, "cot_match": 0.0, "num_items": 4, "num_correct": 2, "mean_tokens": 1.0,
+    "grading": "exact",
 }  # fmt: skip
 
 

@@ -11,13 +11,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from coconut_ds.cli.plan import add_planning_arguments, text_shape
+from coconut_ds.cli.plan import add_planning_arguments, read_machine, read_planner
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
-from coconut_ds.config.experiment import add_experiment_arguments, experiment_to_yaml
+from coconut_ds.config.experiment import add_experiment_arguments, experiment_to_yaml, read_experiment
 from coconut_ds.files import json_text
-from coconut_ds.memory.budget import read_settings
 from coconut_ds.memory.fit import Fit, fit
-from coconut_ds.memory.planner import Planner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    experiment, ds_config = read_settings(args)
-    planner = Planner.of(experiment, text_shape(args), args.device, args.exact)
+    experiment = read_experiment(args)
+    ds_config = read_machine(args, args.deepspeed_config, experiment)
+    planner = read_planner(args, experiment)
     result = fit(planner, experiment, ds_config, args.ranks, args.precision)
     shape = result.experiment
     print(

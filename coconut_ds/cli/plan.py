@@ -1,27 +1,54 @@
 """Predict the memory of a run per component and compare it with the budget.
 
     python -m coconut_ds plan CONFIG --deepspeed_config JSON [JSON ...]
+    python -m coconut_ds plan --model gpt2-xl --data prosqa --gpu "RTX 3060"
+    python -m coconut_ds plan --model gpt2 Llama-3.2-1B --tuning full lora --deepspeed_config JSON JSON
 
-Several DeepSpeed configs are shown side by side.  Needs no GPU and no weights: the model's code runs on
-tensors without storage.  Exit code 0: every plan fits; 3: at least one does not.
+Without CONFIG the settings of configs/full/DATA_coconut.yaml are planned; well-known models and data sets
+need neither network nor files.  Several models or tunings make a table: what fits the GPU and the host, the
+largest micro-batch, the peak.  Needs no GPU and no weights: the model's code runs on tensors without storage.
+Exit code 0: every plan fits; 3: at least one does not.
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-from coconut_ds.config.deepspeed import add_ds_config_argument
-from coconut_ds.config.experiment import add_experiment_arguments, read_experiment
+from coconut_ds.config.deepspeed import SHIPPED, DeepSpeedConfig, add_ds_config_argument
+from coconut_ds.config.experiment import (
+    Experiment,
+    add_experiment_arguments,
+    load_with_notes,
+    read_experiment,
+)
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.memory.budget import read_ds_config
-from coconut_ds.memory.fit import cheapest_changes
-from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
-from coconut_ds.memory.planner import Planner, TextShape
+from coconut_ds.memory.fit import cheapest_changes, max_rows
+from coconut_ds.memory.known import (
+    CUSTOM,
+    config_of,
+    custom_config,
+    known,
+    precision_note,
+    text_of,
+    with_machine,
+)
+from coconut_ds.memory.plan_table import full_text, markdown, matrix, side_by_side
+from coconut_ds.memory.planner import Plan, Planner, TextShape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
+    add_experiment_arguments(parser, optional=True)
     add_ds_config_argument(parser, several=True)
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help="Hugging Face ids, folders, config.json files, built-in shapes",
+    )
+    parser.add_argument("--tuning", nargs="+", choices=("full", "lora"), help="instead of the YAML's")
     add_planning_arguments(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -32,19 +59,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    experiment = read_experiment(args)
-    ds_configs = [read_ds_config(path, experiment, args.ds_overrides) for path in args.deepspeed_config]
-    planner = Planner.of(experiment, text_shape(args), args.device, args.exact)
-    plans = []
-    for ds_config in ds_configs:
-        plan = planner.plan(experiment, ds_config, args.ranks)
-        if not args.no_changes and (len(ds_configs) == 1 or args.json):
-            plan = replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
-        plans.append(plan)
+    experiments = list(read_cases(args))
+    is_matrix = bool(args.model) and len(experiments) * len(args.deepspeed_config) > 1
+    plans, rows = [], []
+    with progress(len(experiments) * len(args.deepspeed_config)) as report:
+        for experiment in experiments:
+            planner = read_planner(args, experiment)
+            for path in args.deepspeed_config:
+                ds_config = read_machine(args, path, experiment)
+                report(f"{experiment.name} with {ds_config.path}")
+                plan = planner.plan(experiment, ds_config, args.ranks)
+                if is_matrix:
+                    rows.append(max_rows(planner, experiment, ds_config, args.ranks, plan.peak_stage.epoch))
+                elif not args.no_changes and (len(args.deepspeed_config) == 1 or args.json):
+                    plan = replace(plan, changes=cheapest_changes(planner, experiment, ds_config, plan))
+                plans.append(noted(plan, args.gpu, ds_config))
     if args.json:
         print(json_text([plan.to_json() for plan in plans], indent=2))
     elif args.markdown:
-        print(markdown([(experiment.name, plan) for plan in plans]))
+        print(markdown([(plan.experiment, plan) for plan in plans]))
+    elif is_matrix:
+        print(matrix(plans, rows))
     elif len(plans) == 1:
         print(full_text(plans[0]))
     else:
@@ -52,6 +87,85 @@ def run(args: argparse.Namespace) -> int:
         for plan in plans:
             print(f"\n{plan.ds_config}: {plan.verdict()}")
     return 0 if all(plan.fits for plan in plans) else BudgetError.exit_code
+
+
+@contextmanager
+def progress(count: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function that shows what is planned: in place on a terminal, else a line for each."""
+    from rich.console import Console
+
+    console, number = Console(stderr=True), 0
+
+    def report(what: str) -> None:
+        nonlocal number
+        number += 1
+        text = f"planning {what} ({number} of {count})"
+        if console.is_terminal:
+            status.update(text)
+        elif count > 1:
+            console.print(text, highlight=False, soft_wrap=True)
+
+    with console.status("planning") as status:
+        yield report
+
+
+def read_cases(args: argparse.Namespace) -> Iterator[Experiment]:
+    """The experiment of CONFIG, or a shipped one, for every model and tuning.  Raises ConfigError."""
+    custom = custom_config(args)
+    if args.config:
+        experiment = read_experiment(args)
+    elif args.model or custom:
+        shipped = SHIPPED / f"configs/full/{args.data or 'gsm'}_coconut.yaml"
+        experiment, _ = load_with_notes(shipped, args.overrides)
+    else:
+        raise ConfigError("give an experiment YAML, or --model NAME (or --layers N --hidden N --heads N)")
+    if custom is not None:
+        args.model = [f"{custom.num_hidden_layers} x {custom.hidden_size}"]
+    for model in args.model or [experiment.model_id]:
+        for tuning in args.tuning or [experiment.tuning]:
+            name = f"{model} {tuning}" if args.model else experiment.name
+            yield replace(experiment, model_id=model, tuning=tuning, name=name)
+
+
+def read_planner(args: argparse.Namespace, experiment: Experiment) -> Planner:
+    """A planner from the files of this machine, or from what is built in.  Raises ConfigError, DataError."""
+    custom = custom_config(args)
+    config, notes = (custom, ()) if custom is not None else config_of(experiment.model_id)
+    data = args.data or (None if args.config else "gsm")
+    shape = text_shape(args) or (text_of(data) if data else None)
+    if shape is None:
+        try:
+            planner = Planner.of(experiment, None, args.device, config)
+        except ConfigError:
+            path = (experiment.train_path or experiment.val_path).rpartition("/")[2]
+            data = next((name for name in known()["texts"] if path.startswith(name)), None)
+            if data is None:
+                raise
+            shape = text_of(data)
+    if shape is not None:
+        planner = Planner.of(experiment, shape, args.device, config)
+        if data and not text_shape(args):
+            notes += (f"built-in lengths of {data}: {lengths_text(shape)}",)
+    return replace(planner, exact=args.exact, notes=(*planner.notes, *notes))
+
+
+def lengths_text(shape: TextShape) -> str:
+    return (
+        f"a question of {shape.question} tokens, {shape.steps} steps of {shape.step}, "
+        f"an answer of {shape.answer}"
+    )
+
+
+def read_machine(args: argparse.Namespace, path: str | None, experiment: Experiment) -> DeepSpeedConfig:
+    """The DeepSpeed config with the memory of --gpu and --host-memory-gib.  Raises ConfigError."""
+    ds_config = read_ds_config(path, experiment, args.ds_overrides)
+    return with_machine(ds_config, args.gpu, args.host_memory_gib)
+
+
+def noted(plan: Plan, gpu: str | None, ds_config: DeepSpeedConfig) -> Plan:
+    """The plan with a note if the GPU cannot train in the precision."""
+    note = precision_note(gpu, ds_config.precision) if gpu else None
+    return replace(plan, notes=(*plan.notes, note)) if note else plan
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +182,14 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda",
         help="device whose kernels are planned for (default: cuda)",
     )
+    parser.add_argument("--gpu", metavar="NAME", help='budget of a GPU, for example "RTX 2080 Ti"')
+    parser.add_argument(
+        "--host-memory-gib", type=float, metavar="GIB", help="with --gpu, default: of this machine"
+    )
+    parser.add_argument("--data", choices=tuple(known()["texts"]), help="built-in text lengths of a data set")
+    own = parser.add_argument_group("a model of your own, with Llama's architecture")
+    for name in CUSTOM:
+        own.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     shape = parser.add_argument_group(
         "text lengths to use instead of reading data and tokenizer (of the longest problem)"
     )

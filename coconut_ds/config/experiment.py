@@ -342,10 +342,13 @@ def _exact(value: Any, annotation: str) -> Any:
     return float(value) if "float" in annotation else int(value)
 
 
-def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+def add_experiment_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """CONFIG and --set."""
     parser.add_argument(
-        "config", metavar="CONFIG", help="experiment YAML, for example configs/full/gsm_coconut.yaml"
+        "config",
+        metavar="CONFIG",
+        nargs="?" if optional else None,
+        help="experiment YAML, for example configs/full/gsm_coconut.yaml",
     )
     add_overrides(parser)
 

@@ -3,8 +3,7 @@
     cheapest_changes(planner, experiment, ds_config, plan)      changes that help, for a plan or an error
     fit(planner, experiment, ds_config)      Fit(memory_options=("offload_optimizer: cpu",), max_rows=4, ...)
 
-`fit` keeps the global batch size.  If not even one row fits, memory options are tried one after another.  The
-search is binary on plans of the peak stage; the result and its neighbor are planned with every stage.
+`fit` keeps the global batch size.  If not even one row fits, memory options are tried one after another.
 """
 
 from collections.abc import Iterator
@@ -155,11 +154,11 @@ def fit(
         raise ConfigError(f'{ds_config.path} has no memory_budget to fit into; add a "memory_budget" block')
     total = experiment.batch_size_training * experiment.gradient_accumulation_steps
     for used, changed in _changed_configs(experiment, ds_config, precision):
-        max_rows = _max_rows(planner, experiment, changed, ranks, total)
-        if max_rows:
-            rows = max(count for count in range(1, max_rows + 1) if total % count == 0)
+        largest = max_rows(planner, experiment, changed, ranks)
+        if largest:
+            rows = max(count for count in range(1, largest + 1) if total % count == 0)
             chosen = with_rows(experiment, rows)
-            return Fit(chosen, changed, used, max_rows, planner.plan(chosen, changed, ranks))
+            return Fit(chosen, changed, used, largest, planner.plan(chosen, changed, ranks))
     smallest = planner.plan(with_rows(experiment, 1), changed, ranks)
     raise BudgetError(
         f"not even one row fits {ds_config.path}'s budget, with {', '.join(used) or 'no option left'}: "
@@ -180,27 +179,32 @@ def _changed_configs(
                 yield used, ds_config
 
 
-def _max_rows(
-    planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int | None, total: int
+def max_rows(
+    planner: Planner,
+    experiment: Experiment,
+    ds_config: DeepSpeedConfig,
+    ranks: int | None = None,
+    epoch: int | None = None,
 ) -> int:
-    """The largest number of rows, at most `total`, whose plan fits; 0 if none does."""
+    """The largest micro-batch, up to the global batch of one GPU, whose plan fits; 0 if none does.
 
-    def fits(rows: int) -> bool:
-        return planner.plan(with_rows(experiment, rows), ds_config, ranks).fits
+    `epoch`: plan only its stage.  Memory grows nearly linearly with the rows: the search follows a line.
+    """
 
-    def nearly_fits(rows: int) -> bool:
-        return planner.plan(with_rows(experiment, rows), ds_config, ranks, only_epoch=epoch).fits
+    def plan(rows: int, only_epoch: int | None) -> Plan:
+        return planner.plan(with_rows(experiment, rows), ds_config, ranks, only_epoch=only_epoch)
 
-    epoch = planner.plan(with_rows(experiment, 1), ds_config, ranks).peak_stage.epoch
-    low, high = 0, total
-    while low < high:
-        middle = (low + high + 1) // 2
-        if nearly_fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    while low > 0 and not fits(low):
+    total = experiment.batch_size_training * experiment.gradient_accumulation_steps
+    first = plan(1, epoch)
+    if not first.fits or total == 1 or first.available_bytes is None:
+        return int(first.fits)
+    low, high, guess = 1, total + 1, 2
+    while high - low > 1:
+        tried = plan(guess, first.peak_stage.epoch)
+        low, high = (guess, high) if tried.fits else (low, guess)
+        slope = max(1, (tried.gpu_bytes - first.gpu_bytes) // (guess - 1))
+        line = 1 + (first.available_bytes - first.gpu_bytes) // slope
+        guess = min(max(line if line != guess else line + 1, low + 1), high - 1)
+    while epoch is None and low > 1 and not plan(low, None).fits:
         low -= 1
-    while low < total and fits(low + 1):
-        low += 1
     return low

@@ -87,6 +87,35 @@ def side_by_side(plans: Sequence[Plan]) -> str:
     return Table(("MiB per GPU", *map(_short, plans)), rows, title=title).text()
 
 
+def matrix(plans: Sequence[Plan], max_rows: Sequence[int]) -> str:
+    """One line per plan; `max_rows`: the largest micro-batch that fits under each."""
+    cells = [
+        (
+            plan.experiment,
+            _short(plan),
+            _verdict(plan.gpu_bytes, plan.available_bytes, MIB, "MiB"),
+            _verdict(plan.host_bytes, plan.host_limit, GIB, "GiB"),
+            str(rows) if rows else "none",
+            f"{plan.peak_phase.name}: {by_component(plan.items).most_common(1)[0][0]}",
+        )
+        for plan, rows in zip(plans, max_rows, strict=True)
+    ]
+    first = plans[0]
+    where = "" if first.budget is None else f" on {first.ranks} x {first.budget.device}"
+    head = ("model", "ds_config", "GPU", "host, all ranks", "largest rows", "peak")
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes)
+    table = Table(head, cells, align="llllrl", title=f"What fits{where}; {first.peak_stage.shape}\n")
+    return "\n".join([table.text(), "", *(f"note: {note}" for note in notes)])
+
+
+def _verdict(needed: int, limit: int | None, unit: int, name: str) -> str:
+    digits = 0 if unit == MIB else 1
+    text = f"{needed / unit:,.{digits}f}"
+    if limit is None:
+        return f"{text} {name}"
+    return f"{'fits' if needed <= limit else 'NO'}, {text} of {limit / unit:,.{digits}f} {name}"
+
+
 def markdown(rows: Sequence[tuple[str, Plan]]) -> str:
     """A table with one line per plan; `rows` pairs titles with plans."""
     head = ("model", "ds_config", "weights", "gradients", "optimizer", "activations", "loss", "buckets")

@@ -8,7 +8,7 @@ plan.fits        whether the GPU stays within its budget less the reserve, and t
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -98,8 +98,13 @@ class Plan:
         return self.available_bytes is None or self.gpu_bytes <= self.available_bytes
 
     @property
+    def host_limit(self) -> int | None:
+        """Bytes of host memory."""
+        return None if self.budget is None else int(self.budget.host_memory_gib * GIB)
+
+    @property
     def host_fits(self) -> bool:
-        return self.budget is None or self.host_bytes <= self.budget.host_memory_gib * GIB
+        return self.host_limit is None or self.host_bytes <= self.host_limit
 
     @property
     def fits(self) -> bool:
@@ -262,16 +267,21 @@ class Planner:
 
     @classmethod
     def of(
-        cls, experiment: Experiment, shape: TextShape | None = None, device: str = "cuda", exact: bool = False
+        cls,
+        experiment: Experiment,
+        shape: TextShape | None = None,
+        device: str = "cuda",
+        config: PretrainedConfig | None = None,
     ) -> "Planner":
-        """Read the model's configuration and the lengths of the data.  Raises ConfigError, DataError."""
-        config = load_config(experiment.model_id)
+        """Read the model's configuration, unless given, and the lengths of the data.
+
+        Raises ConfigError, DataError.
+        """
+        config = load_config(experiment.model_id) if config is None else config
         if shape is not None:
             problems = [shape.problem()]
-            planner = cls.from_run_data(experiment, problems, problems, None, device, config)
-        else:
-            planner = cls.from_run_data(experiment, *read_lengths(experiment), device, config)
-        return replace(planner, exact=exact)
+            return cls.from_run_data(experiment, problems, problems, None, device, config)
+        return cls.from_run_data(experiment, *read_lengths(experiment), device, config)
 
     @classmethod
     def from_run_data(
@@ -288,7 +298,7 @@ class Planner:
         size = config.get_text_config().vocab_size
         notes: tuple[str, ...] = ()
         if vocabulary is None:
-            notes = ("token counts from the command line; data and tokenizer were not read",)
+            notes = ("data and tokenizer were not read; the longest problem has the given token counts",)
             no_tokenizer: Any = None
             vocabulary = Vocabulary(no_tokenizer, size, size + 1, size + 2, eos_id=0, pad_id=0)
             size += 3

@@ -1,0 +1,99 @@
+"""Plans without network and data: built-in models, GPUs and text lengths, and the table of several plans."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from coconut_ds.__main__ import main
+from coconut_ds.errors import ConfigError
+from coconut_ds.memory.fake_run import with_layers
+from coconut_ds.memory.known import built_in_config, find_gpu, known, precision_note, short
+
+
+@pytest.mark.parametrize("model", known()["models"], ids=lambda model: short(model["id"]))
+def test_a_built_in_shape_has_the_parameters_of_the_model(model):
+    config = built_in_config(model["id"])
+
+    def count(layers):
+        with torch.device("meta"):
+            shallow = AutoModelForCausalLM.from_config(with_layers(config, layers))
+        return sum(p.numel() for p in shallow.parameters())
+
+    one, two = count(1), count(2)
+    assert one + (two - one) * (config.num_hidden_layers - 1) == model["parameters"]
+
+
+def test_names_of_gpus():
+    assert find_gpu("rtx 2080ti")["mib"] == 11018
+    assert find_gpu("NVIDIA GeForce GTX 1080 Ti")["mib"] == 11178
+    with pytest.raises(ConfigError, match="RTX 3060"):
+        find_gpu("RTX 3061")
+
+
+def test_precisions_that_a_gpu_cannot_train_in():
+    assert "use fp16" in precision_note("RTX 2080 Ti", "bf16")
+    assert "use fp32" in precision_note("GTX 1080 Ti", "fp16")
+    assert precision_note("RTX 3060", "bf16") is None
+
+
+@pytest.fixture
+def own_shape(tmp_path):
+    """A configuration file alone."""
+    path = tmp_path / "config.json"
+    values = {"model_type": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 500}
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_a_table_of_models(own_shape, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no file of the repository is read
+    command = ["plan", "--model", own_shape, own_shape, "--tuning", "full", "--gpu", "RTX 3060"]
+    command += ["--set", "epochs_per_stage=1", "--set", "num_epochs=2", "--set", "batch_size_training=2"]
+    assert main([*command, "--host-memory-gib", "64"]) == 0
+    out, error = capsys.readouterr()
+    assert "2 x RTX 3060" in out and "of 11,230 MiB" in out and "of 64.0 GiB" in out
+    assert [line.split()[-4] for line in out.splitlines() if line.startswith(own_shape)] == [
+        "forward",
+        "forward",
+    ]
+    assert "(2 of 2)" in error
+
+
+def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "plan",
+        "--layers",
+        "4",
+        "--hidden",
+        "64",
+        "--heads",
+        "4",
+        "--vocab",
+        "500",
+        "--data",
+        "prosqa",
+    ]
+    assert (
+        main([*command, "--set", "epochs_per_stage=1", "--set", "num_epochs=1", "--json", "--no-changes"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)[0]["stages"][0]["columns"] > 520
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ([], "--model NAME"),
+        (["--layers", "4"], "--hidden N --heads N"),
+        (["--model", "no/such-model"], "built-in shapes: distilgpt2, gpt2"),
+        (["--model", "gpt2", "--gpu", "RTX"], "write one of: RTX 2080 Ti"),
+    ],
+)
+def test_what_is_missing_is_named(command, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["plan", *command]) == 2
+    assert message in capsys.readouterr().err

@@ -173,6 +173,12 @@ class DeepSpeedConfig:
                 "zero_optimization.compute_grad_norm: is false, but the experiment's gradient_clipping "
                 f"{experiment.gradient_clipping} needs the norm; delete it"
             )
+        secondary = resolved["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if secondary > 1 and world_size % min(secondary, world_size):
+            errors.append(
+                f"zero_optimization.zero_hpz_partition_size: {world_size} ranks do not divide into groups of "
+                f"{secondary}; write the number of GPUs in one machine"
+            )
         if errors:
             raise ConfigError("\n".join(f"{self.path}: {error}" for error in errors))
         return resolved

@@ -39,6 +39,12 @@ from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model.coconut import Coconut
 
 FP32_BYTES = 4
+GPU_ONLY = (
+    ("zero_optimization", "zero_quantized_weights"),
+    ("zero_optimization", "zero_quantized_nontrainable_weights"),
+    ("zero_optimization", "zero_quantized_gradients"),
+    ("aio", "use_gds"),
+)
 START_SECONDS = 20.0  # minimum time to wait for ranks: their starts differ more than their steps
 # Slurm's `srun` uses its own names for RANK, WORLD_SIZE and LOCAL_RANK.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -158,9 +164,9 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     in the file asks for it.  Raises ConfigError for settings that need a GPU.
     """
     zero, on_cpu = ds_config["zero_optimization"], device.type == "cpu"
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if on_cpu and zero.get(key):
-            raise ConfigError(f"zero_optimization.{key}: needs a GPU; delete it to run on the CPU")
+    for block, key in GPU_ONLY:
+        if on_cpu and ds_config.get(block, {}).get(key):
+            raise ConfigError(f"{block}.{key}: needs a GPU; delete it to run on the CPU")
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return dict(ds_config)
     optimizer = ds_config["optimizer"]

@@ -104,6 +104,7 @@ def test_what_validate_accepts_starts(start, capsys):
     [
         ({"fp16": {"enabled": True}}, "fp16 needs a GPU"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "gradients: needs a GPU"),
+        ({"aio": {"use_gds": True}}, "aio.use_gds: needs a GPU"),
     ],
 )
 def test_what_this_machine_cannot_run_is_named(start, monkeypatch, ds_changes, reason):

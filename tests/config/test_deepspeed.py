@@ -152,6 +152,16 @@ def test_disagreement_shows_both_numbers(changes, parts):
     assert all(part in str(caught.value) for part in ["ds_configs/x.json: ", *parts])
 
 
+@pytest.mark.parametrize("ranks, size, divides", [(4, 3, False), (4, 2, True), (2, 3, True), (4, 0, True)])
+def test_ranks_divide_into_secondary_partitions(ranks, size, divides):
+    file = plain(zero_optimization={"stage": 3, "zero_hpz_partition_size": size})
+    if divides:
+        file.resolve(experiment(), ranks)
+    else:
+        with pytest.raises(ConfigError, match="4 ranks do not divide into groups of 3"):
+            file.resolve(experiment(), ranks)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_bf16_experiment_needs_a_bf16_file(precision):
     config = plain() if precision == "fp32" else plain(fp16={"enabled": True})

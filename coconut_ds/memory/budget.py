@@ -174,7 +174,10 @@ def described_changes(changes: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["  Changes that help:"] if changes else []
     for change in changes:
         fits = "fits" if change["fits"] else "does not fit"
-        lines.append(f"    {change['change']}: about {change['gpu_mib']:,.0f} MiB, {fits}")
+        size = f"{change['gpu_mib']:,.0f} MiB"
+        if change.get("for") == "host":
+            size = f"{change['host_gib']:,.1f} GiB of host memory"
+        lines.append(f"    {change['change']}: about {size}, {fits}")
         lines.append(f"      {change['setting']}")
     return lines
 

@@ -6,8 +6,9 @@
 `fit` keeps the global batch size.  If not even one row fits, memory options are tried one after another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
@@ -15,7 +16,7 @@ from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.memory.phases import EVALUATION
-from coconut_ds.memory.planner import MemoryOption, Plan, Planner
+from coconut_ds.memory.planner import MIB, PINNED_ROUNDING, MemoryOption, Plan, Planner
 
 # In the order in which `fit` adds them; the precision comes last.
 OPTIONS = ("activation_checkpointing", "overlap_comm", "reduce_bucket_size", "offload_optimizer")
@@ -41,7 +42,7 @@ def memory_options(
 
     def change(block: str, text: str, name: str = "", **changes: Any) -> MemoryOption:
         changed = with_settings(ds_config, block, **changes)
-        return MemoryOption(text, json_text({block: changes})[1:-1], experiment, changed, name)
+        return MemoryOption(text, ds_options(block, changes), experiment, changed, name)
 
     if peak_phase == EVALUATION and experiment.batch_size_eval > 1:
         yield override("smaller evaluation batches", batch_size_eval=experiment.batch_size_eval // 2)
@@ -75,13 +76,63 @@ def memory_options(
     if ds_config.precision == "fp32" and not experiment.bf16:
         yield MemoryOption(
             "16-bit weights and activations (bf16 from compute capability 8.0, fp16 on 7.x)",
-            '"bf16": {"enabled": true} or "fp16": {"enabled": true}',
+            f"--ds {precision}.enabled=true",
             experiment,
             with_settings(ds_config, precision, enabled=True),
             precision,
         )
     if experiment.tuning == "full":
         yield override("LoRA instead of full tuning (changes what is learned)", tuning="lora")
+
+
+def host_options(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int) -> Iterator[MemoryOption]:
+    """Changes that save memory of the host, in order of cost."""
+    if not ds_config.offload_optimizer:
+        if experiment.tuning == "full" and ranks == 1:
+            return
+    else:
+        setting = f"PYTORCH_ALLOC_CONF={PINNED_ROUNDING}:1 in front of the command"
+        text = "pinned blocks in their own size (exact, torch >= 2.13)"
+        yield MemoryOption(text, setting, experiment, ds_config, rounds_pinned=False)
+    kind = ds_config.precision
+    if ds_config.offload_optimizer and kind != "fp32":
+        master = {f"{kind}_master_weights_and_grads": True}
+        changed = with_settings(ds_config, kind, **master)
+        text = "16-bit master weights and gradients on the host (changes what is learned a little)"
+        yield MemoryOption(text, ds_options(kind, master), experiment, changed)
+        optimizer = ds_config.stock["optimizer"]
+        params = {**optimizer.get("params", {}), "fp32_optimizer_states": False}
+        if kind == "bf16":
+            master |= {"bf16_optimizer_states": True}
+            changed, setting = with_settings(ds_config, kind, **master), ds_options(kind, master)
+        else:
+            changed = with_settings(changed, "optimizer", params=params)
+            setting = ds_options(kind, master) + " --ds optimizer.params.fp32_optimizer_states=false"
+        text = "16-bit master weights, gradients and moments (changes what is learned)"
+        yield MemoryOption(text, setting, experiment, changed)
+    if ranks > 1:
+        steps = experiment.gradient_accumulation_steps * ranks
+        setting = f"--num_gpus 1 --set gradient_accumulation_steps={steps}"
+        fewer = replace(experiment, gradient_accumulation_steps=steps)
+        yield MemoryOption("one rank at the same global batch size", setting, fewer, ds_config, ranks=1)
+    if ds_config.offload_optimizer and ds_config.zero_stage < 3:
+        changed = with_settings(ds_config, ZERO, offload_optimizer={"device": "none"})
+        changed = with_settings(
+            changed, "optimizer", params={**changed.stock["optimizer"].get("params", {}), "torch_adam": True}
+        )
+        setting = "--ds zero_optimization.offload_optimizer.device=none --ds optimizer.params.torch_adam=true"
+        yield MemoryOption("optimizer on the GPU (faster steps)", setting, experiment, changed)
+
+
+def ds_options(block: str, changes: Mapping[str, Any]) -> str:
+    """The --ds options that set some keys of a block."""
+    parts = []
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            parts.append(ds_options(f"{block}.{key}", value))
+        else:
+            parts.append(f"--ds {block}.{key}={value if isinstance(value, str) else json_text(value)}")
+    return " ".join(parts)
 
 
 def with_settings(ds_config: DeepSpeedConfig, block: str, **changes: Any) -> DeepSpeedConfig:
@@ -100,23 +151,64 @@ def with_rows(experiment: Experiment, rows: int) -> Experiment:
 def cheapest_changes(
     planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_CHANGES
 ) -> tuple[MemoryOption, ...]:
-    """The first `limit` changes that help; if the plan does not fit, those that make it fit come first."""
-    changes: list[MemoryOption] = []
-    enough, epoch = 0, plan.peak_stage.epoch
-    for option in memory_options(experiment, ds_config, plan.peak_phase.name):
+    """For the GPU and the host, whichever does not fit, the first `limit` changes that help; those that make
+    it fit come first, and if none does, several together.  If both fit: changes for the GPU.
+    """
+    targets = [name for name, fits in (("GPU", plan.gpu_fits), ("host", plan.host_fits)) if not fits]
+    result: list[MemoryOption] = []
+    for target in targets or ["GPU"]:
+        start = MemoryOption("", "", experiment, ds_config, ranks=plan.ranks)
+        changes = list(islice(_that_help(planner, start, plan, target), limit if plan.fits else None))
+        changes.sort(key=lambda change: not change.fits)
+        if targets and not any(change.fits for change in changes):
+            changes = [*_together(planner, start, plan, target), *changes]
+        result += changes[:limit]
+    return tuple(result)
+
+
+def _that_help(planner: Planner, start: MemoryOption, plan: Plan, target: str) -> Iterator[MemoryOption]:
+    """The options beyond `start`, whose plan is `plan`, that save memory of `target`, with their plans."""
+    ranks = start.ranks or plan.ranks
+    options = (
+        memory_options(start.experiment, start.ds_config, plan.peak_phase.name)
+        if target == "GPU"
+        else host_options(start.experiment, start.ds_config, ranks)
+    )
+    for option in options:
+        rounds = start.rounds_pinned and option.rounds_pinned
+        its_planner = planner if rounds else replace(planner, rounds_up_to=MIB)
         try:
-            changed = planner.plan(option.experiment, option.ds_config, plan.ranks, only_epoch=epoch)
+            changed = its_planner.plan(
+                option.experiment, option.ds_config, option.ranks or ranks, only_epoch=plan.peak_stage.epoch
+            )
         except ConfigError:
             continue
-        if changed.gpu_bytes >= plan.gpu_bytes and (plan.host_fits or changed.host_bytes >= plan.host_bytes):
-            continue
-        changes.append(replace(option, gpu_bytes=changed.gpu_bytes, fits=changed.fits))
-        enough += changed.fits or plan.fits
-        if enough == limit:
-            break
-    if not plan.fits:
-        changes.sort(key=lambda change: not change.fits)
-    return tuple(changes[:limit])
+        if target == "GPU":
+            helps, fits = changed.gpu_bytes < plan.gpu_bytes, changed.gpu_fits
+            breaks = plan.host_fits and not changed.host_fits
+        else:
+            helps, fits = changed.host_bytes < plan.host_bytes, changed.host_fits
+            breaks = plan.gpu_fits and not changed.gpu_fits
+        if helps and not breaks:
+            sizes = {"gpu_bytes": changed.gpu_bytes, "host_bytes": changed.host_bytes}
+            yield replace(option, target=target, fits=fits, ranks=option.ranks or ranks, rounds_pinned=rounds,
+                          **sizes)  # fmt: skip
+
+
+def _together(planner: Planner, start: MemoryOption, plan: Plan, target: str) -> list[MemoryOption]:
+    """Options added in order of cost until `target` fits, as one; nothing if they do not suffice."""
+    texts: list[str] = []
+    settings: list[str] = []
+    while not start.fits:
+        option = next((o for o in _that_help(planner, start, plan, target) if o.text not in texts), None)
+        if option is None:
+            return []
+        texts, settings, start = [*texts, option.text], [*settings, option.setting], option
+        its_planner = planner if option.rounds_pinned else replace(planner, rounds_up_to=MIB)
+        epoch = plan.peak_stage.epoch
+        plan = its_planner.plan(option.experiment, option.ds_config, option.ranks, only_epoch=epoch)
+    settings.sort(key=lambda setting: not setting.startswith("PYTORCH"))
+    return [replace(start, text=" + ".join(texts), setting="  ".join(settings))]
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def with_machine(ds_config: DeepSpeedConfig, gpu: str | None, host_gib: float | 
             reserved_mib=RESERVED_MIB,
             components_mib={},
         )
+    host_gib = budget.host_memory_gib if host_gib is None else host_gib
     return replace(ds_config, memory_budget=replace(budget, host_memory_gib=host_gib))
 
 

@@ -227,7 +227,8 @@ class PlannedRun:
     @cached_property
     def zero(self) -> ZeroSettings:
         accumulates = self.experiment.gradient_accumulation_steps > 1
-        return ZeroSettings.of(self.ds_config, self.ranks, accumulates, self.planner.device)
+        planner = self.planner
+        return ZeroSettings.of(self.ds_config, self.ranks, accumulates, planner.device, planner.rounds_up_to)
 
     @cached_property
     def sizes(self) -> Sizes:

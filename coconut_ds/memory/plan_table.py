@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from coconut_ds.memory.planner import COMPONENTS, GIB, MIB, Plan, by_component
+from coconut_ds.memory.planner import COMPONENTS, GIB, MIB, MemoryOption, Plan, by_component
 from coconut_ds.tables import Table
 
 
@@ -15,16 +15,20 @@ def full_text(plan: Plan) -> str:
     for table in _tables(plan):
         lines += ["", table.text()]
     lines += ["", *(f"note: {note}" for note in plan.notes), f"VERDICT  {plan.verdict()}"]
-    if plan.changes:
-        lines += ["", "CHANGES THAT HELP, cheapest first"]
-    for change in plan.changes:
-        less = (plan.gpu_bytes - change.gpu_bytes) / MIB
-        fits = "" if plan.budget is None else (", fits" if change.fits else ", does not fit")
-        lines += [
-            f"  {change.text}: about {-less:+,.0f} MiB, {_mib(change.gpu_bytes)} MiB per GPU{fits}",
-            f"      {change.setting}",
-        ]
+    for target in dict.fromkeys(change.target for change in plan.changes):
+        lines += ["", f"CHANGES FOR THE {target.upper()}, cheapest first"]
+        lines += [_change(plan, change) for change in plan.changes if change.target == target]
     return "\n".join(lines)
+
+
+def _change(plan: Plan, change: MemoryOption) -> str:
+    before, after, unit, name = plan.gpu_bytes, change.gpu_bytes, MIB, "MiB"
+    if change.target == "host":
+        before, after, unit, name = plan.host_bytes, change.host_bytes, GIB, "GiB"
+    digits = 0 if unit == MIB else 1
+    fits = "" if plan.budget is None else (", fits" if change.fits else ", does not fit")
+    saved = f"{(after - before) / unit:+,.{digits}f}"
+    return f"  {change.text}: {saved} {name}, {after / unit:,.{digits}f} {name}{fits}\n      {change.setting}"
 
 
 def _tables(plan: Plan) -> Iterator[Table]:

@@ -6,6 +6,7 @@ plan.fits        whether the GPU stays within its budget less the reserve, and t
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,8 +46,12 @@ class MemoryOption:
     experiment: Experiment
     ds_config: DeepSpeedConfig
     name: str = ""  # of options that `fit` may use
+    ranks: int | None = None  # if it changes them
+    rounds_pinned: bool = True  # false: with PYTORCH_ALLOC_CONF
+    target: str = "GPU"  # or "host"
     gpu_bytes: int = 0
-    fits: bool = False
+    host_bytes: int = 0
+    fits: bool = False  # the memory of its target
 
 
 @dataclass(frozen=True)
@@ -150,11 +155,10 @@ class Plan:
             if self.gpu_fits
             else f"GPU: does not fit, needs {needed} MiB, {over} MiB more than {usable}"
         ]
-        if not self.host_fits:
-            lines.append(
-                f"host: does not fit, needs {self.host_bytes / GIB:.1f} GiB for {self.ranks} ranks, "
-                f"more than {self.budget.host_memory_gib:g} GiB"
-            )
+        lines.append(
+            f"host: {'fits' if self.host_fits else 'does not fit'}, {self.host_bytes / GIB:.1f} GiB of "
+            f"{self.budget.host_memory_gib:g} for {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        )
         lines += [
             f"{name} needs {planned:,.0f} MiB, more than its share of {share:,.0f} MiB (components_mib)"
             for name, (planned, share) in self.over_share().items()
@@ -199,10 +203,23 @@ class Plan:
             "host_per_rank": items(self.host),
             "notes": list(self.notes),
             "changes": [
-                {"change": c.text, "setting": c.setting, "gpu_mib": mib(c.gpu_bytes), "fits": c.fits}
+                {
+                    "for": c.target,
+                    "change": c.text,
+                    "setting": c.setting,
+                    "gpu_mib": mib(c.gpu_bytes),
+                    "host_gib": round(c.host_bytes / GIB, 3),
+                    "fits": c.fits,
+                }
                 for c in self.changes
             ],
         }
+
+
+def rounding_limit() -> int | None:
+    """Bytes up to which torch rounds pinned blocks in this environment; None: all blocks."""
+    given = re.search(PINNED_ROUNDING + r":(\d+)", os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    return int(given[1]) * MIB if given else None
 
 
 def by_component(items: Iterable[Item]) -> Counter[str]:
@@ -262,6 +279,8 @@ class Planner:
     notes: tuple[str, ...] = ()
     device: str = "cuda"
     exact: bool = False  # run the model in full, not shallow copies of it
+    # Pinned blocks of at most so many bytes are rounded up to a power of two; None: all.
+    rounds_up_to: int | None = field(default_factory=lambda: rounding_limit())
     fake_models: dict[Any, FakeModel] = field(default_factory=dict, repr=False)
     traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
 
@@ -367,10 +386,5 @@ class Planner:
         if ds_config.zero_stage == 3:
             notes.append(
                 "ZeRO-3 is an estimate: DeepSpeed gathers weights on demand, up to max_live_parameters"
-            )
-        rounds_pinned = PINNED_ROUNDING not in os.environ.get("PYTORCH_ALLOC_CONF", "")
-        if ds_config.offload_optimizer and self.device == "cuda" and rounds_pinned:
-            notes.append(
-                f"PYTORCH_ALLOC_CONF={PINNED_ROUNDING}:1 avoids the rounding of pinned blocks (torch >= 2.13)"
             )
         return tuple(notes)

@@ -85,11 +85,22 @@ class ZeroSettings:
     prefetch: int = 0  # stage 3, in elements
     max_live: int = 0
     persistent_below: int = 0
+    master_bytes: int = FP32  # per element of the master weights, and of the gradients on the host
+    moment_bytes: int = FP32
+    rounds_up_to: int | None = None  # pinned blocks of at most so many bytes are rounded up; None: all
 
     @classmethod
-    def of(cls, ds_config: DeepSpeedConfig, ranks: int, accumulates: bool, device: str) -> "ZeroSettings":
+    def of(
+        cls,
+        ds_config: DeepSpeedConfig,
+        ranks: int,
+        accumulates: bool,
+        device: str,
+        rounds_up_to: int | None = None,
+    ) -> "ZeroSettings":
         # Defaults: runtime/zero/config.py, DeepSpeedZeroConfig.
         zero: dict[str, Any] = dict(ds_config.stock["zero_optimization"])
+        master, moments = _state_bytes(ds_config)
         return cls(
             stage=ds_config.zero_stage,
             offload_optimizer=ds_config.offload_optimizer,
@@ -105,7 +116,24 @@ class ZeroSettings:
             prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             persistent_below=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            master_bytes=master,
+            moment_bytes=moments,
+            rounds_up_to=rounds_up_to,
         )
+
+
+def _state_bytes(ds_config: DeepSpeedConfig) -> tuple[int, int]:
+    """Bytes per element of the master weights and of each of Adam's moments."""
+    kind = ds_config.precision
+    block: dict[str, Any] = dict(ds_config.stock.get(kind, {}))
+    # runtime/base_optimizer.py, _configure_master_weights
+    master = 2 if block.get(f"{kind}_master_weights_and_grads") else FP32
+    params = ds_config.stock["optimizer"].get("params", {})
+    # runtime/engine.py, _configure_basic_optimizer; ops/adam/cpu_adam.py, step: moments in the dtype of the
+    # master weights.  torch's AdamW makes them so too.
+    in_fp32 = params.get("fp32_optimizer_states", True) and not block.get("bf16_optimizer_states")
+    uses_cpu_adam = ds_config.offload_optimizer and not params.get("torch_adam")
+    return master, FP32 if uses_cpu_adam and in_fp32 else master
 
 
 @dataclass(frozen=True)
@@ -163,14 +191,27 @@ def _product(component: str, name: str, symbols: str, factor: int, elements: int
     return Item(component, name, factor * elements, f"{symbols} = {factor} x {elements:,}{more}")
 
 
-def _master_weights_and_moments(part: int) -> list[Item]:
+def _master_weights_and_moments(part: int, zero: ZeroSettings) -> list[Item]:
     # runtime/zero/stage_1_and_2.py, __init__: single_partition_of_fp32_groups; runtime/zero/stage3.py,
     # _create_fp32_partitions and initialize_optimizer_states.  Adam allocates both moments in its first step:
     # ops/adam/fused_adam.py, FusedAdam.step, torch.optim.Adam, or ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step
     return [
-        _product(OPTIMIZER, "fp32 master weights", "4 P/N", FP32, part),
-        _product(OPTIMIZER, "Adam moments", "8 P/N", 2 * FP32, part, ", from the first step on"),
+        _product(
+            OPTIMIZER, _in_bits("master weights", zero), f"{zero.master_bytes} P/N", zero.master_bytes, part
+        ),
+        _product(
+            OPTIMIZER,
+            "Adam moments",
+            f"{2 * zero.moment_bytes} P/N",
+            2 * zero.moment_bytes,
+            part,
+            ", from the first step on",
+        ),
     ]
+
+
+def _in_bits(name: str, zero: ZeroSettings) -> str:
+    return f"{'fp32' if zero.master_bytes == FP32 else '16-bit'} {name}"
 
 
 def gpu_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
@@ -188,7 +229,7 @@ def gpu_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     if zero.offload_optimizer:
         # runtime/zero/stage_1_and_2.py, __init__: temp_grad_buffer_for_gpu_offload
         return [*items, _product(OPTIMIZER, "offload staging", "b P_max", b, sizes.largest)]
-    return items + _master_weights_and_moments(Partition.heaviest(sizes, zero).size)
+    return items + _master_weights_and_moments(Partition.heaviest(sizes, zero).size, zero)
 
 
 def _gpu_states_of_stage_3(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
@@ -208,7 +249,7 @@ def _gpu_states_of_stage_3(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         items.append(_own_share(b, everything, n))
     if not zero.offload_optimizer:
         # runtime/zero/stage3.py, _setup_for_real_optimizer (grad_partitions_flat_buffer)
-        items += _master_weights_and_moments(part)
+        items += _master_weights_and_moments(part, zero)
         items.append(_product(GRADIENTS, "own share", "b P/N", b, part))
     return items
 
@@ -260,11 +301,14 @@ def host_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         return [process, Item("start", start, load, "4 (P + F), freed after the start")]
     items, blocks = _offloaded(sizes, zero)
     if zero.pin_memory and zero.device == NVIDIA:
-        # torch's CachingHostAllocator rounds each pinned block up to a power of two.
-        rounding = sum((1 << (block - 1).bit_length()) - block for block in blocks if block)
-        items.append(
-            Item("pinned", "rounding of pinned blocks", rounding, "each rounded up to a power of two")
-        )
+        # torch's CachingHostAllocator rounds each pinned block up to a power of two, or only those below
+        # pinned_max_round_threshold_mb.
+        limit = zero.rounds_up_to
+        rounded = [block for block in blocks if block and (limit is None or block <= limit)]
+        rounding = sum((1 << (block - 1).bit_length()) - block for block in rounded)
+        formula = "each rounded up to a power of two"
+        formula += "" if limit is None else f", those up to {limit >> 20} MiB"
+        items.append(Item("pinned", "rounding of pinned blocks", rounding, formula))
     resident = sum(item.size for item in items)
     if load > resident:
         items.append(Item("start", start, load - resident, "4 (P + F), less the items above"))
@@ -275,10 +319,12 @@ def _offloaded(sizes: Sizes, zero: ZeroSettings) -> tuple[list[Item], list[int]]
     """The host's states with an offloaded optimizer, and the bytes of each pinned block."""
     b, partition = zero.model_bytes, Partition.heaviest(sizes, zero)
     part, owned = partition.size, [sizes.flat[i] for i in partition.owned]
-    master, moments = _master_weights_and_moments(part)
+    master, moments = _master_weights_and_moments(part, zero)
     # runtime/zero/stage_1_and_2.py, initialize_optimizer_states (fp32 gradients)
-    items = [master, _product(GRADIENTS, "fp32 gradients", "4 P/N", FP32, part), moments]
-    blocks = [FP32 * part, FP32 * part]
+    b_master = zero.master_bytes
+    gradients = _product(GRADIENTS, _in_bits("gradients", zero), f"{b_master} P/N", b_master, part)
+    items = [master, gradients, moments]
+    blocks = [b_master * part, b_master * part]
     if zero.stage == 3:
         # runtime/zero/stage3.py, _create_param_groups_fp16_flat_cpu_memory
         if zero.offload_param:
@@ -290,10 +336,14 @@ def _offloaded(sizes: Sizes, zero: ZeroSettings) -> tuple[list[Item], list[int]]
     total = sum(owned)
     items += [
         _product(PARAMETERS, "updated weights for the GPU", "b P/N", b, part),
-        Item(GRADIENTS, "accumulators", b * total, f"b x {total:,}: parameters this rank owns, also in part"),
         _product(GRADIENTS, "offload staging", "b P_max", b, sizes.largest),
     ]
-    return items, [*blocks, b * part, b * sizes.largest, *(b * size for size in owned)]
+    blocks += [b * part, b * sizes.largest]
+    if b_master == FP32:  # 16-bit gradients are summed where the optimizer reads them
+        formula = f"b x {total:,}: parameters this rank owns, also in part"
+        items.append(Item(GRADIENTS, "accumulators", b * total, formula))
+        blocks += [b * size for size in owned]
+    return items, blocks
 
 
 def replay(trace: Trace, sizes: Sizes, zero: ZeroSettings) -> "Replay":

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def plan_of(activations_mib, on_exceed="error", share=10_000):
     budget = MemoryBudget("card", 1, 1000, 200, 64, {"activations": share}, on_exceed)
     phase = Phase("forward and backward", (Item("activations", "all", activations_mib * MIB, ""),))
-    stage = StagePlan(0, "stage", BatchShape(1, 1, 1, 0, 1), activations_mib * MIB, True)
+    stage = StagePlan(0, "stage", BatchShape(1, 1, 1, 0, 1), activations_mib * MIB)
     return Plan("x", "x.json", "model", 1, budget, (), (phase,), (stage,), ())
 
 

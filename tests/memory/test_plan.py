@@ -151,6 +151,38 @@ def test_changes_that_make_it_fit_come_first(planner, tiny_model, ds_config, pla
     assert changes[0].fits
 
 
+def test_changes_for_the_host_are_of_the_host():
+    """A host that is short gets options that save host memory, each with its exact line."""
+    stock = load_ds_config(ROOT / "ds_configs/zero2_offload_fp16.json")
+    experiment = experiment_of(ROOT / "benchmarks/shapes/gpt2", num_epochs=1)
+    planner = replace(Planner.of(experiment, TEXT), valid=[])
+    fitting = planner.plan(experiment, stock)
+    assert fitting.gpu_fits and fitting.host_fits
+
+    def short_of(saved):
+        budget = replace(stock.memory_budget, host_memory_gib=(fitting.host_bytes - saved) / 2**30)
+        return replace(stock, memory_budget=budget)
+
+    by = {
+        option.text.split(" (")[0]: fitting.host_bytes - option.host_bytes
+        for option in cheapest_changes(
+            planner, experiment, short_of(1), planner.plan(experiment, short_of(1)), limit=9
+        )
+    }
+    assert list(by)[:2] == [
+        "pinned blocks in their own size",
+        "16-bit master weights and gradients on the host",
+    ]
+    assert all(saved > 0 for saved in by.values())
+    tight = short_of(max(by.values()) + 1)
+    over = planner.plan(experiment, tight)
+    assert over.gpu_fits and not over.host_fits
+    first, *_ = cheapest_changes(planner, experiment, tight, over)
+    assert first.fits and " + " in first.text and first.target == "host"
+    assert first.setting.startswith("PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1")
+    assert "CHANGES FOR THE HOST" in full_text(replace(over, changes=(first,)))
+
+
 def test_fit_is_the_largest_that_fits(planner, tiny_model, ds_config):
     experiment = experiment_of(tiny_model, batch_size_training=4, gradient_accumulation_steps=6)
     wanted = planner.plan(with_rows(experiment, 5), ds_config).gpu_bytes

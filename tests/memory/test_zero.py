@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coconut_ds.config.deepspeed import DeepSpeedConfig, LatentMemory
 from coconut_ds.memory.fake_run import ACTIVATIONS, GRADIENTS, Arrival, BackwardBegins, Trace, peak_of
 from coconut_ds.memory.zero import (
     COMMUNICATION,
@@ -129,3 +130,49 @@ def test_what_is_replayed_is_at_least_the_trace(elements, ranks, bucket, stage, 
 def test_more_ranks_share_the_optimizer(ranks, share):
     states = sizes_of(gpu_states(SIZES, replace(ZERO2, ranks=ranks)))
     assert states["fp32 master weights"] == 4 * share
+
+
+def ds_config_of(kind="fp16", **blocks):
+    stock = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW", "params": {}},
+        kind: {"enabled": True},
+    }
+    for block, values in blocks.items():
+        target = stock["optimizer"]["params"] if block == "params" else stock[kind]
+        target.update(values)
+    return DeepSpeedConfig("a.json", stock, None, LatentMemory())
+
+
+LOW_FP16 = {"fp16_master_weights_and_grads": True}
+LOW_BF16 = {"bf16_master_weights_and_grads": True}
+
+
+@pytest.mark.parametrize(
+    "ds_config, moments, master, gradients",
+    [
+        (ds_config_of(), 8, 4, 4),
+        (ds_config_of(params={"fp32_optimizer_states": False}), 8, 4, 4),  # alone it changes nothing
+        (ds_config_of(precision=LOW_FP16), 8, 2, 2),
+        (ds_config_of(precision=LOW_FP16, params={"fp32_optimizer_states": False}), 4, 2, 2),
+        (ds_config_of("bf16", precision=LOW_BF16), 8, 2, 2),
+        (ds_config_of("bf16", precision={**LOW_BF16, "bf16_optimizer_states": True}), 4, 2, 2),
+    ],
+)
+def test_bytes_of_16_bit_states_on_the_host(ds_config, moments, master, gradients):
+    zero = ZeroSettings.of(ds_config, 2, True, "cuda")
+    host = sizes_of(host_states(SIZES, zero))
+    bits = "fp32" if master == 4 else "16-bit"
+    assert host["Adam moments"] == moments * 304
+    assert host[f"{bits} master weights"] == master * 304
+    assert host[f"{bits} gradients"] == gradients * 304
+    assert ("accumulators" in host) == (master == 4)
+
+
+def test_only_small_pinned_blocks_are_rounded_with_a_threshold():
+    zero = replace(ZERO2, offload_optimizer=True)
+    every, none = (
+        sizes_of(host_states(SIZES, replace(zero, rounds_up_to=limit)))["rounding of pinned blocks"]
+        for limit in (None, 1)
+    )
+    assert every > none == 0

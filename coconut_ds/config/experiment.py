@@ -86,6 +86,8 @@ class Experiment:
     train_path: str  # "" with only_eval if the file has none
     val_path: str
     test_path: str | None
+    too_long: str  # "error" | "drop" | "truncate_question"
+    max_tokens: int | None  # of one example with its latents
     fields: Mapping[str, str] | None  # question, steps, answer -> the data files' names of them
     max_new_tokens: int | None
     grading: str | None  # "exact" | "latex"

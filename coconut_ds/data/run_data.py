@@ -6,8 +6,9 @@ training file, and text that the tokenizer does not know, so that the model read
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -36,6 +37,7 @@ from coconut_ds.errors import DataError
 from coconut_ds.files import print_notes
 
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
+Changes = Mapping[int, TokenizedProblem | None]  # by index; None: dropped
 MAX_NAMED, MAX_LETTERS = 5, 60  # unknown texts in a note
 MAX_SUPERVISED = 100  # examples searched for targets of latents
 # Models with one of these settings compute their positions; others have a table of learned positions.
@@ -49,6 +51,7 @@ class TestSet:
     problems: Sequence[Problem]
     tokenized: Sequence[TokenizedProblem]
     card: Card
+    num_dropped: int = 0  # too long for the model; they count as wrong answers
     __test__ = False  # not a test class for pytest
 
     def __len__(self) -> int:
@@ -58,6 +61,12 @@ class TestSet:
     def examples(self) -> str:
         """A hash of its questions and answers: equal for results that compare example by example."""
         return examples_digest(self.problems)
+
+    def shortened(self, changes: Changes) -> "TestSet":
+        """The same set with `changes`; a dropped problem counts as a wrong answer."""
+        kept = [problem for i, problem in enumerate(self.problems) if changes.get(i, problem) is not None]
+        num_dropped = len(self.problems) - len(kept)
+        return TestSet(kept, shortened(self.tokenized, changes), self.card, num_dropped)
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,20 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
         if experiment.test_path
         else None
     )
-    check = LengthCheck(experiment, vocabulary, limit_of(config))
-    print_notes(check.refuse(check.uses(train, valid.tokenized, test.tokenized if test else ())))
     sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
     print_notes(shared_questions(train, experiment.train_path, sets))
     print_notes(unknown_text(vocabulary, train, experiment.train_path, sets, experiment.fields))
-    return RunData(vocabulary, train, valid, test)
+    check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
+    uses = check.uses(train, valid.tokenized, test.tokenized if test else ())
+    if experiment.too_long == "error":
+        print_notes(check.refuse(uses))
+        return RunData(vocabulary, train, valid, test)
+    changes = [check.changes(use) for use in uses]
+    print_notes(note for _, notes in changes for note in notes)
+    fit = [change for change, _ in changes]
+    return RunData(
+        vocabulary, shortened(train, fit[0]), valid.shortened(fit[1]), test and test.shortened(fit[2])
+    )
 
 
 def refuse_unsupervised(
@@ -135,9 +152,14 @@ def load_evaluation_data(
     """Read and tokenize a file to evaluate at `stage`.  Prints and raises like `load_run_data`."""
     vocabulary = load_vocabulary(experiment.model_id)
     test_set = load_test_set(path, vocabulary, limit, experiment.fields)
-    check = LengthCheck(experiment, vocabulary, limit_of(config))
-    print_notes(check.refuse([Use(path, test_set.tokenized, [stage])]))
-    return vocabulary, test_set
+    check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
+    use = Use(path, test_set.tokenized, [stage])
+    if experiment.too_long == "error":
+        print_notes(check.refuse([use]))
+        return vocabulary, test_set
+    changes, notes = check.changes(use)
+    print_notes(notes)
+    return vocabulary, test_set.shortened(changes)
 
 
 def load_test_set(
@@ -158,12 +180,15 @@ class Limit:
 
     positions: int
     is_hard: bool
+    name: str = "the model has {:,} positions"
 
 
-def limit_of(config: PretrainedConfig) -> Limit | None:
-    """The limit in a model's configuration, None if it has none."""
+def limit_of(config: PretrainedConfig, max_tokens: int | None = None) -> Limit | None:
+    """The smaller of a model's own limit and `max_tokens`, which is hard; None if there is neither."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
+    if max_tokens is not None and (positions is None or max_tokens <= positions):
+        return Limit(max_tokens, is_hard=True, name="max_tokens allows {:,}")
     if positions is None:
         return None
     return Limit(positions, not any(getattr(text, name, None) for name in COMPUTED_POSITIONS))
@@ -218,17 +243,54 @@ class LengthCheck:
                 notes.append(f"{text}; the model was not trained on such lengths")
                 errors.append("" if use.trains else self._too_long(use, self.limit, prompts=True))
         if any(errors):
-            raise DataError("\n".join(f"{text}; shorten or remove it" for text in errors if text))
+            remedy = "shorten or remove it, or write 'too_long: drop' or 'too_long: truncate_question'"
+            raise DataError("\n".join(f"{text}; {remedy}" for text in errors if text))
         return notes
+
+    def changes(self, use: Use) -> "tuple[Changes, list[str]]":
+        """What `too_long` makes of the rows above the limit, and a note.
+
+        Raises DataError if no row is left, or if truncating a question does not make its row fit.
+        """
+        rows = self._rows_above(use, self.limit) if self.limit else []
+        if not rows or self.limit is None:
+            return {}, []
+        changes: dict[int, TokenizedProblem | None] = dict.fromkeys(index for _, index, _ in rows)
+        action = "dropped" if use.trains else "not asked, and count as wrong answers"
+        if self.experiment.too_long == "truncate_question":
+            action = "shortened at the start of their questions"
+            for tokens, index, _ in rows:
+                changes[index] = self._truncated(use, index, tokens - self.limit.positions)
+        elif len(rows) == len(use.problems):
+            raise DataError(f"{use.path}: every example is too long; {self._describe(use, self.limit, rows)}")
+        counts = (
+            f"{len(rows)} of {len(use.problems)} examples are {action} (too_long: {self.experiment.too_long})"
+        )
+        return changes, [f"{use.path}: {counts}; {self._describe(use, self.limit, rows)}"]
+
+    def _truncated(self, use: Use, index: int, excess: int) -> TokenizedProblem:
+        problem = use.problems[index]
+        start = int(problem.question[:1] == (self.vocabulary.tokenizer.bos_token_id,))
+        if excess >= len(problem.question) - start - 1:  # its line break stays
+            raise DataError(
+                f"{use.path}, item {index}: this example is {excess:,} tokens too long, more than its "
+                "question has; write 'too_long: drop'"
+            )
+        return replace(problem, question=problem.question[:start] + problem.question[start + excess :])
 
     def _too_long(self, use: Use, limit: Limit, prompts: bool = False) -> str:
         """A message with the longest row above the limit and their number; empty if all fit."""
+        rows = self._rows_above(use, limit, prompts)
+        return self._describe(use, limit, rows, "the prompt of " if prompts else "") if rows else ""
+
+    def _rows_above(self, use: Use, limit: Limit, prompts: bool = False) -> list[tuple[int, int, Stage]]:
+        """(tokens, index, stage) of every problem above the limit, at the stage where it is longest."""
         experiment = self.experiment
         mixes = use.trains and experiment.uniform_prob > 0 and experiment.method.has_stages
         last = experiment.c_thought * experiment.max_latent_stage
         latents = max(last, *(stage.num_latents for stage in use.stages)) + 2
         room = limit.positions - (latents if experiment.method.has_latents else 0)
-        too_long: list[tuple[int, int, Stage]] = []
+        rows: list[tuple[int, int, Stage]] = []
         # Only problems that are above the limit with every step and every latent are rendered.
         for index in np.flatnonzero(num_tokens(use.problems) > room).tolist():
             problem, lengths = use.problems[index], []
@@ -238,16 +300,44 @@ class LengthCheck:
                 lengths.append((sample.num_prompt if prompts else len(sample.tokens), stage))
             tokens, stage = max(lengths, key=lambda pair: pair[0])
             if tokens > limit.positions:
-                too_long.append((tokens, index, stage))
-        if not too_long:
-            return ""
-        tokens, index, stage = max(too_long, key=lambda row: row[0])
-        more = f", and {len(too_long) - 1} more items are too long" if len(too_long) > 1 else ""
-        part = "the prompt of " if prompts else ""
+                rows.append((tokens, index, stage))
+        return rows
+
+    def _describe(
+        self, use: Use, limit: Limit, rows: Sequence[tuple[int, int, Stage]], part: str = ""
+    ) -> str:
+        tokens, index, stage = max(rows, key=lambda row: row[0])
+        more = f", and {len(rows) - 1} more items are too long" if len(rows) > 1 else ""
         return (
             f"{use.path}, item {index}: {part}this example has {tokens:,} tokens ({stage}), "
-            f"and the model has {limit.positions:,} positions{more}"
+            f"and {limit.name.format(limit.positions)}{more}"
         )
+
+
+class _Shortened(Sequence[TokenizedProblem]):
+    """Problems without those that `changes` drops, and with those that it replaces."""
+
+    def __init__(self, problems: Sequence[TokenizedProblem], changes: Changes) -> None:
+        self.problems, self.changes = problems, changes
+        self.indices = [i for i in range(len(problems)) if changes.get(i, problems) is not None]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedProblem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedProblem]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedProblem | list[TokenizedProblem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        original = self.indices[index]
+        return self.changes.get(original) or self.problems[original]
+
+
+def shortened(problems: Sequence[TokenizedProblem], changes: Changes) -> Sequence[TokenizedProblem]:
+    """`problems` with `changes`, without a copy."""
+    return _Shortened(problems, changes) if changes else problems
 
 
 def trained_stages(experiment: Experiment) -> list[Stage]:

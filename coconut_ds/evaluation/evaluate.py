@@ -72,6 +72,7 @@ class Evaluation:
     grading: str  # the rule behind `accuracy`
     chance: float = 0.0  # accuracy of guessing on this set (chance_of)
     seconds_per_item: float = 0.0  # of generation, with all ranks
+    num_dropped: int = 0  # of num_items: not asked, since they are too long for the model
     examples: str = ""  # hash of the evaluated problems (examples_digest)
 
     def numbers(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Evaluation:
         return {
             name: getattr(self, name)
             for name in (*names, "seconds_per_item", "grading", "chance", "examples")
-        }
+        } | ({"num_dropped": self.num_dropped} if self.num_dropped else {})
 
 
 @phase("evaluation")
@@ -138,6 +139,9 @@ def evaluate(
     result = summarize(sorted(predictions, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
     return replace(
         result,
+        num_items=result.num_items + test_set.num_dropped,
+        num_dropped=test_set.num_dropped,
+        accuracy=result.num_correct / max(result.num_items + test_set.num_dropped, 1),
         seconds_per_item=seconds / max(result.num_items, 1),
         chance=chance_of(test_set.problems),
         examples=test_set.examples,

@@ -106,6 +106,11 @@ class Measurement:
                 if self.differences
                 else ""
             )
+            + (
+                f"  note: {result.num_dropped} items too long for the model count as wrong\n"
+                if result.num_dropped
+                else ""
+            )
             + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
             f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "

@@ -18,7 +18,14 @@ from coconut_ds.config.deepspeed import DeepSpeedConfig, MemoryBudget
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import card_for, read_problems
-from coconut_ds.data.run_data import DEBUG_TRAIN_ITEMS
+from coconut_ds.data.run_data import (
+    DEBUG_TRAIN_ITEMS,
+    LengthCheck,
+    Use,
+    limit_of,
+    shortened,
+    trained_stages,
+)
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabulary, tokenize
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.depth import SHALLOW
@@ -261,7 +268,14 @@ def read_lengths(experiment: Experiment) -> tuple[list[TokenizedProblem], list[T
             )
         limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
         problems = read_problems(path, limit, experiment.fields, []) if path else []
-        files.append(tokenize(longest(problems), vocabulary) if path else [])
+        if problems and experiment.too_long != "error":
+            tokens = tokenize(problems, vocabulary)
+            positions = limit_of(load_config(experiment.model_id), experiment.max_tokens)
+            use = Use(path, tokens, trained_stages(experiment), trains=True)
+            changes, _ = LengthCheck(experiment, vocabulary, positions).changes(use)
+            files.append(longest(shortened(tokens, changes)))
+        else:
+            files.append(tokenize(longest(problems), vocabulary))
     train, valid = files
     return train or valid, valid, vocabulary
 

@@ -284,6 +284,10 @@ def verdicts(run: RunRecord) -> list[str]:
     """Warnings about one run; empty if it learned its last stage."""
     name = run.experiment.name
     lines = [f"{name}: {line}" for line in (_not_above_chance(run), _decline(run)) if line][:1]
+    if run.result and (dropped := run.result.get("num_dropped")):
+        lines.append(
+            f"{name}: {dropped} {run.split} items too long for the model count as wrong (too_long: drop)"
+        )
     if run.untrained_tests:
         split = "test" if run.experiment.test_path else "valid"
         lines.append(

@@ -1,9 +1,12 @@
 """The pages of docs/: a budget of words; links and names of files that exist."""
 
+import json
 import re
+import shlex
 
 import pytest
 
+from coconut_ds.__main__ import main
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -53,3 +56,32 @@ def test_files_named_in_the_docs_exist(page):
         pytest.skip()
     for name in re.findall(FILES, page.read_text(encoding="utf-8")):
         assert "NAME" in name or (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_your_data_works_as_printed(tiny_experiment, tmp_path, monkeypatch):
+    """Its problem, card, experiment, and every command that needs no training; a tiny model for GPT-2."""
+    page = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
+    blocks: dict[str, list[str]] = {}
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        blocks.setdefault(language, []).append(block)
+    problem, card = blocks["json"]
+    (experiment,) = blocks["yaml"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    for number, split in enumerate(("train", "valid", "test")):
+        problems = [json.loads(problem)[0] | {"question": f"{number}{i}"} for i in range(8)]
+        (tmp_path / "data" / f"mine_{split}.json").write_text(json.dumps(problems))
+    (tmp_path / "data" / "mine.card.json").write_text(card)
+    model = "openai-community/gpt2"
+    (tmp_path / "mine.yaml").write_text(experiment.replace(model, tiny_experiment["model_id"]))
+    lines = "".join(blocks[""]).replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if re.match(r"python -m coconut_ds (validate|show|plan|fit) ", line)]
+    assert len(commands) == 7
+    for line in commands:
+        words = shlex.split(line.replace(model, tiny_experiment["model_id"]), comments=True)
+        if (
+            "model_id=benchmarks/shapes/llama-3.2-1b" not in words
+        ):  # a minute; tests/memory plans large models
+            assert main(words[3:]) == 0, line

@@ -1,6 +1,7 @@
 """Train a grid of experiments one after another, and print one table of the results.
 
     python -m coconut_ds sweep CONFIG --deepspeed_config JSON --grid seed=0,1,2 --grid method=coconut,cot
+    python -m coconut_ds sweep CONFIG --deepspeed_config JSON --seeds 0-19     how many seeds learn it
     python -m coconut_ds sweep GRID.yaml
 
 GRID.yaml:  config: CONFIG            deepspeed_config: JSON          set: [num_epochs=10]
@@ -12,12 +13,15 @@ RUN/sweep.log.  Exit code 0: all runs finished; 1: at least one failed; 75: stop
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_overrides
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.reports.comparison import group_runs, stage_table, summary_table
+from coconut_ds.reports.conclusions import conclusions
 from coconut_ds.reports.pairing import pair
 from coconut_ds.reports.run_records import read_run
 from coconut_ds.training.sweep import (
@@ -29,6 +33,7 @@ from coconut_ds.training.sweep import (
     Point,
     launch_command,
     parse_axes,
+    parse_seeds,
     points,
     read_grid,
     run_all,
@@ -45,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=V,V",
         help="values of one setting; can be repeated",
     )
+    parser.add_argument("--seeds", metavar="A-B,C", help="seeds of every run: 0-19 or 1,2,7")
     add_overrides(parser, "of every run")
     parser.add_argument("--name", metavar="NAME", help="prefix of the run names (default: CONFIG's name)")
     parser.add_argument(
@@ -72,15 +78,24 @@ def _grid(args: argparse.Namespace) -> list[Point]:
     overrides = list(args.overrides)
     if "grid" in read_yaml(args.config):
         values = read_grid(args.config)
-        axes = {**values["grid"], **parse_axes(args.grid)}
+        axes = _axes(args, values["grid"])
         overrides = [*map(str, values.get("set") or ()), *overrides]
         ds_config = args.deepspeed_config or values.get("deepspeed_config")
         name = args.name or values.get("name")
         return points(values["config"], ds_config, overrides, axes, name, args.ds_overrides)
-    if not args.grid:
-        raise ConfigError(f"sweep: {args.config} is a single experiment; add --grid KEY=VALUE,VALUE,...")
-    axes = parse_axes(args.grid)
+    if not args.grid and not args.seeds:
+        raise ConfigError(
+            f"sweep: {args.config} is a single experiment; add --grid KEY=VALUE,VALUE,... or --seeds 0-19"
+        )
+    axes = _axes(args, {})
     return points(args.config, args.deepspeed_config, overrides, axes, args.name, args.ds_overrides)
+
+
+def _axes(args: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    axes = {**given, **parse_axes(args.grid)}
+    if args.seeds and "seed" in axes:
+        raise ConfigError(f"--seeds {args.seeds}: the grid has 'seed' too; keep one of the two")
+    return axes | ({"seed": parse_seeds(args.seeds)} if args.seeds else {})
 
 
 def _num_gpus() -> int:
@@ -96,7 +111,7 @@ def summary(outcomes: list[Outcome]) -> str:
     if done:
         groups = group_runs([read_run(point.folder) for point in done])
         parts += ["", stage_table(groups).text(), "", summary_table(groups).text(), ""]
-        parts += pair(groups).lines()
+        parts += [*conclusions(groups), *pair(groups).lines()]
     parts += [
         f"{outcome.state}: {outcome.point.experiment.name}: {outcome.message}"
         for outcome in outcomes

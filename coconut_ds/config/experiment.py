@@ -63,6 +63,9 @@ class Experiment:
     latent_supervision_weight: float
     c_thought: int
     epochs_per_stage: int | tuple[int, ...]  # a tuple for stage 0, 1, ...; its last number repeats
+    advance_at: float | None
+    min_epochs_per_stage: int
+    early_stopping_patience: int | None
     max_latent_stage: int
     pad_latent_to_max: bool
     uniform_prob: float

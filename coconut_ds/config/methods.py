@@ -218,11 +218,12 @@ def unread(
         yield f"method {method} has no latents{kept}", [*keys, *window, "ablate_after_stage"]
     if not method.has_stages:
         last = [] if method.has_latents else ["max_latent_stage"]
-        yield f"method {method} has no stages", ["epochs_per_stage", "uniform_prob", *last]
+        yield f"method {method} has no stages", ["epochs_per_stage", "advance_at", "uniform_prob", *last]
     if method is not Method.ICOT:
         yield f"method {method} is not icot", ["icot_tokens_per_epoch"]
     elif settings["icot_tokens_per_epoch"] is not None:
-        yield "icot_tokens_per_epoch takes the place of stages", ["epochs_per_stage", "max_latent_stage"]
+        keys = ["epochs_per_stage", "max_latent_stage", "advance_at", "early_stopping_patience"]
+        yield "icot_tokens_per_epoch takes the place of stages", keys
     if method.has_latents and thought in NO_WINDOW:
         yield f"thought {thought} has no window", window
     if method.has_latents and thought == "fixed_window":
@@ -231,6 +232,8 @@ def unread(
         yield "thought learnable_window learns its weights", ["latent_window_weights"]
     if method.has_latents and thought in ("last_hidden", "normalized_hidden", "fixed_window"):
         yield f"thought {thought} has no parameters", ["thought_lr"]
+    if settings["advance_at"] is None and settings["early_stopping_patience"] is None:
+        yield "no stage ends early", ["min_epochs_per_stage"]
     if method.has_latents and settings["latent_supervision"] is None:
         yield "latent_supervision is not set", ["latent_supervision_weight"]
     if tuning == "full":

@@ -133,6 +133,26 @@ def is_stage_switch(epoch: int, experiment: Experiment) -> bool:
     return epoch > 0 and stage_at(epoch, experiment) != stage_at(epoch - 1, experiment)
 
 
+def next_epoch(epoch: int, accuracy: float, stale_epochs: int, experiment: Experiment) -> int:
+    """The epoch after `epoch`, beyond the rest of its stage if the stage ends early; num_epochs at the end.
+
+    `stale_epochs`: epochs without a new best accuracy, up to `epoch`.  An early end skips epochs of the
+    schedule, so the stage, the order of the data and the drawn stages stay functions of the epoch's number.
+    """
+    end, number = experiment.num_epochs, stage_number(epoch, experiment)
+    if experiment.icot_tokens_per_epoch is not None and experiment.method is Method.ICOT:
+        return epoch + 1
+    in_stage = [e for e in range(end) if stage_number(e, experiment) == number]
+    stop = in_stage[-1] + 1
+    if epoch - in_stage[0] + 1 < experiment.min_epochs_per_stage:
+        return epoch + 1
+    if stop < end:
+        reached = experiment.advance_at is not None and accuracy >= experiment.advance_at
+        return stop if reached else epoch + 1
+    patience = experiment.early_stopping_patience
+    return end if patience is not None and stale_epochs >= patience else epoch + 1
+
+
 def mixed_stage(num_steps: int, epoch: int, index: int, experiment: Experiment) -> Stage:
     """The stage of one training sample: its epoch's, or with probability `uniform_prob` a random one.
 

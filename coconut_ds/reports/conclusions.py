@@ -9,20 +9,32 @@ no_cot did not learn it (10.4 % [8.0, 13.4])
 from collections.abc import Iterator, Sequence
 
 from coconut_ds.config.methods import Method
+from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.reports.comparison import Accuracy, Group, percent, stages_of_group
+from coconut_ds.reports.run_records import verdicts
 
 SWAP = "swap"
 
 
 def conclusions(groups: Sequence[Group]) -> list[str]:
     """The last lines of a report; empty if no run has stages with latents."""
-    lines = [line for group in groups for line in _learned(group)]
+    lines = [line for group in groups for line in (*_share(group), *_learned(group))]
     trained = [group for group in groups if _has_latent_stages(group)]
     for control in groups:
         # A CoT run writes the steps, so it shows nothing about latents.
         if not control.first.experiment.method.has_latents and control.first.experiment.method != Method.COT:
             lines += _control(control, trained)
     return lines
+
+
+def _share(group: Group) -> Iterator[str]:
+    """How many seeds learned their last stage, by the warnings of each run."""
+    if len(group.runs) > 1:
+        failed = [str(run.experiment.seed) for run in group.runs if verdicts(run)]
+        learned = len(group.runs) - len(failed)
+        which = f"; not seed {', '.join(failed)}" if failed else ""
+        share = percent_with_interval(learned, len(group.runs))
+        yield f"{group.label}: {learned} of {len(group.runs)} seeds learned it ({share}){which}"
 
 
 def _has_latent_stages(group: Group) -> bool:

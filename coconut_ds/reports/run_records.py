@@ -38,8 +38,8 @@ Line = Mapping[str, Any]
 SPLITS = ("test", "valid")
 PREDICTIONS = "predictions.jsonl"
 CHANGE_STAGE = (
-    "Try more epochs of this stage (epochs_per_stage), another seed, "
-    "or earlier stages mixed in (uniform_prob)."
+    "Try more epochs of this stage (epochs_per_stage), latents that learn their step (latent_supervision), "
+    "another seed, or earlier stages mixed in (uniform_prob)."
 )
 CHANGE_RUN = "Try more epochs (num_epochs), another lr or seed; `show` prints the model's input."
 BASELINE = "As the baseline without steps and latents, it may be unable to learn more."
@@ -336,6 +336,8 @@ def _decline(run: RunRecord) -> str | None:
 def _so_far(run: RunRecord) -> str:
     """Text for a run with epochs left."""
     epochs, planned = int(run.stages[-1].line["epoch"]) + 1, run.experiment.num_epochs
+    if any(saved.state.epoch >= planned for saved in CheckpointFolders(run.folder).manifests().values()):
+        return ""  # it ended early
     return f", so far ({epochs} of {planned} epochs)" if epochs < planned else ""
 
 

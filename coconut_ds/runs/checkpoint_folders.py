@@ -44,7 +44,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainState:
-    """The position of a run: `epoch` epochs are finished, and `step_in_epoch` steps of the next one."""
+    """The position of a run: `epoch` epochs are finished or skipped, and `step_in_epoch` of the next one."""
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -56,6 +56,8 @@ class TrainState:
     best_accuracy: float | None = None  # of its stage; in older versions of the run
     accuracy: float | None = None  # of the newest validation
     stage: int = 0  # older versions always wrote 0
+    stage_best: float | None = None  # highest validation accuracy of the stage, for early stopping
+    stale_epochs: int = 0  # epochs of the stage since then
     wandb_id: str | None = None
     positions: Mapping[str, int] = field(default_factory=dict)  # bytes of metrics.jsonl, samples.jsonl
 
@@ -74,7 +76,8 @@ COUNT = {"type": "integer", "minimum": 0, "maximum": 2**63}
 ACCURACY = {"type": ["number", "null"]}
 STATE = _exactly(
     {item.name: COUNT for item in fields(TrainState) if item.type is int}
-    | {"best_accuracy": ACCURACY, "accuracy": ACCURACY, "wandb_id": {"type": ["string", "null"]}}
+    | {"best_accuracy": ACCURACY, "accuracy": ACCURACY, "stage_best": ACCURACY}
+    | {"wandb_id": {"type": ["string", "null"]}}
     | {"positions": {"type": "object", "additionalProperties": COUNT}}
 )
 OBJECT = {"type": "object"}

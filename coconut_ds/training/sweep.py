@@ -67,15 +67,15 @@ class Point:
         run = read_run(self.folder)
         last = self.experiment.num_epochs - 1
         kind = "test" if self.experiment.test_path else "valid"
-        if run.experiment.identity != self.experiment.identity or not any(
-            int(line["epoch"]) >= last for line in run.of(kind)
-        ):
+        manifests = list(CheckpointFolders(self.folder).manifests().values())
+        ended_early = kind == "valid" and bool(manifests) and manifests[-1].state.epoch > last
+        ended = ended_early or any(int(line["epoch"]) >= last for line in run.of(kind))
+        if run.experiment.identity != self.experiment.identity or not ended:
             return False
         before = learned_ds_settings(run.ds_config)
         now = learned_ds_settings(read_json(self.ds_config))
         if any(before.get(key, value) != value for key, value in now.items()):
             return False
-        manifests = list(CheckpointFolders(self.folder).manifests().values())
         saved = manifests[-1].settings.get("data", {}) if manifests else {}
         return all(saved.get(name, value) == value for name, value in data_hashes(self.experiment).items())
 
@@ -121,7 +121,7 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < first + MAX_SEEDS:
-            raise ConfigError(f"seeds: {part!r} is not a seed or a range like 0-19 (in {text!r})")
+            raise ConfigError(f"--seeds {text}: {part!r} is not a seed or a range like 0-19")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 

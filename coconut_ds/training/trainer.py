@@ -13,7 +13,14 @@ from tqdm import tqdm
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig, training_steps
-from coconut_ds.data.curriculum import Stage, is_stage_switch, stage_at, stage_number, stops_early
+from coconut_ds.data.curriculum import (
+    Stage,
+    is_stage_switch,
+    next_epoch,
+    stage_at,
+    stage_number,
+    stops_early,
+)
 from coconut_ds.data.run_data import RunData, TestSet, load_run_data
 from coconut_ds.distributed import lost_ranks_explained, phase
 from coconut_ds.engine.engine import (
@@ -28,6 +35,7 @@ from coconut_ds.engine.signals import Request, Requests, Signals
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
 from coconut_ds.errors import BudgetError, StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
+from coconut_ds.files import counted
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
 from coconut_ds.model.loading import build_module, load_config, parameter_groups, write_model
 from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
@@ -35,6 +43,7 @@ from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, mi
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
 
+STUCK_EPOCHS = 3  # epochs of a stage without a new best accuracy before the run says what to change
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
 
 
@@ -198,13 +207,14 @@ class Trainer:
         elif (early := stops_early(self.experiment)) and not self.run_data.test:
             self.print_line(early)
         result = None
-        for epoch in range(self.state.epoch, self.experiment.num_epochs):
+        while (epoch := self.state.epoch) < self.experiment.num_epochs:
             if self.state.step_in_epoch == 0 and self.resets_optimizer(epoch):
                 self.engine.reset_optimizer()
             self.train_epoch(epoch)
             result = self.validate(epoch)
-            self.ablate(epoch, result)
-            self.save(result)
+            following = self.end_epoch(epoch, result)
+            self.ablate(epoch, result, following)
+            self.save(following)
         if self.run_data.test is not None:
             # The epoch of the weights: a finished run may be started again with a smaller num_epochs.
             epoch = max(self.state.epoch - 1, 0)
@@ -212,11 +222,7 @@ class Trainer:
                 self.print_line(early)
             result = self.evaluate(self.run_data.test, self.trained_stage(), "test", epoch)
         self.check_written()
-        if self.run.writes:
-            from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
-
-            for line in verdicts(read_run(self.run.folder)):
-                self.print_line(line)
+        self.print_verdicts()
         return result
 
     def finished(self) -> str:
@@ -334,12 +340,42 @@ class Trainer:
     def validate(self, epoch: int) -> Evaluation:
         return self.evaluate(self.run_data.valid, stage_at(epoch, self.experiment), "valid", epoch)
 
-    def ablate(self, epoch: int, intact: Evaluation) -> None:
+    def end_epoch(self, epoch: int, result: Evaluation) -> int:
+        """Decide which epoch follows, and say why a stage ends early or was not learned."""
+        accuracy, best, end = result.accuracy, self.state.stage_best, self.experiment.num_epochs
+        is_best = best is None or accuracy > best
+        stale = 0 if is_best else self.state.stale_epochs + 1
+        following = next_epoch(epoch, accuracy, stale, self.experiment)
+        number = stage_number(epoch, self.experiment)
+        if following > epoch + 1:
+            reason = f"no new best in {counted(stale, 'epoch')} (early_stopping_patience)"
+            if following < end:
+                reason = f"accuracy {accuracy:.1%} reached advance_at {self.experiment.advance_at}"
+            self.print_line(f"stage {number} ends early: {reason}")
+        switches = following < end and stage_number(following, self.experiment) != number
+        self.state = replace(
+            self.state,
+            accuracy=accuracy,
+            stage_best=None if switches else accuracy if is_best else best,
+            stale_epochs=0 if switches else stale,
+        )
+        if switches or (stale == STUCK_EPOCHS and following < end):
+            self.print_verdicts()
+        return following
+
+    def print_verdicts(self) -> None:
+        """Warnings of the main rank about what was not learned so far, and what to change."""
+        if self.run.writes:
+            from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
+
+            for line in verdicts(read_run(self.run.folder)):
+                self.print_line(line)
+
+    def ablate(self, epoch: int, intact: Evaluation, following: int) -> None:
         """After the last epoch of a stage with latents, validate with the latents replaced."""
         names, stage = self.experiment.ablate_after_stage, stage_at(epoch, self.experiment)
-        next_is_same_stage = epoch + 1 < self.experiment.num_epochs and not is_stage_switch(
-            epoch + 1, self.experiment
-        )
+        is_over = following >= self.experiment.num_epochs
+        next_is_same_stage = not is_over and stage_at(following, self.experiment) == stage
         if not names or next_is_same_stage or stage.num_latents == 0:
             return
         from coconut_ds.evaluation.ablation import Comparison  # not needed to train
@@ -391,10 +427,9 @@ class Trainer:
         self.check_written()
         return result
 
-    def save(self, result: Evaluation) -> None:
-        """Finish the epoch and write its checkpoint."""
-        accuracy, epoch = result.accuracy, self.state.epoch + 1
-        self.state = replace(self.state, epoch=epoch, step_in_epoch=0, samples_in_epoch=0, accuracy=accuracy)
+    def save(self, following: int) -> None:
+        """Finish the epoch, continue with `following`, and write its checkpoint."""
+        self.state = replace(self.state, epoch=following, step_in_epoch=0, samples_in_epoch=0)
         self.write_checkpoint()
 
     def write_checkpoint(self) -> None:

@@ -11,6 +11,7 @@ from coconut_ds.data.curriculum import (
     final_stage,
     is_stage_switch,
     mixed_stage,
+    next_epoch,
     prompt_only,
     render,
     stage_at,
@@ -207,3 +208,27 @@ def test_stages_of_older_versions_and_other_texts():
         "1 steps hidden, 99999999999 latents",
     ):
         assert Stage.parse(other) is None
+
+
+@pytest.mark.parametrize(
+    "epoch, accuracy, stale, expected",
+    [
+        (0, 0.95, 0, 1),  # min_epochs_per_stage
+        (1, 0.95, 0, 3),
+        (1, 0.89, 9, 2),  # patience is of the last stage
+        (2, 0.10, 0, 3),  # all epochs of the stage
+        (4, 0.90, 0, 5),
+        (6, 0.99, 1, 7),  # the last stage does not advance
+        (5, 0.99, 2, 6),
+        (6, 0.99, 2, 9),
+        (8, 0.50, 0, 9),
+    ],
+)
+def test_the_epoch_after_an_early_end_is_the_first_of_the_next_stage(epoch, accuracy, stale, expected):
+    early = experiment(
+        epochs_per_stage=[3, 2, 4], num_epochs=9, max_latent_stage=3, advance_at=0.9,
+        min_epochs_per_stage=2, early_stopping_patience=2,
+    )  # fmt: skip
+    assert next_epoch(epoch, accuracy, stale, early) == expected
+    never = experiment(epochs_per_stage=[3, 2, 4], num_epochs=9, max_latent_stage=3)
+    assert next_epoch(epoch, accuracy, stale, never) == epoch + 1

@@ -47,6 +47,34 @@ def finish(point, epoch=None):
     (point.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
+def test_seeds_are_a_range_and_the_summary_has_the_share_that_learned(config, tmp_path, capsys):
+    assert sweep.parse_seeds("3-5,7,4") == [3, 4, 5, 7]
+    command = ["sweep", config, "--deepspeed_config", ZERO2, "--seeds", "0-1,5"]
+    assert main([*command, "--num_gpus", "1", "--dry-run"]) == 0
+    assert [line.count("seed=") for line in capsys.readouterr().out.splitlines()] == [1, 1, 1]
+    grid = sweep.points(config, ZERO2, [], {"seed": [0, 1, 5]})
+    for point, correct in zip(grid, (4, 4, 0), strict=True):
+        finish(point)
+        lines = (point.folder / "metrics.jsonl").read_text()
+        numbers = {"num_correct": correct, "accuracy": correct / 4, "chance": 0.0}
+        line = {**json.loads(lines), **numbers}
+        (point.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    text = summary([sweep.Outcome(point, sweep.FINISHED) for point in grid])
+    assert "coconut: 2 of 3 seeds learned it (66.7 % [20.8, 93.9]); not seed 5" in text
+
+
+@pytest.mark.parametrize("seeds", ["x", "5-3", "-1", "1,,2", "0-99999999"])
+def test_seeds_that_are_no_seeds_are_refused(config, capsys, seeds):
+    assert main(["sweep", config, "--deepspeed_config", ZERO2, f"--seeds={seeds}", "--dry-run"]) == 2
+    assert f"--seeds {seeds}: " in capsys.readouterr().err
+
+
+def test_seeds_beside_seeds_of_the_grid_are_refused(config, capsys):
+    command = ["sweep", config, "--deepspeed_config", ZERO2, "--seeds=1", "--grid", "seed=1"]
+    assert main([*command, "--dry-run"]) == 2
+    assert "keep one of the two" in capsys.readouterr().err
+
+
 def test_every_combination_is_a_run_of_its_own(config):
     axes = {"seed": [0, 1], "method": ["coconut", "no_cot"], "deepspeed_config": [ZERO2, ZERO1]}
     grid = sweep.points(config, None, ["lr=0.5"], axes)

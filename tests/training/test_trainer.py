@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -139,3 +140,55 @@ def test_a_finished_run_says_so_and_how_to_train_on(tiny_experiment, tmp_path, c
     with plain_trainer(values, allow=allowed, num_epochs=2) as trainer:
         trainer.run_all()
         assert trainer.state.epoch == 2
+
+
+EARLY = {
+    "epochs_per_stage": 3, "num_epochs": 9, "max_latent_stage": 2, "advance_at": 0.9,
+    "early_stopping_patience": 1, "uniform_prob": 0.5,
+}  # fmt: skip
+ACCURACIES = {0: 0.95, 3: 0.2, 4: 0.1, 5: 0.1, 6: 0.5, 7: 0.4}
+
+
+def run_with_accuracies(trainer, stop_at=None):
+    """Train with given validation accuracies; `stop_at`: fail in the validation of this epoch."""
+    validate = trainer.validate
+
+    def given(epoch):
+        if epoch == stop_at:
+            raise KeyboardInterrupt
+        correct = round(100 * ACCURACIES[epoch])
+        return replace(validate(epoch), accuracy=ACCURACIES[epoch], num_correct=correct, num_items=100)
+
+    trainer.validate = given
+    trainer.run_all()
+
+
+def test_stages_end_early_and_a_resumed_run_does_the_same(tiny_experiment, tmp_path, capsys):
+    values = tiny_experiment | CHEAP | EARLY | {"save_path": str(tmp_path)}
+    with plain_trainer(values) as trainer:
+        run_with_accuracies(trainer)
+        straight = lines_of(trainer.run, "train")
+        assert trainer.checkpoints.folders.names()[-1] == "checkpoint_9"
+    printed = capsys.readouterr().out
+    assert sorted({line["epoch"] for line in straight}) == [0, 3, 4, 5, 6, 7]
+    assert {line["epoch"]: line["stage"] for line in straight} == {0: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
+    assert "stage 0 ends early: accuracy 95.0% reached advance_at 0.9" in printed
+    assert "stage 2 ends early: no new best in 1 epoch (early_stopping_patience)" in printed
+    for stop_at in (4, 7):  # behind a skip; with one epoch that is no new best counted
+        with plain_trainer(values, name=f"stopped-{stop_at}") as trainer, pytest.raises(KeyboardInterrupt):
+            run_with_accuracies(trainer, stop_at)
+        with plain_trainer(values, name=f"stopped-{stop_at}") as trainer:
+            run_with_accuracies(trainer)
+            resumed = lines_of(trainer.run, "train")
+        assert [(line["epoch"], line["loss"]) for line in resumed] == [
+            (line["epoch"], line["loss"]) for line in straight
+        ]
+
+
+def test_a_stage_that_was_not_learned_is_named_when_the_next_begins(tiny_experiment, tmp_path, capsys):
+    values = tiny_experiment | CHEAP | {"save_path": str(tmp_path)}
+    with plain_trainer(values, num_epochs=2) as trainer:  # untrained: at chance
+        trainer.run_all()
+    first, second = capsys.readouterr().out.split("epoch 2/2")
+    assert "coconut was not learned" in first
+    assert "Stage 1 was not learned" in second and "latent_supervision" in second

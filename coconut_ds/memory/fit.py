@@ -190,9 +190,15 @@ def _that_help(planner: Planner, start: MemoryOption, plan: Plan, target: str) -
             helps, fits = changed.host_bytes < plan.host_bytes, changed.host_fits
             breaks = plan.gpu_fits and not changed.gpu_fits
         if helps and not breaks:
-            sizes = {"gpu_bytes": changed.gpu_bytes, "host_bytes": changed.host_bytes}
-            yield replace(option, target=target, fits=fits, ranks=option.ranks or ranks, rounds_pinned=rounds,
-                          **sizes)  # fmt: skip
+            yield replace(
+                option,
+                target=target,
+                fits=fits,
+                ranks=option.ranks or ranks,
+                rounds_pinned=rounds,
+                gpu_bytes=changed.gpu_bytes,
+                host_bytes=changed.host_bytes,
+            )
 
 
 def _together(planner: Planner, start: MemoryOption, plan: Plan, target: str) -> list[MemoryOption]:

@@ -35,6 +35,10 @@ from coconut_ds.model.loading import load_config, parameter_groups
 from tests.launched.gloo import wait_for_gloo
 
 VOCABULARY_SIZE, BUCKET = 8000, 1_000_000
+# name -> --ds overrides of zero2_offload_bf16.json, which decide in how many bytes the host keeps its states
+IN_FP32 = ["optimizer.params.fp32_optimizer_states=false"]
+LOW = ["bf16.bf16_master_weights_and_grads=true"]
+HOST = {"8+4+4": [], "alone": IN_FP32, "8+2+2": LOW, "4+2+2": [*LOW, "bf16.bf16_optimizer_states=true"]}
 
 
 def small_gpt2():
@@ -43,10 +47,13 @@ def small_gpt2():
     return config
 
 
-def main(out):
+def main(out, case="engine"):
     ranks = start_distributed("fp32")
     wait_for_gloo()
-    results = {tuning: compared(tuning, ranks) for tuning in ("full", "lora")}
+    if case == "host":
+        results = {name: host_bytes(overrides, ranks) for name, overrides in HOST.items()}
+    else:
+        results = {tuning: compared(tuning, ranks) for tuning in ("full", "lora")}
     if ranks.is_main:
         Path(out).write_text(json.dumps(results))
     dist.barrier()
@@ -116,6 +123,43 @@ def compared(tuning, ranks):
         engine._engine.destroy()
         del engine, model, fake_model
     return results
+
+
+def host_bytes(overrides, ranks):
+    """Planned and measured bytes of all states after two steps in bf16; on the CPU, host and GPU are one."""
+    experiment = validate_experiment(
+        {
+            "project": "plan", "name": "host", "save_path": "runs", "model_id": "benchmarks/shapes/gpt2",
+            "train_path": "none.json", "val_path": "none.json", "lr": 1e-4, "num_epochs": 1, "method": "cot",
+            "batch_size_training": 2, "gradient_accumulation_steps": 2,
+        },
+        "host",
+    )  # fmt: skip
+    size = VOCABULARY_SIZE
+    vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
+    batch = largest_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
+    ds_config = load_ds_config("ds_configs/zero2_offload_bf16.json", overrides)
+    gc.collect()
+    before = held_bytes()
+    model = real_model(experiment, small_gpt2(), size + 3, vocabulary, ds_config.latent_memory)
+    engine = Engine(
+        model, parameter_groups(model, experiment), ds_config.resolve(experiment, ranks.world_size), ranks
+    )
+    for _ in range(2):
+        for _ in range(2):
+            engine.backward(engine.loss(batch))
+        engine.step()
+    gc.collect()
+    sizes = Sizes.of(model, parameter_groups(model, experiment))
+    zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
+    host = [item for item in host_states(sizes, zero) if item.component not in ("process", "start")]
+    measured = most(held_bytes() - before)
+    engine._engine.destroy()
+    return {
+        "measured": measured,
+        "planned": sum(item.size for item in [*gpu_states(sizes, zero), *host]),
+        "share": Partition.heaviest(sizes, zero).size,
+    }
 
 
 def backward_peak(engine, batch):

@@ -71,3 +71,17 @@ def test_states_and_backward_of_the_real_engine(tuning, engine_states):
             tuning == "full" and name != "zero2_offload"
         ):  # on the CPU its step shares one memory with the host's part
             assert sizes["planned_step"] == pytest.approx(sizes["measured_step"], rel=WITHIN), name
+
+
+@pytest.mark.slow
+def test_16_bit_states_on_the_host_of_the_real_engine(tmp_path):
+    """8+4+4, 8+2+2 and 4+2+2 bytes a parameter of moments, master weights and gradients."""
+    out = tmp_path / "host.json"
+    done = start("tests.memory.engine_states", out, "host", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = json.loads(out.read_text())
+    for name, of_case in sizes.items():
+        assert of_case["planned"] == pytest.approx(of_case["measured"], rel=0.01), name
+    assert sizes["alone"]["measured"] == pytest.approx(sizes["8+4+4"]["measured"], rel=1e-3)
+    moments = sizes["8+2+2"]["measured"] - sizes["4+2+2"]["measured"]
+    assert moments == pytest.approx(4 * sizes["8+2+2"]["share"], rel=0.02)

@@ -203,6 +203,12 @@ def without_effect(
         named = [f"{key}: {shown(valid[key])}" for key in keys if is_set(key)]
         if named:
             lines.append(f"{', '.join(named)}: no effect, {reason}")
+    skipped = settings["resume"]
+    if skipped and settings["load_model_path"] is None and not settings["only_eval"]:
+        lines.append(
+            f"resume: {skipped} skips the first {skipped} epochs, and load_model_path is None, so epoch "
+            f"{skipped + 1} starts from model_id; set load_model_path to weights trained for them"
+        )
     return lines
 
 

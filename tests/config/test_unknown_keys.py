@@ -3,10 +3,11 @@
 import random
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coconut_ds.config.experiment import parse_overrides, validate_experiment
+from coconut_ds.config.experiment import load_with_notes, parse_overrides, validate_experiment
 from coconut_ds.config.schema import did_you_mean, edit_distance, load_schema, unknown_keys
 from coconut_ds.errors import ConfigError
 
@@ -103,3 +104,28 @@ def test_the_distance_is_a_distance(first, second):
     assert distance == edit_distance(second, first) and (distance == 0) is (first == second)
     assert abs(len(first) - len(second)) <= distance <= max(len(first), len(second))
     assert edit_distance("ab", "ba") == 1 and edit_distance("kitten", "sitting") == 3
+
+
+@pytest.mark.parametrize(
+    "key, hint",
+    [
+        ("use_prj", "'thought: mlp_projection'"),
+        ("num_latent", "c_thought times max_latent_stage"),
+        ("distill_loss_factor", "a key of CODI"),
+        ("explain_loss_factor", "a key of SIM-CoT"),
+        ("step_supervision", "a key of LOTUS; 'latent_supervision: step_tokens'"),
+    ],
+)
+def test_keys_of_derivatives_are_named(key, hint):
+    for message in messages([key]):
+        assert hint in message and "valid keys" not in message
+
+
+@pytest.mark.parametrize(
+    "changes, noted",
+    [({"resume": 3}, True), ({}, False), ({"resume": 3, "load_model_path": "weights"}, False)],
+)
+def test_resume_without_weights_is_a_note(changes, noted, tmp_path):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(SMALLEST | changes))
+    notes = " ".join(load_with_notes(tmp_path / "x.yaml")[1])
+    assert ("resume: 3 skips the first 3 epochs" in notes) is noted

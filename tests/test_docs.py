@@ -76,12 +76,9 @@ def test_your_data_works_as_printed(tiny_experiment, tmp_path, monkeypatch):
     (tmp_path / "data" / "mine.card.json").write_text(card)
     model = "openai-community/gpt2"
     (tmp_path / "mine.yaml").write_text(experiment.replace(model, tiny_experiment["model_id"]))
-    lines = "".join(blocks[""]).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks[""]).splitlines()
     commands = [line for line in lines if re.match(r"python -m coconut_ds (validate|show|plan|fit) ", line)]
-    assert len(commands) == 7
+    assert len(commands) == 6
     for line in commands:
         words = shlex.split(line.replace(model, tiny_experiment["model_id"]), comments=True)
-        if (
-            "model_id=benchmarks/shapes/llama-3.2-1b" not in words
-        ):  # a minute; tests/memory plans large models
-            assert main(words[3:]) == 0, line
+        assert main(words[3:]) == 0, line

@@ -121,8 +121,8 @@ def modules_loaded_with(path: Path, seen: set[str]) -> set[str]:
 
 
 def test_training_loads_nothing_that_reports_on_runs_or_evaluates_saved_models():
-    loaded = modules_loaded_with(PACKAGE / "cli" / "train.py", set())
-    assert "coconut_ds.training.trainer" in loaded and "coconut_ds.evaluation.evaluate" in loaded
+    loaded = modules_loaded_with(PACKAGE / "training" / "trainer.py", set())
+    assert "coconut_ds.engine.engine" in loaded and "coconut_ds.evaluation.evaluate" in loaded
     after = ("coconut_ds.reports", "coconut_ds.cli.", "coconut_ds.templates")
     assert not [name for name in loaded if name.startswith(after)]
     parts = ("ablation", "intervals", "inspection", "export", "pretrained", "saved_models", "measure")

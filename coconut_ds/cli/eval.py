@@ -24,11 +24,7 @@ import argparse
 
 from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_allow_stage, add_overrides
-from coconut_ds.evaluation.ablation import parse_ablations
-from coconut_ds.evaluation.measure import EvalOptions, measure
-from coconut_ds.evaluation.saved_models import ds_config_of, find_trained
 from coconut_ds.files import json_text, open_output
-from coconut_ds.memory.budget import read_ds_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coconut_ds.evaluation.ablation import parse_ablations  # these import torch, as in train.py
+    from coconut_ds.evaluation.measure import EvalOptions, measure
+    from coconut_ds.evaluation.saved_models import ds_config_of, find_trained
+    from coconut_ds.memory.budget import read_ds_config
+
     options = EvalOptions(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
     models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     folder = models[0].folder

@@ -10,8 +10,6 @@ import argparse
 
 from coconut_ds.config.deepspeed import add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments
-from coconut_ds.memory.budget import read_settings
-from coconut_ds.training.trainer import Options, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coconut_ds.memory.budget import read_settings  # these import torch, which --help does not need
+    from coconut_ds.training.trainer import Options, train
+
     experiment, ds_config = read_settings(args)
     if experiment.only_eval:
         from coconut_ds.evaluation.measure import EvalOptions, measure  # not needed to train

@@ -53,6 +53,16 @@ def test_help_and_validate_do_not_wait_for_deepspeed():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
 
 
+@pytest.mark.parametrize("name", ["train", "eval", "runs", "validate"])
+def test_help_does_not_wait_for_torch(name):
+    program = (
+        "import sys; from coconut_ds.__main__ import main\n"
+        f"try: main(['{name}', '--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
+
+
 def test_a_python_without_the_packages_is_told_where_they_are():
     command = [sys.executable, "-S", "-m", "coconut_ds", "doctor"]  # -S: no site-packages
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -150,7 +160,7 @@ def test_notes_are_printed_once_on_stderr(command, experiment_file, capsys):
 @pytest.mark.parametrize("rank, count", [("0", 2), ("1", 0)])
 def test_the_main_rank_alone_prints_the_notes_of_training(rank, count, experiment_file, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("coconut_ds.cli.train.train", lambda *_: None)
+    monkeypatch.setattr("coconut_ds.training.trainer.train", lambda *_: None)
     assert main(["train", experiment_file(**PUBLISHED), "--deepspeed_config", DS_CONFIG]) == 0
     assert capsys.readouterr().err.count("note: ") == count
 

@@ -28,7 +28,7 @@ TOKEN = "COCONUT_TEST_TOKEN"  # in the environment of every process of one run, 
 PRELOAD = [
     "tests.faults.faulty",
     "coconut_ds.__main__",
-    "coconut_ds.cli.train",
+    "coconut_ds.training.trainer",
     "transformers.models.gpt2",
 ]
 Faults = Sequence[dict[str, Any]]

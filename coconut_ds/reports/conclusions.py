@@ -68,6 +68,7 @@ def _control(control: Group, trained: Sequence[Group]) -> Iterator[str]:
         group
         for group in trained
         if (group.results()[0], group.first.dataset) == (split, control.first.dataset) and split
+        if not any(verdicts(run) for run in group.runs)  # nothing was learned that a control could learn too
     ]
     if not same_data:
         return

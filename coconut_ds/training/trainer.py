@@ -280,7 +280,8 @@ class Trainer:
         with self.bar(None, f"epoch {epoch + 1}: {stage}", total=total, initial=first) as bar:
             for micro_batches in steps:
                 numbers = self.step(micro_batches)
-                bar.set_postfix(loss=f"{numbers['loss']:.4f}", tokens_per_s=f"{numbers['tokens_per_s']:.0f}")
+                shown = ("loss", "latent_loss", "tokens_per_s")
+                bar.set_postfix({name: f"{numbers[name]:.4g}" for name in shown if name in numbers})
                 bar.update()
                 self.log("train", epoch, stage=stage_number(epoch, self.experiment), **numbers)
                 match self.requests.poll(self.state.global_step):

@@ -53,6 +53,14 @@ def test_controls_that_learned_it_and_those_that_did_not_are_named(coconut, make
     assert "cot is as accurate" not in printed.replace("no_cot", "")
 
 
+def test_beside_a_run_that_learned_nothing_no_control_is_called_as_accurate(make_run):
+    runs = [
+        make_run("c", [9, 9, 9], 9, chance=0.1, method="coconut", logged=AT, test_at=AT[2]["at"], **STAGED)
+    ]
+    runs.append(make_run("t", [9, 9, 9], 9, chance=0.1, method="no_thoughts", **{**STAGED, "c_thought": 0}))
+    assert not any("no_thoughts" in line for line in conclusions(group_runs(runs)))
+
+
 def test_a_run_without_stages_or_without_a_line_concludes_nothing(make_run):
     assert conclusions(group_runs([make_run("n", [9], 10, method="no_cot")])) == []
     assert conclusions(group_runs([make_run("c", [], method="coconut", **STAGED)])) == []

@@ -1,0 +1,61 @@
+"""Counting seeds: what was measured is kept, and a changed recipe is measured again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import seeds
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    names = []
+
+    def fail(chosen):
+        names.append(chosen.experiment.name)
+        return False
+
+    monkeypatch.setattr(seeds, "train", fail)
+    monkeypatch.setattr(seeds, "make_data", lambda seed, folder: None)
+    return names
+
+
+def test_a_finished_seed_is_not_trained_again(tmp_path, trained, capsys):
+    recipe = seeds.recipe_of(seeds.point("coconut", 7, tmp_path, []).experiment.learning)
+    known = {"run": "coconut", "seed": 7, "recipe": recipe, "test": 1.0}
+    (tmp_path / "seeds.json").write_text(json.dumps({"records": [known]}))
+    command = ["--seeds", "7-8", "--runs", "coconut,no_cot", "--folder", str(tmp_path)]
+    command += ["--results", str(tmp_path)]
+    seeds.main(command)
+    assert trained == ["coconut-8", "no_cot-7", "no_cot-8"]
+    assert "coconut, seed 8: failed; see" in capsys.readouterr().out
+    trained.clear()
+    seeds.main([*command, "--set", "lr=0.001"])
+    assert trained == ["coconut-7", "coconut-8", "no_cot-7", "no_cot-8"]
+
+
+def test_the_recipe_ignores_seeds_paths_and_defaults(tmp_path):
+    first, second = (seeds.point("coconut", seed, tmp_path / str(seed), []).experiment for seed in (1, 2))
+    assert seeds.recipe_of(first.learning) == seeds.recipe_of(second.learning)
+    assert seeds.recipe_of(first.learning | {"a_new_key": None}) == seeds.recipe_of(first.learning)
+    assert seeds.recipe_of(first.learning | {"lr": 0.1}) != seeds.recipe_of(first.learning)
+
+
+def test_the_epoch_that_learned_is_counted_in_the_last_stage():
+    lines = [(0, 1.0), (1, 0.2), (1, 0.96), (1, 0.9)]
+
+    class Run:
+        def of(self, kind):
+            return [{"stage": stage, "accuracy": accuracy} for stage, accuracy in lines]
+
+    assert seeds.epoch_learned(Run()) == 2
+    lines[2] = (1, 0.94)
+    assert seeds.epoch_learned(Run()) is None
+
+
+def test_the_shipped_results_have_the_shipped_recipes():
+    records = seeds.known_results(Path(seeds.__file__).with_name("results") / "seeds.json")
+    recipes = {record["run"]: record["recipe"] for record in records}
+    for run, recipe in recipes.items():
+        assert seeds.recipe_of(seeds.point(run, 0, Path("runs"), []).experiment.learning) == recipe, run

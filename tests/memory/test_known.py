@@ -1,6 +1,9 @@
 """Plans without network and data: built-in models, GPUs and text lengths, and the table of several plans."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from coconut_ds.__main__ import main
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.fake_run import with_layers
 from coconut_ds.memory.known import built_in_config, find_gpu, known, precision_note, short
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("model", known()["models"], ids=lambda model: short(model["id"]))
@@ -97,3 +102,16 @@ def test_what_is_missing_is_named(command, message, monkeypatch, tmp_path, capsy
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["plan", *command]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2-medium", "Llama-3.2-1B"])
+def test_the_table_of_models_says_what_the_planner_does(name, capsys):
+    readme = (ROOT / "ds_configs/README.md").read_text(encoding="utf-8")
+    row = next(line for line in readme.splitlines() if line.startswith(f"| {name} |"))
+    command = re.search(r"Made by `(plan [^`]*)`", readme)[1].replace("\n", " ")
+    words = shlex.split(command)
+    words[2:6] = [name]
+    main([*words, "--json", "--no-changes"])
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert row.split("|")[2:4] == [f" {plan['gpu_mib']:,.0f} ", f" {plan['host_gib']:.1f} "]

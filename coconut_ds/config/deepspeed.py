@@ -173,6 +173,11 @@ class DeepSpeedConfig:
                 "zero_optimization.compute_grad_norm: is false, but the experiment's gradient_clipping "
                 f"{experiment.gradient_clipping} needs the norm; delete it"
             )
+        if experiment.quantization != "none" and experiment.tuning == "lora" and self.zero_stage == 3:
+            errors.append(
+                "zero_optimization.stage: is 3, which does not partition the quantized weights of "
+                f"'quantization: {experiment.quantization}'; use ds_configs/zero2_offload.json"
+            )
         secondary = resolved["zero_optimization"].get("zero_hpz_partition_size", 1)
         if secondary > 1 and world_size % min(secondary, world_size):
             errors.append(

@@ -83,6 +83,7 @@ class Experiment:
     lora_target_modules: tuple[str, ...] | None
     lora_use_rslora: bool
     lora_use_dora: bool
+    quantization: str  # "none" | "nf4"
 
     model_id: str
     load_model_path: str | None

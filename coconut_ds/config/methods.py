@@ -167,6 +167,9 @@ def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradicti
     ):
         text = "is not a folder name inside save_path; use letters, digits, '-', '_', '.'"
         yield {"name"}, f"name: {shown(name)} {text}"
+    if settings["quantization"] != "none" and settings["lora_use_dora"]:
+        text = "lora_use_dora: DoRA needs the weights that 'quantization: nf4' compresses; remove one"
+        yield {"quantization", "lora_use_dora"}, text
     if settings["only_eval"]:
         if settings["load_model_path"] is None:
             text = "load_model_path: is missing, but 'only_eval: true' evaluates a checkpoint; add its path"

@@ -51,6 +51,7 @@ from coconut_ds.model.published import (
     read_published_window,
     take_vocabulary,
 )
+from coconut_ds.model.quantization import dequantize_linears, quantize_linears
 from coconut_ds.runs.changes import BaseRecord
 from coconut_ds.runs.weights import ADAPTER_FILE, THOUGHT_FILE, model_folder, read_safetensors
 
@@ -98,6 +99,8 @@ def add_adapters(
     """
     origin = Origin(experiment.model_id, experiment.load_model_path, fingerprint(base), record)
     targets = experiment.lora_target_modules or default_target_modules(base)
+    if experiment.quantization == "nf4":
+        quantize_linears(base)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=experiment.lora_r,
@@ -137,7 +140,9 @@ def merge(model: Coconut) -> PreTrainedModel:
     if isinstance(model.base, PreTrainedModel):
         return model.base
     # W' = W + (alpha / r) B A
-    return copy.deepcopy(model.base).merge_and_unload(safe_merge=True)
+    adapted = copy.deepcopy(model.base)
+    dequantize_linears(adapted)
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 class SpecialTokenRows(TrainableTokensLayer):

@@ -38,6 +38,7 @@ from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.files import counted
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
 from coconut_ds.model.loading import build_module, load_config, parameter_groups, write_model
+from coconut_ds.model.quantization import refuse_missing_library
 from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
 from coconut_ds.runs.checkpoints import Checkpoints
@@ -93,6 +94,8 @@ def check_start(experiment: Experiment, ds_config: DeepSpeedConfig, world_size: 
     """
     ds_config.resolve(experiment, world_size)
     refuse_missing_operators(ds_config)
+    if experiment.quantization == "nf4":
+        refuse_missing_library()
     return load_run_data(experiment, load_config(experiment.model_id))
 
 

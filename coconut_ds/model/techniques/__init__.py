@@ -24,6 +24,7 @@ from coconut_ds.model.techniques.deferred_grads import install_deferral
 from coconut_ds.model.techniques.fused_activations import fuse_activations, install_rotary
 from coconut_ds.model.techniques.kv_buffer import ConcatenatingCache, KeyValueBuffer
 from coconut_ds.model.techniques.passes import Context, Pass, Step
+from coconut_ds.model.techniques.recorded_passes import RecordedPasses, draws_random
 from coconut_ds.model.techniques.supervised_loss import full_loss, supervised_loss
 
 
@@ -35,7 +36,10 @@ class Techniques:
         self.causal_lm = causal_lm
         self.settings = settings
         self.context = Context(settings.deferred_weight_gradients)
-        refuse_native_checkpointing(causal_lm)
+        checkpoints = settings.activation_checkpointing != "none"
+        self.recorded: RecordedPasses | None = RecordedPasses(causal_lm, self.context, checkpoints)
+        self.layers = [m for m in causal_lm.modules() if hasattr(m, "gradient_checkpointing")]
+        refuse_native_checkpointing(self.layers)
         if settings.deferred_weight_gradients:
             install_deferral(causal_lm, self.context)
         if settings.segmented_cache:
@@ -56,7 +60,7 @@ class Techniques:
         self, passes: Sequence[Pass], batch: Batch
     ) -> Iterator[KeyValueBuffer | ConcatenatingCache | None]:
         """Enclose all passes of one loss; yields the cache they share, or None for a single pass."""
-        refuse_native_checkpointing(self.causal_lm)
+        refuse_native_checkpointing(self.layers)
         step = Step(passes, batch.position_ids_BT, batch.attention_mask_BT)
         cache: KeyValueBuffer | ConcatenatingCache | None = None
         if len(passes) > 1 and self.settings.segmented_cache:
@@ -88,7 +92,10 @@ class Techniques:
                 return step.leave_first(read(embeds_BTD, mask_BT, positions_BT))
             # The buffer has the masks of all later passes; transformers hands on any mask of four dimensions.
             mask = mask_BT[:, None, None] if self.settings.segmented_cache else mask_BT
-            return read(step.enter(embeds_BTD), mask, positions_BT)
+            embeds_BTD = step.enter(embeds_BTD)
+            if self.recorded is not None and step.layers:
+                return self.recorded.advance(embeds_BTD, mask, positions_BT, read)
+            return read(embeds_BTD, mask, positions_BT)
 
     def losses(self, hidden_BTD: Tensor, batch: Batch, head: nn.Module) -> Tensor:
         """The loss of every target of the batch, losses_N in fp32."""
@@ -103,9 +110,8 @@ class Techniques:
 def install_activation_checkpointing(model: PreTrainedModel, context: Context) -> None:
     """Route every decoder layer of `model` through `_checkpointed`.
 
-    Raises ConfigError if the model has no such layers, or if Hugging Face's own switch is on.
+    Raises ConfigError if the model has no such layers.
     """
-    refuse_native_checkpointing(model)
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
@@ -119,9 +125,9 @@ def install_activation_checkpointing(model: PreTrainedModel, context: Context) -
         layer._gradient_checkpointing_func = partial(_checkpointed, context)
 
 
-def refuse_native_checkpointing(model: nn.Module) -> None:
-    """Raise ConfigError if `gradient_checkpointing_enable()` was called on `model`."""
-    for module in model.modules():
+def refuse_native_checkpointing(modules: Sequence[nn.Module]) -> None:
+    """Raise ConfigError if `gradient_checkpointing_enable()` was called on the model of `modules`."""
+    for module in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)
         is_ours = isinstance(function, partial) and function.func is _checkpointed
         if getattr(module, "gradient_checkpointing", False) and not is_ours:
@@ -146,16 +152,5 @@ def _checkpointed(context: Context, call: partial, hidden_BTD: Tensor, *args: An
         with context.running(step, run, is_recomputing=True):
             return call(hidden_BTD, *args)
 
-    draws_random = any(_draws_random(module) for module in call.args[0].modules())
-    return checkpoint(layer, hidden_BTD, use_reentrant=False, preserve_rng_state=draws_random)
-
-
-def _draws_random(module: nn.Module) -> bool:
-    """Whether a module may draw random numbers: it trains with a probability of dropout, or adds noise."""
-    if not module.training:
-        return False
-    names = ("drop", "noise", "jitter")
-    settings = [value for name, value in vars(module).items() if any(part in name for part in names)]
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        settings.append(module.p)
-    return any(isinstance(value, float) and value > 0 for value in settings)
+    is_random = any(draws_random(module) for module in call.args[0].modules())
+    return checkpoint(layer, hidden_BTD, use_reentrant=False, preserve_rng_state=is_random)

@@ -13,7 +13,7 @@ Shapes: B rows, H query heads, K key-value heads (H = K * G), S query columns, T
 N = B * K; the G query heads of a group are folded into rows, R = G * S.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from coconut_ds.errors import ConfigError
 from coconut_ds.model.techniques.kv_buffer import Layer, Mask, Slot, add_products, make_mask
-from coconut_ds.model.techniques.passes import Pass
+from coconut_ds.model.techniques.passes import Pass, Step
 
 ATTENTION = "coconut_buffer"
 # Score elements computed at a time in wide passes; 4 million are 16 MiB in fp32.
@@ -86,7 +86,7 @@ class Wide:
         assert self.dout_NGSE is not None
         dtype = self.query_NGSE.dtype
         for columns in self._blocks():
-            query, dout = (x[:, :, columns].flatten(1, 2) for x in (self.query_NGSE, self.dout_NGSE))
+            query, dout = _rows(self.query_NGSE, columns), _rows(self.dout_NGSE, columns)
             weights = self._probabilities(columns)
             # dP = (dO V^T) * D,  dS = P * (dP - rowsum(P * dP))
             dweights = self._dropped(torch.bmm(dout, self.values_NTE.mT).to(weights.dtype), columns)
@@ -103,10 +103,11 @@ class Wide:
             dvalues_NTE.zero_()
             beta = 1
         for start, stop, offset in spans:
-            target, source = slice(start - low, stop - low), slice(offset, offset + stop - start)
-            weights, dscores = block.weights_NRT[..., source], block.dscores_NRT[..., source]
-            targets = dkeys_NTE[:, target], dvalues_NTE[:, target]
-            add_products(*targets, block.query_NRE, block.dout_NRE, weights, dscores, self.scale, beta)
+            width, targets = stop - start, (dkeys_NTE, dvalues_NTE)
+            if width < high - low:
+                targets = dkeys_NTE.narrow(1, start - low, width), dvalues_NTE.narrow(1, start - low, width)
+            parts = block.weights_NRT.narrow(2, offset, width), block.dscores_NRT.narrow(2, offset, width)
+            add_products(*targets, block.query_NRE, block.dout_NRE, *parts, self.scale, beta)
 
     def joined(self, blocks_NRE: list[Tensor]) -> Tensor:
         """Rows of all blocks as [N, G, S, E]."""
@@ -114,31 +115,42 @@ class Wide:
         parts = [block.view(N, G, -1, E) for block in blocks_NRE]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _probabilities(self, columns: slice) -> Tensor:
+    def _probabilities(self, columns: slice | None) -> Tensor:
         # S = scale Q K^T + mask,  P = softmax(S)
-        query_NRE = self.query_NGSE[:, :, columns].flatten(1, 2)
-        N, G, S, T = (
-            len(query_NRE),
-            self.query_NGSE.shape[1],
-            columns.stop - columns.start,
-            self.mask_N1ST.shape[3],
-        )
-        mask = self.mask_N1ST[:, :, columns].expand(-1, G, S, T)
+        mask, N, G = self.mask_N1ST, *self.query_NGSE.shape[:2]
+        if columns is not None:
+            mask = mask[:, :, columns]
         if len(mask) != N:
             mask = mask.repeat_interleave(N // len(mask), 0)
-        return _scores(query_NRE, self.keys_NTE, mask.reshape(N, G * S, T), self.scale).softmax(-1)
+        # Nothing here holds the expanded mask while the softmax runs.
+        scores_NRT = _scores(
+            _rows(self.query_NGSE, columns),
+            self.keys_NTE,
+            mask.squeeze(1) if G == 1 else mask.expand(-1, G, -1, -1).flatten(1, 2),
+            self.scale,
+        )
+        return scores_NRT.softmax(-1)
 
-    def _dropped(self, weights_NRT: Tensor, columns: slice) -> Tensor:
+    def _dropped(self, weights_NRT: Tensor, columns: slice | None) -> Tensor:
         if self.keep_NGST is None:
             return weights_NRT
         # D = keep / (1 - p)
-        return weights_NRT * self.keep_NGST[:, :, columns].flatten(1, 2) * (1 / (1 - self.dropout))
+        return weights_NRT * _rows(self.keep_NGST, columns) * (1 / (1 - self.dropout))
 
-    def _blocks(self) -> Iterator[slice]:
+    def _blocks(self) -> Iterator[slice | None]:
+        """Ranges of query columns; None: all at once."""
         N, G, S, _ = self.query_NGSE.shape
         size = max(1, BLOCK_ELEMENTS // (N * G * self.keys_NTE.shape[1]))
+        if size >= S:
+            yield None
+            return
         for start in range(0, S, size):
             yield slice(start, min(start + size, S))
+
+
+def _rows(x_NGST: Tensor, columns: slice | None) -> Tensor:
+    """Some columns of all heads of a group, as rows."""
+    return (x_NGST if columns is None else x_NGST[:, :, columns]).flatten(1, 2)
 
 
 def _scores(query_NRE: Tensor, keys_NTE: Tensor, mask_NRT: Tensor, scale: float) -> Tensor:
@@ -170,46 +182,142 @@ class _FirstPass(torch.autograd.Function):
         return dkey_BKSE, dvalue_BKSE, None, None, None
 
 
+def short_attention(
+    layer: Layer,
+    run: Pass,
+    query_BH1E: Tensor,
+    key_BK1E: Tensor,
+    value_BK1E: Tensor,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor | None, ...]:
+    """Attention of a later pass of one column, over all columns of the buffer; what its backward needs."""
+    assert layer.mask is not None
+    layer.write(key_BK1E, value_BK1E, run)
+    keys, values = layer.keys_NTE, layer.values_NTE
+    query = query_BH1E.reshape(keys.shape[0], -1, keys.shape[2])
+    # S = scale Q K^T + mask,  P = softmax(S),  O = (P * D) V
+    weights = _scores(query, keys, layer.mask.later(run), scale).softmax(-1).to(values.dtype)
+    kept, keep = torch.native_dropout(weights, dropout, True) if dropout else (weights, None)
+    return torch.bmm(kept, values).view(query_BH1E.shape), query, weights, keep
+
+
+def short_gradients(
+    layer: Layer,
+    run: Pass,
+    query: Tensor,
+    weights: Tensor,
+    keep: Tensor | None,
+    dout_BH1E: Tensor,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout = dout_BH1E.reshape(query.shape)
+    # dP = (dO V^T) * D,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K
+    dweights, kept = torch.bmm(dout, layer.values_NTE.mT), weights
+    if keep is not None:
+        dweights, kept = (
+            torch.ops.aten.native_dropout_backward(x, keep, 1 / (1 - dropout)) for x in (dweights, weights)
+        )
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+    dquery = torch.baddbmm(query, dscores, layer.keys_NTE, beta=0, alpha=scale)
+    # All columns of the tail, for equal shapes in all passes: those not yet written get zeros.
+    first, width = layer.tails.first, layer.tails.stop - layer.tails.first
+    dkeys_NTE, dvalues_NTE = layer.tails.of(layer)
+    parts = kept.narrow(2, first, width), dscores.narrow(2, first, width)
+    add_products(dkeys_NTE, dvalues_NTE, query, dout, *parts, scale)
+    if layer.defers:
+        layer.records.append((query, dout, kept.narrow(2, 0, first), dscores.narrow(2, 0, first)))
+    B, H, _, E = dout_BH1E.shape
+    dkey, dvalue = (d.select(1, run.start - first).view(B, -1, 1, E) for d in (dkeys_NTE, dvalues_NTE))
+    return dquery.view(B, H, 1, E), dkey, dvalue
+
+
 class _ShortPass(torch.autograd.Function):
-    """Attention of a later pass of one column, over all columns of the buffer."""
+    """Attention of a later pass of one column."""
 
     @staticmethod
-    def forward(ctx, query_BH1E, key_BK1E, value_BK1E, layer, run, mask_N11T, scale, dropout):  # type: ignore[override]
-        layer.write(key_BK1E, value_BK1E, run)
-        keys, values = layer.keys_NTE, layer.values_NTE
-        query = query_BH1E.reshape(keys.shape[0], -1, keys.shape[2])
-        # S = scale Q K^T + mask,  P = softmax(S),  O = (P * D) V
-        weights = _scores(query, keys, mask_N11T[:, 0], scale).softmax(-1).to(values.dtype)
-        kept, keep = torch.native_dropout(weights, dropout, True) if dropout else (weights, None)
-        ctx.save_for_backward(query, weights, keep)
-        ctx.layer, ctx.scale, ctx.dropout = layer, scale, dropout
-        ctx.column = run.start - layer.tails.first
-        return torch.bmm(kept, values).view(query_BH1E.shape)
+    def forward(ctx, query_BH1E, key_BK1E, value_BK1E, layer, step, run, scale, dropout):  # type: ignore[override]
+        ctx.layer, ctx.step, ctx.run, ctx.scale, ctx.dropout = layer, step, run, scale, dropout
+        states = query_BH1E, key_BK1E, value_BK1E
+        out_BH1E, *saved = step.call(short_attention, layer, run, *states, scale, dropout)
+        ctx.save_for_backward(*saved)
+        return out_BH1E
 
     @staticmethod
     def backward(ctx, dout_BH1E):  # type: ignore[override]
-        query, weights, keep = ctx.saved_tensors
-        layer, scale = ctx.layer, ctx.scale
-        dout = dout_BH1E.reshape(query.shape)
-        # dP = (dO V^T) * D,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K
-        dweights, kept = torch.bmm(dout, layer.values_NTE.mT), weights
-        if keep is not None:
-            dweights, kept = (
-                torch.ops.aten.native_dropout_backward(x, keep, 1 / (1 - ctx.dropout))
-                for x in (dweights, weights)
-            )
-        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        dquery = torch.baddbmm(query, dscores, layer.keys_NTE, beta=0, alpha=scale)
-        # All columns of the tail, for equal shapes in all passes: those not yet written get zeros.
-        question, tail = layer.tails.first, slice(layer.tails.first, layer.tails.stop)
-        dkeys_TNE, dvalues_TNE = layer.tails.of(layer)
-        tails = dkeys_TNE.transpose(0, 1), dvalues_TNE.transpose(0, 1)
-        add_products(*tails, query, dout, kept[..., tail], dscores[..., tail], scale)
+        args = ctx.layer, ctx.run, *ctx.saved_tensors, dout_BH1E, ctx.scale, ctx.dropout
+        dquery, dkey, dvalue = ctx.step.call(short_gradients, *args)
+        return dquery, dkey, dvalue, *(None,) * 5
+
+
+def wide_attention(
+    layer: Layer | None,
+    run: Pass,
+    query_BHSE: Tensor,
+    key_BKSE: Tensor,
+    value_BKSE: Tensor,
+    writes: bool,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor | None, ...]:
+    """Attention of a pass of many columns; what its backward needs.  mask: None in a later pass."""
+    if writes:
+        assert layer is not None
+        layer.write(key_BKSE, value_BKSE, run)
+    B, H, S, E = query_BHSE.shape
+    query = query_BHSE.reshape(-1, H // key_BKSE.shape[1], S, E)
+    if mask is None:
+        assert layer is not None and layer.mask is not None
+        mask = layer.mask.later(run)
+        if dropout:
+            keep = torch.rand((*query.shape[:2], *mask.shape[2:]), device=query.device) >= dropout
+    wide = Wide(run, query, *_seen(layer, run, key_BKSE, value_BKSE), mask, keep, scale, dropout)
+    return wide.output().view(B, H, S, E), query, mask, keep
+
+
+def wide_gradients(
+    layer: Layer | None,
+    run: Pass,
+    query: Tensor,
+    mask: Tensor,
+    keep: Tensor | None,
+    own_states: Sequence[Tensor],
+    dout_BHSE: Tensor,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and dV; leaves the rest of dK and dV in the tails and for the first pass."""
+    keys, values = _seen(layer, run, *own_states)
+    dout = dout_BHSE.reshape(query.shape)
+    wide = Wide(run, query, keys, values, mask, keep, scale, dropout, dout)
+    N, _, S, E = query.shape
+    # In the layout of the projections' outputs, so that the layer before need not copy them.
+    own = keys.new_empty(2, S, N, E).transpose(1, 2)
+    first = 0 if layer is None else layer.tails.first
+    last = min(run.start, layer.tails.stop) if layer is not None and run.past else first
+    dblocks, beta = [], 0
+    for block in wide.gradients():
+        # dQ = scale dS K
+        dblocks.append(torch.baddbmm(block.query_NRE, block.dscores_NRT, keys, beta=0, alpha=scale))
+        wide.add_products(block, run.start, run.stop, own[0], own[1], beta)
+        if layer is not None and first < last:
+            dkeys, dvalues = (sums.narrow(1, 0, last - first) for sums in layer.tails.of(layer))
+            wide.add_products(block, first, last, dkeys, dvalues)
+        beta = 1
+    dquery = wide.joined(dblocks).view(dout_BHSE.shape)
+    dkey, dvalue = (d.transpose(0, 1).view(S, dout_BHSE.shape[0], -1, E).permute(1, 2, 0, 3) for d in own)
+    if layer is not None and not run.past:
+        layer.collect(dkey, dvalue, scale)
+    elif layer is not None:
+        if run.stop <= layer.tails.stop:  # other passes see these columns
+            for own_NSE, sums_NTE in zip(own, layer.tails.of(layer), strict=True):
+                own_NSE.add_(sums_NTE[:, run.start - first : run.stop - first])
         if layer.defers:
-            layer.records.append((query, dout, kept[..., :question], dscores[..., :question]))
-        B, H, _, E = dout_BH1E.shape
-        dkey, dvalue = (d[ctx.column].view(B, -1, 1, E) for d in (dkeys_TNE, dvalues_TNE))
-        return dquery.view(B, H, 1, E), dkey, dvalue, *(None,) * 5
+            layer.wide.append(wide)
+    return dquery, dkey, dvalue
 
 
 class _WidePass(torch.autograd.Function):
@@ -218,50 +326,18 @@ class _WidePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query_BHSE, key_BKSE, value_BKSE, layer, step, run, writes, mask, keep, scale, dropout):  # type: ignore[override]
         ctx.layer, ctx.step, ctx.run, ctx.scale, ctx.dropout = layer, step, run, scale, dropout
-        if writes:
-            layer.write(key_BKSE, value_BKSE, run)
-        B, H, S, E = query_BHSE.shape
-        query = query_BHSE.reshape(-1, H // key_BKSE.shape[1], S, E)
-        ctx.save_for_backward(query, mask, keep, *((key_BKSE, value_BKSE) if layer is None else ()))
-        wide = Wide(run, query, *_seen(layer, run, key_BKSE, value_BKSE), mask, keep, scale, dropout)
-        return wide.output().view(B, H, S, E)
+        states = query_BHSE, key_BKSE, value_BKSE
+        out_BHSE, *saved = step.call(wide_attention, layer, run, *states, writes, mask, keep, scale, dropout)
+        ctx.save_for_backward(*saved, *(states[1:] if layer is None else ()))
+        return out_BHSE
 
     @staticmethod
     def backward(ctx, dout_BHSE):  # type: ignore[override]
         query, mask, keep, *own = ctx.saved_tensors
-        layer, run = ctx.layer, ctx.run
-        keys, values = _seen(layer, run, *own)
-        dout = dout_BHSE.reshape(query.shape)
-        wide = Wide(run, query, keys, values, mask, keep, ctx.scale, ctx.dropout, dout)
-        N, _, S, E = query.shape
-        # In the layout of the projections' outputs, so that the layer before need not copy them.
-        own = keys.new_empty(2, S, N, E).transpose(1, 2)
-        first = 0 if layer is None else layer.tails.first
-        last = min(run.start, layer.tails.stop) if layer is not None and run.past else first
-        dblocks, beta = [], 0
-        for block in wide.gradients():
-            # dQ = scale dS K
-            dblocks.append(torch.baddbmm(block.query_NRE, block.dscores_NRT, keys, beta=0, alpha=ctx.scale))
-            wide.add_products(block, run.start, run.stop, own[0], own[1], beta)
-            if first < last:
-                dkeys_TNE, dvalues_TNE = layer.tails.of(layer)
-                tails = (
-                    dkeys_TNE.transpose(0, 1)[:, : last - first],
-                    dvalues_TNE.transpose(0, 1)[:, : last - first],
-                )
-                wide.add_products(block, first, last, *tails)
-            beta = 1
-        dquery = wide.joined(dblocks).view(dout_BHSE.shape)
-        dkey, dvalue = (d.transpose(0, 1).view(S, dout_BHSE.shape[0], -1, E).permute(1, 2, 0, 3) for d in own)
-        if layer is not None and not run.past:
-            layer.collect(dkey, dvalue, ctx.scale)
-        elif layer is not None:
-            if run.stop <= layer.tails.stop:  # other passes see these columns
-                for own_NSE, tail_TNE in zip(own, layer.tails.of(layer), strict=True):
-                    own_NSE.add_(tail_TNE[run.start - first : run.stop - first].transpose(0, 1))
-            if layer.defers:
-                ctx.step.watch()
-                layer.wide.append(wide)
+        args = ctx.layer, ctx.run, query, mask, keep, own, dout_BHSE, ctx.scale, ctx.dropout
+        if ctx.run.past:
+            ctx.step.watch()
+        dquery, dkey, dvalue = ctx.step.call(wide_gradients, *args)
         return dquery, dkey, dvalue, *(None,) * 8
 
 
@@ -301,7 +377,11 @@ def buffered_attention(
     if slot is not None and slot.cache.context.current.past:
         return _later_pass(query, slot, scale, dropout).transpose(1, 2), None
     if slot is not None and not slot.cache.context.is_recomputing:
-        slot.layer.mask = attention_mask if isinstance(attention_mask, Mask) else None
+        assert isinstance(attention_mask, Mask)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        columns, kv_heads = slot.layer.keys_BKTE.shape[2], slot.key_BKSE.shape[1]
+        attention_mask.prepare(slot.cache.step, columns, kv_heads, dtype)
+        slot.layer.mask = attention_mask
         slot.layer.defers = slot.key_BKSE.requires_grad or slot.value_BKSE.requires_grad
     own_key, own_value = (key, value) if slot is None else (slot.key_BKSE, slot.value_BKSE)
     assert isinstance(own_key, Tensor) and isinstance(own_value, Tensor)
@@ -325,7 +405,7 @@ def _first_pass(
         B, _, S, _ = query.shape
         keep = torch.rand(B * key.shape[1], groups, S, S, device=query.device) >= dropout
         mask = _causal(query) if mask is None else mask
-        layer, step = (None, None) if slot is None else (slot.layer, slot.cache.step)
+        layer, step = (None, Step()) if slot is None else (slot.layer, slot.cache.step)
         writes = slot is not None and not slot.cache.context.is_recomputing
         return _WidePass.apply(query, key, value, layer, step, Pass(0, S), writes, mask, keep, scale, dropout)
     if slot is not None:
@@ -356,18 +436,10 @@ def _later_pass(query: Tensor, slot: Slot, scale: float, dropout: float) -> Tens
     """Attention of a later pass, over the columns that it sees."""
     key, value, layer, cache = slot
     run, step = cache.context.current, cache.step
-    assert layer.mask is not None
-    N, T, _ = layer.keys_NTE.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    mask = layer.mask.later(run, step, T, key.shape[1], dtype)
     if run.is_short:
-        return _ShortPass.apply(query, key, value, layer, run, mask, scale, dropout)
-    keep = None
-    if dropout:
-        shape = (N, query.shape[1] // key.shape[1], *mask.shape[2:])
-        keep = torch.rand(shape, device=query.device) >= dropout
+        return _ShortPass.apply(query, key, value, layer, step, run, scale, dropout)
     writes = not cache.context.is_recomputing
-    return _WidePass.apply(query, key, value, layer, step, run, writes, mask, keep, scale, dropout)
+    return _WidePass.apply(query, key, value, layer, step, run, writes, None, None, scale, dropout)
 
 
 def _causal(query_BHSE: Tensor) -> Tensor:

@@ -35,13 +35,15 @@ class LinearRows(Rows):
         super().__init__(weight, bias)
         self.transposed = transposed
         self.pairs: list[tuple[Tensor, Tensor]] = []  # of wide passes
+        self.size = 0  # elements that wide passes left
         self.joined: tuple[Tensor, ...] | None = None  # of all one-column passes
         self.weight_sum: Tensor | None = None  # product of pairs that would be larger than the weight
         self.bias_sum: Tensor | None = None  # of the joined one-column passes, and of such pairs
 
     def add(self, x_MI: Tensor, dy_MO: Tensor) -> None:
         """Keep the rows of a wide pass, or their product if that is smaller."""
-        if sum(x.numel() + dy.numel() for x, dy in [*self.pairs, (x_MI, dy_MO)]) < self.weight.numel():
+        self.size += x_MI.numel() + dy_MO.numel()
+        if self.size < self.weight.numel():
             self.pairs.append((x_MI, dy_MO))
         else:
             self.weight_sum = self._product(self.weight_sum, x_MI, dy_MO)
@@ -50,7 +52,7 @@ class LinearRows(Rows):
     def collect(self, x_MI: Tensor | None, dy_MO: Tensor | None, needs_bias: bool, step: Step) -> Any:
         """The complete gradients of weight and bias, from the first pass's rows and all others."""
         pairs, dweight, dbias = self.pairs, self.weight_sum, self.bias_sum
-        self.pairs, self.weight_sum, self.bias_sum = [], None, None
+        self.pairs, self.size, self.weight_sum, self.bias_sum = [], 0, None, None
         # dW = sum over passes of dy^T x,  db = column sums of dy
         if x_MI is not None and dy_MO is not None:
             pairs = [(x_MI, dy_MO), *pairs]
@@ -71,7 +73,8 @@ class LinearRows(Rows):
         had_any = (
             super().clear() or bool(self.pairs) or self.weight_sum is not None or self.joined is not None
         )
-        self.pairs, self.joined, self.weight_sum, self.bias_sum = [], None, None, None
+        self.pairs, self.size = [], 0
+        self.joined, self.weight_sum, self.bias_sum = None, None, None
         return had_any
 
     @staticmethod
@@ -239,16 +242,18 @@ class _LinearProduct(torch.autograd.Function):
         needs_x, is_first, needs_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = x_MI = dy_MO = None
         if dy is not None:
+            dy_MO = dy.reshape(-1, dy.shape[-1])
             if needs_x:
                 # dx = dy W
-                dx = torch.matmul(dy, weight.t() if ctx.rows.transposed else weight)
+                dx_MI = torch.mm(dy_MO, weight.t() if ctx.rows.transposed else weight)
+                dx = dx_MI.view(*dy.shape[:-1], dx_MI.shape[1])
             x = ctx.recompute(*saved) if ctx.recompute is not None else saved[0]
-            x_MI, dy_MO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            x_MI = x.reshape(-1, x.shape[-1])
         if is_first:
             dweight, dbias = ctx.rows.collect(x_MI, dy_MO, needs_bias, ctx.step)
         elif dy is not None:
             ctx.step.watch()
-            ctx.rows.add(x_MI, dy_MO)
+            ctx.step.call(LinearRows.add, ctx.rows, x_MI, dy_MO)
         return dx, dweight, dbias, *(None,) * ctx.num_nones
 
 

@@ -214,11 +214,6 @@ class NormRows(Rows):
         super().__init__(weights[0], weights[1] if weights[1:] else None, *weights)
         self.eps, self.normalized = eps, normalized
 
-    def stand_ins(self) -> list[Tensor]:
-        """Weight and bias for a wide pass; the Barrier takes their gradients, for all layers at once."""
-        self.leaves.append([vector.detach().requires_grad_() for vector in self.vectors])
-        return self.leaves[-1]
-
     def group(self) -> Any:
         return *super().group(), self.eps
 

@@ -13,7 +13,7 @@ Shapes: B rows, K key-value heads, N = B * K, S columns of a pass, T columns of 
 first pass, M one-column passes, E head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,13 +79,20 @@ class Mask:
     def __init__(self, own: Tensor | None, rule: dict[str, Any]) -> None:
         self.own = own  # additive, of the pass that it was made for; None: causal
         self._rule = rule
-        self._later: dict[Pass, Tensor] = {}
+        self._later: dict[int, Tensor] = {}
+        self._make: Callable[[], None] | None = None
 
-    def later(self, current: Pass, step: Step, num_columns: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask of a later pass, [N, 1, S, visible columns]; of one column, all T columns."""
-        if not self._later:
-            self._make_later(step, num_columns, kv_heads, dtype)
-        return self._later[current]
+    def prepare(self, step: Step, num_columns: int, kv_heads: int, dtype: torch.dtype) -> None:
+        """Say what the masks of later passes are for; they are made when the first one asks."""
+        if self._make is None and not self._later:
+            self._make = partial(self._make_later, step, num_columns, kv_heads, dtype)
+
+    def later(self, run: Pass) -> Tensor:
+        """Additive mask of a later pass, [N, 1, S, visible columns]; of one column, [N, 1, T]."""
+        if self._make is not None:
+            self._make()
+            self._make = None
+        return self._later[run.start]
 
     def _make_later(self, step: Step, num_columns: int, kv_heads: int, dtype: torch.dtype) -> None:
         first = step.passes[0].stop
@@ -106,7 +113,8 @@ class Mask:
                     own_B1ST[..., start:stop] = float("-inf")
             else:
                 own_B1ST = run.visible(own_B1ST, dim=3)
-            self._later[run] = own_B1ST.repeat_interleave(kv_heads, 0)
+            own_N1ST = own_B1ST.repeat_interleave(kv_heads, 0)
+            self._later[run.start] = own_N1ST.squeeze(1) if run.is_short else own_N1ST
 
 
 def make_mask(
@@ -179,7 +187,7 @@ class KeyValueBuffer(PassCache):
         tails = Tails(self.step.passes, self.num_layers)
         layers = [Layer(index, tails, *pair.unbind()) for index, pair in enumerate(buffer.unbind())]
         self.layers_of_buffer = layers
-        self.step.queues += layers
+        self.step.layers += layers
         self.step.at_barrier.append(partial(_join, layers))
 
 
@@ -194,15 +202,15 @@ class Tails:
         self.first = passes[0].stop
         stops = [stop for run in passes for _, stop in run.past]
         self.stop = max(stops + [run.stop for run in passes if run.is_short])
-        self.sums: tuple[Tensor, ...] = ()
+        self.sums: list[tuple[Tensor, ...]] = []
 
-    def of(self, layer: "Layer") -> tuple[Tensor, Tensor]:
-        """dK and dV, [columns, N, E]; allocated for all layers in the first backward."""
+    def of(self, layer: "Layer") -> tuple[Tensor, ...]:
+        """dK and dV, [N, columns, E]; allocated for all layers in the first backward."""
         if not self.sums:
             N, _, E = layer.keys_NTE.shape
-            self.sums = layer.keys_NTE.new_zeros(self.num_layers, 2, self.stop - self.first, N, E).unbind()
-        dkeys_TNE, dvalues_TNE = self.sums[layer.index].unbind()
-        return dkeys_TNE, dvalues_TNE
+            sums = layer.keys_NTE.new_zeros(self.num_layers, 2, self.stop - self.first, N, E).transpose(2, 3)
+            self.sums = [pair.unbind() for pair in sums.unbind()]
+        return self.sums[layer.index]
 
 
 class Layer:
@@ -223,8 +231,9 @@ class Layer:
         self.wide: list[Wide] = []
 
     def write(self, key_BKSE: Tensor, value_BKSE: Tensor, run: Pass) -> None:
-        self.keys_BKTE[:, :, run.start : run.stop].copy_(key_BKSE)
-        self.values_BKTE[:, :, run.start : run.stop].copy_(value_BKSE)
+        start, width = run.start, run.stop - run.start
+        self.keys_BKTE.narrow(2, start, width).copy_(key_BKSE)
+        self.values_BKTE.narrow(2, start, width).copy_(value_BKSE)
 
     def collect(self, dkey_BKQE: Tensor, dvalue_BKQE: Tensor, scale: float) -> None:
         """Add what the later passes left to the gradients of the question's keys and values, in place."""
@@ -254,7 +263,7 @@ class Layer:
 
 def _join(layers: list[Layer]) -> None:
     """Join the records of all layers: four concatenations.  No later pass is left."""
-    layers[0].tails.sums = ()
+    layers[0].tails.sums = []
     recording = [layer for layer in layers if layer.records]
     if not recording:
         return

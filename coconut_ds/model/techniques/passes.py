@@ -91,8 +91,11 @@ class Step:
         self.rows: dict[int, Rows] = {}
         self.lookups: dict[int, Any] = {}  # by the id of an embedding's weight
         self.at_barrier: list[Callable[[], None]] = []
-        self.queues: list[Any] = []  # with clear(); must be empty at the end of a backward
+        self.layers: list[Any] = []  # of the buffer of keys and values
         self.anchor: Tensor | None = None
+        self.state: Any = None  # of the model, as recorded passes need it
+        self.recorder: Any = None  # of the pass that is being recorded
+        self.recorded = False  # whether one of its passes was
         self._is_watched = False
         self._ones: dict[Any, Tensor] = {}
 
@@ -135,6 +138,20 @@ class Step:
             gradients |= type(group[0]).gradients(group, x_LRI, dy_LRO)
         return gradients
 
+    @contextmanager
+    def recording(self, recorder: Any) -> Iterator[None]:
+        """Enclose a forward or backward that `recorder` writes down."""
+        self.recorder = recorder
+        try:
+            with recorder:
+                yield
+        finally:
+            self.recorder = None
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`; in a recording, a single call."""
+        return function(*args) if self.recorder is None else self.recorder.call(function, *args)
+
     def ones(self, like_MO: Tensor) -> Tensor:
         """A column of ones for the rows of `like_MO`; made once."""
         key = like_MO.shape[0], like_MO.dtype
@@ -151,7 +168,7 @@ class Step:
     def _assert_collected(self) -> None:
         self._is_watched = False
         self._ones.clear()
-        queues = [*self.rows.values(), *self.lookups.values(), *self.queues]
+        queues = [*self.rows.values(), *self.lookups.values(), *self.layers]
         left_behind = any([queue.clear() for queue in queues])
         if left_behind:
             raise RuntimeError(
@@ -282,20 +299,31 @@ class Rows:
         self.inputs.append(x.detach())
         return y
 
+    def next_index(self, is_short: bool) -> int:
+        """Index of what the next later pass will leave."""
+        return len(self.inputs if is_short else self.leaves)
+
+    def stand_ins(self) -> list[Tensor]:
+        """The vectors for a wide pass; the Barrier takes their gradients, for all layers at once."""
+        self.leaves.append([vector.detach().requires_grad_() for vector in self.vectors])
+        return self.leaves[-1]
+
     def group(self) -> Any:
         """Rows of equal groups can be stacked."""
-        shapes = [self.inputs[0].shape, *(dy.shape for dy in self.douts.values())] if self.douts else []
-        return type(self), *shapes, self.weight.shape, self.weight.dtype, len(self.leaves), len(self.vectors)
+        shape = (self.inputs[0].shape[-1], *self.douts) if self.douts else None
+        return type(self), shape, self.weight.shape, self.weight.dtype, len(self.leaves), len(self.vectors)
 
     def taken_inputs(self) -> list[Tensor]:
         """Inputs of the rows with a gradient; without retain_graph the list is emptied."""
-        inputs = [self.inputs[index] for index in sorted(self.douts)]
+        inputs = self.inputs
+        if len(inputs) > len(self.douts):
+            inputs = [inputs[index] for index in sorted(self.douts)]
         if not keeps_graph():
             self.inputs = []
         return inputs
 
     def taken_douts(self) -> list[Tensor]:
-        douts = [self.douts[index] for index in sorted(self.douts)]
+        douts = [dy for _, dy in sorted(self.douts.items())]
         self.douts.clear()
         return douts
 
@@ -312,4 +340,6 @@ class Rows:
 
 
 def _stacked(parts: list[Tensor], count: int) -> Tensor:
+    if any(part.dim() != parts[0].dim() for part in parts):  # those of a recorded pass have no column
+        parts = [part.flatten(0, -2) for part in parts]
     return torch.cat(parts).view(count, -1, parts[0].shape[-1])

@@ -1,0 +1,139 @@
+"""Passes that run from a recording give what the modules give, to the last digit."""
+
+import pytest
+import torch
+
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import Batch
+from tests.model import lora_cases
+from tests.model.cases import EQUAL_ROWS, gradients, loss_and_gradients, make_batch, make_coconut
+
+# (question, latents, answer): the start, width and length of the passes change.
+LENGTHS = ((9, 4, 3), (10, 4, 3), (12, 4, 4), (11, 4, 5), (8, 3, 3), (14, 4, 4), (9, 4, 6), (12, 4, 3))
+BATCHES = [make_batch((rows, (4, 1, 5), (6, 2, 4)), seed) for seed, rows in enumerate(LENGTHS)]
+
+
+def train(coconut, recorded, batches=BATCHES):
+    """Losses and gradients of a few steps."""
+    if not recorded:
+        coconut.techniques.recorded = None
+    results = []
+    torch.manual_seed(3)
+    optimizer = torch.optim.SGD([p for p in coconut.parameters() if p.requires_grad], lr=1e-3)
+    for batch in batches:
+        coconut.zero_grad()
+        loss = coconut(batch)
+        loss.backward()
+        optimizer.step()
+        results.append({"loss": loss.detach(), **gradients(coconut)})
+    return results
+
+
+def assert_identical(ours, theirs):
+    for step, expected in zip(ours, theirs, strict=True):
+        assert step.keys() == expected.keys()
+        assert all(torch.equal(x, expected[name]) for name, x in step.items())
+
+
+def kinds(coconut):
+    """What is known of passes of one column, and of wide ones."""
+    return list(coconut.techniques.recorded.kinds.values())
+
+
+@pytest.mark.parametrize(
+    "architecture, checkpointing, dropout",
+    [
+        ("gpt2", "none", 0.2),
+        ("gpt2", "layers", 0.0),
+        ("gpt2", "layers", 0.2),
+        ("llama", "none", 0.0),
+        ("llama", "layers", 0.0),
+        ("qwen2", "none", 0.2),
+        ("mixed_windows", "none", 0.0),
+    ],
+)
+def test_no_digit_changes(architecture, checkpointing, dropout):
+    settings = LatentMemory(activation_checkpointing=checkpointing)
+    coconut = make_coconut(architecture, settings, dropout)
+    ours = train(coconut, recorded=True)
+    assert_identical(ours, train(make_coconut(architecture, settings, dropout), recorded=False))
+    short, wide = kinds(coconut)
+    assert short.programs.keys() == {1}
+    # A recording does not know the random state that checkpointed layers go back to.
+    is_random = checkpointing == "layers" and dropout > 0
+    assert wide.is_refused if is_random else 0 in wide.programs
+
+
+def lora_batch(question, latents, answer, seed):
+    ids = torch.randint(
+        1, 35, (2, question + latents + answer), generator=torch.Generator().manual_seed(seed)
+    )
+    ids[:, question : question + latents] = lora_cases.LATENT
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, :2] = 0
+    labels[:, : question + latents] = -100
+    return Batch.from_padded(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels, lora_cases.LATENT)
+
+
+@pytest.mark.parametrize("family, dropout", [("gpt2", 0.1), ("llama_untied", 0.0)])
+def test_no_digit_of_lora_changes(family, dropout):
+    batches = [lora_batch(*lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+
+    def make():
+        return lora_cases.coconut(family, lora_dropout=dropout).train()
+
+    coconut = make()
+    ours = train(coconut, True, batches)
+    assert_identical(ours, train(make(), False, batches))
+    short, wide = kinds(coconut)
+    assert 1 in short.programs and 0 in wide.programs
+
+
+def trained():
+    coconut = make_coconut("gpt2", LatentMemory())
+    train(coconut, recorded=True)
+    assert all(kind.programs for kind in kinds(coconut))
+    return coconut
+
+
+def test_two_backwards_of_one_graph():
+    coconut, batch = trained(), BATCHES[0]
+    once = loss_and_gradients(coconut, batch)[1]
+    coconut.zero_grad()
+    loss = coconut(batch)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, gradient in gradients(coconut.causal_lm).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("change", ["hook", "frozen", "eval"])
+def test_a_changed_model_runs_as_changed(change):
+    """A recording does not outlive what it was made of."""
+    coconut, batch = trained(), BATCHES[0]
+    block, seen = coconut.causal_lm.transformer.h[1], []
+    if change == "hook":
+        block.register_forward_hook(lambda *args: seen.append(1))
+    elif change == "frozen":
+        block.ln_1.weight.requires_grad_(False)
+    else:
+        block.eval()
+    loss, ours = loss_and_gradients(coconut, batch)
+    coconut.techniques.recorded = None
+    seen_before = len(seen)
+    expected, theirs = loss_and_gradients(coconut, batch)
+    assert loss == expected and ours.keys() == theirs.keys()
+    assert all(torch.equal(d, theirs[name]) for name, d in ours.items())
+    assert seen_before == len(seen) - seen_before
+
+
+def test_weights_that_need_their_gradient_in_every_pass_are_refused():
+    """OPT looks its positions up in a module of its own."""
+    coconut = make_coconut("opt", LatentMemory())
+    batches = [make_batch(EQUAL_ROWS)] * 3
+    assert_identical(
+        train(coconut, True, batches), train(make_coconut("opt", LatentMemory()), False, batches)
+    )
+    assert all(kind.is_refused for kind in kinds(coconut))

@@ -1,5 +1,7 @@
 """Passes that run from a recording give what the modules give, to the last digit."""
 
+import copy
+
 import pytest
 import torch
 
@@ -127,6 +129,16 @@ def test_a_changed_model_runs_as_changed(change):
     assert loss == expected and ours.keys() == theirs.keys()
     assert all(torch.equal(d, theirs[name]) for name, d in ours.items())
     assert seen_before == len(seen) - seen_before
+
+
+def test_a_copied_model_makes_its_own_recordings():
+    coconut, batch = trained(), BATCHES[0]
+    copied = copy.deepcopy(coconut)
+    assert not kinds(copied)
+    loss, ours = loss_and_gradients(copied, batch)
+    expected, theirs = loss_and_gradients(coconut, batch)
+    assert loss == expected
+    assert all(torch.equal(d, theirs[name]) for name, d in ours.items())
 
 
 def test_weights_that_need_their_gradient_in_every_pass_are_refused():

@@ -525,6 +525,10 @@ class RecordedPasses:
         ]
         self.kinds: dict[Any, Kind] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copied model, which starts without recordings: they know their modules by id."""
+        return vars(self) | {"kinds": {}}
+
     def advance(
         self,
         embeds_BSD: Tensor,

@@ -131,7 +131,7 @@ class Checkpoints:
         folder = self.run_folder / name
         if manifest.world_size != self.engine.world_size:
             client_state = self._load_converted(folder / "engine", f"world size {self.engine.world_size}")
-        elif splits_otherwise(manifest.settings, self.settings):
+        elif self._on_main(lambda: splits_otherwise(manifest.settings, self.settings)):  # rank 0 has them
             client_state = self._load_converted(folder / "engine", "the new ZeRO settings")
         else:
             client_state = self.engine.load_shards(folder / "engine")

@@ -59,7 +59,12 @@ def sizes_with_depth(
     more = num_layers - SHALLOW[1]
     groups = (tuple(_of_parameters(own, group, more)) for own, group in zip(layers, high.groups, strict=True))
     frozen = high.frozen + more * (high.frozen - low.frozen)
-    return Sizes(tuple(groups), frozen, high.buffer_bytes + more * (high.buffer_bytes - low.buffer_bytes))
+    return Sizes(
+        tuple(groups),
+        frozen,
+        high.buffer_bytes + more * (high.buffer_bytes - low.buffer_bytes),
+        high.quantized + more * (high.quantized - low.quantized),
+    )
 
 
 def _repeated(values: Iterable[tuple[tuple[int, int | None], T]], more: int) -> Iterator[T]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.memory.fake_run import GRADIENTS, Arrival, BackwardBegins, Trace
+from coconut_ds.model.quantization import NF4Linear
 
 PARAMETERS, OPTIMIZER, COMMUNICATION = "parameters", "optimizer", "communication"
 FP32, FP64 = 4, 8
@@ -44,6 +45,7 @@ class Sizes:
     groups: tuple[tuple[int, ...], ...]  # trainable parameters of each optimizer group, in order
     frozen: int
     buffer_bytes: int
+    quantized: int = 0  # weights in 4 bits; their bytes are buffers
 
     @classmethod
     def of(cls, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> "Sizes":
@@ -52,6 +54,11 @@ class Sizes:
             groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
             frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
             buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+            quantized=sum(
+                layer.in_features * layer.out_features
+                for layer in model.modules()
+                if isinstance(layer, NF4Linear)
+            ),
         )
 
     @property
@@ -295,10 +302,12 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
 def host_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     """Host memory of one rank."""
     # The model is loaded in fp32 on the host: runtime/engine.py, _configure_distributed_model, moves it.
-    load, start = FP32 * (sizes.trainable + sizes.frozen), "weights before they move"
+    # So are weights that become 4 bits: model/loading.py.
+    elements, start = sizes.trainable + sizes.frozen + sizes.quantized, "weights before they move"
+    load, symbols = FP32 * elements, "4 (P + F + Q)" if sizes.quantized else "4 (P + F)"
     process = Item("process", "Python, torch, CUDA libraries", PROCESS_BYTES[zero.device], "assumed")
     if not zero.offload_optimizer:
-        return [process, Item("start", start, load, "4 (P + F), freed after the start")]
+        return [process, Item("start", start, load, f"{symbols}, freed after the start")]
     items, blocks = _offloaded(sizes, zero)
     if zero.pin_memory and zero.device == NVIDIA:
         # torch's CachingHostAllocator rounds each pinned block up to a power of two, or only those below
@@ -311,7 +320,7 @@ def host_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         items.append(Item("pinned", "rounding of pinned blocks", rounding, formula))
     resident = sum(item.size for item in items)
     if load > resident:
-        items.append(Item("start", start, load - resident, "4 (P + F), less the items above"))
+        items.append(Item("start", start, load - resident, f"{symbols}, less the items above"))
     return [process, *items]
 
 

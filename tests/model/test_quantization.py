@@ -96,6 +96,7 @@ def test_planner_counts_the_bytes_of_the_real_model(family):
     assert sizes[0] == sizes[1]
     layers = [module for module in real.modules() if isinstance(module, NF4Linear)]
     elements = sum(layer.in_features * layer.out_features for layer in layers)
+    assert sizes[0].quantized == elements  # they are in fp32 on the host while the model is loaded
     assert sum(layer.weight.nbytes for layer in layers) == elements / 2
     assert sum(layer.absmax.nbytes for layer in layers) == elements / 64
 

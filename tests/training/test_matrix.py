@@ -80,7 +80,7 @@ def test_lora_trains_and_saves_no_weight_of_the_base(results, name):
     if "zero3" not in name:
         # The tied head names the marker rows a second time; nothing frozen may be in the file.
         saved = {n.replace("lm_head.", "transformer.wte.") for n in results[name]["saved"]}
-        assert saved == set(trainable)
+        assert saved - {"thought.embedding_norm"} == set(trainable)  # a buffer
         assert results[name]["frozen"] == []
 
 

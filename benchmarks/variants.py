@@ -5,7 +5,7 @@
 
 The quickstart's recipe with the paper's loss throughout, each run one process.  LoRA runs start from the CoT
 run of their seed, as LoRA needs a model that knows the task's words.  Finished runs are skipped, so the same
-command goes on; after every run benchmarks/results/variants.json is written anew.
+command resumes; after every run benchmarks/results/variants.json is written again.
 
 Knows: the grid.  Does not know: how a run is started (coconut_ds/training/sweep.py) or trained.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint goes on with other ranks or another ds_config, as if nobody had changed anything."""
+"""A checkpoint resumes with other ranks or another ds_config, as if nobody had changed anything."""
 
 import json
 from collections.abc import Mapping

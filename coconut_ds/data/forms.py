@@ -22,7 +22,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from coconut_ds.errors import DataError, first_line
-from coconut_ds.files import make_folder, read_bytes, replace_text
+from coconut_ds.files import json_text, make_folder, read_bytes, replace_text
 
 FIELDS = ("question", "steps", "answer")
 HUB = "hf:/"  # of hf://, also after pathlib merged the slashes
@@ -282,7 +282,7 @@ def _from_hub(name: str) -> Path:
     target = folder / f"{config.replace('/', '-') or 'default'}_{split}.jsonl"
     if not target.is_file():
         errors: list[str] = []
-        rows = [json.dumps(item, default=str) for file in files for item in each_item(file, errors)]
+        rows = [json_text(item, default=str) for file in files for item in each_item(file, errors)]
         if errors:
             raise DataError(f"{name}: {errors[0]}")
         make_folder(folder)

@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent / "coconut_ds"
 COMMAND = (
-    "train configs/quickstart/coconut.yaml --deepspeed_config ds_configs/zero2_offload.json --set name=walk"
+    "train configs/quickstart/plain.yaml --deepspeed_config ds_configs/zero2_offload.json --set name=walk"
 )
 
 

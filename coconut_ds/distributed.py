@@ -1,4 +1,4 @@
-"""Ranks and their collectives, and failures told apart: a lost rank, a port in use, no memory, a full disk.
+"""Ranks: their collectives, their failures told apart, and requests to save or stop.
 
 gloo, NCCL, c10d and torch.save raise RuntimeError for all of them, and libraries wrap those in their own
 errors, so the causes of an error are checked too.
@@ -6,19 +6,35 @@ errors, so the causes of an error are checked too.
     DistError, "Connection closed by peer", "ncclRemoteError", ...     another rank died or the link is cut
     "EADDRINUSE"                                                       the rendezvous port is taken
     MemoryError, "out of memory", ...                                  an allocator gave up
+
+Requests come from signals, files and clocks.  All ranks handle them at the same step: a launcher signals its
+ranks one after another, and a rank that stopped alone would leave the others waiting.
+
+    SIGTERM SIGINT SIGUSR1, `touch RUN/STOP`, --max-minutes     save and stop, exit code 75
+    SIGTERM SIGINT SIGUSR1 before the model is loaded           exit at once, code 75: nothing to save
+    the deepspeed launcher ended (it leaves its ranks alive)    save and stop, exit code 75
+    `touch RUN/SAVE`, save_minutes, save_steps                  save and continue
+    a second SIGTERM or SIGINT                                  exit at once, nothing saved
 """
 
 import errno
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from coconut_ds.errors import RankLost, UserError, first_line, port_in_use
+from coconut_ds.errors import RankLost, StopRequested, UserError, first_line, port_in_use
 
 Result = TypeVar("Result")
 # Messages of gloo, c10d's store and NCCL if the other end of a connection is gone or does not answer.
@@ -33,6 +49,12 @@ OWN_FAULT = ("ncclinvalidusage", "ncclinvalidargument", "ncclunhandledcudaerror"
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "std::bad_alloc")
 PHASE = "coconut_ds_phase"  # attribute of an error
 PORT_IN_USE = ("eaddrinuse", "address already in use")
+# Environment variable with the folder where ranks write their process ids, for launch/train.sh and sweeps.
+PID_FOLDER = "COCONUT_PID_FOLDER"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A second one of these ends the process; SIGUSR1 does not count: Slurm sends it some time before SIGTERM.
+END_ON_REPEAT = (signal.SIGTERM, signal.SIGINT)
+REPEATED_WITHIN_SECONDS = 2.0  # launchers repeat SIGTERM; these count as one
 
 
 @dataclass(eq=False)
@@ -181,3 +203,167 @@ def lost_ranks_explained() -> Iterator[None]:
             "reached; look for its message. Run the same command to resume from the newest checkpoint. "
             f"({first_line(cause)})"
         ) from error
+
+
+class Signals:
+    """Within this context, a stop signal is recorded instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._nothing_to_save = False
+        self._first = 0.0
+
+    def __enter__(self) -> Self:
+        if folder := os.environ.get(PID_FOLDER):
+            Path(folder, str(os.getpid())).touch()
+        # A thread listens: the main thread may wait in a collective and run no handler for minutes.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, _remember) for number in STOP_SIGNALS}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_descriptor)
+        os.close(self._writer)
+
+    @contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """Within this context a stop signal ends the process at once, even if the main thread is busy."""
+        self._nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._nothing_to_save = False
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._reader, 16):
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._note(signal.Signals(number))
+        os.close(self._reader)
+
+    def _note(self, number: signal.Signals) -> None:
+        if self._nothing_to_save:
+            text = f"stopped: received {number.name} before training began; run the same command to restart\n"
+            os.write(2, text.encode())
+            os._exit(StopRequested.exit_code)
+        now = time.monotonic()
+        if number in END_ON_REPEAT:
+            if self._first and now - self._first > REPEATED_WITHIN_SECONDS:
+                os.write(2, f"second {number.name}: pid {os.getpid()} exits now, nothing saved\n".encode())
+                os._exit(128 + number)
+            self._first = self._first or now
+        self.received = self.received or number
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the thread reads the signal from the wakeup descriptor."""
+
+
+class Launcher:
+    """The `deepspeed` launcher processes above this rank, if any.
+
+    A signal can end them and leave the ranks alive (deepspeed/launcher/runner.py, launch.py).
+    """
+
+    def __init__(self) -> None:
+        self._parents: list[tuple[psutil.Process, int]] = []  # a process below it, and its parent's pid
+        child = psutil.Process()
+        for parent in child.parents()[:2]:
+            if "deepspeed" not in " ".join(parent.cmdline()[:4]):
+                break
+            self._parents.append((child, parent.pid))
+            child = parent
+
+    def is_gone(self) -> bool:
+        try:
+            return any(child.ppid() != parent for child, parent in self._parents)
+        except psutil.NoSuchProcess:
+            return True
+
+
+class Request(IntEnum):
+    """What to do; the highest request over all ranks is carried out."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+    FAIL = 3
+
+
+class Requests:
+    """Requests to all ranks; `poll` is collective, so all ranks must call it at the same points."""
+
+    def __init__(
+        self,
+        signals: Signals,
+        ranks: Ranks,
+        folder: Path,
+        *,
+        save_minutes: float | None = None,
+        save_steps: int | None = None,
+        max_minutes: float | None = None,
+        failed: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`folder`: where to look for STOP and SAVE files; files from an earlier run are removed.
+
+        `failed`: whether this rank cannot continue.
+        """
+        self._signals, self._ranks, self._clock = signals, ranks, clock
+        self._files = {Request.STOP: folder / "STOP", Request.SAVE: folder / "SAVE"}
+        self._save_minutes, self._save_steps, self._max_minutes = save_minutes, save_steps, max_minutes
+        self._failed = failed
+        self._started = self._saved = clock()
+        self._reason = ""
+        self._launcher = Launcher()
+        if ranks.is_main:
+            for file in self._files.values():
+                file.unlink(missing_ok=True)
+
+    def poll(self, step: int | None = None) -> Request:
+        """The highest request of any rank; pass `step` when a step has just ended. Collective."""
+        (level,) = self._ranks.max_over_ranks([float(self._of_this_rank(step))])
+        return Request(int(level))
+
+    def saved(self) -> None:
+        """Record that a checkpoint was written: `save_minutes` counts from now."""
+        self._saved = self._clock()
+        if self._ranks.is_main:
+            self._files[Request.SAVE].unlink(missing_ok=True)
+
+    def reason(self) -> str:
+        """Why the run stops, from all ranks that know a reason. Collective."""
+        if self._ranks.is_main:
+            self._files[Request.STOP].unlink(missing_ok=True)
+        return ", ".join(sorted({reason for reason in self._ranks.gather(self._reason) if reason}))
+
+    def _of_this_rank(self, step: int | None) -> Request:
+        if self._failed():
+            return Request.FAIL
+        if reason := self._reason_to_stop():
+            self._reason = reason
+            return Request.STOP
+        return Request.SAVE if step is not None and self._is_time_to_save(step) else Request.NOTHING
+
+    def _reason_to_stop(self) -> str | None:
+        if self._signals.received is not None:
+            return f"received {self._signals.received.name}"
+        if self._launcher.is_gone():
+            return "the deepspeed launcher ended"
+        if not self._ranks.is_main:  # only the main rank checks clocks and files
+            return None
+        if self._max_minutes is not None and self._clock() - self._started >= 60 * self._max_minutes:
+            return f"--max-minutes {self._max_minutes:g} reached"
+        return f"found {self._files[Request.STOP]}" if self._files[Request.STOP].exists() else None
+
+    def _is_time_to_save(self, step: int) -> bool:
+        if not self._ranks.is_main:
+            return False
+        by_steps = self._save_steps is not None and step % self._save_steps == 0
+        by_clock = self._save_minutes is not None and self._clock() - self._saved >= 60 * self._save_minutes
+        return by_steps or by_clock or self._files[Request.SAVE].exists()

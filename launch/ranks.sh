@@ -26,7 +26,7 @@ can_bind_cores() {
         [ "$(nproc)" = "$(nproc --all)" ] && numactl -C 0 -m 0 true 2>/dev/null
 }
 
-# Every rank leaves a file named like its process id in this folder (coconut_ds/engine/signals.py).
+# Every rank leaves a file named like its process id in this folder (coconut_ds/distributed.py).
 living_ranks() {
     local id
     for id in $(ls "$COCONUT_PID_FOLDER"); do

@@ -8,8 +8,7 @@ import torch
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.run_data import load_run_data
-from coconut_ds.distributed import Ranks
-from coconut_ds.engine.signals import Signals
+from coconut_ds.distributed import Ranks, Signals
 from coconut_ds.engine.watchdog import Watchdog
 from coconut_ds.evaluation.evaluate import ReadingEngine
 from coconut_ds.model.loading import build_module, load_config

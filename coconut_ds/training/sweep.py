@@ -29,7 +29,7 @@ from coconut_ds.config.deepspeed import default_ds_config, load_ds_config
 from coconut_ds.config.experiment import Experiment, load_experiment, parse_overrides
 from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import parse_yaml_value, read_json, read_yaml
-from coconut_ds.engine.signals import PID_FOLDER
+from coconut_ds.distributed import PID_FOLDER
 from coconut_ds.engine.watchdog import free_port
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.files import open_append
@@ -261,7 +261,7 @@ def _stop(process: subprocess.Popen[bytes], ids: Path) -> None:
 
 
 def _living(ids: Path) -> list[int]:
-    """Running processes that wrote a file named after their id into the folder (signals.py)."""
+    """Running processes that wrote a file named after their id into the folder (distributed.py)."""
     return [int(path.name) for path in ids.iterdir() if Path("/proc", path.name).exists()]
 
 

@@ -22,7 +22,7 @@ from coconut_ds.data.curriculum import (
     stops_early,
 )
 from coconut_ds.data.run_data import RunData, TestSet, load_run_data
-from coconut_ds.distributed import lost_ranks_explained, phase
+from coconut_ds.distributed import Request, Requests, Signals, lost_ranks_explained, phase
 from coconut_ds.engine.engine import (
     Engine,
     Ranks,
@@ -31,7 +31,6 @@ from coconut_ds.engine.engine import (
     start_distributed,
     world_size_from_environment,
 )
-from coconut_ds.engine.signals import Request, Requests, Signals
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
 from coconut_ds.errors import BudgetError, StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate

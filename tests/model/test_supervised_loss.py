@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from coconut_ds.memory.fake_run import LiveBytes
+from coconut_ds.model.techniques import supervised_loss
 from coconut_ds.model.techniques.deferred_grads import install_deferral
 from coconut_ds.model.techniques.passes import Context, Step
-from coconut_ds.model.techniques.supervised_loss import supervised_loss
 
 
 def reference(hidden_ND, ids_N, head):

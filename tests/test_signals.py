@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.engine.signals import PID_FOLDER, Request, Requests, Signals
+from coconut_ds.distributed import PID_FOLDER, Request, Requests, Signals
 
 
 class OneRank:
@@ -105,7 +105,7 @@ def start(program: str, **environment: str) -> subprocess.Popen:
 # The main thread waits in C and never returns to Python, as in a collective.
 BUSY = """
     import ctypes
-    from coconut_ds.engine.signals import Signals
+    from coconut_ds.distributed import Signals
     with Signals():
         print("ready", flush=True)
         libc = ctypes.CDLL(None)
@@ -131,7 +131,7 @@ def test_second_signal_ends_at_once_but_not_a_repeated_one() -> None:
 
 # The main thread computes in Python, as planning does.
 PLANNING = """
-    from coconut_ds.engine.signals import Signals
+    from coconut_ds.distributed import Signals
     with Signals() as signals:
         with signals.nothing_to_save():
             print("ready", flush=True)
@@ -151,7 +151,7 @@ def test_a_signal_before_training_ends_at_once(number: signal.Signals) -> None:
 
 def test_ranks_leave_their_process_ids(tmp_path: Path) -> None:
     process = start(
-        "from coconut_ds.engine.signals import Signals\nwith Signals(): pass", **{PID_FOLDER: str(tmp_path)}
+        "from coconut_ds.distributed import Signals\nwith Signals(): pass", **{PID_FOLDER: str(tmp_path)}
     )
     assert process.wait(timeout=20) == 0
     assert [path.name for path in tmp_path.iterdir()] == [str(process.pid)]

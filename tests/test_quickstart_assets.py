@@ -32,7 +32,7 @@ def test_ci_runs_the_test_command():
     assert "launch/test.sh" in run.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "tests/requirements.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-qlora.txt", "tests/requirements.txt"])
 def test_every_requirement_is_pinned_once(name: str):
     lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert all(PIN.fullmatch(line) for line in lines), lines

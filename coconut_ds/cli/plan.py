@@ -38,6 +38,13 @@ from coconut_ds.memory.known import (
 from coconut_ds.memory.plan_table import full_text, markdown, matrix, side_by_side
 from coconut_ds.memory.planner import Plan, Planner, TextShape
 
+# The settings behind each word of --tuning.
+TUNINGS = {
+    "full": ["tuning=full", "quantization=none"],
+    "lora": ["tuning=lora", "quantization=none"],
+    "qlora": ["tuning=lora", "quantization=nf4"],
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser, optional=True)
@@ -48,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Hugging Face ids, folders, config.json files, built-in shapes",
     )
-    parser.add_argument("--tuning", nargs="+", choices=("full", "lora"), help="instead of the YAML's")
+    parser.add_argument("--tuning", nargs="+", choices=tuple(TUNINGS), help="instead of the YAML's")
     add_planning_arguments(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -112,19 +119,25 @@ def progress(count: int) -> Iterator[Callable[[str], None]]:
 def read_cases(args: argparse.Namespace) -> Iterator[Experiment]:
     """The experiment of CONFIG, or a shipped one, for every model and tuning.  Raises ConfigError."""
     custom = custom_config(args)
-    if args.config:
-        experiment = read_experiment(args)
-    elif args.model or custom:
-        shipped = SHIPPED / f"configs/full/{args.data or 'gsm'}_coconut.yaml"
-        experiment, _ = load_with_notes(shipped, args.overrides)
-    else:
+    if not (args.config or args.model or custom):
         raise ConfigError("give an experiment YAML, or --model NAME (or --layers N --hidden N --heads N)")
     if custom is not None:
         args.model = [f"{custom.num_hidden_layers} x {custom.hidden_size}"]
-    for model in args.model or [experiment.model_id]:
-        for tuning in args.tuning or [experiment.tuning]:
-            name = f"{model} {tuning}" if args.model else experiment.name
-            yield replace(experiment, model_id=model, tuning=tuning, name=name)
+    experiments = {tuning: _with_tuning(args, tuning) for tuning in args.tuning or [None]}
+    for model in args.model or [None]:
+        for tuning, experiment in experiments.items():
+            if model is not None:
+                name = f"{model} {tuning or experiment.tuning}"
+                experiment = replace(experiment, model_id=model, name=name)
+            yield experiment
+
+
+def _with_tuning(args: argparse.Namespace, tuning: str | None) -> Experiment:
+    args = argparse.Namespace(**{**vars(args), "overrides": args.overrides + TUNINGS.get(str(tuning), [])})
+    if args.config:
+        return read_experiment(args)
+    shipped = SHIPPED / f"configs/full/{args.data or 'gsm'}_coconut.yaml"
+    return load_with_notes(shipped, args.overrides)[0]
 
 
 def read_planner(args: argparse.Namespace, experiment: Experiment) -> Planner:

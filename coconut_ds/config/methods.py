@@ -93,6 +93,9 @@ def contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Ite
     yield from _thought_contradictions(valid)
     if method is None or method.has_latents:
         yield from _window_contradictions(valid, settings)
+    if method is not None and settings["quantization"] != "none":
+        tuning = thought_and_tuning(method, settings)[1]
+        yield from _quantization_contradictions(tuning, settings)
     yield from _running_contradictions(settings)
 
 
@@ -160,6 +163,18 @@ def _window_contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]
     yield keys, f"latent_window_weights: {text}"
 
 
+def _quantization_contradictions(tuning: str, settings: Mapping[str, Any]) -> Iterator[Contradiction]:
+    if tuning == "full":
+        text = (
+            f"quantization: {settings['quantization']} freezes the weights, but tuning is full, which trains "
+            "them; write 'tuning: lora' (QLoRA), or remove quantization"
+        )
+        yield {"quantization", "tuning", "latent_variant"} | METHOD_KEYS, text
+    if settings["lora_use_dora"]:
+        text = "lora_use_dora: DoRA needs the weights that 'quantization: nf4' compresses; remove one"
+        yield {"quantization", "lora_use_dora"}, text
+
+
 def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradiction]:
     name, epochs, resume = settings.get("name"), settings["num_epochs"], settings["resume"]
     if isinstance(name, str) and (
@@ -167,9 +182,6 @@ def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradicti
     ):
         text = "is not a folder name inside save_path; use letters, digits, '-', '_', '.'"
         yield {"name"}, f"name: {shown(name)} {text}"
-    if settings["quantization"] != "none" and settings["lora_use_dora"]:
-        text = "lora_use_dora: DoRA needs the weights that 'quantization: nf4' compresses; remove one"
-        yield {"quantization", "lora_use_dora"}, text
     if settings["only_eval"]:
         if settings["load_model_path"] is None:
             text = "load_model_path: is missing, but 'only_eval: true' evaluates a checkpoint; add its path"

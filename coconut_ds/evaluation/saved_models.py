@@ -53,6 +53,10 @@ READING = LatentMemory(
     activation_checkpointing="none",
     fused_activations=False,
 )
+MERGED: Mapping[str, Any] = {
+    "tuning": "full",
+    "quantization": "none",
+}  # settings of weights that include their adapters
 # Keys of a run folder's ds_config.json that came from the experiment and its number of ranks.
 FROM_EXPERIMENT = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -361,7 +365,7 @@ def described_model(values: Mapping[str, Any], folder: Path, overrides: Sequence
     _check_description(values, folder)
     settings = {**values["experiment"], "load_model_path": str(folder), "only_eval": True}
     if not (folder / "adapter_config.json").is_file():
-        settings |= {"model_id": str(folder), "tuning": "full"}
+        settings |= {"model_id": str(folder), **MERGED}
     experiment = validate_experiment(settings | parse_overrides(overrides), str(folder / EXPORT_FILE))
     experiment = without_permissions(experiment, overrides)
     stage = Stage(**values["stage"])
@@ -382,7 +386,7 @@ def portable_settings(trained: Trained, merged: bool) -> dict[str, Any]:
         load_model_path=None,
         max_new_tokens=max_new_tokens(experiment, card_for(experiment.val_path)),
         save_path="runs",
-        tuning="full" if merged else experiment.tuning,
+        **(MERGED if merged else {}),
     )
     return {"experiment": yaml.safe_load(experiment_to_yaml(kept)), "stage": asdict(trained.stage)}
 

@@ -17,6 +17,7 @@ from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
 from coconut_ds.memory.phases import EVALUATION
 from coconut_ds.memory.planner import MIB, PINNED_ROUNDING, MemoryOption, Plan, Planner
+from coconut_ds.model.quantization import has_library
 
 # In the order in which `fit` adds them; the precision comes last.
 OPTIONS = ("activation_checkpointing", "overlap_comm", "reduce_bucket_size", "offload_optimizer")
@@ -83,6 +84,14 @@ def memory_options(
         )
     if experiment.tuning == "full":
         yield override("LoRA instead of full tuning (changes what is learned)", tuning="lora")
+    elif _can_quantize(experiment, ds_config):
+        text = "frozen weights in 4 bits (QLoRA, changes what is learned a little)"
+        yield override(text, quantization="nf4")
+
+
+def _can_quantize(experiment: Experiment, ds_config: DeepSpeedConfig) -> bool:
+    is_plain = experiment.quantization == "none" and not experiment.lora_use_dora
+    return is_plain and ds_config.zero_stage < 3 and has_library()
 
 
 def host_options(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int) -> Iterator[MemoryOption]:

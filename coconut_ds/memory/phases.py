@@ -40,7 +40,7 @@ from coconut_ds.memory.fake_run import (
     with_layers,
 )
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings, replay
-from coconut_ds.model.loading import parameter_groups
+from coconut_ds.model.loading import parameter_groups, saved_dtype
 
 if TYPE_CHECKING:
     from coconut_ds.memory.planner import Planner
@@ -228,7 +228,10 @@ class PlannedRun:
     def zero(self) -> ZeroSettings:
         accumulates = self.experiment.gradient_accumulation_steps > 1
         planner = self.planner
-        return ZeroSettings.of(self.ds_config, self.ranks, accumulates, planner.device, planner.rounds_up_to)
+        saved_bytes = saved_dtype(planner.config).itemsize
+        return ZeroSettings.of(
+            self.ds_config, self.ranks, accumulates, planner.device, planner.rounds_up_to, saved_bytes
+        )
 
     @cached_property
     def sizes(self) -> Sizes:

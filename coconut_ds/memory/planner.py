@@ -373,7 +373,7 @@ class Planner:
         return Plan(
             experiment=experiment.name,
             ds_config=ds_config.path,
-            model=f"{experiment.model_id}, {(sizes.trainable + sizes.frozen) / 1e6:,.1f} M parameters, "
+            model=f"{experiment.model_id}, {sizes.elements / 1e6:,.1f} M parameters, "
             f"{sizes.trainable / 1e6:,.1f} M trainable",
             ranks=ranks,
             budget=budget,

@@ -66,6 +66,10 @@ class Sizes:
         return sum(map(sum, self.groups))
 
     @property
+    def elements(self) -> int:
+        return self.trainable + self.frozen + self.quantized
+
+    @property
     def largest(self) -> int:
         return max((size for group in self.groups for size in group), default=0)
 
@@ -95,6 +99,7 @@ class ZeroSettings:
     master_bytes: int = FP32  # per element of the master weights, and of the gradients on the host
     moment_bytes: int = FP32
     rounds_up_to: int | None = None  # pinned blocks of at most so many bytes are rounded up; None: all
+    saved_bytes: int = FP32  # per element of the weights that become 4 bits, when they are loaded
 
     @classmethod
     def of(
@@ -104,6 +109,7 @@ class ZeroSettings:
         accumulates: bool,
         device: str,
         rounds_up_to: int | None = None,
+        saved_bytes: int = FP32,
     ) -> "ZeroSettings":
         # Defaults: runtime/zero/config.py, DeepSpeedZeroConfig.
         zero: dict[str, Any] = dict(ds_config.stock["zero_optimization"])
@@ -126,6 +132,7 @@ class ZeroSettings:
             master_bytes=master,
             moment_bytes=moments,
             rounds_up_to=rounds_up_to,
+            saved_bytes=saved_bytes,
         )
 
 
@@ -302,9 +309,10 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
 def host_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     """Host memory of one rank."""
     # The model is loaded in fp32 on the host: runtime/engine.py, _configure_distributed_model, moves it.
-    # So are weights that become 4 bits: model/loading.py.
-    elements, start = sizes.trainable + sizes.frozen + sizes.quantized, "weights before they move"
-    load, symbols = FP32 * elements, "4 (P + F + Q)" if sizes.quantized else "4 (P + F)"
+    # Weights that become 4 bits have the dtype of their file: model/loading.py.
+    load, start = FP32 * (sizes.trainable + sizes.frozen), "weights before they move"
+    load += zero.saved_bytes * sizes.quantized
+    symbols = "4 (P + F)" + (f" + {zero.saved_bytes} Q" if sizes.quantized else "")
     process = Item("process", "Python, torch, CUDA libraries", PROCESS_BYTES[zero.device], "assumed")
     if not zero.offload_optimizer:
         return [process, Item("start", start, load, f"{symbols}, freed after the start")]

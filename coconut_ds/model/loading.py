@@ -23,6 +23,7 @@ from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.published import published_window
+from coconut_ds.model.quantization import others_in_fp32
 from coconut_ds.runs.changes import BaseRecord
 from coconut_ds.runs.weights import (
     THOUGHT_FILE,
@@ -70,7 +71,8 @@ def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: 
     elif adapter is not None:
         raise ConfigError(f"load_model_path: {source} holds a LoRA adapter; set 'tuning: lora'")
     weights = load_foreign_weights(start, experiment.allow_pickle) if start else None
-    base = load_base(experiment.model_id, vocabulary)
+    # In fp32, the weights that become 4 bits would take 26 GiB of a 7B model.
+    base = load_base(experiment.model_id, vocabulary, as_saved=experiment.quantization != "none")
     window = published_window(experiment, adapter, weights, str(start)) if source else None
     if weights is not None:
         install_weights(base, weights, str(start))
@@ -175,13 +177,17 @@ def check_config(config: PretrainedConfig, model_id: str) -> None:
             )
 
 
-def load_base(model_id: str, vocabulary: Vocabulary) -> PreTrainedModel:
+def load_base(model_id: str, vocabulary: Vocabulary, as_saved: bool = False) -> PreTrainedModel:
     """Load the causal LM in fp32 on the CPU and add rows for the special tokens.
 
+    `as_saved`: the weights of its linear layers stay in the dtype of `model_id`.
     Raises ConfigError, and CheckpointError for weights that are not finite.
     """
     where, extra = locate_model(model_id)
-    base: Any = read_causal_lm(where, extra)
+    dtype = saved_dtype(load_config(model_id)) if as_saved and not extra else torch.float32
+    base: Any = read_causal_lm(where, extra, dtype)
+    if dtype != torch.float32:
+        others_in_fp32(base)
     if "gguf_file" in extra:
         # The weights are plain fp32 now, but transformers refuses to save a model marked as quantized.
         base.hf_quantizer = None
@@ -200,8 +206,16 @@ def _files_of(where: str, extra: Mapping[str, str]) -> Path:
     return path.parent if path.name == "config.json" else path
 
 
-def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
-    """Read a model with AutoModelForCausalLM, in fp32: no custom code, no adapter, no pickled objects.
+def saved_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype in which a model is saved; fp32 if its configuration does not say it."""
+    dtype = config.get_text_config().dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def read_causal_lm(
+    where: str, extra: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Read a model with AutoModelForCausalLM: no custom code, no adapter, no pickled objects.
 
     Raises ConfigError.
     """
@@ -213,7 +227,7 @@ def read_causal_lm(where: str, extra: Mapping[str, str]) -> PreTrainedModel:
     load_config(str(Path(where) / extra["gguf_file"]) if extra else where)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            where, dtype=torch.float32, weights_only=True, **DATA_ONLY, **extra
+            where, dtype=dtype, weights_only=True, **DATA_ONLY, **extra
         )
     except Exception as error:  # transformers raises anything on a damaged file
         raise ConfigError(_cannot_load("a causal language model", where, error)) from error

@@ -113,7 +113,9 @@ def add_adapters(
         trainable_token_indices=list(special_token_ids),
     )
     try:
-        adapted = get_peft_model(base, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21.2 reads an old name of transformers
+            adapted = get_peft_model(base, config)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules {list(targets)}: {error}") from error
     for module in adapted.modules():

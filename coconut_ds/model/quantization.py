@@ -8,6 +8,7 @@ partition, offload and save parameters.  The compute dtype is the input's.
 Shapes: I inputs, O outputs, N = I x O.
 """
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,29 +22,54 @@ from coconut_ds.errors import ConfigError
 
 BLOCK, SCALE_BLOCK = 64, 256
 CODES, SCALE_CODES = 16, 256
+# On some CPUs, the import of bitsandbytes warns of a kernel that is missing and not needed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quantize_linears(base: PreTrainedModel) -> None:
     """Replace the linear layers of `base`, except its head, in place.  Raises ConfigError."""
     refuse_missing_library()
+    for parent, name in _linears(base):
+        setattr(parent, name, NF4Linear(getattr(parent, name)))
+
+
+def others_in_fp32(base: PreTrainedModel) -> None:
+    """Convert everything but the weights that `quantize_linears` reads to fp32, in place."""
+    weights = {id(getattr(parent, name).weight) for parent, name in _linears(base)}
+    for parameter in base.parameters():
+        if id(parameter) not in weights:
+            parameter.data = parameter.data.float()
+    base.config.dtype = torch.float32
+
+
+def _linears(base: PreTrainedModel) -> list[tuple[Any, str]]:
+    """(parent, name) of each linear layer except the head; the list keeps no weights alive."""
     head = base.get_output_embeddings()
-    for parent in list(base.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
-                setattr(parent, name, NF4Linear(layer))
+    return [
+        (parent, name)
+        for parent in base.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+    ]
 
 
 def dequantize_linears(model: nn.Module) -> None:
-    """Replace quantized layers by nn.Linear with the same values, in place."""
+    """Replace quantized layers by layers of the original kind with the quantized values, in place."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, NF4Linear):
                 setattr(parent, name, layer.dequantized())
+                if hasattr(parent, "fan_in_fan_out"):  # PEFT's layer around it
+                    parent.fan_in_fan_out = layer.is_conv1d
+
+
+def has_library() -> bool:
+    return find_spec("bitsandbytes") is not None
 
 
 def refuse_missing_library() -> None:
     """Raise ConfigError if bitsandbytes is not installed."""
-    if find_spec("bitsandbytes") is None:
+    if not has_library():
         raise ConfigError(
             'quantization: nf4 needs bitsandbytes; install it: pip install "bitsandbytes==0.50.2"'
         )
@@ -60,11 +86,13 @@ class NF4Linear(nn.Linear):
 
     absmax: Tensor
     numbers: Tensor
+    is_conv1d: bool
 
     def __init__(self, layer: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
         weight_OI = layer.weight.detach()
-        if isinstance(layer, Conv1D):
+        self.is_conv1d = isinstance(layer, Conv1D)
+        if self.is_conv1d:
             weight_OI = weight_OI.T.contiguous()
         self.out_features, self.in_features = weight_OI.shape
         self.bias = layer.bias
@@ -98,9 +126,12 @@ class NF4Linear(nn.Linear):
         )
         return library.dequantize_4bit(self.weight, state)
 
-    def dequantized(self) -> nn.Linear:
-        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(self.read(torch.float32), requires_grad=False)
+    def dequantized(self) -> nn.Module:
+        """The layer that was quantized, with the quantized values."""
+        weight_OI, sizes = self.read(torch.float32), (self.out_features, self.in_features)
+        layer: Any = Conv1D(*sizes) if self.is_conv1d else nn.Linear(*sizes[::-1], bias=self.bias is not None)
+        weight = weight_OI.T.contiguous() if self.is_conv1d else weight_OI
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = self.bias
         return layer
 

@@ -54,6 +54,9 @@ def test_copy_keeps_what_the_user_changed(tmp_path, monkeypatch, capsys):
     assert own.read_text() != "{}" and (tmp_path / "preprocessing" / "arithmetic.py").is_file()
 
 
+EXTRAS = ("requirements-qlora.txt", "tests/requirements.txt")
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_another_folder(tmp_path):
     """Built, unpacked and used far from the checkout, up to a valid experiment on data made there."""
@@ -63,7 +66,7 @@ def test_the_wheel_works_in_another_folder(tmp_path):
         shutil.copytree(
             ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "tests/requirements.txt"):
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", *EXTRAS):
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
     build = [

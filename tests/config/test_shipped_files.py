@@ -18,7 +18,7 @@ from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.known import find_gpu, precision_note
+from coconut_ds.memory.known import built_in_config, find_gpu, precision_note
 from coconut_ds.memory.planner import Planner, TextShape
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,6 +44,8 @@ def test_every_experiment_loads_and_says_nothing_in_vain(path):
 def test_every_deepspeed_file_takes_every_experiment(path):
     config = load_ds_config(path)
     for experiment in map(load_experiment, [*OURS, *PUBLISHED]):
+        if experiment.quantization != "none" and config.zero_stage == 3:
+            continue
         resolved = config.resolve(experiment, world_size=2)
         rows = experiment.batch_size_training * experiment.gradient_accumulation_steps * 2
         assert resolved["train_batch_size"] == rows
@@ -91,13 +93,13 @@ def test_file_says_what_its_name_says(path):
 @pytest.mark.parametrize("path", [path for path in TRAINED if path.stem.partition("_coconut")[2]], ids=short)
 def test_recipe_for_a_larger_model_fits_as_its_comment_says(path):
     """By the quick plan of its first stage, which has the most text; a full plan takes a minute."""
-    comment = re.search(r"with (ds_configs/\w+\.json): (\d+\.\d) of the 10.2 GiB", path.read_text("utf-8"))
+    pattern = r"with (ds_configs/\w+\.json): (\d+\.\d) of the 10\.[02] GiB"
+    comment = re.search(pattern, path.read_text("utf-8"))
     assert comment is not None
     experiment = load_experiment(path)
     assert experiment.lr == {"full": 1e-5, "lora": 1e-4}[experiment.tuning]
-    shape = ROOT / "benchmarks/shapes" / path.stem.partition("_coconut_")[2]
-    experiment = load_experiment(path, [f"model_id={shape}"])
-    planner = Planner.of(experiment, TextShape(question=256, steps=8, step=16, answer=12))
+    shape = TextShape(question=256, steps=8, step=16, answer=12)
+    planner = Planner.of(experiment, shape, config=built_in_config(experiment.model_id))
     plan = planner.plan(experiment, load_ds_config(comment[1]), only_epoch=0)
     assert plan.fits and plan.gpu_bytes / 2**30 == pytest.approx(float(comment[2]), rel=0.05)
 
@@ -156,11 +158,12 @@ def test_every_published_file_is_there():
 
 
 @pytest.mark.parametrize("path", JSONS, ids=short)
-def test_deepspeed_file_is_sized_for_two_gpus_as_torch_reports_them(path):
+def test_deepspeed_file_is_sized_for_its_gpus_as_torch_reports_them(path):
     config = load_ds_config(path)
     budget = config.memory_budget
     assert budget is not None
-    assert (budget.gpus, budget.gpu_memory_mib) == (2, find_gpu(budget.device)["mib"])
+    gpus = 1 if "qlora" in path.name else 2  # each rank loads the model into host memory
+    assert (budget.gpus, budget.gpu_memory_mib) == (gpus, find_gpu(budget.device)["mib"])
     assert precision_note(budget.device, config.precision) is None
     assert set(budget.components_mib) == {
         "parameters", "gradients", "optimizer", "activations", "loss", "communication",

@@ -1,5 +1,6 @@
 """Plans without network and data: built-in models, GPUs and text lengths, and the table of several plans."""
 
+import argparse
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from coconut_ds.__main__ import main
+from coconut_ds.cli.plan import add_arguments, read_cases
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.fake_run import with_layers
 from coconut_ds.memory.known import built_in_config, find_gpu, known, precision_note, short
@@ -64,6 +66,18 @@ def test_a_table_of_models(own_shape, tmp_path, monkeypatch, capsys):
         "forward",
     ]
     assert "(2 of 2)" in error
+
+
+def test_tuning_of_the_command_line_replaces_that_of_the_file():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    config = str(ROOT / "configs/lora/gsm_coconut_qwen2.5-7b_nf4.yaml")
+    models = ["gpt2", "Qwen2.5-7B"]
+    for source in ([], [config]):
+        args = parser.parse_args([*source, "--model", *models, "--tuning", "full", "lora", "qlora"])
+        cases = [(case.name, case.tuning, case.quantization) for case in read_cases(args)]
+        expected = [("full", "full", "none"), ("lora", "lora", "none"), ("qlora", "lora", "nf4")]
+        assert cases == [(f"{model} {name}", *two) for model in models for name, *two in expected]
 
 
 def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):

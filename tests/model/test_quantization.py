@@ -1,20 +1,24 @@
 """QLoRA on tiny models: equal to plain layers with the same values, small, saved and loaded."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from coconut_ds.config.deepspeed import LatentMemory, validate_ds_config
+from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.fake_run import build_fake_model
 from coconut_ds.memory.zero import Sizes
 from coconut_ds.model import lora
 from coconut_ds.model.coconut import Coconut
-from coconut_ds.model.loading import parameter_groups
-from coconut_ds.model.quantization import NF4Linear, dequantize_linears
+from coconut_ds.model.loading import load_base, load_config, parameter_groups, saved_dtype
+from coconut_ds.model.quantization import NF4Linear, dequantize_linears, quantize_linears
+from coconut_ds.runs.changes import BaseRecord
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model import cases
 from tests.model.lora_cases import FAMILIES, MARKERS, batch, coconut, experiment, logits, new_base, train
@@ -22,6 +26,7 @@ from tests.model.lora_cases import FAMILIES, MARKERS, batch, coconut, experiment
 pytest.importorskip("bitsandbytes")
 BASES = {**FAMILIES, "mistral": cases.mistral, "opt": cases.opt}
 OFF = cases.PLAIN
+ROOT = Path(__file__).parents[2]
 
 
 def quantized(family, latent_memory=OFF):
@@ -75,6 +80,9 @@ def test_saved_adapter_loads_into_ours_into_stock_peft_and_merges(tmp_path, fami
     expected = logits(model.base)
     merged = lora.merge(model)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(read), expected, rtol=1e-5, atol=1e-5)
 
     lora.save_adapter(model, tmp_path)
     fresh = coconut(family, quantization="nf4")
@@ -101,6 +109,23 @@ def test_planner_counts_the_bytes_of_the_real_model(family):
     assert sum(layer.absmax.nbytes for layer in layers) == elements / 64
 
 
+def test_base_is_loaded_in_its_own_dtype_and_quantized_to_the_same_values(arithmetic, tmp_path):
+    vocabulary = load_vocabulary(str(arithmetic / "gpt2"))
+    load_base(str(arithmetic / "gpt2"), vocabulary).bfloat16().save_pretrained(tmp_path)
+    bases = [load_base(str(tmp_path), vocabulary, as_saved) for as_saved in (True, False)]
+    dtypes = {name: str(value.dtype) for name, value in bases[0].named_parameters()}
+    assert dtypes["transformer.h.0.attn.c_attn.weight"] == "torch.bfloat16"
+    assert dtypes["transformer.h.0.attn.c_attn.bias"] == dtypes["transformer.wte.weight"] == "torch.float32"
+    assert saved_dtype(load_config(str(tmp_path))).itemsize == 2
+    records = [BaseRecord.of(base, vocabulary, with_weights=True) for base in bases]
+    assert records[0] == records[1]
+    for base in bases:
+        quantize_linears(base)
+    own, plain = (base.state_dict() | dict(base.named_buffers()) for base in bases)
+    for name, value in own.items():
+        assert torch.equal(value, plain[name]) and value.dtype == plain[name].dtype, name
+
+
 def test_no_element_is_further_off_than_half_a_step_of_nf4():
     torch.manual_seed(0)
     plain = torch.nn.Linear(256, 128)
@@ -108,15 +133,22 @@ def test_no_element_is_further_off_than_half_a_step_of_nf4():
     assert change.max() <= 0.16 * plain.weight.abs().max()
 
 
-def test_zero_3_and_dora_are_refused():
+def test_zero_3_dora_and_full_tuning_are_refused():
     zero_3 = validate_ds_config({"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}, "f.json")
     with pytest.raises(ConfigError, match="stage: is 3, which does not partition the quantized weights"):
         zero_3.resolve(experiment(quantization="nf4"), 1)
     with pytest.raises(ConfigError, match="lora_use_dora: DoRA needs the weights"):
         experiment(quantization="nf4", lora_use_dora=True)
+    for full in ({"tuning": "full"}, {"tuning": None}, {"tuning": None, "latent_variant": "mlp_projection"}):
+        with pytest.raises(ConfigError, match="quantization: nf4 .* write 'tuning: lora'"):
+            experiment(quantization="nf4", **full)
+    experiment(quantization="nf4", tuning=None, latent_variant="mlp_projection_lora")
 
 
 def test_missing_library_gets_the_install_command(monkeypatch):
     monkeypatch.setattr("coconut_ds.model.quantization.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install .*bitsandbytes"):
+    with pytest.raises(ConfigError, match='pip install "bitsandbytes==') as caught:
         coconut("gpt2", quantization="nf4")
+    pin = str(caught.value).split('"')[1]
+    for name in ("requirements-qlora.txt", "tests/requirements.txt"):
+        assert pin in (ROOT / name).read_text().splitlines()

@@ -55,7 +55,8 @@ def _linears(base: PreTrainedModel) -> list[tuple[Any, str]]:
 
 def dequantize_linears(model: nn.Module) -> None:
     """Replace quantized layers by layers of the original kind with the quantized values, in place."""
-    for parent in list(model.modules()):
+    parents: list[Any] = list(model.modules())
+    for parent in parents:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, NF4Linear):
                 setattr(parent, name, layer.dequantized())

@@ -2,6 +2,9 @@
 
 What is 3+4 ?  <start> [L] [L] <end> 7
       2+2 ?    <start> [L] [L] <end> 4 .       left-padded: slot k is one column
+
+What is 3+4 ?  <start> <end> 7                 without latents: padded on the right only
+2+2 ?          <start> <end> 1+3 = 4 .
 """
 
 import dataclasses
@@ -107,25 +110,27 @@ def collate(
 ) -> Batch:
     """Pad samples to one batch with aligned latent slots; `None` makes a filler row without loss.
 
+    Without latents there is nothing to align: rows start in column 0, so no column is only padding.
+
     num_latents: latent columns of the step, if rows of other ranks may have more.
     """
     real = [sample for sample in samples if sample is not None]
     if not real:
         raise ValueError("a batch needs at least one sample that is not None")
     first_latent = max(sample.first_latent for sample in real)
-    columns = max(first_latent + len(sample.tokens) - sample.first_latent for sample in real)
     widest = max(sample.num_latents for sample in real)
     num_latents = widest if num_latents is None else num_latents
+    starts = [first_latent - (sample or real[0]).first_latent if num_latents else 0 for sample in samples]
+    columns = max(start + len((s or real[0]).tokens) for start, s in zip(starts, samples, strict=True))
     if num_latents:
         columns = max(columns, first_latent + num_latents)
     shape = (len(samples), columns)
     ids = torch.full(shape, pad_id, dtype=torch.long)
     mask, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, NO_LABEL, dtype=torch.long)
-    for row, sample in enumerate(samples):
+    for row, (start, sample) in enumerate(zip(starts, samples, strict=True)):
         # A filler row repeats a real one without labels: its attention is well-defined, its loss is 0.
         shown = real[0] if sample is None else sample
-        start = first_latent - shown.first_latent
         stop = start + len(shown.tokens)
         ids[row, start:stop] = torch.tensor(shown.tokens)
         mask[row, start:stop] = 1

@@ -167,17 +167,22 @@ def mixed_stage(num_steps: int, epoch: int, index: int, experiment: Experiment) 
     return stage
 
 
-def render(
-    problem: TokenizedProblem, stage: Stage, experiment: Experiment, vocabulary: Vocabulary, index: int = 0
-) -> Sample:
-    """Render one problem at one stage.
+def latents_of(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> int:
+    """The number of latents of one problem at one stage.
 
     With `pad_latent_to_max: false`, a problem gets latents only for the steps it has; the released code does
     this in evaluation but not in training. It tells the model the number of gold steps.
     """
-    num_latents = stage.num_latents
-    if not experiment.pad_latent_to_max:
-        num_latents = min(num_latents, len(problem.steps) * experiment.c_thought)
+    if experiment.pad_latent_to_max:
+        return stage.num_latents
+    return min(stage.num_latents, len(problem.steps) * experiment.c_thought)
+
+
+def render(
+    problem: TokenizedProblem, stage: Stage, experiment: Experiment, vocabulary: Vocabulary, index: int = 0
+) -> Sample:
+    """Render one problem at one stage."""
+    num_latents = latents_of(problem, stage, experiment)
     if experiment.method.has_latents:
         slots = (vocabulary.start_id, *[vocabulary.latent_id] * num_latents, vocabulary.end_id)
         first_latent = len(problem.question) + 1

@@ -20,6 +20,7 @@ from coconut_ds.data.curriculum import (
     Stage,
     final_stage,
     last_epoch,
+    latents_of,
     numbered_stage,
     prompt_only,
     render,
@@ -106,18 +107,25 @@ def largest_batch(
     rows: int,
 ) -> Batch:
     """A micro-batch of `rows` rows with at least as many columns as any micro-batch of this stage."""
-    stages = {problem: _largest_stage(problem, at.stage, experiment) for problem in problems}
+    possible = {problem: _possible_stages(problem, at.stage, experiment) for problem in problems}
+    stages = {problem: _largest_stage(problem, drawn) for problem, drawn in possible.items()}
+    num_latents = max(
+        latents_of(problem, stage, experiment) for problem, drawn in possible.items() for stage in drawn
+    )
 
     def after(problem: TokenizedProblem) -> int:
         stage = stages[problem]
         reasoning = sum(map(len, problem.steps[stage.hidden_steps :]))
         return max(0, reasoning - stage.hidden_tokens) + len(problem.answer)
 
-    if rows == 1:
-        chosen = [max(problems, key=lambda problem: len(problem.question) + after(problem))]
-    else:
-        by_labels = sorted(problems, key=after, reverse=True)
+    def total(problem: TokenizedProblem) -> int:
+        return len(problem.question) + after(problem)
+
+    by_labels = sorted(problems, key=after, reverse=True)
+    if num_latents and rows > 1:  # aligned: the longest question is padded to the most labels
         chosen = [max(problems, key=lambda problem: len(problem.question)), *by_labels[: rows - 1]]
+    else:
+        chosen = [max(problems, key=total), *by_labels[: rows - 1]]
     while len(chosen) < rows:
         chosen += chosen[: rows - len(chosen)]
     samples = [render(p, stages[p], experiment, vocabulary, i) for i, p in enumerate(chosen)]
@@ -125,22 +133,19 @@ def largest_batch(
         samples = [
             replace(s, latent_targets=tuple((slot, 0) for slot in range(s.num_latents))) for s in samples
         ]
-    max_latents = max((stages[p].num_latents for p in problems), default=0)
-    padded = at.stage.num_latents if experiment.pad_latent_to_max else max(s.num_latents for s in samples)
-    columns = max(max_latents, padded) if _mixes(experiment) else None
-    return collate(samples, vocabulary.pad_id, columns, 1, sum(len(s.latent_targets) for s in samples))
+    return collate(samples, vocabulary.pad_id, num_latents, 1, sum(len(s.latent_targets) for s in samples))
 
 
-def _mixes(experiment: Experiment) -> bool:
-    return experiment.uniform_prob > 0 and experiment.method.has_stages
+def _possible_stages(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> list[Stage]:
+    """The stages at which this problem may be trained in an epoch of `stage` (curriculum.mixed_stage)."""
+    if experiment.uniform_prob == 0 or not experiment.method.has_stages or stage.hidden_tokens:
+        return [stage]
+    return [stage, *(numbered_stage(number, experiment) for number in range(len(problem.steps) + 1))]
 
 
-def _largest_stage(problem: TokenizedProblem, stage: Stage, experiment: Experiment) -> Stage:
-    """The stage with the longest text among those at which this problem may be sampled."""
-    if not _mixes(experiment) or stage.hidden_tokens:
-        return stage
-    candidates = [stage, *(numbered_stage(number, experiment) for number in range(len(problem.steps) + 1))]
-    return max(candidates, key=lambda s: sum(map(len, problem.steps[s.hidden_steps :])) + s.num_latents)
+def _largest_stage(problem: TokenizedProblem, stages: Sequence[Stage]) -> Stage:
+    """The stage with the longest text."""
+    return max(stages, key=lambda s: sum(map(len, problem.steps[s.hidden_steps :])) + s.num_latents)
 
 
 def largest_evaluation_batch(

@@ -66,6 +66,19 @@ def test_rows_may_use_fewer_latents_than_there_are_columns():
     assert seen == [[True, False], [True, False], [False, False], [False, False]]
 
 
+@pytest.mark.parametrize("method", ["coconut", "cot", "no_thoughts"])
+def test_without_latents_rows_are_padded_on_the_right_only(method):
+    settings = experiment(method=method)
+    samples = [render(p, Stage(0, 0), settings, VOCABULARY, i) for i, p in enumerate(problems(6))]
+    batch = collate([*samples, None], pad_id=0)
+    lengths = [len(sample.tokens) for sample in samples]
+    assert batch.shape == (7, max(lengths))
+    columns = torch.arange(batch.shape[1])
+    for row, length in enumerate([*lengths, lengths[0]]):
+        assert torch.equal(batch.attention_mask_BT[row].bool(), columns < length)
+        assert tuple(batch.input_ids_BT[row, :length].tolist()) == samples[row % 6].tokens
+
+
 def test_from_padded_finds_what_collate_knew():
     made = collate(
         [render(p, Stage(1, 2), experiment(), VOCABULARY, i) for i, p in enumerate(problems(4))], 0

@@ -1,6 +1,7 @@
 """Plans of a small model: what they count, that they move the right way, and that `fit` agrees with them."""
 
 import json
+import random
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from coconut_ds.__main__ import main
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import load_experiment, validate_experiment
+from coconut_ds.data.batching import BatchConfig, training_steps
 from coconut_ds.data.problems import Problem
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import BudgetError, ConfigError
@@ -224,10 +226,27 @@ def test_the_worst_batch_has_the_longest_question_and_the_longest_rest(tiny_mode
     problems = [problem(9, [1]), problem(3, [8, 8]), problem(4, [2, 2, 2])]
     first, second, *_ = stages_of(experiment)
     shape = shape_of(largest_batch(problems, first, experiment, VOCABULARY, 2))
-    assert shape.columns == 10 + 1 + 16 + 2
+    assert shape.columns == 3 + 2 + 16 + 2, "no latents to align: the longest row"
     shape = shape_of(largest_batch(problems, second, experiment, VOCABULARY, 2))
     assert (shape.prompt, shape.num_latents, shape.columns) == (10, 1, 10 + 1 + 1 + 8 + 2)
     assert shape_of(largest_batch(problems, first, experiment, VOCABULARY, 1)).columns == 3 + 2 + 16 + 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"uniform_prob": 0.5}, {"pad_latent_to_max": False}], ids=str)
+@pytest.mark.parametrize("method", ["coconut", "cot", "no_thoughts"])
+def test_no_micro_batch_is_wider_than_the_largest(tiny_model, changes, method):
+    draw = random.Random(0)
+    words = lambda high: draw.randint(1, high)  # noqa: E731
+    problems = [problem(words(20), [words(9) for _ in range(words(4) - 1)], words(5)) for _ in range(40)]
+    more = {"max_latent_stage": 2, "num_epochs": 4, "c_thought": 2, "batch_size_training": 3} | changes
+    experiment = experiment_of(tiny_model, method=method, **more)
+    layout = BatchConfig.of(experiment, 2, 1)
+    for at in stages_of(experiment):
+        limit = shape_of(largest_batch(problems, at, experiment, VOCABULARY, 3))
+        steps = training_steps(problems, at.epoch, experiment, VOCABULARY, layout)
+        shapes = [shape_of(batch) for step in steps for batch in step]
+        assert max(shape.columns for shape in shapes) <= limit.columns
+        assert max(shape.num_latents for shape in shapes) <= limit.num_latents
 
 
 def test_mixed_stages_count_the_longest_text_and_the_most_latents(tiny_model):

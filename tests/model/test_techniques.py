@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.textbook import textbook_loss
 from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.data.batching import collate
+from coconut_ds.data.curriculum import Sample
 from tests.model.cases import (
     ARCHITECTURES,
     EQUAL_ROWS,
@@ -42,6 +44,24 @@ def test_every_subset_equals_the_textbook_loop(architecture, shape):
         ours, our_gradients = loss_and_gradients(make_coconut(architecture, settings), batch)
         assert ours == pytest.approx(loss.item(), rel=1e-6), settings
         assert_same_gradients(our_gradients, gradients(reference))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES])
+def test_padding_on_the_right_changes_no_loss(architecture):
+    left = make_batch(NO_LATENT_ROWS)
+    samples = [
+        Sample(row, tuple(ids[mask.bool()].tolist()), question, 0, question)
+        for row, (ids, mask, (question, _, _)) in enumerate(
+            zip(left.input_ids_BT, left.attention_mask_BT, NO_LATENT_ROWS, strict=True)
+        )
+    ]
+    right = collate(samples, pad_id=0, loss_denominator=left.loss_denominator)
+    assert right.shape[1] < left.shape[1]
+    model = make_coconut(architecture, LatentMemory())
+    expected, expected_gradients = loss_and_gradients(model, left)
+    loss, loss_gradients = loss_and_gradients(model, right)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert_same_gradients(loss_gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("rows", [RAGGED_ROWS, ONE_LATENT_ROWS, NO_ANSWER_ROWS, NO_LATENT_ROWS])

@@ -137,7 +137,7 @@ def _stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
 
 def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:
     try:
-        vocabulary = load_vocabulary(experiment.model_id)
+        vocabulary = load_vocabulary(experiment.model_id, experiment.chat_template)
     except UserError as error:
         yield str(error)
         return

@@ -93,6 +93,7 @@ class Experiment:
     too_long: str  # "error" | "drop" | "truncate_question"
     max_tokens: int | None  # of one example with its latents
     fields: Mapping[str, str] | None  # question, steps, answer -> the data files' names of them
+    chat_template: bool
     max_new_tokens: int | None
     grading: str | None  # "exact" | "latex"
 

@@ -86,7 +86,7 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
     are too long.
     """
     debug = experiment.debug
-    vocabulary = load_vocabulary(experiment.model_id)
+    vocabulary = load_vocabulary(experiment.model_id, experiment.chat_template)
     train: Sequence[TokenizedProblem] = []
     if not experiment.only_eval:
         refuse_unsavable(vocabulary, experiment.model_id)
@@ -150,7 +150,7 @@ def load_evaluation_data(
     experiment: Experiment, config: PretrainedConfig, path: str, stage: Stage, limit: int | None
 ) -> tuple[Vocabulary, TestSet]:
     """Read and tokenize a file to evaluate at `stage`.  Prints and raises like `load_run_data`."""
-    vocabulary = load_vocabulary(experiment.model_id)
+    vocabulary = load_vocabulary(experiment.model_id, experiment.chat_template)
     test_set = load_test_set(path, vocabulary, limit, experiment.fields)
     check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
     use = Use(path, test_set.tokenized, [stage])

@@ -2,6 +2,8 @@
 
 {question}\\n  <|start-latent|> <|latent|>... <|end-latent|>  {step}\\n ...  ### {answer}<eos>
 
+With `chat_template`, the question is a user's message in the tokenizer's chat template instead of a line.
+
     cache/tokens/3f0c....npz    tokens         ids of all pieces, one after the other
                                 piece_ends     where each one ends: question, steps ..., answer, question, ...
                                 first_pieces   which piece is each problem's question; last, their number
@@ -53,6 +55,7 @@ class Vocabulary:
     end_id: int
     eos_id: int
     pad_id: int
+    chat: tuple[str, str] | None = None  # what the chat template writes before and after a question
 
     @property
     def special_token_ids(self) -> tuple[int, int, int]:
@@ -81,6 +84,7 @@ class Vocabulary:
             self.tokenizer.init_kwargs.get("add_bos_token"),
             *self.special_token_ids,
             self.eos_id,
+            *(self.chat or ()),
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -123,10 +127,11 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
     return model_id, {}
 
 
-def load_vocabulary(model_id: str) -> Vocabulary:
+def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
     """Load the tokenizer of a Hugging Face id, a folder or a .gguf file, and add the special tokens.
 
-    Raises ConfigError if it cannot be loaded or has no end-of-sequence token.
+    `chat_template`: put questions into the tokenizer's template.  transformers runs it in Jinja's sandbox.
+    Raises ConfigError if it cannot be loaded, or has no end-of-sequence token or no template.
     """
     where, extra = locate_model(model_id)
     try:
@@ -147,7 +152,28 @@ def load_vocabulary(model_id: str) -> Vocabulary:
         end_id=tokenizer.convert_tokens_to_ids(END),
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
+        chat=_around_question(tokenizer, model_id) if chat_template else None,
     )
+
+
+def _around_question(tokenizer: Any, model_id: str) -> tuple[str, str]:
+    question = "the question's place"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # there is no template, or it raises anything
+        raise ConfigError(
+            f"chat_template: the tokenizer of {model_id!r} has no chat template that works "
+            f"({first_line(error)}); write 'chat_template: false'"
+        ) from error
+    before, question, after = text.partition(question)
+    if not question:
+        raise ConfigError(
+            f"chat_template: the template of {model_id!r} leaves the question out; "
+            "write 'chat_template: false'"
+        )
+    return before, after
 
 
 def refuse_unsavable(vocabulary: Vocabulary, model_id: str) -> None:
@@ -181,19 +207,23 @@ def tokenize(problems: Sequence[Problem], vocabulary: Vocabulary) -> list[Tokeni
     Raises DataError for text that the tokenizer cannot encode.
     """
 
-    def encode(texts: list[str], special: bool) -> list[list[int]]:
+    def encode(texts: list[str], special: bool = False, is_data: bool = True) -> list[list[int]]:
         if not texts:
             return []
-        # A special token in the data stays text; only `render` inserts special tokens.
-        options = dict(add_special_tokens=special, split_special_tokens=True, return_attention_mask=False)
+        # A special token in the data stays text; only `render` and the chat template insert special tokens.
+        options = dict(add_special_tokens=special, split_special_tokens=is_data, return_attention_mask=False)
         try:
             return vocabulary.tokenizer(texts, **options)["input_ids"]
         except Exception as error:  # a word-level tokenizer without an unknown token raises nothing narrower
             raise DataError(_cannot_encode(texts, vocabulary, error)) from error
 
-    questions = encode([problem.question + "\n" for problem in problems], special=True)
-    answers = encode(["### " + problem.answer for problem in problems], special=False)
-    step_lines = iter(encode([step + "\n" for problem in problems for step in problem.steps], special=False))
+    if vocabulary.chat is None:
+        questions = encode([problem.question + "\n" for problem in problems], special=True)
+    else:
+        before, after = encode([*vocabulary.chat], is_data=False)
+        questions = [[*before, *ids, *after] for ids in encode([problem.question for problem in problems])]
+    answers = encode(["### " + problem.answer for problem in problems])
+    step_lines = iter(encode([step + "\n" for problem in problems for step in problem.steps]))
     return [
         TokenizedProblem(
             question=tuple(question),

@@ -54,7 +54,7 @@ def export_hf(
     original = original_model_id(trained)
     if merged and trained.experiment.tuning != "lora":
         raise ConfigError(f"--merge: {target} has no adapters (tuning: full); leave out --merge")
-    vocabulary = load_vocabulary(trained.experiment.model_id)
+    vocabulary = load_vocabulary(trained.experiment.model_id, trained.experiment.chat_template)
     refuse_unsavable(vocabulary, trained.experiment.model_id)
     module = trained.build(vocabulary)
     is_adapter = isinstance(module.base, PeftModel) and not merged

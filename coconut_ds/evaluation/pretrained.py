@@ -130,7 +130,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def of(cls, trained: Trained, device: str | torch.device | None = None) -> Self:
         """The model of a run, on `device`: default the first GPU, else the CPU."""
-        vocabulary = load_vocabulary(trained.experiment.model_id)
+        vocabulary = load_vocabulary(trained.experiment.model_id, trained.experiment.chat_template)
         module = trained.build(vocabulary).to(device or _best_device())
         model = cls(CoconutConfig.of(trained, module, vocabulary), module).eval()
         model.trained, model.__dict__["vocabulary"] = trained, vocabulary
@@ -218,7 +218,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return load_vocabulary(self.trained.experiment.model_id)
+        experiment = self.trained.experiment
+        return load_vocabulary(experiment.model_id, experiment.chat_template)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -257,7 +257,7 @@ def read_lengths(experiment: Experiment) -> tuple[list[TokenizedProblem], list[T
     Raises ConfigError, with the shape options, if a file is missing.
     """
     try:
-        vocabulary = load_vocabulary(experiment.model_id)
+        vocabulary = load_vocabulary(experiment.model_id, experiment.chat_template)
     except ConfigError as error:
         raise ConfigError(f"{error}\n  {SHAPE_HINT}") from error
     files = []

@@ -7,13 +7,14 @@ import pickle
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from coconut_ds.data.problems import read_problems
+from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import cached_tokens, load_vocabulary, tokenize
-from coconut_ds.errors import DataError
+from coconut_ds.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +165,49 @@ def test_a_wrong_file_leaves_nothing(tmp_path, data, vocabulary):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be stored"):
         cached_tokens(shutil.copy(data, tmp_path / "b.json"), vocabulary, tmp_path / "file" / "cache")
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} ? {% endfor %}"
+    "{% if add_generation_prompt %}= {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(tmp_path, arithmetic):
+    """The arithmetic tokenizer with the special token `<|user|>` and a chat template."""
+    tokenizer = load_vocabulary(str(arithmetic / "gpt2")).tokenizer
+    tokenizer.add_tokens(["<|user|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT
+    shutil.copytree(arithmetic / "gpt2", tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+def test_a_question_in_the_chat_template(tmp_path, data, chat_model):
+    problems = [Problem("3 + 4", ("<<3+4=7>>",), "7"), Problem("<|user|>", (), "1")]
+    plain, chat = load_vocabulary(chat_model), load_vocabulary(chat_model, chat_template=True)
+    without, inside = tokenize(problems, plain), tokenize(problems, chat)
+    user = chat.tokenizer.convert_tokens_to_ids("<|user|>")
+    words = chat.tokenizer.convert_tokens_to_ids
+    assert inside[0].question == (user, *words(["3", "+", "4", "?", "="]))
+    assert [ids.question.count(user) for ids in inside] == [1, 1]  # none from the data
+    assert [(x.steps, x.answer) for x in inside] == [(x.steps, x.answer) for x in without]
+    assert list(cached_tokens(data, chat, tmp_path / "c")) != list(cached_tokens(data, plain, tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('no') }}", "that works"),
+        ("hello", "leaves the question"),
+    ],
+)
+def test_a_chat_template_that_is_of_no_use(chat_model, template, message):
+    tokenizer = load_vocabulary(chat_model).tokenizer
+    tokenizer.chat_template = template
+    Path(chat_model, "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(chat_model)
+    with pytest.raises(ConfigError, match=message):
+        load_vocabulary(chat_model, chat_template=True)

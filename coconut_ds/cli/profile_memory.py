@@ -13,9 +13,9 @@ from typing import Any
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import Experiment, add_experiment_arguments, experiment_to_yaml
 from coconut_ds.data.curriculum import final_stage
-from coconut_ds.data.run_data import RunData, TestSet, load_run_data
+from coconut_ds.data.run_data import RunData, TestSet
 from coconut_ds.distributed import lost_ranks_explained
-from coconut_ds.engine.engine import Engine, Ranks, start_distributed
+from coconut_ds.engine.engine import Engine, Ranks, start_distributed, world_size_from_environment
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.evaluate import evaluate
 from coconut_ds.files import json_text, make_folder, replace_text
@@ -24,10 +24,10 @@ from coconut_ds.memory.budget import MemoryGuard, read_settings
 from coconut_ds.memory.phases import largest_batch, shape_of, stages_of
 from coconut_ds.memory.planner import Planner
 from coconut_ds.memory.profiler import BETWEEN, INITIALISE, PhaseMeter, profile_steps
-from coconut_ds.model.loading import load_config, write_model
+from coconut_ds.model.loading import write_model
 from coconut_ds.reports.memory_tables import profile_text
 from coconut_ds.runs.run_folder import RunLock, run_folder
-from coconut_ds.training.trainer import start_engine
+from coconut_ds.training.trainer import check_start, start_engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) -> str | None:
     """Profile on every rank; the main rank writes the files and returns the text.  Collective."""
     folder = run_folder(experiment) / "memory"
-    run_data = load_run_data(experiment, load_config(experiment.model_id))
+    run_data = check_start(experiment, ds_config, world_size_from_environment())
     ranks = start_distributed(ds_config.precision)
     locks: list[RunLock] = []  # keep other runs out of the folder
     ranks.on_main(lambda: locks.append(RunLock(folder.parent)))

@@ -30,6 +30,9 @@ AUTO_SIZES: Mapping[str, Callable[[int], int]] = {
     "stage3_param_persistence_threshold": lambda hidden_size: 10 * hidden_size,
 }
 COMMENT = ("_", "//", "#")
+EIGHT_BIT = "AdamW8bit"
+# Spellings of the Hugging Face Trainer and of bitsandbytes.
+EIGHT_BIT_NAMES = ("adamw8bit", "adamw_8bit", "adamw_bnb_8bit")
 # Old and internal spellings of keys, and the block that each is in.
 RENAMED = {
     "": {"bfloat16": "bf16"},
@@ -96,6 +99,10 @@ class DeepSpeedConfig:
     @property
     def zero_stage(self) -> int:
         return int(self.stock["zero_optimization"]["stage"])
+
+    @property
+    def eight_bit_moments(self) -> bool:
+        return bool(self.stock["optimizer"]["type"] == EIGHT_BIT)
 
     @property
     def offload_optimizer(self) -> bool:
@@ -293,11 +300,31 @@ def _contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
     params = valid.get("optimizer", {}).get("params", {})
     if params.get("torch_adam") and "bias_correction" in params:
         yield "optimizer.params.bias_correction: torch's AdamW always corrects the bias; delete it"
-    if "zero_optimization" in valid:
+    if valid.get("optimizer", {}).get("type") == EIGHT_BIT:
+        yield from _eight_bit_contradictions(valid, params)
+    elif "zero_optimization" in valid:
         yield from _offload_contradictions(valid, params)
+    if "zero_optimization" in valid:
         yield from _zero_contradictions(valid)
     if "memory_budget" in valid:
         yield from _budget_contradictions(valid["memory_budget"])
+
+
+def _eight_bit_contradictions(valid: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("bias_correction", "fp32_optimizer_states"):
+        if key in params:
+            yield f"optimizer.params.{key}: is not an argument of {EIGHT_BIT}; delete it"
+    for kind in ("fp16", "bf16"):
+        if valid.get(kind, {}).get(key := f"{kind}_master_weights_and_grads"):
+            yield f"{kind}.{key}: needs DeepSpeed's CPU Adam, not {EIGHT_BIT}; delete it"
+    zero = valid.get("zero_optimization", {})
+    if zero and _offloads(valid, "offload_optimizer"):
+        yield (
+            f"optimizer.type: {EIGHT_BIT} keeps its moments on the GPU, but zero_optimization."
+            'offload_optimizer moves them to the host; delete offload_optimizer, or write "type": "AdamW"'
+        )
+    if zero.get("stage") == 3:
+        yield f'optimizer.type: {EIGHT_BIT} needs ZeRO 1 or 2; write "stage": 2, or "type": "AdamW"'
 
 
 def _offload_contradictions(valid: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
@@ -375,6 +402,11 @@ def _convert(values: dict[str, Any]) -> Iterator[str]:
         if kind == "adam":
             yield 'optimizer.type: is "Adam", which DeepSpeed runs as AdamW'
     params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    if kind in EIGHT_BIT_NAMES:
+        optimizer["type"] = EIGHT_BIT
+        if isinstance(params, dict) and "torch_adam" in params:
+            del params["torch_adam"]
+            yield f"optimizer.params.torch_adam: has no effect on {EIGHT_BIT}; it is ignored"
     for key in ("betas", "eps"):
         if isinstance(params, dict) and params.get(key) == "auto":
             del params[key]  # the defaults of AdamW, as in the Trainer

@@ -42,6 +42,19 @@ def import_muon_uncompiled() -> None:
         os.environ["TORCHDYNAMO_DISABLE"] = users_own
 
 
+def eight_bit_adam() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW8bit, as an optimizer that ZeRO takes without a warning.
+
+    deepspeed/runtime/zero/utils.py, `is_zero_supported_optimizer`
+    """
+    from bitsandbytes.optim import AdamW8bit  # slow, and optional
+
+    supported = importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS
+    if AdamW8bit not in supported:
+        supported.append(AdamW8bit)
+    return AdamW8bit
+
+
 def unlink_shared_memory(rank: int) -> None:
     """Unlink the 69 MB of shared memory of DeepSpeed's CPU all-reduce; it then ends with the ranks.
 

@@ -29,7 +29,7 @@ from deepspeed.git_version_info import installed_ops
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.data.batching import Batch
 from coconut_ds.distributed import Ranks, phase
 from coconut_ds.engine import deepspeed_patches as patches
@@ -167,9 +167,9 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     for block, key in GPU_ONLY:
         if on_cpu and ds_config.get(block, {}).get(key):
             raise ConfigError(f"{block}.{key}: needs a GPU; delete it to run on the CPU")
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        return dict(ds_config)
     optimizer = ds_config["optimizer"]
+    if optimizer["type"] == EIGHT_BIT or zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        return dict(ds_config)
     params = {"torch_adam": True, **optimizer.get("params", {})} | ({"torch_adam": True} if on_cpu else {})
     if not params.pop("bias_correction", True):
         return dict(ds_config)  # torch's AdamW always corrects the bias
@@ -210,11 +210,16 @@ class Engine(Ranks):
         super().__init__(ranks.rank, ranks.world_size, ranks.device)
         self.excludes_frozen = any(not p.requires_grad for p in module.parameters())
         config = {**_for_device(ds_config, ranks.device), "managed_gradient_accumulation": False}
+        make_optimizer = None  # DeepSpeed makes the optimizer of the config
+        if config["optimizer"]["type"] == EIGHT_BIT:
+            make_optimizer = partial(patches.eight_bit_adam(), **config.pop("optimizer")["params"])
+        self.moments_bytes = 2 * FP32_BYTES if make_optimizer is None else 2
         patches.import_muon_uncompiled()
         self._engine, self._optimizer, _, scheduler = deepspeed.initialize(
             model=module,
             model_parameters=[dict(group) for group in parameter_groups],
             config=config,
+            optimizer=make_optimizer,
             lr_scheduler=partial(LambdaLR, lr_lambda=rate_factor) if rate_factor else None,
         )
         self.zero_stage: int = self._engine.zero_optimization_stage()
@@ -292,8 +297,8 @@ class Engine(Ranks):
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint of all ranks, without its small files.
 
-        Optimizer shards: fp32 weights and AdamW's two moments.  Weights: once in Hugging Face form and,
-        except with ZeRO-3, once in the shards.
+        Optimizer shards: fp32 weights and AdamW's two moments, in fp32 or 8 bits.  Weights: once in Hugging
+        Face form and, except with ZeRO-3, once in the shards.
         """
         trained = weights = 0
         for parameter in self.module.parameters():
@@ -302,7 +307,7 @@ class Engine(Ranks):
                 trained += size
             if parameter.requires_grad or not self.excludes_frozen:
                 weights += size * parameter.element_size()
-        return 3 * FP32_BYTES * trained + (1 if self.zero_stage == 3 else 2) * weights
+        return (FP32_BYTES + self.moments_bytes) * trained + (1 if self.zero_stage == 3 else 2) * weights
 
     def save_shards(self, folder: Path, client_state: Mapping[str, Any]) -> None:
         """Write this rank's shards of weights and optimizer to `folder`. Collective."""

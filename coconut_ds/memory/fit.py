@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
@@ -68,12 +68,17 @@ def memory_options(
         text, name = "activation checkpointing (exact, about a third slower)", "activation_checkpointing: "
         yield change(LATENT, text, name + "layers", activation_checkpointing="layers")
     if not ds_config.offload_optimizer:
+        if experiment.tuning == "full" and ds_config.zero_stage < 3 and not ds_config.eight_bit_moments:
+            text, setting = "8-bit Adam moments (changes what is learned a little)", "optimizer.type"
+            yield MemoryOption(text, f"--ds {setting}={EIGHT_BIT}", experiment, eight_bit(ds_config))
         stage, offload = max(2, ds_config.zero_stage), {"device": "cpu", "pin_memory": True}
         text, name = "optimizer offload to the host (slower steps)", "offload_optimizer: cpu"
         option = change(ZERO, text, name, stage=stage, offload_optimizer=offload)
         optimizer = option.ds_config.stock["optimizer"]
         params = {key: value for key, value in optimizer.get("params", {}).items() if key != "torch_adam"}
-        yield replace(option, ds_config=with_settings(option.ds_config, "optimizer", params=params))
+        changed = with_settings(option.ds_config, "optimizer", type="AdamW", params=params)
+        setting = option.setting + " --ds optimizer.type=AdamW" * ds_config.eight_bit_moments
+        yield replace(option, setting=setting, ds_config=changed)
     if ds_config.precision == "fp32" and not experiment.bf16:
         yield MemoryOption(
             "16-bit weights and activations (bf16 from compute capability 8.0, fp16 on 7.x)",
@@ -131,6 +136,15 @@ def host_options(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: int)
         )
         setting = "--ds zero_optimization.offload_optimizer.device=none --ds optimizer.params.torch_adam=true"
         yield MemoryOption("optimizer on the GPU (faster steps)", setting, experiment, changed)
+        text, setting = "optimizer on the GPU with 8-bit moments", setting.split(" --ds optimizer")[0]
+        yield MemoryOption(text, f"{setting} --ds optimizer.type={EIGHT_BIT}", experiment, eight_bit(changed))
+
+
+def eight_bit(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
+    """With bitsandbytes' AdamW in the place of torch's."""
+    params = dict(ds_config.stock["optimizer"].get("params", {}))
+    params.pop("torch_adam", None)
+    return with_settings(ds_config, "optimizer", type=EIGHT_BIT, params=params)
 
 
 def ds_options(block: str, changes: Mapping[str, Any]) -> str:

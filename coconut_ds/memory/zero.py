@@ -20,7 +20,7 @@ from coconut_ds.memory.fake_run import GRADIENTS, Arrival, BackwardBegins, Trace
 from coconut_ds.model.quantization import NF4Linear
 
 PARAMETERS, OPTIMIZER, COMMUNICATION = "parameters", "optimizer", "communication"
-FP32, FP64 = 4, 8
+EIGHT_BIT, FP32, FP64 = 1, 4, 8
 NVIDIA = "cuda"
 # With more ranks than this, only a sample of them is replayed.
 MAX_RANKS = 8
@@ -146,6 +146,8 @@ def _state_bytes(ds_config: DeepSpeedConfig) -> tuple[int, int]:
     # runtime/engine.py, _configure_basic_optimizer; ops/adam/cpu_adam.py, step: moments in the dtype of the
     # master weights.  torch's AdamW makes them so too.
     in_fp32 = params.get("fp32_optimizer_states", True) and not block.get("bf16_optimizer_states")
+    if ds_config.eight_bit_moments:
+        return master, EIGHT_BIT
     uses_cpu_adam = ds_config.offload_optimizer and not params.get("torch_adam")
     return master, FP32 if uses_cpu_adam and in_fp32 else master
 
@@ -209,19 +211,15 @@ def _master_weights_and_moments(part: int, zero: ZeroSettings) -> list[Item]:
     # runtime/zero/stage_1_and_2.py, __init__: single_partition_of_fp32_groups; runtime/zero/stage3.py,
     # _create_fp32_partitions and initialize_optimizer_states.  Adam allocates both moments in its first step:
     # ops/adam/fused_adam.py, FusedAdam.step, torch.optim.Adam, or ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step
-    return [
-        _product(
-            OPTIMIZER, _in_bits("master weights", zero), f"{zero.master_bytes} P/N", zero.master_bytes, part
-        ),
-        _product(
-            OPTIMIZER,
-            "Adam moments",
-            f"{2 * zero.moment_bytes} P/N",
-            2 * zero.moment_bytes,
-            part,
-            ", from the first step on",
-        ),
-    ]
+    b, m = zero.master_bytes, zero.moment_bytes
+    master = _product(OPTIMIZER, _in_bits("master weights", zero), f"{b} P/N", b, part)
+    since = ", from the first step on"
+    if m > EIGHT_BIT:
+        return [master, _product(OPTIMIZER, "Adam moments", f"{2 * m} P/N", 2 * m, part, since)]
+    # bitsandbytes/optim/optimizer.py, init_state: two fp32 scales for every 256 elements, two tables of 256
+    size = 2 * part + 2 * FP32 * (-(-part // 256) + 256)
+    formula = f"2 P/N + 8 P/N / 256 = 2.03 x {part:,}{since}"
+    return [master, Item(OPTIMIZER, "8-bit Adam moments", size, formula)]
 
 
 def _in_bits(name: str, zero: ZeroSettings) -> str:
@@ -298,6 +296,8 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         flat.append(in_fp32)
     widest = max((_padded(sum(group), zero.ranks) // zero.ranks for group in sizes.groups), default=0)
     copies = 1 if zero.device == NVIDIA else 2
+    if zero.moment_bytes == EIGHT_BIT:  # one kernel on a GPU; on the CPU, moments and roots in fp32
+        copies = 0 if zero.device == NVIDIA else 5
     roots = f"{4 * copies} P/N of the largest group"
     # runtime/zero/stage_1_and_2.py, _optimizer_step.  Measured on two CPU ranks: the collected gradients live
     # until the update is complete.

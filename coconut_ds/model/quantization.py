@@ -28,7 +28,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def quantize_linears(base: PreTrainedModel) -> None:
     """Replace the linear layers of `base`, except its head, in place.  Raises ConfigError."""
-    refuse_missing_library()
+    refuse_missing_library("quantization: nf4")
     for parent, name in _linears(base):
         setattr(parent, name, NF4Linear(getattr(parent, name)))
 
@@ -68,12 +68,10 @@ def has_library() -> bool:
     return find_spec("bitsandbytes") is not None
 
 
-def refuse_missing_library() -> None:
-    """Raise ConfigError if bitsandbytes is not installed."""
+def refuse_missing_library(setting: str) -> None:
+    """Raise ConfigError if bitsandbytes, which `setting` needs, is not installed."""
     if not has_library():
-        raise ConfigError(
-            'quantization: nf4 needs bitsandbytes; install it: pip install "bitsandbytes==0.50.2"'
-        )
+        raise ConfigError(f'{setting} needs bitsandbytes; install it: pip install "bitsandbytes==0.50.2"')
 
 
 def _bitsandbytes() -> Any:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coconut_ds.config.deepspeed import EIGHT_BIT
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import affects, default_of, settings_with
 from coconut_ds.data.forms import local_file
@@ -147,6 +148,7 @@ KERNEL = "another optimizer kernel: results differ in the last digits"
 SHAPES = "the saved tensors have other shapes or names"
 PRECISION = "the saved tensors have another precision, so the run would not continue from the same numbers"
 LEARNS = "changes what is learned"
+OTHER_OPTIMIZER = "the saved moments belong to another optimizer"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 METHOD = "another method needs a new run: set a new 'name', and this checkpoint as 'load_model_path'"
 MEASURES = "accuracies before and after do not compare"  # and `best` compares accuracies of one run
@@ -174,7 +176,7 @@ DS_RULES = {
     "optimizer.params.torch_adam": (Severity.NEEDS_ALLOW, KERNEL),
     "fp16.enabled": (Severity.IMPOSSIBLE, PRECISION),
     "bf16.enabled": (Severity.IMPOSSIBLE, PRECISION),
-    "optimizer.type": (Severity.IMPOSSIBLE, "the saved moments belong to another optimizer"),
+    "optimizer.type": (Severity.IMPOSSIBLE, OTHER_OPTIMIZER),
     "optimizer": (Severity.NEEDS_ALLOW, LEARNS),
     "fp16.fp16_master_weights_and_grads": (Severity.IMPOSSIBLE, PRECISION),
     "bf16.bf16_master_weights_and_grads": (Severity.IMPOSSIBLE, PRECISION),
@@ -226,7 +228,7 @@ def learned_ds_settings(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flatten(ds_config)
-        if value != "auto" and (rule := _ds_rule(key)) is not None and rule[1] == LEARNS
+        if value != "auto" and (rule := _ds_rule(key)) is not None and rule[1] in (LEARNS, OTHER_OPTIMIZER)
     }
 
 
@@ -273,6 +275,15 @@ def refuse_changes(
     changes = classify_changes(manifest.settings, current)
     if manifest.world_size != world_size:
         changes = _with_other_ranks(changes, manifest, current, world_size)
+    if current.get("ds_config", {}).get("optimizer", {}).get("type") == EIGHT_BIT:
+        # Their scales belong to 256 neighbors in a shard, and DeepSpeed's converter knows only fp32 moments.
+        why = "8-bit moments cannot be split again"
+        changes = [
+            replace(change, severity=Severity.IMPOSSIBLE, why=why)
+            if change.key == "world_size" or change.why == SHARDS
+            else change
+            for change in changes
+        ]
     refused = [
         change
         for change in changes

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig, training_steps
 from coconut_ds.data.curriculum import (
@@ -94,7 +94,9 @@ def check_start(experiment: Experiment, ds_config: DeepSpeedConfig, world_size: 
     ds_config.resolve(experiment, world_size)
     refuse_missing_operators(ds_config)
     if experiment.quantization == "nf4":
-        refuse_missing_library()
+        refuse_missing_library("quantization: nf4")
+    if ds_config.eight_bit_moments:
+        refuse_missing_library(f"{ds_config.path}: optimizer.type: {EIGHT_BIT}")
     return load_run_data(experiment, load_config(experiment.model_id))
 
 

@@ -223,6 +223,23 @@ BAD = [
     ({"zero_optimization": {"stage": "4"}}, "zero_optimization.stage: must be one of 1, 2, 3, got '4'\n"),
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: must be one of 1, 2, 3, got 4\n"),
     ({"zero_optimization": {"stage": "2"}}, "got '2'; write 2 without quotes\n"),
+    ({"optimizer": {"type": "PagedAdamW8bit"}}, "or AdamW8bit of bitsandbytes (paged, "),
+    ({"optimizer": {"type": "AdamW8bit"}, "zero_optimization": {"stage": 3}}, 'write "stage": 2, or "type"'),
+    (
+        {"optimizer": {"type": "AdamW8bit"}, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "moves them to the host; delete offload_optimizer",
+    ),
+    (
+        {"optimizer": {"type": "AdamW8bit", "params": {"bias_correction": False}}},
+        "is not an argument of AdamW8bit",
+    ),
+    (
+        {
+            "optimizer": {"type": "AdamW8bit"},
+            "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
+        },
+        "needs DeepSpeed's CPU Adam, not AdamW8bit; delete it",
+    ),
     ({"optimizer": {"type": "OneBitAdam"}}, 'write "type": "AdamW", got \'OneBitAdam\''),
     ({"pipeline": {"stages": 2}}, "pipeline parallelism cannot run the latent loop; delete it"),
     ({"autotuning": {"enabled": True}}, "use the fit command instead"),
@@ -359,6 +376,10 @@ RENAMED = [
     ),
     ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {"zero_optimization": {"stage": 1}}),
     ({"zero_optimization": {"stage": 2, "offload_param": CPU}}, {"zero_optimization": {"stage": 2}}),
+    (
+        {"optimizer": {"type": "adamw_bnb_8bit", "params": {"torch_adam": False, "eps": 1e-6}}},
+        {"optimizer": {"type": "AdamW8bit", "params": {"eps": 1e-6}}},
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ PLACES = [
     ("ops/adam/cpu_adam.py", "self.ds_opt_adam.create_adam(self.opt_id"),
     ("runtime/fp16/loss_scaler.py", patches.SCALER_AT_MINIMUM),
     (STAGE_1_AND_2, "self.clip_grad = checkpoint_clip_grad"),
+    ("runtime/zero/utils.py", "return type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS"),
     ("runtime/engine.py", "return self._config.load_universal_checkpoint"),
 ]
 

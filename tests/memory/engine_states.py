@@ -76,8 +76,9 @@ def compared(tuning, ranks):
     batch = largest_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
     batch = with_padding(batch)
     results = {}
-    for name in ("zero1", "zero2", "zero2_offload"):
-        ds_config = load_ds_config(f"ds_configs/{name}.json")
+    for name in ("zero1", "zero2", "zero2_offload", "zero2_8bit"):
+        overrides = ["optimizer.type=AdamW8bit"] if name == "zero2_8bit" else []
+        ds_config = load_ds_config(f"ds_configs/{name.removesuffix('_8bit')}.json", overrides)
         ds_config.stock["zero_optimization"]["reduce_bucket_size"] = BUCKET
         gc.collect()
         before = held_bytes()

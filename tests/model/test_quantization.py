@@ -20,6 +20,7 @@ from coconut_ds.model.loading import load_base, load_config, parameter_groups, s
 from coconut_ds.model.quantization import NF4Linear, dequantize_linears, quantize_linears
 from coconut_ds.runs.changes import BaseRecord
 from coconut_ds.thoughts import ThoughtSettings, build_thought
+from coconut_ds.training.trainer import check_start
 from tests.model import cases
 from tests.model.lora_cases import FAMILIES, MARKERS, batch, coconut, experiment, logits, new_base, train
 
@@ -149,6 +150,9 @@ def test_missing_library_gets_the_install_command(monkeypatch):
     monkeypatch.setattr("coconut_ds.model.quantization.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match='pip install "bitsandbytes==') as caught:
         coconut("gpt2", quantization="nf4")
+    ds_config = validate_ds_config({"optimizer": {"type": "AdamW8bit"}}, "f.json")
+    with pytest.raises(ConfigError, match='optimizer.type: AdamW8bit needs bitsandbytes; .*"bitsandbytes=='):
+        check_start(experiment(), ds_config, 1)
     pin = str(caught.value).split('"')[1]
     for name in ("requirements-qlora.txt", "tests/requirements.txt"):
         assert pin in (ROOT / name).read_text().splitlines()

@@ -143,7 +143,8 @@ def test_older_checkpoints_without_a_test_file_or_a_card_resume() -> None:
 
 
 def test_settings_of_the_json_that_change_what_is_learned() -> None:
-    assert learned_ds_settings(SAVED["ds_config"]) == {"optimizer.params.betas": [0.9, 0.95]}
+    learned = {"optimizer.type": "AdamW", "optimizer.params.betas": [0.9, 0.95]}
+    assert learned_ds_settings(SAVED["ds_config"]) == learned
     assert learned_ds_settings(
         {"optimizer": {"params": {"eps": "auto"}}, "communication_data_type": "fp16"}
     ) == {"communication_data_type": "fp16"}
@@ -188,6 +189,18 @@ def test_one_leave_for_all_that_splits_memory() -> None:
     assert "stage: 2 when saved, 3 now (the shards are split again; --allow ds_layout)" in str(caught.value)
     assert len(refuse_changes(manifest, current, 2, ["ds_layout"])) == 4
     assert splits_otherwise(SAVED, current)
+
+
+def test_8_bit_moments_cannot_be_split_again() -> None:
+    saved = with_("ds_config.optimizer.type", "AdamW8bit")
+    manifest = Manifest(TrainState(), saved, 2, False, {})
+    stage_1 = {**saved, "ds_config": {**saved["ds_config"], "zero_optimization": {"stage": 1}}}
+    permissions = ["ds_layout", "world_size", "rows_per_step"]
+    for settings, ranks in ((stage_1, 2), (saved, 1)):
+        with pytest.raises(CheckpointError, match="8-bit moments cannot be split again; impossible"):
+            refuse_changes(manifest, settings, ranks, permissions)
+    assert refuse_changes(manifest, saved, 2, []) == []
+    assert learned_ds_settings(saved["ds_config"]) != learned_ds_settings(SAVED["ds_config"])
 
 
 def test_leave_for_the_layout_does_not_help_a_precision() -> None:

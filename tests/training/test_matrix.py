@@ -13,6 +13,7 @@ PAIRS = ("full-zero2", "full-zero3_offload", "lora-zero2_offload", "lora-zero3_o
 VARIANTS = [f"{thought}-{pair}" for thought in available_thoughts() for pair in PAIRS]
 SUPERVISED = [f"step_result-{pair}" for pair in PAIRS]
 BF16 = [f"{thought}-lora-zero2_offload_bf16" for thought in available_thoughts()]
+BITSANDBYTES = ["adam8bit", "qlora"]
 METHODS = [str(method) for method in Method]
 LAST_STAGE = 3
 
@@ -48,6 +49,16 @@ def method_case(name, experiment):
     }
 
 
+def bitsandbytes_case(name, experiment):
+    tuning = {"tuning": "lora", "quantization": "nf4"} if name == "qlora" else {"tuning": "full"}
+    return {
+        "name": name,
+        "experiment": experiment | tuning,
+        "ds_config": f"ds_configs/zero2_{name}_bf16.json",
+        "epoch": LAST_STAGE,
+    }
+
+
 @pytest.fixture(scope="module")
 def results(tiny_experiment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
@@ -55,13 +66,14 @@ def results(tiny_experiment, tmp_path_factory):
     cases = [variant_case(name, experiment) for name in (*VARIANTS, *BF16)]
     cases += [supervised_case(name, experiment) for name in SUPERVISED]
     cases += [method_case(name, experiment) for name in METHODS]
+    cases += [bitsandbytes_case(name, experiment) for name in BITSANDBYTES]
     (folder / "cases.json").write_text(json.dumps(cases))
     process = start("tests.launched.matrix", folder / "cases.json", folder / "out.json", ranks=2, timeout=540)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *SUPERVISED, *BF16, *METHODS])
+@pytest.mark.parametrize("name", [*VARIANTS, *SUPERVISED, *BF16, *METHODS, *BITSANDBYTES])
 def test_learns_one_batch_and_goes_on_from_a_checkpoint(results, name):
     losses = results[name]["losses"]
     assert all(math.isfinite(loss) for loss in losses)
@@ -70,6 +82,11 @@ def test_learns_one_batch_and_goes_on_from_a_checkpoint(results, name):
     assert resumed[0] == straight[0] < losses[0]
     # DeepSpeed's CPU Adam multiplies up the powers of beta as it goes and starts a resumed run from pow().
     assert resumed[1:] == pytest.approx(straight[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_bitsandbytes_resumes_bit_for_bit(results, name):
+    assert results[name]["resumed"] == results[name]["straight"]
 
 
 @pytest.mark.parametrize("name", [name for name in (*VARIANTS, *BF16) if "-lora-" in name])

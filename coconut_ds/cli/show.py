@@ -7,7 +7,6 @@ missing.
 """
 
 import argparse
-import itertools
 import textwrap
 from collections.abc import Iterable, Iterator
 
@@ -21,7 +20,14 @@ from coconut_ds.config.experiment import (
 from coconut_ds.config.methods import has_published_keys
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.data.batching import BatchConfig
-from coconut_ds.data.curriculum import final_stage, last_epoch, render, stage_at, stage_number, stops_early
+from coconut_ds.data.curriculum import (
+    final_stage,
+    render,
+    stage_at,
+    stage_number,
+    stage_spans,
+    stops_early,
+)
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import UserError
@@ -116,7 +122,7 @@ def _batch_lines(
 
 def _stage_lines(experiment: Experiment) -> Iterator[str]:
     rows = []
-    for first, last in _stage_spans(experiment):
+    for first, last in stage_spans(experiment):
         epochs = f"{first + 1}-{last + 1}" if last > first else f"{first + 1}"
         rows.append((epochs, f"{stage_number(first, experiment)}: {stage_at(first, experiment)}"))
     yield Table(["epochs", "stage"], rows, align="rl").text()
@@ -127,14 +133,6 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
         yield f"each example is trained at a random stage with probability {experiment.uniform_prob}"
 
 
-def _stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
-    """First and last epoch (from 0) of every stage of the run."""
-    epochs = range(experiment.resume, last_epoch(experiment) + 1)
-    for _, same_stage in itertools.groupby(epochs, key=lambda epoch: stage_at(epoch, experiment)):
-        first, *others = same_stage
-        yield first, (others or [first])[-1]
-
-
 def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:
     try:
         vocabulary = load_vocabulary(experiment.model_id, experiment.chat_template)
@@ -142,7 +140,7 @@ def _sample_lines(experiment: Experiment, problem: Problem) -> Iterator[str]:
         yield str(error)
         return
     (tokenized,) = tokenize([problem], vocabulary)
-    for first, _ in _stage_spans(experiment):
+    for first, _ in stage_spans(experiment):
         sample = render(tokenized, stage_at(first, experiment), experiment, vocabulary)
         prompt = vocabulary.spell(sample.tokens[: sample.num_prompt])
         labels = vocabulary.spell(sample.tokens[sample.num_prompt :])

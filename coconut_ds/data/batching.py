@@ -93,6 +93,12 @@ class Batch:
         return self.latents_per_row_B > column - self.first_latent
 
 
+def num_samples_and_tokens(batch: Batch) -> tuple[int, int]:
+    """Real rows of a host batch, and their tokens with latents, without padding."""
+    is_real_B = torch.tensor(batch.indices) >= 0
+    return int(is_real_B.sum()), int(batch.attention_mask_BT[is_real_B].sum())
+
+
 def supervised(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat positions whose hidden state predicts a label, and those labels. For host tensors."""
     shifted = torch.full_like(labels_BT, NO_LABEL)

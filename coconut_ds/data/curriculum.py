@@ -12,6 +12,7 @@ import itertools
 import random
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from coconut_ds.config.experiment import Experiment, Method
@@ -126,6 +127,14 @@ def stops_early(experiment: Experiment) -> str | None:
         f"{key}: {getattr(experiment, key)} ends in stage {number} of {last}; "
         f"the results are of that stage ({final_stage(experiment)})"
     )
+
+
+def stage_spans(experiment: Experiment) -> Iterator[tuple[int, int]]:
+    """First and last epoch (from 0) of every stage of the run."""
+    epochs = range(experiment.resume, last_epoch(experiment) + 1)
+    for _, same_stage in itertools.groupby(epochs, key=lambda epoch: stage_at(epoch, experiment)):
+        first, *others = same_stage
+        yield first, (others or [first])[-1]
 
 
 def is_stage_switch(epoch: int, experiment: Experiment) -> bool:

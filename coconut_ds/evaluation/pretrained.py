@@ -50,7 +50,7 @@ from coconut_ds.evaluation.saved_models import (
 from coconut_ds.files import EXPORT_FILE
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import check_config, load_config
-from coconut_ds.runs.weights import refuse_non_finite
+from coconut_ds.runs.checkpoints import refuse_non_finite
 from coconut_ds.thoughts import Thought, ThoughtSettings, build_thought
 
 # Caches that grow with the latents; the others need a fixed size or another loop.

@@ -25,14 +25,12 @@ from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.published import published_window
 from coconut_ds.model.quantization import others_in_fp32
 from coconut_ds.runs.changes import BaseRecord
+from coconut_ds.runs.checkpoints import describe_tensor, is_weight, refuse_non_finite
 from coconut_ds.runs.weights import (
     THOUGHT_FILE,
-    describe_tensor,
     find_adapter,
-    is_weight,
     load_foreign_weights,
     load_thought_weights,
-    refuse_non_finite,
 )
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 

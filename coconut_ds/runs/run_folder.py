@@ -233,6 +233,15 @@ class Run:
     def has_wandb(self) -> bool:
         return self._wandb is not None
 
+    @property
+    def wandb_state(self) -> str:
+        """Where the metrics go, for the first lines of a run."""
+        if self._wandb is None:
+            return f"off; metrics go to {self.folder / METRICS}" if self.writes else "off"
+        if self._wandb.offline:
+            return f"offline; `wandb sync {Path(self._wandb.dir).parent}` uploads it"
+        return str(self._wandb.url)
+
     def show_samples(self) -> None:
         """Send the newest samples to wandb as one table, which replaces the previous one."""
         if self._wandb is None or not self._samples:

@@ -2,18 +2,17 @@
 
 import time
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tqdm import tqdm
 
 from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.batching import Batch, BatchConfig, training_steps
+from coconut_ds.data.batching import Batch, BatchConfig, num_samples_and_tokens, training_steps
 from coconut_ds.data.curriculum import (
+    ALL_STEPS,
     Stage,
     is_stage_switch,
     next_epoch,
@@ -42,6 +41,7 @@ from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.runs.run_folder import Run
+from coconut_ds.training.progress import Progress, end_lines, model_line, start_lines, table
 
 STUCK_EPOCHS = 3  # epochs of a stage without a new best accuracy before the run says what to change
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation
@@ -75,6 +75,8 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
             watchdog.beat("planning", patience=10)
             with signals.nothing_to_save():
                 guard = enforce_memory_budget(experiment, ds_config, run_data, ranks, options.skip_plan)
+            if ranks.is_main:
+                print(start_lines(experiment, run_data, run.folder, run.devices, guard.plan), flush=True)
             with guard:
                 watchdog.beat("starting the engine", patience=10)
                 engine = start_engine(experiment, ds_config, run_data, ranks)
@@ -170,6 +172,9 @@ class Trainer:
         run.is_stopping = lambda: signals.received is not None
         self.layout = BatchConfig.of(experiment, engine.world_size, engine.rank)
         self.peak = PeakMeter(engine.device)
+        steps_per_epoch = self.layout.num_steps(len(run_data.train))
+        self.progress = Progress(experiment, steps_per_epoch, engine.is_main, self.peak.summary)
+        self.print_line = self.progress.print_line
         self.checkpoints = Checkpoints(
             run.folder,
             engine,
@@ -203,6 +208,8 @@ class Trainer:
     def run_all(self) -> Evaluation | None:
         """Run the remaining epochs, then evaluate on the test set."""
         self.resume()
+        self.progress.trend.is_new = self.state.global_step == 0
+        self.print_line(table(self.start()))
         start = self.experiment.load_model_path
         if start and (note := misleading_best(Path(start))):
             self.print_line(f"load_model_path: {note}")
@@ -226,8 +233,21 @@ class Trainer:
                 self.print_line(early)
             result = self.evaluate(self.run_data.test, self.trained_stage(), "test", epoch)
         self.check_written()
-        self.print_verdicts()
+        if self.run.writes:
+            question = self.run_data.valid.problems[0].question
+            for line in end_lines(self.run.folder, self.engine.world_size, question):
+                self.print_line(line)
         return result
+
+    def start(self) -> dict[str, str]:
+        """What only the loaded run knows, for the first lines of a run."""
+        epoch, end = self.state.epoch + 1, self.experiment.num_epochs
+        step = f", step {self.state.step_in_epoch + 1}" if self.state.step_in_epoch else ""
+        return {
+            "model": model_line(self.experiment, self.engine.module),
+            "wandb": self.run.wandb_state,
+            "start": f"epoch {min(epoch, end)} of {end}{step}{', resumed' * bool(self.checkpoints.loaded)}",
+        }
 
     def finished(self) -> str:
         """What a run that has no epoch left says at its start: accuracy, checkpoints, how to train on."""
@@ -273,7 +293,6 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> None:
         """Run the remaining steps of one epoch."""
-        stage = stage_at(epoch, self.experiment)
         first, done = self.state.step_in_epoch, self.state.samples_in_epoch
         steps = training_steps(
             self.run_data.train, epoch, self.experiment, self.run_data.vocabulary, self.layout, done
@@ -281,12 +300,10 @@ class Trainer:
         total = first + self.layout.num_steps(len(self.run_data.train) - done)
         self.engine.train()  # transformers loads models in evaluation mode
         self.peak.start()
-        with self.bar(None, f"epoch {epoch + 1}: {stage}", total=total, initial=first) as bar:
+        with self.progress.epoch(epoch, first, total):
             for micro_batches in steps:
                 numbers = self.step(micro_batches)
-                shown = ("loss", "latent_loss", "tokens_per_s")
-                bar.set_postfix({name: f"{numbers[name]:.4g}" for name in shown if name in numbers})
-                bar.update()
+                self.progress.step(self.state.global_step, numbers)
                 self.log("train", epoch, stage=stage_number(epoch, self.experiment), **numbers)
                 match self.requests.poll(self.state.global_step):
                     case Request.SAVE:
@@ -318,8 +335,8 @@ class Trainer:
         losses = torch.stack(shares)
         supervised = [share for share in latent_shares if share is not None]
         totals = torch.stack([losses.sum(), *([torch.stack(supervised).sum()] if supervised else [])])
-        own_samples = sum(1 for batch in micro_batches for index in batch.indices if index >= 0)
-        loss, *latent_loss, all_samples = self.engine.sum_over_ranks([*totals.tolist(), own_samples])
+        own = [sum(numbers) for numbers in zip(*map(num_samples_and_tokens, micro_batches), strict=True)]
+        loss, *latent_loss, all_samples, all_tokens = self.engine.sum_over_ranks([*totals.tolist(), *own])
         self.guard.check(number, loss, applied, micro_batches, losses)
         tokens, samples = micro_batches[0].loss_denominator, int(all_samples)
         self.state = replace(
@@ -332,7 +349,13 @@ class Trainer:
             skipped_steps=self.state.skipped_steps + (not applied),
         )
         seconds = time.perf_counter() - started
-        numbers = {"loss": loss, "lr": self.engine.learning_rate, "tokens_per_s": tokens / seconds}
+        numbers = {
+            "loss": loss,
+            "lr": self.engine.learning_rate,
+            "step_seconds": seconds,
+            "tokens_per_s": all_tokens / seconds,
+            "supervised_tokens_per_s": tokens / seconds,
+        }
         if latent_loss:  # "loss" stays that of the text, comparable with other runs and with validation
             numbers["latent_loss"] = latent_loss[0]
             numbers["loss"] -= self.engine.module.latent_weight * latent_loss[0]
@@ -394,8 +417,9 @@ class Trainer:
 
     def measure(self, test_set: TestSet, stage: Stage, ablation: str | None = None) -> Evaluation:
         vocabulary = self.run_data.vocabulary
+        shown = self.progress.batches
         return evaluate(
-            self.engine, test_set, stage, self.experiment, vocabulary, self.bar, self.keep_going, ablation
+            self.engine, test_set, stage, self.experiment, vocabulary, shown, self.keep_going, ablation
         )
 
     def evaluate(self, test_set: TestSet, stage: Stage, name: str, epoch: int) -> Evaluation:
@@ -423,11 +447,12 @@ class Trainer:
         self.run.show_samples()
         is_part = result.num_items == self.experiment.eval_max_items
         part = f" of the first {result.num_items} examples" if is_part else ""
+        writes_steps = stage.hidden_steps != ALL_STEPS
+        match = f"CoT match {100 * result.cot_match:.1f} %  " if writes_steps else ""
         self.print_line(
             f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
             f"accuracy {100 * result.accuracy:.1f} %{part} ({result.grading} grading)  "
-            f"CoT match {100 * result.cot_match:.1f} %  "
-            f"{self.peak.summary()}"
+            f"{match}{self.peak.summary()}"
         )
         self.check_written()
         return result
@@ -477,10 +502,3 @@ class Trainer:
         with self.engine.full_weights() as module:
             if self.engine.is_main:
                 write_model(module, self.run_data.vocabulary, folder)
-
-    def bar(self, batches: Iterable[Batch] | None, title: str, **counts: int) -> tqdm:
-        return tqdm(batches, desc=title, leave=False, disable=None if self.engine.is_main else True, **counts)
-
-    def print_line(self, line: str) -> None:
-        if self.engine.is_main:
-            tqdm.write(line)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-TIMES = {"time", "tokens_per_s", "seconds_per_item", "host_rss_peak_mib"}
+TIMES = {
+    "time", "step_seconds", "tokens_per_s", "supervised_tokens_per_s", "seconds_per_item",
+    "host_rss_peak_mib",
+}  # fmt: skip
 COMPARED = ("train", "valid", "test")  # not what a process measured of itself: memory, saving
 
 

@@ -62,7 +62,8 @@ def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_e
         "num_epochs: 2 ends in stage 1 of 2; the results are of that stage (1 step hidden, 1 latent)"
         in printed
     )
-    assert "tiny: Stage 1 was not learned: 0.0 % (95 % interval" in printed.splitlines()[-1]
+    end = printed.split("test loss")[1]
+    assert "tiny: Stage 1 was not learned: 0.0 % (95 % interval" in end.partition("next:")[0]
 
 
 ONE_EPOCH = CHEAP | {"num_epochs": 1, "max_latent_stage": 1, "eval_max_items": 2}

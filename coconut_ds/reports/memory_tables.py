@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coconut_ds.files import counted
 from coconut_ds.memory.phases import EVALUATION, FORWARD_BACKWARD, STEP
 from coconut_ds.tables import Table
 
@@ -85,6 +86,25 @@ def totals(rows: Sequence[Row]) -> Row:
     if all(row.planned is not None for row in rows):
         planned = total([(row.planned or 0.0, row.lasts) for row in rows])
     return Row("total", planned, total([(row.measured, row.lasts) for row in rows]), True)
+
+
+def profiles_side_by_side(profiles: Mapping[str, tuple[Json, Json]]) -> Table:
+    """Planned and measured MiB of several DeepSpeed configs: {name: (profile, plan)}, one column each."""
+    columns = []
+    for profile, plan in profiles.values():
+        rows = against_plan(profile, plan)
+        total = totals(rows)
+        cells = [f"{row.planned or 0:,.1f} / {row.measured:,.1f}" for row in [*rows, total]]
+        steps = [phase for phase in heaviest(profile)["phases"] if phase["name"].startswith("step 2")]
+        error = 100 * ((total.planned or 0) / total.measured - 1)
+        cells += [f"{error:+.1f} %", f"{sum(phase['seconds'] for phase in steps):.2f}", _free(profile)]
+        columns.append(cells)
+    names = [row.name if row.lasts else f"  + {row.name}" for row in [*rows, total]]
+    names += ["error of the plan", "seconds per step", "budget"]
+    first = next(iter(profiles.values()))[0]
+    where = "GPU" if is_on_gpu(first) else "CPU, GPU and host states together"
+    title = f"{counted(len(first['ranks']), 'rank')}, {where}; rank with the highest peak; {first['batch']}"
+    return Table(["MiB, planned / measured", *profiles], list(zip(names, *columns, strict=True)), title=title)
 
 
 def peak_contents(profile: Json) -> list[tuple[str, float]]:
@@ -173,6 +193,12 @@ def _verdict(profile: Json) -> list[str]:
     allowed = budget["gpu_memory_mib"] - budget["reserved_mib"]
     if not is_on_gpu(profile):
         return [f"budget of one GPU: {allowed:,.0f} MiB; these ranks ran on the CPU, including host states"]
-    free = allowed - rank["peak_mib"]
-    result = f"{free:,.0f} MiB free" if free >= 0 else f"{-free:,.0f} MiB OVER BUDGET"
-    return [f"budget: {rank['peak_mib']:,.0f} of {allowed:,.0f} MiB, {result}"]
+    return [f"budget: {rank['peak_mib']:,.0f} of {allowed:,.0f} MiB, {_free(profile)}"]
+
+
+def _free(profile: Json) -> str:
+    budget = profile["budget"]
+    if budget is None or not is_on_gpu(profile):
+        return "-"
+    free = budget["gpu_memory_mib"] - budget["reserved_mib"] - heaviest(profile)["peak_mib"]
+    return f"{free:,.0f} MiB free" if free >= 0 else f"{-free:,.0f} MiB OVER BUDGET"

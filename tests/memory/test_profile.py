@@ -1,6 +1,7 @@
 """Real steps, measured: all phases are there, and the bytes add up; on two ranks and without DeepSpeed."""
 
 import json
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +16,7 @@ from coconut_ds.memory.planner import MIB
 from coconut_ds.memory.profiler import INITIALISE, PhaseMeter, census, profile_steps
 from tests.launched.start import start
 from tests.model.cases import EQUAL_ROWS, NO_LATENT_ROWS, make_batch, make_coconut
+from tests.reports import made_profile
 
 PASSES = [f"pass {number}" for number in range(4)]  # question, two latents, the last with the answer
 STEP = ["embed", *PASSES, "loss", "backward", "reduce"]
@@ -110,6 +112,40 @@ def test_the_model_is_left_as_it_was(tmp_path):
     before = census(engine)["cpu"].get("other", 0)
     more = torch.ones(2**20)
     assert census(engine)["cpu"]["other"] - before == more.nbytes
+
+
+def test_several_ds_configs_make_one_table(tiny_experiment, tmp_path, monkeypatch, capsys):
+    settings = {**tiny_experiment, "save_path": str(tmp_path), "name": "own"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    started = []
+
+    def profiled(command, **options):
+        """What a process of `profile` leaves; the second one fails."""
+        started.append(command)
+        (name,) = (word.removeprefix("name=") for word in command if word.startswith("name="))
+        if "offload" not in name:
+            (tmp_path / name / "memory").mkdir(parents=True)
+            for kind, made in (("profile", made_profile.profile("cuda:0")), ("plan", made_profile.plan())):
+                (tmp_path / name / "memory" / f"{kind}.json").write_text(json.dumps(made))
+        return subprocess.CompletedProcess(command, 78 if "offload" in name else 0, "", "error: no memory")
+
+    monkeypatch.setattr(subprocess, "run", profiled)
+    files = ["ds_configs/zero1.json", "ds_configs/zero2_offload.json", "ds_configs/zero2.json"]
+    command = ["profile", str(tmp_path / "tiny.yaml"), "--deepspeed_config", *files, "--set", "seed=1"]
+    assert main([*command, "--num-gpus", "2", "--ds", "zero_optimization.reduce_bucket_size=5000"]) == 78
+    assert [words[words.index("--deepspeed_config") + 1] for words in started] == files
+    assert all("seed=1" in words and "--num_gpus" in words and words[-2] == "--ds" for words in started)
+    out = capsys.readouterr().out
+    assert "error: no memory" in out
+    head, *rows = out[out.index("MiB, planned / measured") :].splitlines()
+    assert head.split() == ["MiB,", "planned", "/", "measured", "zero1", "zero2"]
+    cells = {row.split("  ")[0]: row.split()[-3:] for row in rows}
+    assert cells["parameters"] == ["8.0", "/", "8.0"] and cells["seconds per step"][1:] == ["9.00", "9.00"]
+
+    assert main([*command[:3], "a/zero1.json", "b/zero1.json"]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 2
+    assert "without the launcher" in capsys.readouterr().err
 
 
 def read_profile(run_folder):

@@ -92,7 +92,7 @@ class Experiment:
     test_path: str | None
     too_long: str  # "error" | "drop" | "truncate_question"
     max_tokens: int | None  # of one example with its latents
-    fields: Mapping[str, str] | None  # question, steps, answer -> the data files' names of them
+    fields: Mapping[str, Any] | None  # question, steps, answer -> the data files' names of them
     chat_template: bool
     max_new_tokens: int | None
     grading: str | None  # "exact" | "latex"

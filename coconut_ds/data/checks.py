@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from coconut_ds.data.problems import Problem, card_for, read_problems
 from coconut_ds.data.run_data import LengthCheck, Use, num_tokens, trained_stages
@@ -78,7 +79,7 @@ def check_data_files(
     paths: Iterable[str | Path],
     vocabulary: Vocabulary | None = None,
     check: LengthCheck | None = None,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> DataReport:
     """Read and check data files; lengths are in tokens with a vocabulary, in words without.
 

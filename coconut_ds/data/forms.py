@@ -48,7 +48,10 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 class Number(str):
-    """A number of a data file, as the file writes it."""
+    """A number of a data file, as the file writes it; 8.0 is 8."""
+
+    def __new__(cls, text: object) -> "Number":
+        return super().__new__(cls, str(text).removesuffix(".0"))
 
 
 def is_hub(path: str | Path) -> bool:

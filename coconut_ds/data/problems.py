@@ -76,14 +76,15 @@ def _raise_errors(path: str | Path, errors: Sequence[str]) -> None:
 def read_problems(
     path: str | Path,
     limit: int | None = None,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
     without_steps: list[int] | None = None,
 ) -> list[Problem]:
     """Read the problems of a data file (forms.py), at most `limit` of them.  Other fields are ignored.
 
-    `fields`: the file's name for question, steps or answer if that is another one.  Steps in one text are its
-    lines or its <<calculations>>.  Blank steps are dropped: the published conversion writes `[""]` for an
-    item without reasoning.  Items without steps are errors unless `without_steps` collects their indices.
+    `fields`: the file's name for question, steps or answer if that is another one; of a question also several
+    names.  Steps in one text are its lines or its <<calculations>>.  Blank steps are dropped: the published
+    conversion writes `[""]` for an item without reasoning.  Items without steps are errors unless
+    `without_steps` collects their indices.
     Raises DataError with the first 20 errors of the file, each with its item and field.
     """
     return list(each_problem(path, limit, fields, without_steps))
@@ -92,7 +93,7 @@ def read_problems(
 def each_problem(
     path: str | Path,
     limit: int | None = None,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
     without_steps: list[int] | None = None,
 ) -> Iterator[Problem]:
     """Yield the problems one by one, to save memory. Raises like read_problems, at the end."""
@@ -230,13 +231,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _values(item: Any, names: Mapping[str, str]) -> dict[str, Any]:
+def _values(item: Any, names: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an item that a problem has, under our names."""
     values = {}
     for key in FIELDS if isinstance(item, dict) else ():
         for name in (names[key], key):
             with suppress(KeyError):
-                values[key] = field_of(item, name)
+                parts = [field_of(item, part) for part in ([name] if isinstance(name, str) else name)]
+                is_text = len(parts) > 1 and all(isinstance(part, str) for part in parts)
+                values[key] = " ".join(parts) if is_text else parts[0] if len(parts) == 1 else parts
                 break
     return values
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -163,7 +163,7 @@ def load_evaluation_data(
 
 
 def load_test_set(
-    path: str, vocabulary: Vocabulary, limit: int | None = None, fields: Mapping[str, str] | None = None
+    path: str, vocabulary: Vocabulary, limit: int | None = None, fields: Mapping[str, Any] | None = None
 ) -> TestSet:
     """Read problems to grade, with their card; a note counts those without steps.  Raises DataError."""
     without_steps: list[int] = []
@@ -379,7 +379,7 @@ def unknown_text(
     train: Sequence[TokenizedProblem],
     train_path: str,
     sets: Mapping[str, TestSet],
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """One note with the count and the texts that the tokenizer maps to its unknown token, if any."""
     unknown = vocabulary.tokenizer.unk_token_id

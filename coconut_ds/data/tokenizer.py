@@ -300,7 +300,7 @@ def cached_tokens(
     vocabulary: Vocabulary,
     folder: str | Path | None = None,
     limit: int | None = None,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> CachedProblems:
     """The tokenized problems of a data file, from the cache; adds them if they are missing or damaged.
 

@@ -226,9 +226,9 @@ def find_one(
 def changed_settings(own: Experiment, used: Experiment) -> list[tuple[str, Any, Any]]:
     """(key, own value, used value) of the settings that change what a measurement means, without data files.
 
-    `eval_max_items` is left out: results record which examples they are of.
+    `eval_max_items` and `fields` are left out: results record which examples they are of.
     """
-    values, left_out = asdict(used), {*settings_with("path_to", "data"), "eval_max_items"}
+    values, left_out = asdict(used), {*settings_with("path_to", "data"), "eval_max_items", "fields"}
     return [
         (key, value, values[key])
         for key, value in asdict(own).items()

@@ -277,3 +277,36 @@ def test_damaged_files_end_in_a_message(name, tmp_path):
             code = main(["validate", str(path)])
         assert code in (0, 2), (seed, output.getvalue())
         assert code == 0 or "error: " in output.getvalue() or "leak: " in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("item", "fields", "question", "answer"),
+    [
+        ({"input": "q", "target": -9867630.0}, {"question": "input", "answer": "target"}, "q", "-9867630"),
+        ({"input": "q", "target": 0.25}, {"question": "input", "answer": "target"}, "q", "0.25"),
+        (
+            {"Body": "Ann has 3.", "Question": "How many?", "Answer": 3.0, "Equation": "( 3.0 )"},
+            {"question": ["Body", "Question"], "answer": "Answer"},
+            "Ann has 3. How many?",
+            "3",
+        ),
+        (
+            {"sQuestion": " q ", "lSolutions": [8.0]},
+            {"question": "sQuestion", "answer": "lSolutions.0"},
+            "q",
+            "8",
+        ),
+    ],
+)
+def test_published_test_sets_of_arithmetic(tmp_path, item, fields, question, answer):
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([item]))
+    (problem,) = read_problems(path, None, fields, [])
+    assert (problem.question.strip(), problem.answer) == (question, answer)
+
+
+def test_parts_of_a_question_must_be_texts(tmp_path):
+    path = tmp_path / "test.json"
+    path.write_text('[{"Body": null, "Question": "How many?", "answer": "3"}]')
+    with pytest.raises(DataError, match="item 0, 'question': must be text, got a list"):
+        read_problems(path, None, {"question": ["Body", "Question"]}, [])

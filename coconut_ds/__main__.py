@@ -9,19 +9,24 @@ import ast
 import importlib
 import io
 import itertools
+import logging
 import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from coconut_ds.errors import UserError
-from coconut_ds.files import printable_streams
+from coconut_ds.files import VERBOSE, printable_streams
 
 # The command name is the first word of the module name: inspect_latents.py is `inspect`.
 COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}
 LOCAL_RANK = ("--local_rank", "--local-rank")
+# Of torch's profiler: above the level of its lines about starting and stopping.
+QUIET_ENVIRONMENT = {"KINETO_LOG_LEVEL": "6"}
+QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)  # names an optional package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
     try:
-        with printable_streams():  # before imports: libraries keep a reference to the stream
+        # Before imports: libraries keep a reference to the stream.
+        with printable_streams(), warnings.catch_warnings():
             code = _main(argv)
         sys.stdout.flush()
         return code
@@ -50,6 +56,7 @@ def _reader_is_gone() -> bool:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _set_verbose("--verbose" in arguments)
     names = sorted(COMMANDS)
     chosen = next((word for word in arguments if word in names), None)
     parser = argparse.ArgumentParser(
@@ -70,6 +77,9 @@ def _main(argv: Sequence[str] | None) -> int:
             allow_abbrev=False,
         )
         command.add_argument(*LOCAL_RANK, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        command.add_argument(
+            "--verbose", action="store_true", help="show what DeepSpeed and torch print about themselves"
+        )
         if name == chosen:
             try:
                 module = importlib.import_module(f"coconut_ds.cli.{COMMANDS[name].stem}")
@@ -109,6 +119,20 @@ def _main(argv: Sequence[str] | None) -> int:
         if is_main:
             print("stopped: interrupted", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+
+
+def _set_verbose(verbose: bool) -> None:
+    """Hide what libraries print about themselves, except errors and warnings, or show it."""
+    os.environ.pop(VERBOSE, None)
+    if verbose:
+        os.environ[VERBOSE] = "1"
+        return
+    if not sys.warnoptions:  # the user's own choice, -W or PYTHONWARNINGS
+        warnings.simplefilter("ignore", FutureWarning)  # for the authors of other libraries
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Read, write and print what another person may have made.
 
     printable_streams          escape control characters in everything that is printed
+    library_lines_hidden       what DeepSpeed prints about itself, unless --verbose
     json_text                  standard JSON: null for NaN and infinities
     read_bytes, read_json      read files up to a size; refuse devices, do not wait for pipes
     hash_file                  the sha256 of a file
@@ -14,6 +15,7 @@ The folder that the user names may be a link; links inside it are not followed.
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,7 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # a file system doe
 MAX_DIGITS = 19  # of an integer, as in 2**63
 EXPORT_FILE = "coconut.json"  # settings beside exported weights
 ENVIRONMENT = "environment.json"
+VERBOSE = "COCONUT_VERBOSE"  # environment variable, set by --verbose
 RUN_SIGNS = ("ds_config.json", ENVIRONMENT, "metrics.jsonl", "latest")
 # C0 and C1 except tab and line ends, surrogates, and characters that change the text direction.
 CONTROL = re.compile(
@@ -333,6 +336,18 @@ def printable_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = out, err
+
+
+@contextmanager
+def library_lines_hidden() -> Iterator[None]:
+    """Hide what a library prints to stdout, unless --verbose or it fails; loggers and stderr still show."""
+    text = io.StringIO()
+    try:
+        with nullcontext() if os.environ.get(VERBOSE) else redirect_stdout(text):
+            yield
+    except BaseException:
+        print(text.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -76,6 +76,10 @@ run_ranks() {
     if [[ ! " $*" =~ " --deepspeed"([_-]config)?[\ =][^\ ]+\.json ]]; then # the user's own file counts
         set -- "$@" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2_offload.json}"
     fi
+    if [[ " $* " != *" --verbose "* ]]; then # what the launcher says about itself; its errors still show
+        launcher_arguments+=(--log_level error)
+        export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}
+    fi
     if can_bind_cores; then launcher_arguments+=(--bind_cores_to_rank); fi
     set -m # the launcher and its ranks become a process group of their own
     deepspeed --master_port "${MASTER_PORT:-$(python -c 'from coconut_ds.engine.watchdog import free_port; print(free_port())')}" "${launcher_arguments[@]}" \

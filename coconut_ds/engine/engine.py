@@ -9,7 +9,6 @@ import argparse
 import gc
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
@@ -36,6 +35,7 @@ from coconut_ds.engine import deepspeed_patches as patches
 from coconut_ds.engine.deepspeed_patches import remove_stale_locks, to_compile
 from coconut_ds.engine.watchdog import ended_after, free_port, meet
 from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.files import library_lines_hidden
 from coconut_ds.model.coconut import Coconut
 
 FP32_BYTES = 4
@@ -91,8 +91,6 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     Raises, on all ranks, ConfigError if a rank's device cannot compute in `precision` ("fp32", "fp16",
     "bf16"), and RankLost if a rank does not connect within `limit` seconds (0: no limit).
     """
-    # torch 2.13 deprecates collectives that DeepSpeed calls at every step of ZeRO-3.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
     if "RANK" not in os.environ:
@@ -114,7 +112,8 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     limit = max(limit, START_SECONDS) if limit > 0 else 0.0
     with ended_after(2 * limit, "starting the process group"):  # init_distributed has no time limit
         store = meet(rank, world_size, limit, message) if world_size > 1 else None
-        deepspeed.init_distributed(verbose=False)
+        with library_lines_hidden():
+            deepspeed.init_distributed(verbose=False)
         del store
         device = torch.device(get_accelerator().current_device_name())
         if device.type == "cpu":

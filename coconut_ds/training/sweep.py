@@ -32,7 +32,7 @@ from coconut_ds.config.schema import parse_yaml_value, read_json, read_yaml
 from coconut_ds.distributed import PID_FOLDER
 from coconut_ds.engine.watchdog import free_port
 from coconut_ds.errors import ConfigError, StopRequested
-from coconut_ds.files import open_append
+from coconut_ds.files import VERBOSE, open_append
 from coconut_ds.reports.run_records import read_run
 from coconut_ds.runs.changes import data_hashes, learned_ds_settings
 from coconut_ds.runs.checkpoint_folders import CheckpointFolders
@@ -186,8 +186,9 @@ def launch_module(module: str, num_gpus: int, port: int | None = None) -> list[s
         return [sys.executable, "-m", module]
     beside = Path(sys.executable).with_name("deepspeed")
     launcher = str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed"
-    port = port or free_port()
-    return [launcher, "--num_gpus", str(num_gpus), "--master_port", str(port), "--module", module]
+    words = ["--num_gpus", str(num_gpus), "--master_port", str(port or free_port())]
+    quiet = [] if os.environ.get(VERBOSE) else ["--log_level", "error"]
+    return [launcher, *words, *quiet, "--module", module]
 
 
 def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list[str]:
@@ -195,7 +196,8 @@ def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list
     settings = [word for override in point.overrides for word in ("--set", override)]
     settings += [word for override in point.ds_overrides for word in ("--ds", override)]
     arguments = ["train", point.config, "--deepspeed_config", point.ds_config, *settings]
-    return [*launch_module("coconut_ds", num_gpus, port), *arguments]
+    verbose = ["--verbose"] if os.environ.get(VERBOSE) else []
+    return [*launch_module("coconut_ds", num_gpus, port), *arguments, *verbose]
 
 
 def run_all(grid: Sequence[Point], num_gpus: int, log: Callable[[str], None] = print) -> list[Outcome]:

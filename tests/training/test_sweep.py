@@ -90,7 +90,8 @@ def test_every_combination_is_a_run_of_its_own(config):
 def test_the_command_line_of_a_point_means_the_point(config):
     (point,) = sweep.points(config, ZERO2, [], {"method": ["no_cot"]})
     command = sweep.launch_command(point, 2, port=12345)
-    assert command[1:7] == ["--num_gpus", "2", "--master_port", "12345", "--module", "coconut_ds"]
+    assert command[1:5] == ["--num_gpus", "2", "--master_port", "12345"]
+    assert command[5:9] == ["--log_level", "error", "--module", "coconut_ds"]
     overrides = [command[place + 1] for place, word in enumerate(command) if word == "--set"]
     assert sweep.load_experiment(command[command.index("train") + 1], overrides) == point.experiment
     assert sweep.launch_command(point, 1)[:3] == [sys.executable, "-m", "coconut_ds"]

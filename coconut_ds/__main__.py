@@ -23,6 +23,7 @@ from coconut_ds.files import VERBOSE, printable_streams
 
 # The command name is the first word of the module name: inspect_latents.py is `inspect`.
 COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}
+_usual_format = warnings.formatwarning
 LOCAL_RANK = ("--local_rank", "--local-rank")
 # Of torch's profiler: above the level of its lines about starting and stopping.
 QUIET_ENVIRONMENT = {"KINETO_LOG_LEVEL": "6"}
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
+    warnings.formatwarning = _format_warning
     try:
         # Before imports: libraries keep a reference to the stream.
         with printable_streams(), warnings.catch_warnings():
@@ -84,14 +86,7 @@ def _main(argv: Sequence[str] | None) -> int:
             try:
                 module = importlib.import_module(f"coconut_ds.cli.{COMMANDS[name].stem}")
             except ModuleNotFoundError as error:
-                if str(error.name).startswith(__package__):
-                    raise
-                print(
-                    f"error: {error.name} is not installed for {sys.executable}; "
-                    "`source launch/setup.sh` installs it and activates the environment",
-                    file=sys.stderr,
-                )
-                return UserError.exit_code
+                return _not_installed(error)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
             spellings = command._option_string_actions
@@ -115,6 +110,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if is_main or not error.on_every_rank:
             print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        return _not_installed(error)
     except KeyboardInterrupt:
         if is_main:
             print("stopped: interrupted", file=sys.stderr, flush=True)
@@ -133,6 +130,27 @@ def _set_verbose(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _not_installed(error: ModuleNotFoundError) -> int:
+    """Print the remedy for a package that is not installed; an error of this package is raised."""
+    if str(error.name).startswith(__package__):
+        raise error
+    print(
+        f"error: {error.name} is not installed for {sys.executable}; "
+        "`source launch/setup.sh` installs it and activates the environment",
+        file=sys.stderr,
+    )
+    return UserError.exit_code
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our warnings without their place in the code; those of libraries as usual."""
+    if category is UserWarning and __package__ in Path(filename).parts:
+        return f"warning: {message}\n"
+    return _usual_format(message, category, filename, lineno, line)
 
 
 def without_bare_deepspeed(arguments: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ ranks one after another, and a rank that stopped alone would leave the others wa
 
     SIGTERM SIGINT SIGUSR1, `touch RUN/STOP`, --max-minutes     save and stop, exit code 75
     SIGTERM SIGINT SIGUSR1 before the model is loaded           exit at once, code 75: nothing to save
-    the deepspeed launcher ended (it leaves its ranks alive)    save and stop, exit code 75
+    the launcher ended (it leaves its ranks alive)              save and stop, exit code 75
     `touch RUN/SAVE`, save_minutes, save_steps                  save and continue
     a second SIGTERM or SIGINT                                  exit at once, nothing saved
 """
@@ -54,6 +54,8 @@ PID_FOLDER = "COCONUT_PID_FOLDER"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A second one of these ends the process; SIGUSR1 does not count: Slurm sends it some time before SIGTERM.
 END_ON_REPEAT = (signal.SIGTERM, signal.SIGINT)
+LAUNCHERS = ("deepspeed", "torchrun", "accelerate", "accelerate-launch")
+LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.")
 REPEATED_WITHIN_SECONDS = 2.0  # launchers repeat SIGTERM; these count as one
 
 
@@ -264,17 +266,24 @@ def _remember(number: int, frame: FrameType | None) -> None:
     """Do nothing: the thread reads the signal from the wakeup descriptor."""
 
 
-class Launcher:
-    """The `deepspeed` launcher processes above this rank, if any.
+def is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command line starts ranks: a program, or `python -m` and a module."""
+    return any(
+        os.path.basename(word) in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in command[:4]
+    )
 
-    A signal can end them and leave the ranks alive (deepspeed/launcher/runner.py, launch.py).
+
+class Launcher:
+    """The launcher processes above this rank, if any; a signal can end them and leave the ranks alive.
+
+    `deepspeed` has two of them (deepspeed/launcher/runner.py, launch.py).
     """
 
     def __init__(self) -> None:
         self._parents: list[tuple[psutil.Process, int]] = []  # a process below it, and its parent's pid
         child = psutil.Process()
         for parent in child.parents()[:2]:
-            if "deepspeed" not in " ".join(parent.cmdline()[:4]):
+            if not is_launcher(parent.cmdline()):
                 break
             self._parents.append((child, parent.pid))
             child = parent
@@ -354,7 +363,7 @@ class Requests:
         if self._signals.received is not None:
             return f"received {self._signals.received.name}"
         if self._launcher.is_gone():
-            return "the deepspeed launcher ended"
+            return "the launcher ended"
         if not self._ranks.is_main:  # only the main rank checks clocks and files
             return None
         if self._max_minutes is not None and self._clock() - self._started >= 60 * self._max_minutes:

@@ -7,12 +7,14 @@
     hash_file                  the sha256 of a file
     replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
     open_append, make_folder   refuse links
+    similar_path               a hint for a misspelled path
     from_start                 a path that a run folder records, from another working folder
     run_folder_of              the run, checkpoint or exported folder that contains a path
 
 The folder that the user names may be a link; links inside it are not followed.
 """
 
+import difflib
 import errno
 import hashlib
 import io
@@ -64,6 +66,16 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
     if limit is not None and len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit / MIB:g} MiB", str(path))
     return content
+
+
+def similar_path(path: str | Path) -> str:
+    """'; did you mean X?' for a missing path if its folder has a similar name, else ''."""
+    path = Path(path)
+    try:
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1, 0.75)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean '{path.with_name(near[0])}'?" if near else ""
 
 
 def hash_file(path: str | Path) -> str:

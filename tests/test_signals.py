@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.distributed import PID_FOLDER, Request, Requests, Signals
+from coconut_ds.distributed import PID_FOLDER, Request, Requests, Signals, is_launcher
 
 
 class OneRank:
@@ -155,3 +155,24 @@ def test_ranks_leave_their_process_ids(tmp_path: Path) -> None:
     )
     assert process.wait(timeout=20) == 0
     assert [path.name for path in tmp_path.iterdir()] == [str(process.pid)]
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("python /venv/bin/deepspeed --num_gpus 2 --module coconut_ds train c.yaml", True),
+        ("python -u -m deepspeed.launcher.launch --world_info=x coconut_ds", True),
+        ("python /venv/bin/torchrun --nproc-per-node 2 -m coconut_ds train c.yaml", True),
+        ("python -m torch.distributed.run --nproc-per-node 2 -m coconut_ds", True),
+        ("python /venv/bin/accelerate launch -m coconut_ds train c.yaml", True),
+        ("python -m coconut_ds train c.yaml --deepspeed d.json", False),
+        ("-bash", False),
+    ],
+)
+def test_ranks_know_the_launchers_that_can_leave_them(command, expected):
+    assert is_launcher(command.split()) is expected
+
+
+def test_a_shell_that_names_a_ds_config_is_no_launcher():
+    """The shell of `ssh host 'python -m coconut_ds ... &'` ends, and the run continues."""
+    assert not is_launcher(["bash", "-c", "python -m coconut_ds train c.yaml --deepspeed_config d.json &"])

@@ -27,7 +27,9 @@ from coconut_ds.files import counted, json_text, open_output
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="a question; can be repeated")
+    source.add_argument(
+        "--prompt", "--question", action="append", metavar="TEXT", help="a question; can be repeated"
+    )
     source.add_argument("--file", metavar="FILE", help="questions: .json problems, or one per line")
     parser.add_argument(
         "--max_new_tokens", type=int, metavar="N", help="maximum answer length (default: as in evaluation)"

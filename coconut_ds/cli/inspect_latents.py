@@ -27,7 +27,7 @@ from coconut_ds.reports.inspection_page import page, terminal, terminal_match
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--question", metavar="TEXT", help="question to inspect")
+    source.add_argument("--question", "--prompt", metavar="TEXT", help="question to inspect")
     source.add_argument(
         "--file", metavar="JSON", help="problems to inspect; the latents are compared with their steps"
     )

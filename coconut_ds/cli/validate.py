@@ -26,12 +26,13 @@ from coconut_ds.config.experiment import (
     validate_experiment,
 )
 from coconut_ds.config.schema import MAX_BYTES
-from coconut_ds.data.forms import is_hub, looks_like_data
+from coconut_ds.data.forms import is_cached, is_hub, looks_like_data
 from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import counted, print_notes
 
 CARD_SUFFIX = ".card.json"
+NOT_HERE = "; data not checked, since this machine does not have {}"
 # Stands for the experiment if only data files are given: no latents, nothing hidden.
 EVERY_STEP_SHOWN = validate_experiment(
     {"name": "validate", "model_id": "-", "train_path": "-", "val_path": "-", "method": "cot"}, "validate"
@@ -86,8 +87,8 @@ def _check_settings(path: Path, ds_path: str | None, args: argparse.Namespace) -
             return _check_start(path, ds_path, args)
         experiment, notes = load_with_notes(path, args.overrides)
         print_notes(notes)
-        _check_run_data(experiment)
-        return f"an experiment ({experiment.method}, thought {experiment.thought}, {experiment.tuning})"
+        kind = f"{experiment.method}, thought {experiment.thought}, {experiment.tuning}"
+        return f"an experiment ({kind}){_check_run_data(experiment)}"
     if path.name.endswith(CARD_SUFFIX):
         card = card_for(path.with_name(path.name.removesuffix(CARD_SUFFIX) + "_train.json"))
         return f"the card of {card.name}, graded as {card.grading}"
@@ -109,7 +110,6 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     from coconut_ds.engine.engine import refusal_of_device
     from coconut_ds.evaluation.saved_models import find_trained
     from coconut_ds.memory.budget import read_settings
-    from coconut_ds.model.loading import is_on_this_machine
     from coconut_ds.training.trainer import check_model, check_start
 
     settings = argparse.Namespace(**{**vars(args), "config": str(path), "deepspeed_config": ds_path})
@@ -117,10 +117,11 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     assert ds_config.memory_budget is not None  # read_settings fills it in
     ranks = args.ranks or ds_config.memory_budget.gpus
     start = f"{experiment.method} on {counted(ranks, 'rank')} with {ds_path}"
-    if not is_on_this_machine(experiment.model_id):
+    if elsewhere := _elsewhere(experiment):
         ds_config.resolve(experiment, ranks)
-        read_files(experiment)
-        return f"{start}; model_id {experiment.model_id} is not on this machine and was not checked"
+        if not any(is_hub(path) for path in elsewhere):
+            read_files(experiment)
+        return start + NOT_HERE.format(", ".join(elsewhere))
     if experiment.only_eval:
         find_trained(str(path), overrides=args.overrides)
     check_model(experiment, ds_config, check_start(experiment, ds_config, ranks), ranks)
@@ -129,15 +130,28 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     return f"`train` would start: {start}"
 
 
-def _check_run_data(experiment: Experiment) -> None:
-    """Read the data as training does, with its notes, if data and model are on this machine; DataError."""
+def _elsewhere(experiment: Experiment) -> list[str]:
+    """The model and the data sets of the hub that `train` would download first."""
+    from coconut_ds.data.tokenizer import is_on_this_machine  # takes half a second to import
+
     paths = [experiment.train_path, experiment.val_path, experiment.test_path]
-    if not all(Path(path).exists() for path in [experiment.model_id, *paths] if path):
-        return
+    missing = [path for path in paths if path and is_hub(path) and not is_cached(path)]
+    return missing if is_on_this_machine(experiment.model_id) else [experiment.model_id, *missing]
+
+
+def _check_run_data(experiment: Experiment) -> str:
+    """Read the data as training does, with its notes; DataError.  A text that names what is not here."""
+    missing = _elsewhere(experiment)
+    for path in (experiment.train_path, experiment.val_path, experiment.test_path):
+        if path and not is_hub(path) and not Path(path).exists():
+            missing.append(path)
+    if missing:
+        return NOT_HERE.format(", ".join(missing))
     from coconut_ds.data.run_data import load_run_data  # imports torch, which settings files do not need
     from coconut_ds.model.loading import load_config
 
     load_run_data(experiment, load_config(experiment.model_id))
+    return ""
 
 
 def _check_data(paths: list[Path], args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ for every change; what cannot be converted is left for the schema to refuse.
 
 import argparse
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -516,5 +517,10 @@ def add_ds_config_argument(
 
 
 def default_ds_config() -> str:
-    """The file of a run without --deepspeed_config: of this folder, else the one in the package."""
+    """The file of a run without --deepspeed_config.
+
+    That of `accelerate launch --deepspeed_config_file`; else the one of this folder or of the package.
+    """
+    if given := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        return given
     return str(DEFAULT_FILE if DEFAULT_FILE.exists() else SHIPPED / DEFAULT_FILE)

@@ -156,6 +156,10 @@ def load_with_notes(
     `at_start`: relative paths in a run folder count from where the run was started (from_start).
     """
     values = read_yaml(path)
+    if isinstance(values.get("zero_optimization"), dict):
+        raise ConfigError(
+            f"{path}: is a DeepSpeed config, not an experiment; write CONFIG.yaml --deepspeed_config {path}"
+        )
     notes: list[str] = []
     if at_start and Path(path).name == "experiment.yaml":
         for key in settings_with("path_to", "data", "weights", "runs"):
@@ -423,5 +427,11 @@ def unrecognized_flags(
             hints += f"; {elsewhere[name]}"
         else:
             hints += did_you_mean(flag, options)
+    for two_before, before, word in zip(["", "", *arguments], ["", *arguments], arguments, strict=False):
+        key, equals, value = word.partition("=")
+        if two_before == "--set" and before in settings:  # --set lr 1e-4
+            remedies.append(f"--set {settings[before]}={word}")
+        elif equals and key in settings and not before.startswith("--"):  # lr=1e-4
+            remedies.append(f"--set {settings[key]}={value}")
     text = f"unrecognized arguments: {' '.join(written or flags)}"
     return text + (f"; write {' '.join(remedies)}" if remedies else "") + hints

@@ -26,7 +26,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import is_printable, parse_json, read_bytes
+from coconut_ds.files import is_printable, parse_json, read_bytes, similar_path
 
 MAX_BYTES = 1 << 17  # PyYAML takes about a second for this size
 MAX_UNKNOWN = 20  # keys in a message; each is compared with all known keys
@@ -258,6 +258,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         hint = " (JSON has no comments)" if _starts_comment(text, error.pos) else ""
+        if Path(path).suffix in (".yaml", ".yml"):
+            hint = "; this is a YAML file: write CONFIG.yaml --deepspeed_config FILE.json"
         raise ConfigError(f"{path}: not valid JSON: {error.msg} at {where}{hint}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {str(error)[:300]}") from None
@@ -279,7 +281,7 @@ def _read_text(path: str | Path) -> str:
     try:
         data = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file{similar_path(path)}") from None
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EFBIG:
             raise ConfigError(
@@ -294,7 +296,8 @@ def _read_text(path: str | Path) -> str:
 
 def _mapping(value: object, path: str | Path, wanted: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = "is empty" if value is None else f"holds a {type(value).__name__}"
+        names = {str: "text", list: "a list", bool: "true or false"}
+        kind = "is empty" if value is None else f"holds {names.get(type(value), 'a number')}"
         raise ConfigError(f"{path}: {kind}; expected {wanted}")
     odd = [key for key in value if not isinstance(key, str)]
     if odd:

@@ -46,7 +46,7 @@ class DataReport:
     def table(self) -> str:
         """A table for the terminal with one row per file, then all errors, leaks and findings."""
         head = ("file", "problems", "steps mean (max)", "without steps", f"{self.unit} median", "95 %", "max")
-        lines = [Table(head, [_row(file) for file in self.files]).text()]
+        lines = [Table(head, [_row(file) for file in self.files]).text()] if self.files else []
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"leak: {text}" for text in self.leaks]
         lines += [f"note: {file.path}: {finding}" for file in self.files for finding in file.findings]

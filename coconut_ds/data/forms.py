@@ -16,13 +16,14 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
 from coconut_ds.errors import DataError, first_line
-from coconut_ds.files import json_text, make_folder, read_bytes, replace_text
+from coconut_ds.files import json_text, make_folder, read_bytes, replace_text, similar_path
 
 FIELDS = ("question", "steps", "answer")
 HUB = "hf:/"  # of hf://, also after pathlib merged the slashes
@@ -65,6 +66,16 @@ def local_file(path: str | Path) -> Path:
     Raises DataError if the data set is neither cached nor can be downloaded.
     """
     return _from_hub(str(path)) if is_hub(path) else Path(path)
+
+
+def is_cached(path: str) -> bool:
+    """Whether a data set of the hub can be read without a network.  Raises DataError for a wrong name."""
+    parts = _parts_of(path)
+    try:
+        _hub_files(path, *parts, local_files_only=True)
+    except DataError:
+        return False
+    return True
 
 
 def each_item(path: Path, errors: list[str]) -> Iterator[Any]:
@@ -123,7 +134,7 @@ def _read(path: Path) -> bytes:
         content = read_bytes(path, _MAX_BYTES)
     except FileNotFoundError:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise DataError(f"{path}: no such file{where}; {advice}") from None
+        raise DataError(f"{path}: no such file{where}{similar_path(path) or f'; {advice}'}") from None
     except IsADirectoryError:
         raise DataError(f"{path}: this is a folder; give the JSON file inside it") from None
     except OSError as error:
@@ -273,13 +284,18 @@ def _plain(value: Any) -> Any:
     return Number(int(value) if float(value).is_integer() else value)
 
 
-def _from_hub(name: str) -> Path:
+def _parts_of(name: str) -> tuple[str, str, str, str]:
+    """(owner/name, configuration, revision, split).  Raises DataError."""
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise DataError(f"{name}: must be hf://OWNER/NAME:SPLIT or hf://OWNER/NAME/CONFIG:SPLIT")
     owner, config, revision, split = match.groups()
-    config = (config or "").strip("/")
-    files = _hub_files(name, owner, config, (revision or "@main")[1:], split)
+    return owner, (config or "").strip("/"), (revision or "@main")[1:], split
+
+
+def _from_hub(name: str) -> Path:
+    owner, config, revision, split = _parts_of(name)
+    files = _hub_files(name, owner, config, revision, split)
     snapshot = next(folder for folder in files[0].parents if folder.parent.name == "snapshots")
     folder = user_cache_path("coconut_ds") / "hub" / owner.replace("/", "--") / snapshot.name
     target = folder / f"{config.replace('/', '-') or 'default'}_{split}.jsonl"
@@ -293,7 +309,9 @@ def _from_hub(name: str) -> Path:
     return target
 
 
-def _hub_files(name: str, owner: str, config: str, revision: str, split: str) -> list[Path]:
+def _hub_files(
+    name: str, owner: str, config: str, revision: str, split: str, local_files_only: bool = False
+) -> list[Path]:
     """The files of a split in the hub's cache, downloaded if they are missing."""
     from huggingface_hub import snapshot_download  # takes half a second to import
 
@@ -301,7 +319,13 @@ def _hub_files(name: str, owner: str, config: str, revision: str, split: str) ->
     patterns = [f"*{split}*{suffix}{packed}" for suffix in suffixes for packed in ("", ".gz")]
     try:
         folder = Path(
-            snapshot_download(owner, repo_type="dataset", revision=revision, allow_patterns=patterns)
+            snapshot_download(
+                owner,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=local_files_only,
+            )
         )
     except Exception as error:  # the hub's client raises many types, also for no network
         raise DataError(
@@ -341,12 +365,15 @@ def field_of(item: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-# Names of our fields in other data sets; the first that an item has counts.
+# Names of our fields in other data sets, in any case; the first that an item has counts.
 _NAMES = {
     "question": ("question", "problem", "instruction", "query", "prompt", "input"),
     "steps": ("steps", "cot", "rationale", "reasoning", "chain_of_thought", "solution", "explanation"),
-    "answer": ("answer", "final_answer", "expected_answer", "output", "response", "completion", "target"),
-}
+    "answer": (
+        "answer", "final_answer", "expected_answer", "gold", "gold_answer", "ground_truth", "label", "output",
+        "response", "completion", "target",
+    ),
+}  # fmt: skip
 _KNOWN_FORMS = {  # fields that tell a form: (its name, its question, its answer)
     "conversations": ("ShareGPT's form", "conversations.0.value", "conversations.1.value"),
     "messages": ("the chat form", "messages.0.content", "messages.1.content"),
@@ -366,14 +393,19 @@ def other_form(item: Any, values: Mapping[str, Any]) -> str:
     has = f"item 0 has the fields {', '.join(map(str, list(item)[:12]))}"
     if in_answer:
         form = "the answer holds the steps, as in GSM8K's own files"
-        return f"{has}: {form}; {CONVERT_GSM8K.format('original')}"
+        reads = "write 'fields: {steps: answer}' in the YAML, and its lines are the steps"
+        return f"{has}: {form}; {reads}; or {CONVERT_GSM8K.format('original')}"
     if {"problem", "solution"} <= set(item) and "\\boxed" in str(item["solution"]):
         convert = "`python preprocessing/hendrycks_math.py --source FOLDER` converts a folder of such files"
         return f"{has}: this is MATH's own form; {convert}"
-    guess = {field: next((name for name in names if name in item), "...") for field, names in _NAMES.items()}
+    own = {str(name).lower(): name for name in reversed(item)}
+    guess = {field: next((own[n] for n in names if n in own), "...") for field, names in _NAMES.items()}
     for sign, (form, question, answer) in _KNOWN_FORMS.items():
         if sign in item:
             has, guess["question"], guess["answer"] = f"{has}: this is {form}", question, answer
+            with suppress(KeyError):
+                if ORIGINAL_ANSWER in str(field_of(item, answer)):
+                    guess["steps"] = answer
             break
     no_steps = "" if guess["steps"] != "..." else "; without steps, it can only be evaluated on"
     shown = {key: name for key, name in guess.items() if name != key and not (no_steps and key == "steps")}

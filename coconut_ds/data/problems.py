@@ -21,6 +21,7 @@ from typing import Any
 from coconut_ds.config.schema import violations
 from coconut_ds.data.forms import (
     FIELDS,
+    ORIGINAL_ANSWER,
     Number,
     each_item,
     field_of,
@@ -82,9 +83,9 @@ def read_problems(
     """Read the problems of a data file (forms.py), at most `limit` of them.  Other fields are ignored.
 
     `fields`: the file's name for question, steps or answer if that is another one; of a question also several
-    names.  Steps in one text are its lines or its <<calculations>>.  Blank steps are dropped: the published
-    conversion writes `[""]` for an item without reasoning.  Items without steps are errors unless
-    `without_steps` collects their indices.
+    names; with one name for steps and answer, `####` is between them.  Steps in one text are its lines or its
+    <<calculations>>.  Blank steps are dropped: the published conversion writes `[""]` for an item without
+    reasoning.  Items without steps are errors unless `without_steps` collects their indices.
     Raises DataError with the first 20 errors of the file, each with its item and field.
     """
     return list(each_problem(path, limit, fields, without_steps))
@@ -241,6 +242,13 @@ def _values(item: Any, names: Mapping[str, Any]) -> dict[str, Any]:
                 is_text = len(parts) > 1 and all(isinstance(part, str) for part in parts)
                 values[key] = " ".join(parts) if is_text else parts[0] if len(parts) == 1 else parts
                 break
+    text = values.get("answer")
+    same_field = (names["steps"] or "steps") == (names["answer"] or "answer")
+    if same_field and isinstance(text, str):  # as in GSM8K's own files
+        steps, mark, answer = text.rpartition(ORIGINAL_ANSWER)
+        values |= {"steps": steps.strip(), "answer": answer.strip()}
+        if not mark:
+            del values["answer"]
     return values
 
 
@@ -277,7 +285,8 @@ def _problem(
 
 def _text_errors(key: str, value: Any) -> Iterator[str]:
     if not isinstance(value, str) or (isinstance(value, Number) and key == "question"):
-        yield f"must be text, got {_kind(value)}; put it in quotes"
+        remedy = "; put it in quotes" if isinstance(value, Number | bool) else ""
+        yield f"must be text, got {_kind(value)}{remedy}"
     elif not value.strip():
         yield "empty; fill it in or remove the item"
     elif _has_surrogate(value):

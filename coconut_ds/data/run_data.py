@@ -171,6 +171,11 @@ def load_test_set(
     if without_steps:
         count = f"{len(without_steps)} of {len(problems)} problems have no 'steps'"
         print_notes([f"{path}: {count}; their loss and CoT match are of the answer alone"])
+    if unreachable := sum("#" in problem.answer for problem in problems):
+        text = f"{path}: {unreachable} of {len(problems)} answers contain '#', where grading splits"
+        if unreachable == len(problems):
+            raise DataError(f"{text}, so no prediction can be correct; write answers without it")
+        print_notes([f"{text}: no prediction can be correct for them"])
     return TestSet(problems, tokenize(problems, vocabulary), card_for(path))
 
 

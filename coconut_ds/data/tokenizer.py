@@ -22,17 +22,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from filelock import FileLock
+from huggingface_hub import try_to_load_from_cache
 from platformdirs import user_cache_path
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
-from coconut_ds.files import hash_file, replace_bytes
+from coconut_ds.files import hash_file, replace_bytes, similar_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
@@ -49,7 +52,7 @@ DATA_ONLY: Any = {"trust_remote_code": False}
 class Vocabulary:
     """A tokenizer with the three special tokens, and the ids that other modules use."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     start_id: int
     latent_id: int
     end_id: int
@@ -115,7 +118,8 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
     looks_local = model_id.startswith((".", "/", "~")) or path.suffix == ".gguf" or model_id.count("/") > 1
     if looks_local and not path.expanduser().exists():
         raise ConfigError(
-            f"model_id: {model_id} does not exist; give a Hugging Face id or an existing folder or .gguf file"
+            f"model_id: {model_id} does not exist{similar_path(path)}; give a Hugging Face id or an existing "
+            "folder or .gguf file"
         )
     if (path / "experiment.yaml").is_file() and not (path / "config.json").is_file():
         raise ConfigError(
@@ -127,19 +131,35 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
     return model_id, {}
 
 
+def is_on_this_machine(model_id: str) -> bool:
+    """Whether the model is a local path or in the hub's cache.  Raises ConfigError for a missing path."""
+    where, _ = locate_model(model_id)
+    return Path(where).exists() or isinstance(try_to_load_from_cache(where, "config.json"), str)
+
+
+def missing(model_id: str) -> str:
+    """A hint if a model that cannot be loaded looks like a local path with a spelling error, else ''."""
+    path = Path(model_id).expanduser()
+    if path.exists() or not path.parent.name or not path.parent.is_dir():
+        return ""
+    return f"; {path.parent.absolute()} has no {path.name}{similar_path(path)}"
+
+
 def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
     """Load the tokenizer of a Hugging Face id, a folder or a .gguf file, and add the special tokens.
 
     `chat_template`: put questions into the tokenizer's template.  transformers runs it in Jinja's sandbox.
     Raises ConfigError if it cannot be loaded, or has no end-of-sequence token or no template.
     """
+    from transformers import AutoTokenizer  # loads torch, which `report` and `validate` do not need
+
     where, extra = locate_model(model_id)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **DATA_ONLY, **extra)
         tokenizer.add_tokens([START, END, LATENT], special_tokens=True)
     except Exception as error:  # transformers and tokenizers raise anything on a damaged file
         raise ConfigError(
-            f"model_id: cannot load a tokenizer from {model_id!r}: {first_line(error)}\n"
+            f"model_id: cannot load a tokenizer from {model_id!r}: {first_line(error)}{missing(model_id)}\n"
             "  Give a Hugging Face id (needs network or a filled cache) or a folder with tokenizer files."
         ) from error
     if tokenizer.eos_token_id is None:

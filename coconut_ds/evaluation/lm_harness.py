@@ -7,6 +7,7 @@ The program is lm_eval's own, with `coconut` among its models.  A task's context
 and the latents are added as in training.  Tasks that compare log-likelihoods are refused.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -101,7 +102,10 @@ def harness_model() -> type:
 
 
 if __name__ == "__main__":
-    harness_model()
+    try:
+        harness_model()
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed; pip install lm_eval")
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

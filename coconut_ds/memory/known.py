@@ -14,10 +14,11 @@ import psutil
 from transformers import AutoConfig, PretrainedConfig
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
+from coconut_ds.data.tokenizer import is_on_this_machine
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.budget import RESERVED_MIB
 from coconut_ds.memory.planner import GIB, TextShape
-from coconut_ds.model.loading import is_on_this_machine, load_config
+from coconut_ds.model.loading import load_config
 
 CUSTOM = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -19,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model
+from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model, missing
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.published import published_window
@@ -135,12 +134,6 @@ def parameter_groups(model: Coconut, experiment: Experiment) -> list[dict[str, A
         for name, part, lr, decay in settings
     ]
     return [group for group in groups if group["params"]]
-
-
-def is_on_this_machine(model_id: str) -> bool:
-    """Whether the model is a local path or in the hub's cache.  Raises ConfigError for a missing path."""
-    where, _ = locate_model(model_id)
-    return Path(where).exists() or isinstance(try_to_load_from_cache(where, "config.json"), str)
 
 
 def load_config(model_id: str) -> PretrainedConfig:
@@ -309,7 +302,7 @@ def _shorten(names: list[str], limit: int = 8) -> str:
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> str:
     return (
-        f"model_id: cannot load {what} from {model_id!r}: {first_line(error)}\n"
+        f"model_id: cannot load {what} from {model_id!r}: {first_line(error)}{missing(model_id)}\n"
         "  Give a Hugging Face id (needs network or a filled cache), a folder, or a .gguf file."
     )
 

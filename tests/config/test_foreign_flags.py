@@ -18,6 +18,8 @@ from coconut_ds.config.schema import load_schema
         ("--model gpt2", "write --set model_id=gpt2"),
         ("--num_epochs 3", "write --set num_epochs=3"),
         ("--bf16 --seed 3", "write --set bf16=true --set seed=3"),
+        ("lr=1e-4", "; write --set lr=1e-4"),
+        ("--set lr 1e-4", "; write --set lr=1e-4"),
         ("--nonsense 3", "unrecognized arguments: --nonsense 3\n"),
         ("--nonsense --lr 3", "--nonsense --lr 3; write --set lr=3"),
     ],

@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_used_does_not_hide_the_others(tmp_path):
     assert "error: " in report.table() and "gsm8k.py" in report.table()
     with pytest.raises(DataError, match="nothing to draw"):
         check_data_files([bad]).save_picture(tmp_path / "a.png")
-    assert "problems" in check_data_files([bad]).table()
+    assert "problems" not in check_data_files([bad]).table(), "no row, no head"
 
 
 def test_a_file_that_left_its_card_is_noticed(tmp_path):

@@ -92,6 +92,16 @@ def test_values_are_read_as_meant(changes, problem, tmp_path):
     assert read_problems(tmp_path / "a.json") == [problem]
 
 
+def test_steps_and_answer_of_one_field_are_divided_at_the_mark(tmp_path):
+    items = [{"q": "x", "a": "1+1=2\n2+2=4\n#### 1,004"}, {"q": "y", "a": "#### 3"}, {"q": "z", "a": "5"}]
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    fields = {"question": "q", "steps": "a", "answer": "a"}
+    with pytest.raises(DataError, match="item 2, 'answer': missing"):
+        read_problems(tmp_path / "a.json", None, fields)
+    problems = read_problems(tmp_path / "a.json", 2, fields)
+    assert problems == [Problem("x", ("1+1=2", "2+2=4"), "1,004"), Problem("y", (), "3")]
+
+
 def test_numbers_stay_as_they_are_written(tmp_path):
     answers = ["1.50", "1e3", "-0", "123456789012345678901234567890"]
     items = ",".join(f'{{"question": "q", "steps": [], "answer": {answer}}}' for answer in answers)
@@ -116,6 +126,15 @@ OTHER_FORMS = {
         {"problem": "a", "cot": "c", "output": "b"}, "{question: problem, steps: cot, answer: output}",
     ),
     "gsm8k": ({"question": "a", "answer": "2 <<1+1=2>>\n#### 2"}, "gsm8k.py --form original --source FOLDER"),
+    "gsm8k fields": ({"question": "a", "answer": "1+1=2\n#### 2"}, "fields: {steps: answer}"),
+    "chat with steps": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\n#### 2"}]},
+        "{question: messages.0.content, steps: messages.1.content, answer: messages.1.content}",
+    ),
+    "capitals": (
+        {"Problem": "a", "Reasoning": "c", "gold": "2"},
+        "{question: Problem, steps: Reasoning, answer: gold}",
+    ),
     "math": ({"problem": "a", "solution": "\\boxed{2}"}, "hendrycks_math.py --source FOLDER"),
 }  # fmt: skip
 

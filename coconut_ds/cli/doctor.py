@@ -22,7 +22,6 @@ from typing import Any
 
 import psutil
 
-from coconut_ds.engine.deepspeed_patches import stale_locks
 from coconut_ds.files import json_text
 from coconut_ds.tables import Table
 
@@ -185,6 +184,8 @@ def compilers() -> Iterator[Finding]:
 
 def build_locks() -> Iterator[Finding]:
     """Locks of killed builds, for which every later start would wait."""
+    from coconut_ds.engine.deepspeed_patches import stale_locks  # imports torch
+
     for lock in stale_locks():
         age = (time.time() - lock.stat().st_mtime) / 60
         message = f"{lock} is {age:.0f} minutes old, and no build is running there"

@@ -14,8 +14,6 @@ import argparse
 
 from coconut_ds.cli import add_model_arguments
 from coconut_ds.errors import ConfigError
-from coconut_ds.evaluation.export import export_hf, upload, zero_to_fp32_explained
-from coconut_ds.model.loading import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into the weights")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="fp32", help="dtype of the weights (default: fp32)"
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="dtype of the weights (default: fp32)",
     )
     parser.add_argument("--push", metavar="USER/NAME", help="also upload to this Hub repository")
     parser.add_argument("--private", action="store_true", help="with --push: make the repository private")
 
 
 def run(args: argparse.Namespace) -> int:
+    from coconut_ds.evaluation.export import export_hf, upload, zero_to_fp32_explained  # imports torch
+
     if args.private and not args.push:
         raise ConfigError("--private needs --push USER/NAME")
     if args.to == "zero":

@@ -15,13 +15,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coconut_ds.cli import add_model_arguments
 from coconut_ds.data.problems import read_problems
 from coconut_ds.errors import ConfigError, DataError
-from coconut_ds.evaluation.pretrained import CoconutForCausalLM
-from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.files import counted, json_text, open_output
+
+if TYPE_CHECKING:
+    from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size {args.batch_size}: must be at least 1")
     questions = _questions(args)
+    from coconut_ds.evaluation.pretrained import CoconutForCausalLM  # these import torch
+    from coconut_ds.evaluation.saved_models import find_one
+
     trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     model = CoconutForCausalLM.of(trained)
     if questions is None:
@@ -76,7 +81,7 @@ def _questions(args: argparse.Namespace) -> list[str] | None:
     return questions
 
 
-def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argparse.Namespace) -> None:
+def _answer_all(model: "CoconutForCausalLM", questions: Sequence[str], args: argparse.Namespace) -> None:
     model.samples(questions)  # raises for a question that is too long before the first answer
     with open_output(args.output, "--output") if args.output else nullcontext() as writer:
         for start in range(0, len(questions), args.batch_size):
@@ -90,7 +95,7 @@ def _answer_all(model: CoconutForCausalLM, questions: Sequence[str], args: argpa
                     writer.write(json_text(record, ensure_ascii=False) + "\n")
 
 
-def _converse(model: CoconutForCausalLM, max_new_tokens: int | None) -> None:
+def _converse(model: "CoconutForCausalLM", max_new_tokens: int | None) -> None:
     num_latents = model.trained.stage.num_latents
     print(
         f"{model.trained.name}, {counted(num_latents, 'latent')}. Type a question; an empty line ends.",

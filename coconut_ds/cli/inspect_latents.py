@@ -17,11 +17,7 @@ from dataclasses import asdict
 from coconut_ds.cli import add_model_arguments
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.errors import ConfigError
-from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps
-from coconut_ds.evaluation.pretrained import CoconutForCausalLM
-from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.files import json_text, open_output
-from coconut_ds.reports.inspection_page import page, terminal, terminal_match
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.top < 1 or args.show < 0:
         raise ConfigError("--top must be at least 1, and --show at least 0")
+    from coconut_ds.evaluation.inspection import first_tokens, inspect, match_steps  # these import torch
+    from coconut_ds.evaluation.pretrained import CoconutForCausalLM
+    from coconut_ds.evaluation.saved_models import find_one
+    from coconut_ds.reports.inspection_page import page, terminal, terminal_match
+
     problems = [Problem(args.question, (), "")] if args.question else read_problems(args.file, args.limit)
     trained = find_one(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     model = CoconutForCausalLM.of(trained)

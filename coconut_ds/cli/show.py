@@ -19,7 +19,6 @@ from coconut_ds.config.experiment import (
 )
 from coconut_ds.config.methods import has_published_keys
 from coconut_ds.config.schema import read_yaml
-from coconut_ds.data.batching import BatchConfig
 from coconut_ds.data.curriculum import (
     final_stage,
     render,
@@ -32,7 +31,6 @@ from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.errors import UserError
 from coconut_ds.files import counted
-from coconut_ds.memory.budget import read_ds_config
 from coconut_ds.tables import Table
 
 PUBLISHED_GPUS = 4
@@ -54,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coconut_ds.data.batching import BatchConfig  # these import torch, which --help does not need
+    from coconut_ds.memory.budget import read_ds_config
+
     experiment = read_experiment(args)
     ds_config = (
         read_ds_config(args.deepspeed_config, experiment, args.ds_overrides)
@@ -102,6 +103,8 @@ def _memory_lines(ds_config: DeepSpeedConfig) -> Iterator[str]:
 def _batch_lines(
     experiment: Experiment, ds_config: DeepSpeedConfig | None, gpus: int | None, num_problems: int
 ) -> Iterator[str]:
+    from coconut_ds.data.batching import BatchConfig
+
     budget = ds_config.memory_budget if ds_config else None
     world_size = gpus or (budget.gpus if budget else 2)
     if ds_config is not None:

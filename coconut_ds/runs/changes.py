@@ -18,11 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Self
 
 from coconut_ds.config.deepspeed import EIGHT_BIT
 from coconut_ds.config.experiment import Experiment
@@ -34,6 +30,10 @@ from coconut_ds.errors import CheckpointError
 from coconut_ds.files import hash_file, json_text
 from coconut_ds.runs.checkpoint_folders import Manifest
 from coconut_ds.runs.run_folder import code_version, library_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 SAMPLES = 1024  # elements of each tensor whose values are hashed
 CHUNK = 1 << 22  # elements summed at a time
@@ -50,7 +50,7 @@ class BaseRecord:
     tokenizer: str
 
     @classmethod
-    def of(cls, base: PreTrainedModel, vocabulary: Vocabulary, with_weights: bool) -> Self:
+    def of(cls, base: "PreTrainedModel", vocabulary: Vocabulary, with_weights: bool) -> Self:
         """Record a model that has its final weights and the special-token rows, but no adapters."""
         config = json.loads(base.config.to_json_string(use_diff=True))
         return cls(
@@ -85,12 +85,14 @@ class BaseRecord:
             yield "tokenizer", self.tokenizer, current.tokenizer
 
 
-def weights_digest(base: PreTrainedModel, special_token_ids: Sequence[int]) -> str:
+def weights_digest(base: "PreTrainedModel", special_token_ids: Sequence[int]) -> str:
     """A short hash of all tensors, without the special-token rows, which are added here and may train.
 
     Per tensor: name, shape, evenly spaced elements, and the sum of all elements' bits. Changing one element
     always changes that sum; the order of additions does not.
     """
+    import torch  # takes a second, and `report` does not need it
+
     digest = hashlib.sha256()
     modules: tuple[Any, Any] = (base.get_input_embeddings(), base.get_output_embeddings())
     vocabulary = {module.weight.data_ptr() for module in modules}
@@ -107,7 +109,7 @@ def weights_digest(base: PreTrainedModel, special_token_ids: Sequence[int]) -> s
     return digest.hexdigest()[:32]
 
 
-def _without_rows(value: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
+def _without_rows(value: "Tensor", rows: Sequence[int]) -> "Iterator[Tensor]":
     if not rows:
         yield value
         return

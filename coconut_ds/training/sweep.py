@@ -29,7 +29,6 @@ from coconut_ds.config.deepspeed import default_ds_config, load_ds_config
 from coconut_ds.config.experiment import Experiment, load_experiment, parse_overrides
 from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import parse_yaml_value, read_json, read_yaml
-from coconut_ds.distributed import PID_FOLDER
 from coconut_ds.engine.watchdog import free_port
 from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.files import VERBOSE, open_append
@@ -223,6 +222,8 @@ def run_all(grid: Sequence[Point], num_gpus: int, log: Callable[[str], None] = p
 
 
 def _run(point: Point, num_gpus: int) -> Outcome:
+    from coconut_ds.distributed import PID_FOLDER  # imports torch, which --help does not need
+
     point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / LOG
     started = time.monotonic()

@@ -1,5 +1,7 @@
-"""No module changes a setting of matplotlib or selects a backend for the process."""
+"""No module changes a setting of matplotlib or selects a backend; tables do not load torch."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,14 @@ def test_no_global_setting_of_matplotlib(path: Path) -> None:
 
 def test_drawing_modules_are_checked() -> None:
     assert {"checks", "figures", "memory_figures", "inspection_page"} <= {path.stem for path in DRAWS}
+
+
+def test_tables_of_runs_do_not_wait_for_torch(make_run) -> None:
+    program = (
+        "import sys; from coconut_ds.__main__ import main\n"
+        "code = main(['report', *sys.argv[1:], '--no-page'])\n"
+        "sys.exit(code or str({'torch', 'transformers', 'matplotlib'} & set(sys.modules) or ''))"
+    )
+    runs = [str(make_run(name, [50, 60], method="coconut").folder) for name in ("a", "b")]
+    ended = subprocess.run([sys.executable, "-c", program, *runs], capture_output=True, text=True)
+    assert ended.stderr.strip() == "" and "60.0 %" in ended.stdout

@@ -1,4 +1,4 @@
-"""Plan the table of bytes in docs/memory.md: GPT-2 small to XL and Llama 1B, full and LoRA.
+"""Plan the table of bytes in docs/memory.md: GPT-2 small to XL and Llama 1B, full, LoRA and QLoRA.
 
     python -m benchmarks.memory_table [MODEL ...] [--write]
 
@@ -33,7 +33,8 @@ def experiment_of(model: str, tuning: str) -> Experiment:
         "train_path": "data/none.json",
         "val_path": "data/none.json",
         "method": "coconut",
-        "tuning": tuning,
+        "tuning": "full" if tuning == "full" else "lora",
+        "quantization": "nf4" if tuning == "qlora" else "none",
         "c_thought": 1,
         "max_latent_stage": 6,
         "epochs_per_stage": 1,
@@ -49,12 +50,20 @@ def experiment_of(model: str, tuning: str) -> Experiment:
 
 def rows_of(model: str) -> list[tuple[str, Plan]]:
     rows = []
-    for tuning in ("full", "lora"):
+    for tuning in ("full", "lora", "qlora"):
         experiment = experiment_of(model, tuning)
         planner = Planner.of(experiment, TEXT)
         for path in sorted((ROOT / "ds_configs").glob("*.json")):
-            rows.append((f"{model} {tuning}", planner.plan(experiment, load_ds_config(path))))
+            if is_planned(path.stem, tuning):
+                rows.append((f"{model} {tuning}", planner.plan(experiment, load_ds_config(path), ranks=2)))
     return rows
+
+
+def is_planned(ds_config: str, tuning: str) -> bool:
+    """Whether the table has a file for a tuning; files in bf16 need the bytes of those in fp16."""
+    if "bf16" in ds_config or ("adam8bit" in ds_config and tuning != "full"):
+        return False
+    return ("qlora" in ds_config) == (tuning == "qlora")
 
 
 def main() -> None:

@@ -3,15 +3,16 @@
 import argparse
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks import gpu_table
 from coconut_ds.__main__ import main
 from coconut_ds.cli.plan import add_arguments, read_cases
+from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.fake_run import with_layers
 from coconut_ds.memory.known import built_in_config, find_gpu, known, precision_note, short
@@ -118,14 +119,32 @@ def test_what_is_missing_is_named(command, message, monkeypatch, tmp_path, capsy
     assert message in capsys.readouterr().err
 
 
+def gpu_rows():
+    """{"gpt2 lora": {GPU: cell}} of ds_configs/README.md."""
+    text = (ROOT / "ds_configs/README.md").read_text(encoding="utf-8")
+    lines = gpu_table.MARKERS.search(text)[0].splitlines()[3:-1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: dict(zip(gpu_table.FILES, of_gpus, strict=True)) for name, *of_gpus in cells}
+
+
+def test_the_table_of_gpus_has_every_model_and_files_for_its_gpus():
+    rows = gpu_rows()
+    models = gpu_table.MODELS.items()
+    assert list(rows) == [f"{short(model)} {tuning}" for model, tunings in models for tuning in tunings]
+    for of_gpus in rows.values():
+        for gpu, cell in of_gpus.items():
+            name = re.match(r"`(\w+)`: (\d+) rows; (\d+): [\d,]+ MiB, host \d+ GiB$|-$", cell)[1]
+            if name is not None:
+                config = load_ds_config(ROOT / f"ds_configs/{name}.json")
+                assert config.memory_budget.device == gpu
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2-medium", "Llama-3.2-1B"])
-def test_the_table_of_models_says_what_the_planner_does(name, capsys):
-    readme = (ROOT / "ds_configs/README.md").read_text(encoding="utf-8")
-    row = next(line for line in readme.splitlines() if line.startswith(f"| {name} |"))
-    command = re.search(r"Made by `(plan [^`]*)`", readme)[1].replace("\n", " ")
-    words = shlex.split(command)
-    words[2:6] = [name]
-    main([*words, "--json", "--no-changes"])
-    (plan,) = json.loads(capsys.readouterr().out)
-    assert row.split("|")[2:4] == [f" {plan['gpu_mib']:,.0f} ", f" {plan['host_gib']:.1f} "]
+def test_the_table_of_gpus_says_what_the_planner_does():
+    """One cell; the file for Qwen2.5-7B is planned in tests/config/test_shipped_files.py."""
+    model, tuning = "openai-community/gpt2", "lora"
+    files = gpu_table.FILES["RTX 2080 Ti"][0]
+    planned = gpu_table.cell(
+        gpu_table.planner_of(model, tuning), gpu_table.experiment_of(model, tuning), files
+    )
+    assert gpu_rows()["gpt2 lora"]["RTX 2080 Ti"] == planned

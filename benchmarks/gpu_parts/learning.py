@@ -32,7 +32,8 @@ TINY_SIZES = {"train": 32, "valid": 8, "test": 8}
 
 
 def cases(setting: Setting) -> list[str]:
-    return [*(f"prosqa_like {method}" for method in METHODS), "smollm2 lora"]
+    methods = METHODS[:1] if setting.tiny else METHODS
+    return [*(f"prosqa_like {method}" for method in methods), "smollm2 lora"]
 
 
 def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
     stage N VARIANT      forward and backward of micro-batches of real lengths, GPT-2 124M
     passes               what the one-token passes cost, and how much of it is waiting for launches
-    compile              the same with torch.compile around the backbone
 
-An epoch is 17,886 problems.  Knows: variants, clocks.  Does not know: optimizers, evaluation.
+An epoch is 17,886 problems.
 """
 
 import statistics
@@ -28,7 +27,7 @@ BATCHES = 8
 
 def cases(setting: Setting) -> list[str]:
     last = LAST_STAGE["prosqa"]
-    stages = (0, last) if setting.tiny else range(last + 1)
+    stages = (last,) if setting.tiny else range(last + 1)
     precisions = ("fp32",) if setting.tiny else tuple(ROWS)
     timed = [
         f"{precision} stage {stage} {name}"
@@ -36,7 +35,7 @@ def cases(setting: Setting) -> list[str]:
         for stage in stages
         for name in VARIANTS
     ]
-    return [*timed, *(f"{precision} {what}" for precision in precisions for what in ("passes", "compile"))]
+    return [*timed, *(f"{precision} passes" for precision in precisions)]
 
 
 def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
@@ -46,14 +45,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     rows = 2 if setting.tiny else ROWS[precision]
     if what == "stage":
         return timed(variant(rest[1], base), int(rest[0]), base, rows, setting)
-    if what == "passes":
-        return passes(variant("coconut_ds", base), base, rows, setting)
-    plain = timed(variant("coconut_ds", base), LAST_STAGE["prosqa"], base, rows, setting)
-    coconut: Any = variant("coconut_ds", base)
-    coconut.causal_lm.get_decoder().compile(dynamic=True, backend="eager" if setting.tiny else "inductor")
-    compiled = timed(coconut, LAST_STAGE["prosqa"], base, rows, setting)
-    ratio = compiled["step_seconds"] / plain["step_seconds"]
-    return {"plain": plain, "compiled": compiled, "compiled_over_plain": round(ratio, 3)}
+    return passes(variant("coconut_ds", base), base, rows, setting)
 
 
 def batches(stage: int, base: Any, rows: int, setting: Setting) -> list[Batch]:
@@ -69,7 +61,7 @@ def timed(
     loss_of: Callable[[Batch], Tensor], stage: int, base: Any, rows: int, setting: Setting
 ) -> dict[str, Any]:
     made = batches(stage, base, rows, setting)
-    for batch in made:  # every shape once, so that no allocation and no compilation is timed
+    for batch in made:  # every shape once, so that no allocation is timed
         step(loss_of, batch)
     times = [setting.seconds(lambda batch=batch: step(loss_of, batch)) for batch in made]
     tokens = sum(int(batch.attention_mask_BT.sum()) for batch in made)

@@ -47,7 +47,9 @@ def results(request, tiny_experiment, tmp_path_factory):
         tiny_experiment | {"thought": "mlp_projection", "thought_lr": 0.02, "uniform_prob": 0.0} | tuning
     )
     chains = {kind: [(STEPS, ds_config(name, kind)) for name in names] for kind, names in CHAINS.items()}
-    chains["straight"] = [(STEPS * len(CHAINS["fp32"]), ds_config("2", "fp32"))]
+    if tuning or ranks == 1:  # every hop is shown by full tuning on two ranks
+        chains = {kind: chain[:4] for kind, chain in chains.items()}
+    chains["straight"] = [(STEPS * len(chains["fp32"]), ds_config("2", "fp32"))]
     (folder / "chains.json").write_text(json.dumps({"experiment": experiment, "chains": chains}))
     process = start(
         "tests.launched.layouts", folder / "chains.json", folder / "out.json", ranks=ranks, timeout=600
@@ -59,7 +61,8 @@ def results(request, tiny_experiment, tmp_path_factory):
 @pytest.mark.parametrize("precision", CHAINS)
 def test_weights_and_moments_are_equal_bit_for_bit(results, precision):
     pairs = itertools.pairwise(CHAINS[precision])
-    changed = {pair: hop["changed"] for pair, hop in zip(pairs, results[precision][1:], strict=True)}
+    changed = {pair: hop["changed"] for pair, hop in zip(pairs, results[precision][1:], strict=False)}
+    assert len(changed) >= 3
     assert changed == dict.fromkeys(changed, [])
     assert [hop["client_state"]["number"] for hop in results[precision][1:]] == list(range(len(changed)))
 

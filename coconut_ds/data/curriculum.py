@@ -31,6 +31,11 @@ class Stage:
     num_latents: int
     hidden_tokens: int = 0  # token-wise iCoT: leading reasoning tokens removed
 
+    @property
+    def shows_all_steps(self) -> bool:
+        """Whether the model writes all of the reasoning, so that it can match the given one."""
+        return self.hidden_steps == self.hidden_tokens == 0
+
     def __str__(self) -> str:
         if self.hidden_tokens:
             return f"first {counted(self.hidden_tokens, 'reasoning token')} hidden"

@@ -98,6 +98,7 @@ class Measurement:
         if self.against_intact is not None:
             return f"  {self.against_intact}"
         result = self.evaluation
+        match = f"; CoT match {100 * result.cot_match:.1f} %" if self.stage.shows_all_steps else ""
         return (
             f"{self.checkpoint}  {self.data}, {self.stage}\n"
             + "".join(f"  note: {line}\n" for line in self.notes)
@@ -113,8 +114,7 @@ class Measurement:
             )
             + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
             f"({result.grading} grading), "
-            f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}; "
-            f"CoT match {100 * result.cot_match:.1f} %\n"
+            f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}{match}\n"
             f"  per answer: {result.mean_tokens:.1f} tokens and {counted(self.stage.num_latents, 'latent')}, "
             f"{result.seconds_per_item:.4f} s"
         )

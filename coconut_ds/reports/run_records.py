@@ -170,6 +170,15 @@ class RunRecord:
         return list(results.values())
 
     @property
+    def is_falling(self) -> bool:
+        """Whether the last epoch lowered the validation loss of its stage by more than 2 %."""
+        lines = [
+            line for line in self.of("valid") if self.stages and self.stage_of(line) == self.stages[-1].stage
+        ]
+        losses = [float(line["loss"]) for line in lines]
+        return len(losses) > 1 and losses[-1] < 0.98 * min(losses[:-1])
+
+    @property
     def ablated(self) -> dict[str, Line]:
         """The lines of `ablate_after_stage` after the last validation, by ablation."""
         epoch = self.stages[-1].line["epoch"] if self.stages else None

@@ -12,7 +12,6 @@ from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig, num_samples_and_tokens, training_steps
 from coconut_ds.data.curriculum import (
-    ALL_STEPS,
     Stage,
     is_stage_switch,
     next_epoch,
@@ -387,16 +386,18 @@ class Trainer:
             stage_best=None if switches else accuracy if is_best else best,
             stale_epochs=0 if switches else stale,
         )
-        if switches or (stale == STUCK_EPOCHS and following < end):
+        is_stuck = stale > 0 and stale % STUCK_EPOCHS == 0
+        if switches or (is_stuck and following < end):
             self.print_verdicts()
         return following
 
     def print_verdicts(self) -> None:
-        """Warnings of the main rank about what was not learned so far, and what to change."""
+        """Warnings of the main rank about what was not learned so far, unless the loss is still falling."""
         if self.run.writes:
             from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
 
-            for line in verdicts(read_run(self.run.folder)):
+            record = read_run(self.run.folder)
+            for line in () if record.is_falling else verdicts(record):
                 self.print_line(line)
 
     def ablate(self, epoch: int, intact: Evaluation, following: int) -> None:
@@ -447,8 +448,7 @@ class Trainer:
         self.run.show_samples()
         is_part = result.num_items == self.experiment.eval_max_items
         part = f" of the first {result.num_items} examples" if is_part else ""
-        writes_steps = stage.hidden_steps != ALL_STEPS
-        match = f"CoT match {100 * result.cot_match:.1f} %  " if writes_steps else ""
+        match = f"CoT match {100 * result.cot_match:.1f} %  " if stage.shows_all_steps else ""
         self.print_line(
             f"epoch {epoch + 1}/{self.experiment.num_epochs}  {stage}:  {name} loss {result.loss:.4f}  "
             f"accuracy {100 * result.accuracy:.1f} %{part} ({result.grading} grading)  "

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from coconut_ds.data.curriculum import stage_at
 from coconut_ds.errors import CheckpointError, ConfigError
+from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.runs.checkpoint_folders import Manifest, TrainedStage
 from tests.plain_engine import PlainEngine, plain_trainer
 
@@ -193,3 +195,23 @@ def test_a_stage_that_was_not_learned_is_named_when_the_next_begins(tiny_experim
     first, second = capsys.readouterr().out.split("epoch 2/2")
     assert "coconut was not learned" in first
     assert "Stage 1 was not learned" in second and "latent_supervision" in second
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_said"),
+    [([0.27, 0.26, 0.25, 0.19, 0.17], False), ([0.27, 0.18, 0.171, 0.172, 0.170], True)],
+)
+def test_a_stage_whose_loss_still_falls_is_not_called_unlearned(
+    losses, is_said, tiny_experiment, tmp_path, capsys
+):
+    """As the first stage of the quickstart, which the next one completes."""
+    values = tiny_experiment | CHEAP | {"save_path": str(tmp_path), "epochs_per_stage": 5}
+    with plain_trainer(values, num_epochs=10) as trainer:
+        trainer.run.write_settings()
+        for epoch, loss in enumerate(losses):
+            result = Evaluation(loss, 0.1, 0.0, 100, 10, 5.0, (), "exact", chance=0.1)
+            trainer.log(
+                "valid", epoch, stage=0, at=str(stage_at(epoch, trainer.experiment)), **result.numbers()
+            )
+            trainer.end_epoch(epoch, result)
+    assert ("coconut was not learned" in capsys.readouterr().out) == is_said

@@ -184,8 +184,9 @@ class DeepSpeedConfig:
         if experiment.quantization != "none" and experiment.tuning == "lora" and self.zero_stage == 3:
             errors.append(
                 "zero_optimization.stage: is 3, which does not partition the quantized weights of "
-                f"'quantization: {experiment.quantization}'; use ds_configs/"
-                "zero2_qlora_fp16.json (RTX 20xx), zero2_qlora_bf16.json (Ampere and newer) or zero2_offload.json (fp32)"
+                f"'quantization: {experiment.quantization}'; use "
+                "ds_configs/zero2_qlora_fp16.json (RTX 20xx), zero2_qlora_bf16.json (Ampere and newer), or "
+                "zero2_offload.json (fp32)"
             )
         secondary = resolved["zero_optimization"].get("zero_hpz_partition_size", 1)
         if secondary > 1 and world_size % min(secondary, world_size):

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FILES = r"`((?:configs|ds_configs|preprocessing|launch|benchmarks|tests|docs|coconut_ds)/[\w./-]+)`"
-MADE = re.compile(r"<!-- (?:bytes table|statistics) -->.*?<!-- end -->", re.DOTALL)  # by programs
+MADE = re.compile(r"<!-- (?:bytes table|statistics|transcript) -->.*?<!-- end -->", re.DOTALL)  # by programs
 LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *ROOT.glob("*/README.md")]
 
 

@@ -15,7 +15,7 @@ from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.evaluation.measure import Measurement, write_results
 from coconut_ds.files import json_text
 from coconut_ds.reports.comparison import group_runs
-from coconut_ds.reports.figures import draw_window_weights, loss_picture, smoothed_losses, window_picture
+from coconut_ds.reports.figures import draw_window_weights, loss_picture, smoothed, window_picture
 from coconut_ds.reports.run_records import read_run
 from coconut_ds.runs.run_folder import Run
 
@@ -107,7 +107,7 @@ def test_readers_take_null_and_old_infinity(tmp_path, written, capsys):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     run = read_run(tmp_path)
     assert math.isnan(run.of("train")[0]["loss"]) and math.isnan(run.of("train")[1]["gradient_norm"])
-    assert smoothed_losses(run) == ([2.5], [1.5])
+    assert smoothed(run, "loss") == ([2.5], [1.5])
     assert loss_picture(group_runs([run])) is not None
     assert main(["report", str(tmp_path), "--no-page"]) == 0
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Figures of learning: loss, accuracy by epoch and stage, weights of the latent window over training.
+"""Figures of learning: loss, accuracy, weights of the latent window, numbers of the steps over training.
 
     figure = accuracy_picture(groups); save(figure, folder, "accuracy")
 
@@ -40,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "coconut_ds",
 }
 MAX_POINTS = 400
+STEP_NUMBERS = {"gradient_norm": "gradient norm", "step_seconds": "s/step", "tokens_per_s": "tokens/s"}
 styled = rc_context(STYLE)  # decorates functions that draw or save: ticks are made while a figure is saved
 
 
@@ -59,9 +60,15 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, str]:
     raster = io.BytesIO()
     figure.savefig(raster, format="png", dpi=200)
     replace_bytes(path, raster.getvalue())
+    return path, svg_url(figure)
+
+
+@styled
+def svg_url(figure: Figure) -> str:
+    """The figure as an SVG data URL for a page."""
     vector = io.BytesIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
-    return path, "data:image/svg+xml;base64," + base64.b64encode(vector.getvalue()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(vector.getvalue()).decode()
 
 
 def shade_stages(axes: Axes, run: RunRecord) -> None:
@@ -114,7 +121,7 @@ def loss_picture(groups: Sequence[Group]) -> Figure | None:
     figure = new_figure(8, 3.6)
     axes = figure.subplots()
     for index, group, run in runs:
-        epochs, losses = smoothed_losses(run)
+        epochs, losses = smoothed(run, "loss")
         label = f"{group.label}, training" if run is group.first else None
         axes.plot(epochs, losses, color=color_of(index), linewidth=1, alpha=0.7, label=label)
         valid = run.of("valid")
@@ -127,6 +134,27 @@ def loss_picture(groups: Sequence[Group]) -> Figure | None:
     axes.set(xlabel="epoch", ylabel="token loss (nats)", yscale="log")
     axes.set_title("Loss", pad=18)
     axes.legend(loc="best")
+    return figure
+
+
+@styled
+def steps_picture(groups: Sequence[Group]) -> Figure | None:
+    """Gradient norm, seconds of a step and tokens per second by step, thinned, of each group's first run."""
+    curves = {title: [smoothed(g.first, name) for g in groups] for name, title in STEP_NUMBERS.items()}
+    drawn = [(title, lines) for title, lines in curves.items() if any(len(epochs) > 1 for epochs, _ in lines)]
+    if not drawn:
+        return None
+    figure = new_figure(8, 1.9 * len(drawn))
+    panels = figure.subplots(len(drawn), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, lines) in zip(panels, drawn, strict=True):
+        for index, (group, (epochs, values)) in enumerate(zip(groups, lines, strict=True)):
+            axes.plot(epochs, values, color=color_of(index), linewidth=1, label=group.label)
+        shade_stages(axes, groups[0].first)
+        axes.set(ylabel=title)
+        axes.set_ylim(bottom=0)
+    panels[-1].set(xlabel="epoch")
+    if len(groups) > 1:
+        panels[0].legend(loc="best")
     return figure
 
 
@@ -188,16 +216,22 @@ def stage_picture(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def smoothed_losses(run: RunRecord) -> tuple[list[float], list[float]]:
-    """(epochs, losses) of training: at most MAX_POINTS means over equal numbers of steps."""
+def smoothed(run: RunRecord, name: str) -> tuple[list[float], list[float]]:
+    """(epochs, values) of a number of the train lines: at most MAX_POINTS means over equal numbers of steps.
+
+    Older versions logged supervised tokens as tokens_per_s, which are left out.
+    """
     by_epoch: dict[int, list[Line]] = {}
     for line in run.of("train"):
         by_epoch.setdefault(int(line["epoch"]), []).append(line)
-    points = []
-    for epoch, lines in by_epoch.items():
-        num_steps = max(map(len, by_epoch.values()))
-        numbered = [(index, line["loss"]) for index, line in enumerate(lines) if math.isfinite(line["loss"])]
-        points += [(epoch + (index + 1) / num_steps + 0.5, loss) for index, loss in numbered]
+    num_steps = max(map(len, by_epoch.values()), default=0)
+    points = [
+        (epoch + (index + 1) / num_steps + 0.5, line[name])
+        for epoch, lines in by_epoch.items()
+        for index, line in enumerate(lines)
+        if math.isfinite(line.get(name, math.nan))
+        and (name != "tokens_per_s" or "supervised_tokens_per_s" in line)
+    ]
     width = -(-len(points) // MAX_POINTS) or 1
     chunks = [points[start : start + width] for start in range(0, len(points), width)]
     return [mean(x for x, _ in chunk) for chunk in chunks], [mean(y for _, y in chunk) for chunk in chunks]

@@ -1,7 +1,7 @@
 """The report: one HTML file with embedded figures, no scripts or links, and the figures as PNG beside it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -20,21 +20,29 @@ from coconut_ds.templates import render
 
 def write_page(page: Path, runs: Sequence[RunRecord]) -> list[Path]:
     """Write the page and its figures; returns their paths, the page first."""
-    groups = group_runs(runs)
     if run_folder_of(page) or not page.parent.exists():
         make_folder(page.parent)
     prefix = "" if page.stem == "report" else f"{page.stem}_"
     written: list[Path] = []
 
+    def write(name: str, figure: Figure) -> str:
+        path, address = learning.save(figure, page.parent, prefix + name)
+        written.append(path)
+        return address
+
+    replace_text(page, page_text(runs, write, f"Report of {time.strftime('%Y-%m-%d %H:%M')}"))
+    return [page, *written]
+
+
+def page_text(
+    runs: Sequence[RunRecord], show: Callable[[str, Figure], str], subtitle: str, refresh: int | None = None
+) -> str:
+    """The page as HTML.  `show`: address of a figure by its name.  `refresh`: load again after seconds."""
+    groups = group_runs(runs)
+
     def pictures(*named: tuple[str, Figure | None, str]) -> list[tuple[str, str]]:
         """(caption, address) of each figure that there is."""
-        shown = []
-        for name, figure, caption in named:
-            if figure is not None:
-                path, address = learning.save(figure, page.parent, prefix + name)
-                written.append(path)
-                shown.append((caption, address))
-        return shown
+        return [(caption, show(name, figure)) for name, figure, caption in named if figure is not None]
 
     windows = [
         (
@@ -44,10 +52,11 @@ def write_page(page: Path, runs: Sequence[RunRecord]) -> list[Path]:
         )
         for run in runs
     ]
-    text = render(
+    return render(
         "run.html",
         title=" and ".join(run.experiment.name for run in runs),
-        made=time.strftime("%Y-%m-%d %H:%M"),
+        subtitle=subtitle,
+        refresh=refresh,
         runs=runs,
         warnings=all_verdicts(runs, groups),
         tables=all_tables(runs, groups),
@@ -56,6 +65,7 @@ def write_page(page: Path, runs: Sequence[RunRecord]) -> list[Path]:
             ("accuracy", learning.accuracy_picture(groups), "Validation accuracy after every epoch."),
             ("stages", learning.stage_picture(groups), "Accuracy where each stage ends."),
             ("loss", learning.loss_picture(groups), "Token loss: training (smoothed) and validation."),
+            ("steps", learning.steps_picture(groups), "Optimizer steps, smoothed; tokens without padding."),
             *windows,
         ),
         memory=pictures(
@@ -72,8 +82,6 @@ def write_page(page: Path, runs: Sequence[RunRecord]) -> list[Path]:
         ],
         experiment_to_yaml=experiment_to_yaml,
     )  # fmt: skip
-    replace_text(page, text)
-    return [page, *written]
 
 
 def report_of(folder: Path) -> Path:

@@ -87,7 +87,14 @@ class RunRecord:
 
     def of(self, kind: str) -> list[Line]:
         """The lines of metrics.jsonl of one kind: train, valid, test, memory, save."""
-        return [line for line in self.lines if line["kind"] == kind]
+        return self._by_kind.get(kind, [])
+
+    @cached_property
+    def _by_kind(self) -> dict[str, list[Line]]:
+        lines: dict[str, list[Line]] = {}
+        for line in self.lines:
+            lines.setdefault(line["kind"], []).append(line)
+        return lines
 
     @property
     def dataset(self) -> str:

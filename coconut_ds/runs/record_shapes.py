@@ -4,8 +4,9 @@ metric_lines, evaluation_lines, prediction_lines      invalid lines are skipped
 read_record(path, PLAN)                               an invalid file is an error
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
 # Required numbers in metrics.jsonl, by kind of line.  A loss may be NaN.
 REQUIRED = {"train": ("epoch", "time", "loss"), "valid": MEASURED, "test": MEASURED, "memory": ("epoch",)}
 MEASURED_ON = ("file", "role", "examples", "stage")  # texts; lines of older versions have none of them
-OPTIONAL = ("loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr", "chance")
+OPTIONAL = (
+    "loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr", "chance",
+    "gradient_norm", "step_seconds", "tokens_per_s", "supervised_tokens_per_s",
+)  # fmt: skip
+TRAIN = '"kind": "train"'  # as `train` writes it
+MAX_TRAIN_LINES = 10_000  # of a longer run, every n-th line is read
 
 NUMBER = {"type": "number", "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
 COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
@@ -116,8 +122,14 @@ def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl with valid numbers; kinds that no report uses are not checked."""
-    kept = [line for line in map(_with_nan, json_lines(path)) if _is_metric(line)]
+    """The lines of metrics.jsonl with valid numbers; kinds that no report uses are not checked.
+
+    Of more than MAX_TRAIN_LINES train lines, every n-th is kept.
+    """
+    step = -(-sum(TRAIN in text for text in _texts(path)) // MAX_TRAIN_LINES)
+    numbers = itertools.count()
+    texts = (text for text in _texts(path) if step < 2 or TRAIN not in text or next(numbers) % step == 0)
+    kept = [line for line in map(_with_nan, _objects(texts)) if _is_metric(line)]
     last: dict[str, Any] = next((line for line in reversed(kept) if "window_weights" in line), {})
     size = len(last.get("window_weights", ()))
     for line in kept:
@@ -194,16 +206,25 @@ def _has_differences(line: dict[str, Any]) -> bool:
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, one per line; truncated and other invalid lines are skipped."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as reader:
-        while text := reader.readline(MAX_LINE):
-            try:
-                value = parse_json(text)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
+    return _objects(_texts(path))
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The lines of a file, none if it is missing."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as reader:
+            while text := reader.readline(MAX_LINE):
+                yield text
+
+
+def _objects(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for text in texts:
+        try:
+            value = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def _is_number(value: Any, may_be_nan: bool = False) -> bool:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.hub_kernels import is_kernel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,6 +35,7 @@ from coconut_ds.runs.weights import (
 )
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # of `layer_types`
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
@@ -185,8 +188,50 @@ def load_base(model_id: str, vocabulary: Vocabulary, as_saved: bool = False) -> 
         base.is_quantized = False
         vars(base.config).pop("quantization_config", None)
     refuse_non_finite(dict(base.named_parameters()), _files_of(where, extra))
+    refuse_other_layers(base)
+    refuse_changed_logits(base)
     add_special_token_rows(base, vocabulary)
     return base
+
+
+def refuse_other_layers(base: PreTrainedModel) -> None:
+    """Raise ConfigError for a model with layers that do not attend (Mamba, RWKV, hybrids).
+
+    A pass hands keys and values to the next one, not the state of such a layer.
+    """
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    if base._is_stateful or not kinds <= ATTENTION_LAYERS:
+        raise ConfigError(
+            f"model_id: {type(base).__name__} has layers with a state instead of attention, which the passes "
+            "over latents do not carry; use a model whose layers all attend"
+        )
+
+
+def refuse_changed_logits(base: PreTrainedModel) -> None:
+    """Raise ConfigError for a model that scales or caps its logits (Granite, Cohere, Gemma 2).
+
+    Losses and answers are computed here by the head alone.  The model is run with a decoder that returns
+    given hidden states and a head that returns its input: its logits must be those hidden states.
+    """
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    size = base.config.get_text_config().hidden_size
+    hidden_1TD = torch.linspace(-100, 100, 2 * size).view(1, 2, size)
+    output = MoeModelOutputWithPast(last_hidden_state=hidden_1TD)  # has the fields that any model reads
+    ids_1T = torch.zeros(1, 2, dtype=torch.long)
+    try:
+        with (
+            torch.no_grad(),
+            patch.object(decoder, "forward", lambda *_, **__: output),
+            patch.object(head, "forward", lambda hidden: hidden),
+        ):
+            logits = base(input_ids=ids_1T, use_cache=False, return_dict=True).logits
+    except Exception:  # a forward with parts of its own around the decoder says nothing about its logits
+        return
+    if not torch.allclose(logits, hidden_1TD):
+        raise ConfigError(
+            f"model_id: {type(base).__name__} scales or caps the logits of its LM head, which the losses and "
+            "answers here would leave out; use a model whose logits are its head's output"
+        )
 
 
 def _files_of(where: str, extra: Mapping[str, str]) -> Path:

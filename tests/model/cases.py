@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from coconut_ds.config.deepspeed import LatentMemory
@@ -80,6 +82,12 @@ def qwen2(dropout: float = 0.0) -> PreTrainedModel:
     return Qwen2ForCausalLM(config)
 
 
+def qwen3(dropout: float = 0.0) -> PreTrainedModel:
+    """A norm of queries and one of keys, with equal weights for different numbers of heads."""
+    config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, attention_dropout=dropout)
+    return Qwen3ForCausalLM(config)
+
+
 def mistral(dropout: float = 0.0) -> PreTrainedModel:
     """A sliding window shorter than the rows, in all layers."""
     config = MistralConfig(
@@ -127,7 +135,7 @@ def opt(dropout: float = 0.0) -> PreTrainedModel:
 
 
 ARCHITECTURES = {"gpt2": gpt2, "llama": llama, "qwen2": qwen2}
-MORE_ARCHITECTURES = {"mistral": mistral, "mixed_windows": mixed_windows, "opt": opt}
+MORE_ARCHITECTURES = {"qwen3": qwen3, "mistral": mistral, "mixed_windows": mixed_windows, "opt": opt}
 
 
 def make_model(architecture: str, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:

@@ -1,15 +1,22 @@
 """Base models from every origin: a .gguf file, weights that do not fit, special-token rows."""
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
-from coconut_ds.model.loading import install_weights, load_base, new_base
+from coconut_ds.model.loading import (
+    install_weights,
+    load_base,
+    new_base,
+    refuse_changed_logits,
+    refuse_other_layers,
+)
 
 
 @pytest.fixture
@@ -70,3 +77,33 @@ def test_a_gguf_model_loads_and_can_be_saved(tmp_path):
     base.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in base.state_dict().items())
+
+
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 32, "bos_token_id": 0,
+    "eos_token_id": 1, "pad_token_id": 0, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, words",
+    [
+        ("granite", {"logits_scaling": 8.0}, "GraniteForCausalLM scales or caps the logits"),
+        ("cohere", {}, "CohereForCausalLM scales or caps the logits"),
+        ("gemma2", {}, "Gemma2ForCausalLM scales or caps the logits"),
+        ("mamba", {"state_size": 4}, "MambaForCausalLM has layers with a state instead of attention"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM has layers with a state"),
+        ("granite", {"logits_scaling": 1.0}, ""),
+        ("gemma2", {"final_logit_softcapping": None}, ""),
+        ("phi", {}, ""),
+        ("mixtral", {"num_local_experts": 2}, ""),
+        ("opt", {"word_embed_proj_dim": 16}, ""),
+    ],
+)
+def test_models_that_would_train_on_other_numbers_are_refused(model_type, changes, words):
+    config = AutoConfig.for_model(model_type, **SMALL | changes)
+    base = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        refuse_other_layers(base)
+        refuse_changed_logits(base)

@@ -1,19 +1,26 @@
 """Every subset of the techniques against the textbook loop: same loss, same gradients."""
 
+import copy
 import itertools
 
 import pytest
+import torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from benchmarks.textbook import textbook_loss
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import collate
 from coconut_ds.data.curriculum import Sample
+from coconut_ds.model.coconut import Coconut
+from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model.cases import (
     ARCHITECTURES,
     EQUAL_ROWS,
+    HIDDEN,
     MORE_ARCHITECTURES,
     NO_LATENT_ROWS,
     RAGGED_ROWS,
+    VOCABULARY,
     assert_same_gradients,
     gradients,
     loss_and_gradients,
@@ -62,6 +69,21 @@ def test_padding_on_the_right_changes_no_loss(architecture):
     loss, loss_gradients = loss_and_gradients(model, right)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert_same_gradients(loss_gradients, expected_gradients)
+
+
+def test_layers_of_one_shape_with_and_without_bias():
+    """GPT-Neo's output projection has a bias; its queries, keys and values have none."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_layers": 2, "num_heads": 4}
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 6, "attention_dropout": 0.0}
+    config = GPTNeoConfig(**sizes, **kinds, embed_dropout=0.0, resid_dropout=0.0, max_position_embeddings=64)
+    reference = GPTNeoForCausalLM(config).train()
+    model = copy.deepcopy(reference)
+    batch = make_batch(RAGGED_ROWS)
+    textbook_loss(reference, batch).backward()
+    thought = build_thought("last_hidden", HIDDEN, ThoughtSettings())
+    Coconut(model, thought, LatentMemory(segmented_cache=False))(batch).backward()
+    assert_same_gradients(gradients(model), gradients(reference))
 
 
 @pytest.mark.parametrize("rows", [RAGGED_ROWS, ONE_LATENT_ROWS, NO_ANSWER_ROWS, NO_LATENT_ROWS])

@@ -40,6 +40,11 @@ def install_buffered_attention(model: PreTrainedModel) -> None:
     """
     AttentionInterface.register(ATTENTION, buffered_attention)
     AttentionMaskInterface.register(ATTENTION, make_mask)
+    if getattr(model.config.get_text_config(), "kv_lora_rank", None):
+        raise ConfigError(
+            f"latent_memory.segmented_cache: {type(model).__name__} has multi-head latent attention, which "
+            "makes its keys of cached ones; set segmented_cache to false"
+        )
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             f"latent_memory.segmented_cache: {type(model).__name__} does not let its attention be replaced "

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
+from coconut_ds.errors import ConfigError
 from coconut_ds.model.techniques.passes import Context, Pass, Step, keeps_graph
 
 if TYPE_CHECKING:
@@ -159,6 +160,14 @@ class Slot(NamedTuple):
     value_BKSE: Tensor
     layer: "Layer"
     cache: "KeyValueBuffer"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigError(
+            "latent_memory.segmented_cache: the attention of this model computes with cached keys, which the "
+            "buffer does not support; set segmented_cache to false"
+        )
 
 
 class KeyValueBuffer(PassCache):

@@ -310,8 +310,11 @@ class Rows:
 
     def group(self) -> Any:
         """Rows of equal groups can be stacked."""
-        shape = (self.inputs[0].shape[-1], *self.douts) if self.douts else None
-        return type(self), shape, self.weight.shape, self.weight.dtype, len(self.leaves), len(self.vectors)
+        # Of equal width and number: a norm of queries has more rows than one of grouped keys.
+        counts = [dy.numel() // dy.shape[-1] for dy in self.douts.values()]
+        shape = (self.inputs[0].shape[-1], *self.douts, *counts) if self.douts else None
+        weight = self.weight.shape, self.weight.dtype, self.bias is None
+        return type(self), shape, weight, len(self.leaves), len(self.vectors)
 
     def taken_inputs(self) -> list[Tensor]:
         """Inputs of the rows with a gradient; without retain_graph the list is emptied."""
@@ -340,6 +343,6 @@ class Rows:
 
 
 def _stacked(parts: list[Tensor], count: int) -> Tensor:
-    if any(part.dim() != parts[0].dim() for part in parts):  # those of a recorded pass have no column
+    if any(part.shape[1:] != parts[0].shape[1:] for part in parts):  # those of a recorded pass have no column
         parts = [part.flatten(0, -2) for part in parts]
     return torch.cat(parts).view(count, -1, parts[0].shape[-1])

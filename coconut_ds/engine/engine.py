@@ -211,7 +211,9 @@ class Engine(Ranks):
         config = {**_for_device(ds_config, ranks.device), "managed_gradient_accumulation": False}
         make_optimizer = None  # DeepSpeed makes the optimizer of the config
         if config["optimizer"]["type"] == EIGHT_BIT:
-            make_optimizer = partial(patches.eight_bit_adam(), **config.pop("optimizer")["params"])
+            params = {**config.pop("optimizer")["params"]}
+            params.pop("adam_w_mode", None)  # true, and not an argument here
+            make_optimizer = partial(patches.eight_bit_adam(), **params)
         self.moments_bytes = 2 * FP32_BYTES if make_optimizer is None else 2
         patches.import_muon_uncompiled()
         self._engine, self._optimizer, _, scheduler = deepspeed.initialize(

@@ -388,16 +388,17 @@ class Trainer:
         )
         is_stuck = stale > 0 and stale % STUCK_EPOCHS == 0
         if switches or (is_stuck and following < end):
-            self.print_verdicts()
+            self.print_verdicts("" if switches else "not learned")
         return following
 
-    def print_verdicts(self) -> None:
-        """Warnings of the main rank about what was not learned so far, unless the loss is still falling."""
+    def print_verdicts(self, about: str) -> None:
+        """Warnings of the main rank with the text `about`, unless the loss is still falling."""
         if self.run.writes:
             from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
 
             record = read_run(self.run.folder)
-            for line in () if record.is_falling else verdicts(record):
+            lines = [] if record.is_falling else [line for line in verdicts(record) if about in line]
+            for line in lines:
                 self.print_line(line)
 
     def ablate(self, epoch: int, intact: Evaluation, following: int) -> None:

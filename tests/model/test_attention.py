@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2LMHeadModel
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.fake_run import LiveBytes
+from coconut_ds.memory.fake_run import LiveBytes, looking_like_cuda
 from coconut_ds.model.techniques import attention
 from coconut_ds.model.techniques.attention import buffered_attention, install_buffered_attention
 from coconut_ds.model.techniques.kv_buffer import KeyValueBuffer, make_mask
@@ -254,3 +256,35 @@ def test_the_saved_configuration_does_not_name_our_attention(tmp_path):
     coconut.causal_lm.save_pretrained(tmp_path)
     assert "coconut" not in (tmp_path / "config.json").read_text()
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("columns", [5, 8, 13])
+def test_rows_of_a_mask_are_aligned(columns):
+    mask_BT = torch.ones(2, columns, dtype=torch.bool)
+    mask_BT[0, :2] = False
+    mask = make_mask(2, columns, columns, attention_mask=mask_BT).own
+    assert mask.shape[-1] == columns and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "repeats"),
+    [
+        (torch.float32, (8, 6), True),
+        (torch.float16, (7, 5), True),
+        (torch.float16, None, True),
+        (torch.bfloat16, (8, 0), False),
+    ],
+)
+def test_grouped_heads_are_repeated_where_no_fused_kernel_takes_them(monkeypatch, dtype, capability, repeats):
+    """Without a mask, as one row a micro-batch has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    seen = []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, **options: seen.append((k, options))
+    )
+    with FakeTensorMode(), looking_like_cuda():
+        query, key = (torch.zeros(1, heads, 6, 4, dtype=dtype) for heads in (4, 2))
+        attention._first_pass(query, key, key, None, None, 1.0, 0.0)
+    ((used, options),) = seen
+    assert used.shape[1] == (4 if repeats else 2) and options["enable_gqa"] == (not repeats)

@@ -421,8 +421,8 @@ def _first_pass(
             # A view would keep the complete fused projection alive.  The output takes the query's layout, so
             # with the heads of a column side by side the next layer need not copy it.
             query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    if groups > 1 and mask is not None and query.is_cuda:
-        # With a mask and grouped heads, CUDA falls back to a kernel that saves all probabilities.
+    if groups > 1 and query.is_cuda and (mask is not None or not _fused_takes_groups(query)):
+        # Otherwise CUDA falls back to a kernel that saves all probabilities.
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     # O = softmax(scale Q K^T + mask) V
     return F.scaled_dot_product_attention(
@@ -435,6 +435,12 @@ def _first_pass(
         scale=scale,
         enable_gqa=groups > 1,
     )
+
+
+def _fused_takes_groups(query: Tensor) -> bool:
+    """Whether CUDA has a fused kernel for grouped heads: FlashAttention, in 16 bits from Ampere on."""
+    is_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return is_ampere and query.element_size() == 2
 
 
 def _later_pass(query: Tensor, slot: Slot, scale: float, dropout: float) -> Tensor:

@@ -146,8 +146,14 @@ def make_mask(
 
 
 def _additive(allowed_B1ST: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """0 where allowed and where a query sees itself, -inf elsewhere."""
-    mask_B1ST = torch.zeros(allowed_B1ST.shape, dtype=dtype, device=allowed_B1ST.device)
+    """0 where allowed and where a query sees itself, -inf elsewhere.
+
+    Rows start at multiples of 8 elements: CUDA's memory-efficient kernel would copy any other mask in each
+    layer.
+    """
+    *leading, columns = allowed_B1ST.shape
+    padded = torch.zeros(*leading, -(-columns // 8) * 8, dtype=dtype, device=allowed_B1ST.device)
+    mask_B1ST = padded[..., :columns]
     mask_B1ST.masked_fill_(~allowed_B1ST, float("-inf"))
     mask_B1ST.diagonal(offset, dim1=2, dim2=3).fill_(0)
     return mask_B1ST

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import coconut_ds
 from coconut_ds.errors import UserError
 from coconut_ds.files import VERBOSE, printable_streams
 
@@ -67,6 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(*LOCAL_RANK, type=int, default=0, help="set by the launcher")
+    parser.add_argument("--version", action="version", version=f"coconut_ds {coconut_ds.__version__}")
     spellings: Collection[str] = ()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in names:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import coconut_ds
 from coconut_ds.__main__ import COMMANDS, main
 from tests.conftest import ROOT
 
@@ -42,6 +43,12 @@ def test_help_lists_every_command(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"    {name} " in text or f"    {name}\n" in text for name in NAMES)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"coconut_ds {coconut_ds.__version__}\n"
 
 
 def test_help_and_validate_do_not_wait_for_deepspeed():

@@ -59,8 +59,8 @@ def test_signal_to_a_rank(bench: Bench, reference: Numbers, faults: Faults, reas
     [
         (signal_at("self", "TERM", rank=1), 75, "received SIGTERM"),
         (signal_at("parent", "TERM"), 1, "received SIGTERM"),
-        (signal_at("grandparent", "TERM"), -15, "the deepspeed launcher ended"),
-        (signal_at("parent", "KILL"), 0, "the deepspeed launcher ended"),
+        (signal_at("grandparent", "TERM"), -15, "the launcher ended"),
+        (signal_at("parent", "KILL"), 0, "the launcher ended"),
     ],
     ids=["TERM rank", "TERM launcher", "TERM runner", "KILL launcher"],
 )

@@ -85,6 +85,7 @@ class LatentMemory:
     deferred_weight_gradients: bool = True
     activation_checkpointing: str = "none"  # "none" | "layers"
     fused_activations: bool = True
+    recorded_passes: bool = True
 
 
 @dataclass(frozen=True)

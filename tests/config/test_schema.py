@@ -11,7 +11,7 @@ BAD_TEXTS = [
     ("a: {x: 1, x: 2}\n", "'x' appears twice"),
     ("- a\n- b\n", "holds a list"),
     ("", "is empty"),
-    ("just words\n", "holds a str"),
+    ("just words\n", "holds text"),
     ("a: [1\n", "not valid YAML"),
     ("a: b: c\n", "not valid YAML"),
     ("\tname: x\n", "not valid YAML"),

@@ -1,6 +1,7 @@
 """Passes that run from a recording give what the modules give, to the last digit."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ BATCHES = [make_batch((rows, (4, 1, 5), (6, 2, 4)), seed) for seed, rows in enum
 
 def train(coconut, recorded, batches=BATCHES):
     """Losses and gradients of a few steps."""
-    if not recorded:
-        coconut.techniques.recorded = None
+    assert (coconut.techniques.recorded is not None) == recorded
     results = []
     torch.manual_seed(3)
     optimizer = torch.optim.SGD([p for p in coconut.parameters() if p.requires_grad], lr=1e-3)
@@ -58,7 +58,8 @@ def test_no_digit_changes(architecture, checkpointing, dropout):
     settings = LatentMemory(activation_checkpointing=checkpointing)
     coconut = make_coconut(architecture, settings, dropout)
     ours = train(coconut, recorded=True)
-    assert_identical(ours, train(make_coconut(architecture, settings, dropout), recorded=False))
+    usual = make_coconut(architecture, replace(settings, recorded_passes=False), dropout)
+    assert_identical(ours, train(usual, recorded=False))
     short, wide = kinds(coconut)
     assert short.programs.keys() == {1}
     # A recording does not know the random state that checkpointed layers go back to.
@@ -81,12 +82,9 @@ def lora_batch(question, latents, answer, seed):
 def test_no_digit_of_lora_changes(family, dropout):
     batches = [lora_batch(*lengths, seed) for seed, lengths in enumerate(LENGTHS)]
 
-    def make():
-        return lora_cases.coconut(family, lora_dropout=dropout).train()
-
-    coconut = make()
-    ours = train(coconut, True, batches)
-    assert_identical(ours, train(make(), False, batches))
+    coconut, usual = (lora_cases.coconut(family, lora_dropout=dropout).train() for _ in range(2))
+    usual.techniques.recorded = None
+    assert_identical(train(coconut, True, batches), train(usual, False, batches))
     short, wide = kinds(coconut)
     assert 1 in short.programs and 0 in wide.programs
 
@@ -145,7 +143,6 @@ def test_weights_that_need_their_gradient_in_every_pass_are_refused():
     """OPT looks its positions up in a module of its own."""
     coconut = make_coconut("opt", LatentMemory())
     batches = [make_batch(EQUAL_ROWS)] * 3
-    assert_identical(
-        train(coconut, True, batches), train(make_coconut("opt", LatentMemory()), False, batches)
-    )
+    usual = make_coconut("opt", LatentMemory(recorded_passes=False))
+    assert_identical(train(coconut, True, batches), train(usual, False, batches))
     assert all(kind.is_refused for kind in kinds(coconut))

@@ -46,7 +46,9 @@ class Techniques:
         self.settings = settings
         self.context = Context(settings.deferred_weight_gradients)
         checkpoints = settings.activation_checkpointing != "none"
-        self.recorded: RecordedPasses | None = RecordedPasses(causal_lm, self.context, checkpoints)
+        self.recorded = (
+            RecordedPasses(causal_lm, self.context, checkpoints) if settings.recorded_passes else None
+        )
         self.layers = [m for m in causal_lm.modules() if hasattr(m, "gradient_checkpointing")]
         refuse_native_checkpointing(self.layers)
         if settings.deferred_weight_gradients:

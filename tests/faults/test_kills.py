@@ -62,7 +62,7 @@ def check(bench: Bench, reference: Numbers, rank: int, place, launched: bool) ->
     assert not list(bench.run_folder.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("name, rank", zip(PLACES, itertools.cycle([0, 1])))
+@pytest.mark.parametrize("name, rank", list(zip(PLACES, itertools.cycle([0, 1]), strict=False)))
 def test_kill(bench: Bench, reference: Numbers, name: str, rank: int) -> None:
     check(bench, reference, rank, PLACES[name], launched=False)
 

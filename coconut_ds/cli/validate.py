@@ -110,6 +110,7 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     from coconut_ds.engine.engine import refusal_of_device
     from coconut_ds.evaluation.saved_models import find_trained
     from coconut_ds.memory.budget import read_settings
+    from coconut_ds.runs.run_folder import refuse_unwritable, run_folder
     from coconut_ds.training.trainer import check_model, check_start
 
     settings = argparse.Namespace(**{**vars(args), "config": str(path), "deepspeed_config": ds_path})
@@ -117,6 +118,8 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     assert ds_config.memory_budget is not None  # read_settings fills it in
     ranks = args.ranks or ds_config.memory_budget.gpus
     start = f"{experiment.method} on {counted(ranks, 'rank')} with {ds_path}"
+    if not (experiment.only_eval or experiment.debug):
+        refuse_unwritable(run_folder(experiment))
     if elsewhere := _elsewhere(experiment):
         ds_config.resolve(experiment, ranks)
         if not any(is_hub(path) for path in elsewhere):

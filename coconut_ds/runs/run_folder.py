@@ -89,6 +89,14 @@ class RunLock:
         self._file.close()
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise ConfigError, as RunLock does, if a run folder cannot be made or written; creates nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise cannot_write(folder, OSError(code, os.strerror(code)))
+
+
 def is_running(folder: Path) -> bool:
     """Whether a process on this machine holds the lock of a run folder."""
     try:

@@ -76,3 +76,10 @@ def test_data_that_train_would_download_is_named_and_not_downloaded(folder, caps
     assert main(["validate", "mine.yaml", "--set", "val_path=nowhere.json"]) == 0
     assert "this machine does not have nowhere.json" in capsys.readouterr().out
     assert asked == [True, True]
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_and_nothing_is_made(folder, capsys):
+    words = ["validate", "mine.yaml", "--deepspeed_config", "zero2.json", "--set"]
+    assert main([*words, "save_path=train_data.csv"]) == 2
+    assert "cannot write here (Not a directory); choose another 'save_path'" in capsys.readouterr().err
+    assert main([*words, "save_path=new/runs"]) == 0 and not (folder / "new").exists()

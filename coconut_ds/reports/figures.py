@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from coconut_ds.files import replace_bytes
 from coconut_ds.reports.comparison import Accuracy, Group
@@ -132,6 +133,8 @@ def loss_picture(groups: Sequence[Group]) -> Figure | None:
         )  # fmt: skip
     shade_stages(axes, groups[0].first)
     axes.set(xlabel="epoch", ylabel="token loss (nats)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")  # that of log axes writes formulas
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axes.set_title("Loss", pad=18)
     axes.legend(loc="best")
     return figure

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from coconut_ds.config.experiment import experiment_to_yaml, validate_experiment
-from coconut_ds.reports.figures import draw_window_weights, window_picture
+from coconut_ds.reports.comparison import group_runs
+from coconut_ds.reports.figures import draw_window_weights, loss_picture, window_picture
 from coconut_ds.reports.run_records import read_run
 
 SETTINGS = {
@@ -46,3 +47,17 @@ def test_no_figure_without_a_window(write):
     folder = write([{"kind": "valid", "epoch": 0, "stage": 0, "loss": 1.0}])
     assert draw_window_weights(folder) is None
     assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("losses", [[2.0, 0.1, 0.003], [0.3, 0.25, 0.22]])
+def test_the_axis_of_losses_has_plain_numbers(write, losses):
+    """Formulas are off, since names of runs are drawn as they are."""
+    lines = [valid(epoch, None) | {"loss": loss} for epoch, loss in enumerate(losses)]
+    for step, loss in enumerate(losses, 1):
+        at = {"time": step, "step": step, "epoch": step - 1, "stage": 0}
+        lines.append({"kind": "train", **at, "loss": loss, "gradient_norm": 1.0})
+    figure = loss_picture(group_runs([read_run(write(lines))]))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    assert any(labels) and not any("$" in label for label in labels)

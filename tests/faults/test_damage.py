@@ -222,7 +222,7 @@ def test_the_first_checkpoint_is_as_large_as_expected(broken: Bench) -> None:
     """What the free-space check asks for, against the files of a real checkpoint."""
     engine = Engine.__new__(Engine)
     engine._engine = SimpleNamespace(module=AutoModelForCausalLM.from_pretrained(broken.folder / "model"))
-    engine.zero_stage, engine.excludes_frozen = 2, False
+    engine.zero_stage, engine.excludes_frozen, engine.moments_bytes = 2, False, 8
     files = [*newest(broken).glob("engine/*.pt"), newest(broken) / "model/model.safetensors"]
     written = sum(path.stat().st_size for path in files)
     expected = engine.checkpoint_bytes()

@@ -196,6 +196,10 @@ BAD = [
         "offload_optimizer.super_offload: has no effect below ZeRO stage 3",
     ),
     (
+        {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 50_000}},
+        "stage3_module_granularity_threshold: fetches whole modules as one",
+    ),
+    (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
         "ratio: below 1 is for ZeRO stage 3",
     ),

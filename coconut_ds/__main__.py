@@ -28,7 +28,8 @@ _usual_format = warnings.formatwarning
 LOCAL_RANK = ("--local_rank", "--local-rank")
 # Of torch's profiler: above the level of its lines about starting and stopping.
 QUIET_ENVIRONMENT = {"KINETO_LOG_LEVEL": "6"}
-QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)  # names an optional package
+# On some CPUs, the import of bitsandbytes warns of a kernel that is missing and not needed.
+QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

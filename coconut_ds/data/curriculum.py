@@ -33,7 +33,7 @@ class Stage:
 
     @property
     def shows_all_steps(self) -> bool:
-        """Whether the model writes all of the reasoning, so that it can match the given one."""
+        """Whether the model writes all of the reasoning, and can match the given one."""
         return self.hidden_steps == self.hidden_tokens == 0
 
     def __str__(self) -> str:

@@ -8,7 +8,6 @@ partition, offload and save parameters.  The compute dtype is the input's.
 Shapes: I inputs, O outputs, N = I x O.
 """
 
-import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,8 +21,6 @@ from coconut_ds.errors import ConfigError
 
 BLOCK, SCALE_BLOCK = 64, 256
 CODES, SCALE_CODES = 16, 256
-# On some CPUs, the import of bitsandbytes warns of a kernel that is missing and not needed.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quantize_linears(base: PreTrainedModel) -> None:

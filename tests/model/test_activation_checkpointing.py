@@ -8,6 +8,7 @@ import torch
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.fake_run import LiveBytes
+from coconut_ds.model import techniques
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model.cases import (
@@ -62,6 +63,37 @@ def test_keeps_the_layers_inputs_and_the_cache_only():
             held[recompute] = live.current
         del loss
     assert held["layers"] < 0.6 * held["none"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_without_dropout_no_random_state_is_kept(architecture, monkeypatch):
+    """torch's own checkpoint is left to layers that draw random numbers; other gradients keep every digit."""
+    checkpointing = replace(LatentMemory(), activation_checkpointing="layers")
+    expected = gradients_of(make_coconut(architecture, LatentMemory()))
+    with monkeypatch.context() as patch:
+        patch.setattr(techniques, "checkpoint", None)
+        ours = gradients_of(make_coconut(architecture, checkpointing))
+        with pytest.raises(TypeError):
+            seeded_step(checkpointing, architecture, RAGGED_ROWS)
+    monkeypatch.setattr(techniques, "draws_random", lambda module: True)
+    theirs = gradients_of(make_coconut(architecture, checkpointing))
+    for name, gradient in expected.items():
+        assert torch.equal(ours[name], theirs[name]) and torch.equal(ours[name], gradient), name
+
+
+def gradients_of(coconut: Coconut) -> dict[str, torch.Tensor]:
+    coconut(make_batch(RAGGED_ROWS)).backward()
+    return gradients(coconut.causal_lm)
+
+
+def test_two_backwards_compute_a_layer_twice():
+    coconut = make_coconut("llama", replace(LatentMemory(), activation_checkpointing="layers"))
+    loss = coconut(make_batch(RAGGED_ROWS))
+    loss.backward(retain_graph=True)
+    once = gradients(coconut.causal_lm)
+    loss.backward()
+    for name, gradient in gradients(coconut.causal_lm).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
 
 
 def coconut_of(model, settings) -> Coconut:

@@ -15,13 +15,14 @@ Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,7 +35,7 @@ from coconut_ds.model.techniques.deferred_grads import DeferringLinear, install_
 from coconut_ds.model.techniques.fused_activations import fuse_activations, install_rotary
 from coconut_ds.model.techniques.kv_buffer import ConcatenatingCache, KeyValueBuffer
 from coconut_ds.model.techniques.passes import Context, Pass, Step, is_partitioned
-from coconut_ds.model.techniques.recorded_passes import RecordedPasses, draws_random
+from coconut_ds.model.techniques.recorded_passes import RecordedPasses, draws_random, random_settings
 
 
 class Techniques:
@@ -133,7 +134,8 @@ def install_activation_checkpointing(model: PreTrainedModel, context: Context) -
         layer.gradient_checkpointing = True
         # Otherwise the layer drops the cache before it calls us.
         layer._can_checkpoint_with_cache = True
-        layer._gradient_checkpointing_func = partial(_checkpointed, context)
+        sources = [module for module in layer.modules() if random_settings(module)]
+        layer._gradient_checkpointing_func = partial(_checkpointed, context, sources)
 
 
 def refuse_native_checkpointing(modules: Sequence[nn.Module]) -> None:
@@ -149,8 +151,13 @@ def refuse_native_checkpointing(modules: Sequence[nn.Module]) -> None:
             )
 
 
-def _checkpointed(context: Context, call: partial, hidden_BTD: Tensor, *args: Any) -> Any:
-    """Run `call(hidden, *args)`, a layer's forward, without saving its activations."""
+def _checkpointed(
+    context: Context, sources: Sequence[nn.Module], call: partial, hidden_BTD: Tensor, *args: Any
+) -> Any:
+    """Run `call(hidden, *args)`, a layer's forward, without saving its activations.
+
+    sources: modules of the layer that may draw random numbers.
+    """
     if context.current.is_short or not torch.is_grad_enabled():
         return call(hidden_BTD, *args)
     step, run, has_run = context.step, context.current, False
@@ -163,8 +170,48 @@ def _checkpointed(context: Context, call: partial, hidden_BTD: Tensor, *args: An
         with context.running(step, run, is_recomputing=True):
             return call(hidden_BTD, *args)
 
-    is_random = any(draws_random(module) for module in call.args[0].modules())
-    return checkpoint(layer, hidden_BTD, use_reentrant=False, preserve_rng_state=is_random)
+    if any(map(draws_random, sources)) or torch.is_autocast_enabled(hidden_BTD.device.type):
+        return checkpoint(layer, hidden_BTD, use_reentrant=False)
+    checkpoint_ = _Checkpoint(layer, hidden_BTD)
+    with saved_tensors_hooks(checkpoint_.number, checkpoint_.take):
+        return layer(hidden_BTD)
+
+
+class _Recomputed(Exception):
+    """All tensors of a checkpoint have been computed again."""
+
+
+class _Checkpoint:
+    """Saves numbers in place of a function's tensors; computes them again, once, in the backward.
+
+    torch.utils.checkpoint also restores random states and autocast, and takes more of the host's time.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any], x: Tensor) -> None:
+        self.function, self.x = function, x.detach().requires_grad_(x.requires_grad)
+        self.count = 0
+        self.saved: dict[int, Tensor] = {}
+
+    def number(self, tensor: Tensor) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def take(self, number: int) -> Tensor:
+        if number not in self.saved:
+            self._compute()
+        return self.saved.pop(number)
+
+    def _compute(self) -> None:
+        saved = self.saved = {}
+
+        def keep(tensor: Tensor) -> None:
+            saved[len(saved)] = tensor.detach()
+            if len(saved) == self.count:
+                raise _Recomputed
+
+        with suppress(_Recomputed), torch.enable_grad(), saved_tensors_hooks(keep, lambda kept: kept):
+            self.function(self.x)
+        assert len(saved) == self.count, "a checkpointed layer saved fewer tensors than in its forward"
 
 
 def supervised_loss(

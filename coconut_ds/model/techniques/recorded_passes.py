@@ -9,279 +9,30 @@ order and with the same results:
     later     forward(weights, layers, run, ...) -> hidden, saved, inputs
               backward(weights, layers, run, saved, dhidden) -> gradients, douts
 
-Attention over the buffer is recorded as one call, since its shapes change with the question's length.  Random
-operators draw new numbers.  A recording serves passes of its own columns, and of all columns once it equals
-one of other columns in a batch of another length.
+A recording (recorder.py) serves passes of its own columns, and of all columns once it equals one of other
+columns in a batch of another length.
 
 Shapes: B rows, D hidden size.
 """
 
-import itertools
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from coconut_ds.model.techniques.kv_buffer import Layer
-from coconut_ds.model.techniques.passes import Context, Pass, Rows, Step, is_partitioned, keeps_graph
+from coconut_ds.model.techniques.passes import Context, Pass, Step, is_partitioned, keeps_graph
+from coconut_ds.model.techniques.recorder import NotRecordable, Program, Recorder
 
 logger = logging.getLogger(__name__)
-aten = torch.ops.aten
 
-VIEWS = {
-    aten.view.default: "view",
-    aten._unsafe_view.default: "view",
-    aten.unsqueeze.default: "unsqueeze",
-    aten.transpose.int: "transpose",
-    aten.t.default: "t",
-}
-# Operators with a faster entry in Python, which takes the same arguments.
-FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    aten.addmm.default: torch.addmm,
-    aten.mm.default: torch.mm,
-    aten.add.Tensor: torch.add,
-    aten.mul.Tensor: torch.mul,
-    aten.cat.default: torch.cat,
-    aten.native_layer_norm.default: torch.native_layer_norm,
-    aten.gelu.default: torch._C._nn.gelu,
-    aten.mean.dim: torch.mean,
-    aten.rsqrt.default: torch.rsqrt,
-    aten.roll.default: torch.roll,
-    aten.addcmul.default: torch.addcmul,
-    aten.split.Tensor: torch._VF.split,  # type: ignore[attr-defined]
-    aten.split_with_sizes.default: torch._VF.split_with_sizes,  # type: ignore[attr-defined]
-}
-# Operators on the last dimension alone: they run on [rows, last dimension], without views in between.
-ROWWISE = (
-    aten.add.Tensor,
-    aten.mul.Tensor,
-    aten.gelu.default,
-    aten.gelu_backward.default,
-    aten.silu.default,
-    aten.silu_backward.default,
-    aten.native_layer_norm.default,
-    aten.native_layer_norm_backward.default,
-)
-ALIASES = (aten.detach.default, aten.alias.default)
 HAS_RUN = "the backward of this pass has run already; call the first with retain_graph=True"
 # Kinds of passes that are kept: rows, dtype, trained weights; and recordings of one kind.
 MAX_KINDS, MAX_RECORDINGS = 8, 16
-
-
-class NotRecordable(Exception):
-    """A pass does what a recording cannot repeat."""
-
-
-class Recorder(TorchDispatchMode):
-    """Writes the operators of a forward, or of the backward of `forward`, into a graph.
-
-    A tensor knows its node by an attribute, so recording keeps no tensor alive.
-    """
-
-    _numbers = itertools.count()
-
-    def __init__(self, usual: "Usual", arguments: str, forward: "Recorder | None" = None) -> None:
-        super().__init__()
-        self.graph = fx.Graph()
-        names = ["weights", "layers", "rows", "run", *arguments.split()]
-        self.arguments = {name: self.graph.placeholder(name) for name in names}
-        self.weights = {_identity(weight): index for index, weight in enumerate(usual.weights)}
-        self.modules = {id(rows): module for module, rows in usual.step.rows.items()}
-        self.number = next(self._numbers)
-        self.forward = forward
-        self.saved: list[Any] = []  # nodes of the forward that the backward uses
-        self.reason: str | None = None  # why there is no recording
-        self._items: dict[Any, Any] = {}
-
-    def name(self, tensor: Tensor, node: Any) -> None:
-        tensor.__dict__.setdefault("_recorded", {})[self.number] = node
-
-    def node(self, value: Any) -> Any:
-        """The node of a tensor, of the pass, of a layer of the buffer or of a module's rows; others stay."""
-        if isinstance(value, Pass):
-            return self.arguments["run"]
-        if isinstance(value, Layer):
-            return self.item("layers", value.index)
-        if isinstance(value, Rows):
-            return self.item("rows", self.modules[id(value)])
-        if not isinstance(value, Tensor):
-            return value
-        nodes = getattr(value, "_recorded", {})
-        if self.number in nodes:
-            return nodes[self.number]
-        if self.forward is not None and self.forward.number in nodes:
-            node = nodes[self.forward.number]
-            if node not in self.saved:
-                self.saved.append(node)
-            return self.item("saved", self.saved.index(node), _take)
-        index = self.weights.get(_identity(value))
-        if index is None:
-            raise NotRecordable(f"a tensor of shape {list(value.shape)} is neither an input nor a weight")
-        return self.item("weights", index)
-
-    def rows_node(self, value: Any) -> Any:
-        """The node of a tensor whose leading dimensions do not matter."""
-        node = self.node(value)
-        if isinstance(node, fx.Node) and node.target == "view":
-            source: Any = node.args[0]
-            if source.meta.get("shape", (0,))[-1] == value.shape[-1]:
-                return source
-        return node
-
-    def item(self, argument: str, index: int, get: Callable[..., Any] = operator.getitem) -> Any:
-        if (argument, index) not in self._items:
-            node = self.graph.call_function(get, (self.arguments[argument], index))
-            self._items[argument, index] = node
-        return self._items[argument, index]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._write(func, args, kwargs or {}, result)
-        return result
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function unseen, and record it as one call."""
-        with _disable_current_modes():
-            result = function(*args)
-        self._write(function, args, {}, result)
-        return result
-
-    def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if self.reason is not None:
-            return
-        try:
-            nodes, kwargs = tree_map(self.node, tuple(args)), tree_map(self.node, kwargs)
-        except NotRecordable as error:
-            self.reason = f"{func}: {error}"
-            return
-        if func in ALIASES:
-            self.name(result, nodes[0])
-        elif isinstance(result, Tensor) and _identity(result) in self.weights:
-            self.name(result, self.item("weights", self.weights[_identity(result)]))
-        elif func in VIEWS:
-            self.name(result, self._view(VIEWS[func], nodes, args[0], result))
-        else:
-            self._write_call(func, args, nodes, kwargs, result)
-
-    def _write_call(self, func: Any, args: Any, nodes: Any, kwargs: Any, result: Any) -> None:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        is_rowwise = func in ROWWISE and tensors[0].dim() == 3
-        if is_rowwise:
-            shape = tensors[0].shape
-            same = [x for x in tensors if x.shape == shape]
-            is_rowwise = func in ROWWISE[-2:] or len(same) == len(tensors)
-            is_rowwise = is_rowwise and all(x.is_contiguous() for x in same)
-        if is_rowwise:
-            rows = shape[0] * shape[1], shape[2]
-            nodes = tuple(
-                self._reshaped(node, rows) if isinstance(x, Tensor) and x.shape == shape else node
-                for x, node in zip(args, nodes, strict=True)
-            )
-        call = self.graph.call_function(FUNCTIONS.get(func, func), nodes, kwargs)
-        parts = (
-            [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else []
-        )
-        for index, part in enumerate(parts):
-            if not isinstance(part, Tensor):
-                continue
-            node = call if part is result else self.graph.call_function(operator.getitem, (call, index))
-            node.meta["shape"] = tuple(part.shape)
-            if is_rowwise and part.shape == shape:
-                node.meta["shape"] = rows
-                node = self._reshaped(node, tuple(part.shape))
-            self.name(part, node)
-
-    def _view(self, method: str, args: Any, source: Tensor, result: Tensor) -> Any:
-        """A view of a tensor; a mere change of shape is taken of the tensor that it views."""
-        order = [[size for size in x.shape if size > 1] for x in (source, result)]
-        if method == "view" or (method != "t" and order[0] == order[1] and 1 in result.shape):
-            return self._reshaped(args[0], tuple(result.shape))
-        if (method, args) not in self._items:
-            self._items[method, args] = self.graph.call_method(method, args)
-            self._items[method, args].meta["shape"] = tuple(result.shape)
-        return self._items[method, args]
-
-    def _reshaped(self, node: Any, shape: tuple[int, ...]) -> Any:
-        while node.op == "call_method" and node.target == "view":
-            node = node.args[0]
-        if node.meta.get("shape") == shape:
-            return node
-        if (node, shape) not in self._items:
-            self._items[node, shape] = self.graph.call_method("view", (node, *shape))
-            self._items[node, shape].meta["shape"] = shape
-        return self._items[node, shape]
-
-    def finish(self, *results: Any) -> fx.Graph:
-        """The recorded function, which returns `results`."""
-        self.graph.output(results)
-        self.graph.eliminate_dead_code(is_impure_node=_has_effect)
-        return self.graph
-
-
-def _take(saved: list[Any], index: int) -> Any:
-    """Take a tensor out of a list, which no longer keeps it."""
-    value, saved[index] = saved[index], None
-    return value
-
-
-def _has_effect(node: fx.Node) -> bool:
-    return node.is_impure() or getattr(node.target, "__module__", "").startswith("coconut_ds")
-
-
-def width_of(run: Pass, slope: int, offset: int) -> int:
-    """A size of a recorded operator, as its two recordings have it."""
-    return slope * (run.stop - run.start) + offset
-
-
-def generalized(graph: fx.Graph, width: int, other: fx.Graph, other_width: int) -> fx.Graph | None:
-    """A copy of `graph` for passes of any width; None unless `other` is equal but for sizes linear in it."""
-    names: dict[fx.Node, fx.Node] = {}
-    result = fx.Graph()
-    sizes: dict[tuple[int, int], fx.Node] = {}
-    run: fx.Node | None = None
-
-    def merged(a: Any, b: Any) -> Any:
-        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and pairs.get(a) is b:
-            return names[a]
-        if type(a) is type(b) and isinstance(a, (tuple, list)) and len(a) == len(b):
-            return type(a)(map(merged, a, b))
-        if type(a) is int and type(b) is int and a != b and (a - b) % (width - other_width) == 0:
-            slope = (a - b) // (width - other_width)
-            key = slope, a - slope * width
-            if key not in sizes:
-                sizes[key] = result.call_function(width_of, (run, *key))
-            return sizes[key]
-        if isinstance(a, fx.Node) or isinstance(b, fx.Node) or type(a) is not type(b) or a != b:
-            raise NotRecordable
-        return a
-
-    nodes, other_nodes = list(graph.nodes), list(other.nodes)
-    if len(nodes) != len(other_nodes):
-        return None
-    pairs = dict(zip(nodes, other_nodes, strict=True))
-    try:
-        for node, twin in pairs.items():
-            if (node.op, node.target, node.kwargs.keys()) != (twin.op, twin.target, twin.kwargs.keys()):
-                return None
-            args = merged(node.args, twin.args)
-            kwargs = {key: merged(value, twin.kwargs[key]) for key, value in node.kwargs.items()}
-            names[node] = result.create_node(node.op, node.target, args, kwargs)
-            run = names[node] if node.op == "placeholder" and node.target == "run" else run
-    except NotRecordable:
-        return None
-    return result
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -291,33 +42,6 @@ class Columns:
     start: int
     width: int
     total: int
-
-
-class Program:
-    """A recorded pass: two functions, and the modules whose rows they return."""
-
-    def __init__(self, forward: fx.Graph, backward: fx.Graph, modules: Sequence[int]) -> None:
-        self.graphs, self.modules = (forward, backward), tuple(modules)
-
-    @cached_property
-    def forward(self) -> Callable[..., Any]:
-        return fx.GraphModule(nn.Module(), self.graphs[0]).forward
-
-    @cached_property
-    def backward(self) -> Callable[..., Any]:
-        return fx.GraphModule(nn.Module(), self.graphs[1]).forward
-
-    @cached_property
-    def code(self) -> tuple[str, ...]:
-        return tuple(graph.python_code("self").src for graph in self.graphs)
-
-    def generalized(self, width: int, other: "Program", other_width: int) -> "Program | None":
-        """The program of two widths, or of one if both are equal."""
-        pairs = zip(self.graphs, other.graphs, strict=True)
-        forward, backward = (generalized(a, width, b, other_width) for a, b in pairs)
-        if forward is None or backward is None or self.modules != other.modules:
-            return None
-        return Program(forward, backward, self.modules)
 
 
 @dataclass
@@ -437,7 +161,7 @@ class Recording:
     def __init__(self, usual: Usual, kind: Kind) -> None:
         self.usual, self.kind, self.is_done = usual, kind, False
         self.is_short = usual.run.is_short
-        self.recorder = Recorder(usual, "mask positions inputs")
+        self.recorder = Recorder(usual.weights, usual.step.rows, "mask positions inputs")
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         usual, recorder, rows = self.usual, self.recorder, self.usual.step.rows
@@ -460,10 +184,11 @@ class Recording:
     def backward(self, dhidden_BSD: Tensor) -> Sequence[Tensor | None]:
         if not hasattr(self, "usual"):
             raise RuntimeError(HAS_RUN)
-        backward = Recorder(self.usual, "saved dhidden", self.recorder)
+        usual = self.usual
+        backward = Recorder(usual.weights, usual.step.rows, "saved dhidden", self.recorder)
         backward.reason = self.recorder.reason
         backward.name(dhidden_BSD, backward.arguments["dhidden"])
-        with self.usual.step.recording(backward):
+        with usual.step.recording(backward):
             torch.autograd.backward(self.hidden_BSD, dhidden_BSD, retain_graph=keeps_graph())
         dinputs = [leaf.grad for leaf in self.leaves]
         for leaf in self.leaves:
@@ -472,7 +197,7 @@ class Recording:
             self.is_done = True
             self._finish(backward, dinputs)
         if not keeps_graph():  # the node of this pass lives until the end of the step
-            del self.usual, self.recorder, self.leaves, self.hidden_BSD, self.xs
+            del usual, self.usual, self.recorder, self.leaves, self.hidden_BSD, self.xs
         return dinputs
 
     def _finish(self, backward: Recorder, dinputs: Sequence[Tensor | None]) -> None:
@@ -587,15 +312,18 @@ class RecordedPasses:
         return weights + [weight.detach().t() for weight in weights if weight.dim() == 2], signature
 
 
-def draws_random(module: nn.Module) -> bool:
-    """Whether a module may draw random numbers: it trains with a probability of dropout, or adds noise."""
-    if not module.training:
-        return False
+def random_settings(module: nn.Module) -> list[float]:
+    """Probabilities of dropout, and scales of noise, that a module has."""
     names = ("drop", "noise", "jitter")
     settings = [value for name, value in vars(module).items() if any(part in name for part in names)]
     if isinstance(module, nn.modules.dropout._DropoutNd):
         settings.append(module.p)
-    return any(isinstance(value, float) and value > 0 for value in settings)
+    return [value for value in settings if isinstance(value, float)]
+
+
+def draws_random(module: nn.Module) -> bool:
+    """Whether a module may draw random numbers: it trains with a probability of dropout, or adds noise."""
+    return module.training and any(value > 0 for value in random_settings(module))
 
 
 def _reaches_a_weight(hidden_BSD: Tensor, inputs: Sequence[Tensor], step: Step) -> bool:

@@ -39,7 +39,7 @@ from coconut_ds.memory.phases import longest
 from coconut_ds.memory.planner import GIB, MIB, Plan, Planner
 from coconut_ds.model.loading import load_config
 
-RESERVED_MIB = 800  # CUDA context, NCCL and cuBLAS workspaces, as in ds_configs/
+RESERVED_MIB = 800  # CUDA context and NCCL buffers, as in ds_configs/
 # The GPUs that the shipped files are made for; used on machines without a GPU.
 NAMED_DEVICE, NAMED_GPUS, NAMED_MIB = "GTX 1080 Ti", 2, 11_178
 # A plan below this share of the GPU needs no suggestions for saving memory.

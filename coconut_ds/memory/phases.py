@@ -7,6 +7,7 @@ Models of many equal layers are planned from runs of two shallow copies (depth.p
 """
 
 import heapq
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from coconut_ds.memory.planner import Planner
 
 FORWARD_BACKWARD, STEP, EVALUATION = "forward and backward", "optimizer step", "evaluation"
+WORKSPACES = "workspaces"
+# GPUs from Hopper on, by what torch and users call them.
+LARGE_WORKSPACES = re.compile(r"\b(G?[HB][1-9]\d+|RTX 50\d\d|RTX PRO)\b")
 # In a larger file, only the problems with the most characters in some part are tokenized.
 MAX_TOKENIZED = 4000
 # Assumed, to be checked on a GPU: share lost between the blocks of the caching allocator.
@@ -339,6 +343,16 @@ class PlannedRun:
             share = f"{FRAGMENTATION:.0%} of the phase, assumed"
             items.append(Item("fragmentation", "allocator's slack", slack, share))
         return Phase(FORWARD_BACKWARD, tuple(items), own_peaks)
+
+    def workspaces(self) -> list[Item]:
+        """What cuBLAS keeps for the forward and for autograd's thread, from their first product on."""
+        if self.planner.device != "cuda":
+            return []
+        budget = self.ds_config.memory_budget
+        is_large = budget is not None and LARGE_WORKSPACES.search(budget.device) is not None
+        # aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize: 8 x 4096 KiB from Hopper on
+        kib = 8 * 4096 if is_large else 2 * 4096 + 8 * 16
+        return [Item(WORKSPACES, "cuBLAS", 2 * kib * 1024, f"2 threads x {kib:,} KiB")]
 
     def attention_workspace(self, shape: BatchShape) -> int:
         """Bytes of the fp32 dQ that memory-efficient attention sums inside its operator for 16-bit models."""

@@ -30,13 +30,22 @@ from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabul
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.depth import SHALLOW
 from coconut_ds.memory.fake_run import FakeModel, Trace
-from coconut_ds.memory.phases import STEP, Phase, PlannedRun, StagePlan, longest
+from coconut_ds.memory.phases import STEP, WORKSPACES, Phase, PlannedRun, StagePlan, longest
 from coconut_ds.memory.zero import Item, gpu_states, host_states, step_items
 from coconut_ds.model.loading import load_config
 
 MIB, GIB = 2**20, 2**30
 # Display order of components; those of `components_mib` first.
-COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "communication", "fragmentation")
+COMPONENTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss",
+    "communication",
+    WORKSPACES,
+    "fragmentation",
+)
 PINNED_ROUNDING = "pinned_max_round_threshold_mb"
 SHAPE_HINT = (
     "To plan without it, give token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
@@ -365,7 +374,7 @@ class Planner:
         ds_config.resolve(experiment, ranks)
         run = PlannedRun(self, experiment, ds_config, ranks)
         sizes, zero = run.sizes, run.zero
-        states = gpu_states(sizes, zero)
+        states = [*gpu_states(sizes, zero), *run.workspaces()]
         stages, peak_phase = run.stages(sum(item.size for item in states), only_epoch)
         phases = [peak_phase, Phase(STEP, tuple(step_items(sizes, zero)))]
         if self.valid:

@@ -16,6 +16,7 @@ from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.fake_run import with_layers
 from coconut_ds.memory.known import built_in_config, find_gpu, known, precision_note, short
+from coconut_ds.memory.phases import LARGE_WORKSPACES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +39,12 @@ def test_names_of_gpus():
     assert find_gpu("NVIDIA GeForce GTX 1080 Ti")["mib"] == 11178
     with pytest.raises(ConfigError, match="RTX 3060"):
         find_gpu("RTX 3061")
+
+
+@pytest.mark.parametrize("gpu", known()["gpus"], ids=lambda gpu: gpu["name"])
+def test_gpus_with_large_workspaces(gpu):
+    is_large = LARGE_WORKSPACES.search(gpu["name"]) is not None
+    assert is_large == (float(gpu["compute_capability"]) >= 9)
 
 
 def test_precisions_that_a_gpu_cannot_train_in():

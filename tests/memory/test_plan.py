@@ -75,6 +75,18 @@ def test_items_add_up_to_the_total(plan):
     assert all(item.formula for item in [*plan.items, *plan.host])
 
 
+def test_workspaces_of_cublas_belong_to_the_states_of_a_gpu(planner, tiny_model, ds_config, plan):
+    experiment = experiment_of(tiny_model)
+    assert plan.components()["workspaces"] == 2 * 8_519_680  # of the forward and of the backward's thread
+    hopper = replace(
+        ds_config, memory_budget=replace(ds_config.memory_budget, device="NVIDIA H100 80GB HBM3")
+    )
+    larger = planner.plan(experiment, hopper)
+    assert larger.gpu_bytes - plan.gpu_bytes == 2 * (33_554_432 - 8_519_680)
+    cpu = Planner.of(experiment, TEXT, "cpu").plan(experiment, ds_config)
+    assert cpu.components()["workspaces"] == 0
+
+
 def test_every_stage_is_planned(plan):
     assert [stage.name for stage in plan.stages][:2] == [
         "0 steps hidden, 0 latents",

@@ -75,14 +75,16 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
-        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def _reduce(
+        self, values: Sequence[float] | torch.Tensor, operation: dist.ReduceOp.RedOpType
+    ) -> list[float]:
+        reduced = torch.as_tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(reduced, op=operation)
         return reduced.tolist()
 
-    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Exact sums (float64) of each value over the ranks."""
+    def sum_over_ranks(self, values: Sequence[float] | torch.Tensor) -> list[float]:
+        """Exact sums (float64) of each value over the ranks.  A tensor of the device is read once."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:

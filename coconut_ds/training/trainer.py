@@ -333,9 +333,12 @@ class Trainer:
         applied = self.engine.step()
         losses = torch.stack(shares)
         supervised = [share for share in latent_shares if share is not None]
-        totals = torch.stack([losses.sum(), *([torch.stack(supervised).sum()] if supervised else [])])
         own = [sum(numbers) for numbers in zip(*map(num_samples_and_tokens, micro_batches), strict=True)]
-        loss, *latent_loss, all_samples, all_tokens = self.engine.sum_over_ranks([*totals.tolist(), *own])
+        totals = [losses.sum(), *([torch.stack(supervised).sum()] if supervised else [])]
+        totals += torch.tensor(own, dtype=torch.float64).to(self.engine.device).unbind()
+        loss, *latent_loss, all_samples, all_tokens = self.engine.sum_over_ranks(
+            torch.stack([total.double() for total in totals])
+        )
         self.guard.check(number, loss, applied, micro_batches, losses)
         tokens, samples = micro_batches[0].loss_denominator, int(all_samples)
         self.state = replace(

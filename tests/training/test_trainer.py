@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 from coconut_ds.data.curriculum import stage_at
 from coconut_ds.errors import CheckpointError, ConfigError
@@ -53,6 +54,22 @@ def test_one_file_as_validation_and_test_set_gives_the_same_numbers(tiny_experim
     assert TrainedStage.of(Manifest.read(trainer.run.folder / best)).number == test["stage"]
     keys = ("loss", "accuracy", "cot_match", "num_items", "mean_tokens", "at", "stage", "epoch")
     assert {key: test[key] for key in keys} == {key: valid[key] for key in keys}
+
+
+def test_a_step_reads_the_device_and_meets_the_other_ranks_once(tiny_experiment, tmp_path, monkeypatch):
+    values = tiny_experiment | CHEAP | {"num_epochs": 1, "save_path": str(tmp_path)}
+    with plain_trainer(values) as trainer:
+        steps, sums = [], []
+        step, reduce = trainer.step, trainer.engine.sum_over_ranks
+
+        def recorded(record, function):
+            return lambda value: (record.append(value), function(value))[1]
+
+        monkeypatch.setattr(trainer, "step", recorded(steps, step))
+        monkeypatch.setattr(trainer.engine, "sum_over_ranks", recorded(sums, reduce))
+        trainer.train_epoch(0)
+    assert len(steps) == len(sums) > 0
+    assert all(isinstance(sent, torch.Tensor) and sent.dtype == torch.float64 for sent in sums)
 
 
 def test_a_run_that_ends_before_its_last_stage_says_which_stage_is_tested(tiny_experiment, tmp_path, capsys):

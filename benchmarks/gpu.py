@@ -1,17 +1,17 @@
-"""Everything this project claims about a GPU, measured in one go: correctness, memory, speed, size, learning.
+"""Measure on a GPU what this project claims: correctness, speed, size, the engine, capacity, learning.
 
-    python -m benchmarks.gpu                                 all parts, an hour in all
-    python -m benchmarks.gpu --parts a,b --minutes 20        two of them
-    python -m benchmarks.gpu --device cpu --tiny             a dry run of every part in seconds
+    python -m benchmarks.gpu                                      nine minutes, the most valuable cases first
+    python -m benchmarks.gpu --parts c --cases "bf16 stage 6"     cases whose names contain a text
+    python -m benchmarks.gpu --parts a,c,d,f,b,e --minutes 60     all of it
+    python -m benchmarks.gpu --device cpu --tiny                  a dry run, in minutes
 
-Parts are the modules of benchmarks/gpu_parts/:  a correctness, b capacity, c speed, d largest, e learning.
-Every process may use 11 GiB of the GPU (`set_per_process_memory_fraction`).  Each case is written to the
-journal as soon as it is measured; the same command goes on with what is missing; --again
-measures failures anew.
+Parts are the modules of benchmarks/gpu_parts/:  a correctness, c speed, d largest, f engine, b capacity,
+e learning (half an hour, so only where it is named).  Correctness and speed may use the complete GPU, because
+the textbook loop needs it; the others what an 11 GB GPU has for tensors.  Each case is written to the journal
+as soon as it is measured; the same command continues with what is missing; --again measures failures again.
 At the end benchmarks/results/gpu.json is made of the journal, for `python -m benchmarks.render`.
 
 Needs torch 2.11, transformers 5.17 and DeepSpeed or newer, and this repository.  No network.
-Knows: processes, time, the journal.  Does not know: what a part measures.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,12 +31,22 @@ from typing import Any
 from benchmarks import record
 from benchmarks.gpu_parts import Setting
 
-PARTS = {"a": "correctness", "b": "capacity", "c": "speed", "d": "largest", "e": "learning"}
+# Most valuable first, with the seconds of each; all but the last are nine minutes.
+PARTS = {
+    "a": ("correctness", 100),
+    "c": ("speed", 110),
+    "d": ("largest", 170),
+    "f": ("engine", 60),
+    "b": ("capacity", 100),
+    "e": ("learning", 1800),
+}
+DEFAULT_PARTS = "a,c,d,f,b"
+BUILD_ADAM = "from deepspeed.ops.op_builder import CPUAdamBuilder as Adam; Adam().load(verbose=False)"
 GRACE_SECONDS = 30  # a worker ends by itself before its time is over; this is for the case in progress
 
 
 def part_module(letter: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.gpu_parts.{PARTS[letter]}")
+    return importlib.import_module(f"benchmarks.gpu_parts.{PARTS[letter][0]}")
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -55,14 +66,14 @@ def write_journal(path: Path, entry: dict[str, Any]) -> None:
         writer.write(json.dumps(entry) + "\n")
 
 
-def missing(letter: str, setting: Setting, journal: Path, again: bool) -> list[str]:
-    """Cases without a result, and with `again` those that failed."""
+def missing(letter: str, setting: Setting, journal: Path, again: bool, text: str = "") -> list[str]:
+    """Cases with `text` in their names without a result, and with `again` those that failed."""
     done = {
         entry["case"]
         for entry in read_journal(journal)
         if entry["part"] == letter and not (entry.get("unfinished") or (again and "error" in entry))
     }
-    return [case for case in part_module(letter).cases(setting) if case not in done]
+    return [case for case in part_module(letter).cases(setting) if text in case and case not in done]
 
 
 def work(letter: str, cases: Sequence[str], setting: Setting, journal: Path, seconds: float) -> None:
@@ -86,17 +97,20 @@ def work(letter: str, cases: Sequence[str], setting: Setting, journal: Path, sec
         print(json.dumps(entry), flush=True)
 
 
-def run_part(letter: str, setting: Setting, journal: Path, seconds: float, again: bool) -> None:
-    """Start workers for what is missing of a part: one, or one a case where a case may end its process."""
+def run_part(
+    letter: str, setting: Setting, journal: Path, seconds: float, again: bool, text: str = ""
+) -> None:
+    """Start workers for what is missing of a part: one, or one per case where a case may end its process."""
     end = time.monotonic() + seconds
-    todo = missing(letter, setting, journal, again)
+    setting = replace(setting, gib=setting.gib or getattr(part_module(letter), "LIMIT_GIB", None))
+    todo = missing(letter, setting, journal, again, text)
     isolated = getattr(part_module(letter), "ISOLATED", False) and not setting.tiny
     for group in [[case] for case in todo] if isolated else [todo] if todo else []:
         left = end - time.monotonic()
         if left <= 0:
             break
         command = [
-            sys.executable, "-m", "benchmarks.gpu", "--worker", letter, "--cases", json.dumps(group),
+            sys.executable, "-m", "benchmarks.gpu", "--worker", letter, "--group", json.dumps(group),
             "--seconds", f"{left:.0f}", "--journal", str(journal), *setting.arguments(),
         ]  # fmt: skip
         said = None
@@ -118,15 +132,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models: tests the script, measures nothing")
-    parser.add_argument("--parts", default="a,b,c,d,e")
-    parser.add_argument("--minutes", type=float, default=60, help="for all parts together (default: 60)")
-    parser.add_argument("--gib", type=float, default=11, help="GPU memory a process may use (default: 11)")
+    parser.add_argument("--parts", default=DEFAULT_PARTS, help=f"default: {DEFAULT_PARTS}")
+    parser.add_argument("--cases", default="", help="a text in the names of the cases to measure")
+    parser.add_argument("--minutes", type=float, default=9, help="for all parts together (default: 9)")
+    parser.add_argument("--gib", type=float, help="GPU memory a process may use (default: as the part says)")
     parser.add_argument(
         "--journal", type=Path, help="default: runs/gpu.jsonl, runs/gpu_tiny.jsonl with --tiny"
     )
-    parser.add_argument("--again", action="store_true", help="measure cases anew that failed")
+    parser.add_argument("--again", action="store_true", help="measure cases again that failed")
     parser.add_argument("--model", help=".gguf file or folder of SmolLM2-135M for part e")
-    for hidden in ("--worker", "--cases", "--seconds"):
+    for hidden in ("--worker", "--group", "--seconds"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", args.device)
@@ -134,14 +149,23 @@ def main(arguments: list[str] | None = None) -> None:
     setting = Setting(args.device, args.tiny, args.gib, args.model)
     journal = args.journal or record.ROOT / "runs" / ("gpu_tiny.jsonl" if args.tiny else "gpu.jsonl")
     if args.worker:
-        work(args.worker, json.loads(args.cases), setting, journal, float(args.seconds))
+        work(args.worker, json.loads(args.group), setting, journal, float(args.seconds))
         return
     setting.check()
     letters = [letter for letter in PARTS if letter in args.parts.split(",")]
+    adam = None
+    if args.device == "cuda":
+        for interface in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            os.environ.setdefault(interface, "lo")
+        adam = subprocess.Popen([sys.executable, "-c", BUILD_ADAM])  # beside part a; killed, it leaves a lock
     end = time.monotonic() + 60 * args.minutes
     for place, letter in enumerate(letters):
-        share = (end - time.monotonic()) / (len(letters) - place)  # what one part leaves goes to the next
-        run_part(letter, setting, journal, share, args.again)
+        if adam is not None and letter in "def":
+            adam.wait()
+        # What one part leaves goes to the next ones.
+        weights = [PARTS[later][1] for later in letters[place:]]
+        share = (end - time.monotonic()) * weights[0] / sum(weights)
+        run_part(letter, setting, journal, share, args.again, args.cases)
     if not args.tiny:
         path = record.write(
             "gpu", f"python -m benchmarks.gpu --minutes {args.minutes:g}", read_journal(journal)

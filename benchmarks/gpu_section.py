@@ -1,7 +1,4 @@
-"""What docs/benchmarks.md says about a run of benchmarks/gpu.py.
-
-Knows: the records of its parts.  Does not know: the other benchmarks.
-"""
+"""What docs/benchmarks.md says about a run of benchmarks/gpu.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +6,10 @@ from typing import Any
 MIB = 2**20
 TITLES = {
     "a": "Equal to the textbook loop",
-    "b": "Largest micro-batch, GPT-2 124M, weights and gradients on the card",
     "c": "Speed over ProsQA's curriculum",
-    "d": "Largest model, ZeRO-2 with offload, one row, recomputation",
+    "d": "Largest model, ZeRO-2 with offload, one row, activation checkpointing",
+    "f": "The engine: DeepSpeed's launcher, and overlapped communication",
+    "b": "Largest micro-batch, GPT-2 124M, weights and gradients on the GPU",
     "e": "Learning",
 }
 
@@ -19,11 +17,12 @@ TITLES = {
 def gpu_text(result: Any) -> str:
     """A table a part: the cases, and whatever numbers each has."""
     records = result["records"]
-    first = records[0]
-    parts = [f"{first['device']}, at most {first['limit_gib']:g} GiB a process."]
+    parts = [f"{records[0]['device']}."]
     for letter, title in TITLES.items():
         own = [record for record in records if record["part"] == letter]
-        parts.append(f"### {title}\n\n{part_table(own) if own else 'Not measured.'}")
+        limit = own[0]["limit_gib"] if own else None
+        where = f"{title}, at most {limit:g} GiB" if limit else title
+        parts.append(f"### {where}\n\n{part_table(own) if own else 'Not measured.'}")
     return "\n\n".join(parts)
 
 

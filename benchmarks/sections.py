@@ -343,7 +343,7 @@ SECTIONS = (
         "The quickstart's size and number of epochs; LoRA starts from the CoT run of its seed.",
         "python -m benchmarks.variants", variants_text,
     ),
-    Section("gpu", "GPU", "One script, capped at 11 GiB.", "python -m benchmarks.gpu", gpu_text),
+    Section("gpu", "GPU", "One script of nine minutes.", "python -m benchmarks.gpu", gpu_text),
 )  # fmt: skip
 
 

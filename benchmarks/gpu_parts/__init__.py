@@ -1,10 +1,9 @@
 """The parts of benchmarks/gpu.py, a module each.
 
-    cases(setting) -> ["case", ...]              what there is to measure
-    run(case, setting, seconds) -> {...}         one case, within the seconds that are left
-    ISOLATED = True                              a process for every case
-
-Knows: the device, its memory and its clock.  Does not know: the parts.
+cases(setting) -> ["case", ...]              what there is to measure
+run(case, setting, seconds) -> {...}         one case, within the seconds that are left
+ISOLATED = True                              a process for every case
+LIMIT_GIB = CARD_GIB                         GPU memory of its processes; without it, all there is
 """
 
 import gc
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 GIB = 2**30
+CARD_GIB = 10.22  # what an 11 GB GPU has for tensors: 11,264 MiB less 800
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,14 @@ class Setting:
 
     device: str  # "cuda" or "cpu"
     tiny: bool
-    gib: float  # of GPU memory a process may use
+    gib: float | None  # of GPU memory a process may use; None: all
     model: str | None = None  # SmolLM2-135M for part e
 
     def arguments(self) -> list[str]:
         """The same setting as a command line."""
         given = ["--model", self.model] if self.model else []
-        return ["--device", self.device, "--gib", str(self.gib), *(["--tiny"] if self.tiny else []), *given]
+        given += ["--gib", str(self.gib)] if self.gib else []
+        return ["--device", self.device, *(["--tiny"] if self.tiny else []), *given]
 
     def check(self) -> None:
         """Raises SystemExit where there is no such device."""
@@ -41,10 +42,10 @@ class Setting:
 
     def prepare(self) -> None:
         """Limit this process's GPU memory."""
-        if self.device == "cuda":
+        if self.device == "cuda" and self.gib is not None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.gib * GIB / total))
-        else:
+        elif self.device == "cpu":
             torch.set_num_threads(1)
 
     def described(self) -> dict[str, Any]:

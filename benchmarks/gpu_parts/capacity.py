@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_parts import Setting
+from benchmarks.gpu_parts import CARD_GIB, Setting
 from benchmarks.gpu_parts.models import LAST_STAGE, config_of, longest_batch, model_of, step
 from benchmarks.synthetic import experiment_like, vocabulary_of
 from benchmarks.train_step import allocate_gradients, variant
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory.fake_run import build_fake_model, record
 
+LIMIT_GIB = CARD_GIB
 VARIANTS = ("textbook", "coconut_ds", "coconut_ds+checkpointing")
 MODEL = "gpt2"
 MAX_ROWS = 2048
@@ -26,12 +27,12 @@ TINY_ROWS = 3
 
 def cases(setting: Setting) -> list[str]:
     precisions = ("bf16",) if setting.tiny else ("fp32", "bf16")
-    stages = ("last",) if setting.tiny else ("first", "last")
+    stages = ("last",) if setting.tiny else ("last", "first")
     return [
         f"{dataset} {stage} {precision} {name}"
-        for dataset in ("prosqa", "gsm")
-        for precision in precisions
         for stage in stages
+        for precision in precisions
+        for dataset in ("prosqa", "gsm")
         for name in VARIANTS
     ]
 

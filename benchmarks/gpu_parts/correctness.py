@@ -19,8 +19,9 @@ ROWS = 2
 
 
 def cases(setting: Setting) -> list[str]:
-    exact = [f"{model} {name}" for model in MODELS for name in ("coconut_ds", "coconut_ds+checkpointing")]
-    return [*exact, *(f"gpt2 {precision}" for precision in ("bf16", "fp16"))]
+    names = "coconut_ds", "coconut_ds+checkpointing"
+    gpt2, llama = ([f"{model} {name}" for name in names] for model in MODELS)
+    return [*gpt2, *(f"gpt2 {precision}" for precision in ("bf16", "fp16")), *llama]
 
 
 def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:

@@ -15,14 +15,16 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.gpu_parts import Setting
+from benchmarks.gpu_parts import CARD_GIB, Setting
 from benchmarks.record import ROOT
 
+LIMIT_GIB = CARD_GIB
 METHODS = ("coconut", "cot", "no_cot")
 MAX_NODES = 64
 STOPPED = 75  # exit code of a run that saved and ended when its minutes were over
@@ -41,11 +43,17 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     if name == "smollm2":
         return pretrained(setting, seconds)
     shares = len(METHODS) + 1 - METHODS.index(what)  # what is left is shared with the methods after this one
+    folder, data = task(setting)
+    return train(graph_settings(data, what, setting), folder, setting, seconds / shares)
+
+
+def task(setting: Setting) -> tuple[Path, Path]:
+    """The folder of these runs, and that of their data, made at the first call."""
     folder = ROOT / "runs" / ("gpu_tiny" if setting.tiny else "gpu")
     data = folder / "prosqa_like"
     if not (data / "gpt2" / "config.json").is_file():
         make_task(data, setting)
-    return train(graph_settings(data, what, setting), folder, setting, seconds / shares)
+    return folder, data
 
 
 def graph_settings(data: Path, method: str, setting: Setting) -> dict[str, Any]:
@@ -60,14 +68,20 @@ def graph_settings(data: Path, method: str, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(settings: dict[str, Any], folder: Path, setting: Setting, seconds: float) -> dict[str, Any]:
-    """Train or go on, `seconds` long; what the run folder then says."""
+def train(
+    settings: dict[str, Any],
+    folder: Path,
+    setting: Setting,
+    seconds: float,
+    start: Sequence[str] = (sys.executable, "-m"),
+) -> dict[str, Any]:
+    """Train or resume, `seconds` long; what the run folder then says.  start: before the module's name."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"{settings['name']}.yaml"
     config.write_text(yaml.safe_dump({"project": "benchmarks", "save_path": str(folder), **settings}))
     minutes = max(seconds - 30, 5) / 60
     command = [
-        sys.executable, "-m", "coconut_ds", "train", str(config),
+        *start, "coconut_ds", "train", str(config),
         "--deepspeed_config", "ds_configs/zero2.json", "--skip-plan", "--max-minutes", f"{minutes:.2f}",
     ]  # fmt: skip
     environment = {**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}

@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu_parts import Setting, capacity, learning
 
-DRY = Setting("cpu", True, 11.0)
+DRY = Setting("cpu", True, None)
 
 
 def in_this_process(monkeypatch):
@@ -32,7 +32,17 @@ def test_parts_a_to_c_dry(monkeypatch, tmp_path):
     in_this_process(monkeypatch)
     threads = torch.get_num_threads()
     journal = tmp_path / "gpu.jsonl"
-    arguments = ["--device", "cpu", "--tiny", "--parts", "a,b,c", "--journal", str(journal)]
+    arguments = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--parts",
+        "a,b,c",
+        "--minutes",
+        "60",
+        "--journal",
+        str(journal),
+    ]
     gpu.main(arguments)
     torch.set_num_threads(threads)
     exact = [entry for case, entry in entries(journal, "a").items() if "coconut_ds" in case]
@@ -48,15 +58,38 @@ def test_parts_a_to_c_dry(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_parts_d_and_e_dry(tmp_path):
+def test_parts_d_to_f_dry(tmp_path):
     journal = tmp_path / "gpu.jsonl"
-    gpu.main(["--device", "cpu", "--tiny", "--parts", "d,e", "--journal", str(journal)])
-    for part in "de":
+    arguments = ["--device", "cpu", "--tiny", "--parts", "d,e,f", "--minutes", "60"]
+    gpu.main([*arguments, "--journal", str(journal)])
+    for part in "def":
         found = entries(journal, part)
         assert set(found) == set(gpu.part_module(part).cases(DRY))
         assert all("error" not in entry for entry in found.values()), found
     assert all(entry["fits"] for entry in entries(journal, "d").values())
     assert "test_accuracy" in entries(journal, "e")["prosqa_like coconut"]
+    assert entries(journal, "f")["overlap_comm"]["largest_difference"] == 0
+    assert entries(journal, "f")["launcher"]["epochs"] == 1
+
+
+def test_the_default_parts_are_nine_minutes_within_their_limits_of_memory(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(
+        gpu, "run_part", lambda letter, setting, journal, seconds, *_: started.append((letter, seconds))
+    )
+    gpu.main(["--device", "cpu", "--tiny", "--journal", str(tmp_path / "gpu.jsonl")])
+    assert [letter for letter, _ in started] == gpu.DEFAULT_PARTS.split(",")
+    assert sum(gpu.PARTS[letter][1] for letter, _ in started) == 540
+    limits = {letter: getattr(gpu.part_module(letter), "LIMIT_GIB", None) for letter in gpu.PARTS}
+    assert limits == {"a": None, "c": None, **dict.fromkeys("bdef", 10.22)}
+
+
+def test_cases_are_selected_by_a_text(tmp_path):
+    journal = tmp_path / "gpu.jsonl"
+    every = gpu.missing("c", Setting("cuda", False, None), journal, again=False)
+    assert every[:3] == [f"bf16 stage 6 {name}" for name in capacity.VARIANTS]
+    chosen = gpu.missing("c", Setting("cuda", False, None), journal, False, "fp32 stage 0")
+    assert chosen == [case for case in every if "fp32 stage 0" in case] and len(chosen) == 3
 
 
 def test_a_failure_is_a_record_and_is_measured_again_when_asked(monkeypatch, tmp_path):

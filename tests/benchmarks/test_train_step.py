@@ -14,6 +14,10 @@ SMALL = [*SHAPE.split(), "--size", "gpt2-tiny", "--repeats", "1", "--threads", "
 @pytest.fixture(autouse=True)
 def _small_vocabulary(monkeypatch):
     monkeypatch.setitem(train_step.VOCABULARY, "gpt2", 5000)
+    monkeypatch.setattr(train_step, "WARM_UP", ())
+
+
+WARM_UP = train_step.WARM_UP
 
 
 def run(capsys, *arguments):
@@ -33,6 +37,15 @@ def test_every_variant_has_a_record(capsys):
     assert records["coconut_ds"]["peak_bytes"] < 0.36 * records["textbook"]["peak_bytes"]
     for switch in ("supervised_logits_only", "deferred_weight_gradients"):
         assert records[f"coconut_ds-{switch}"]["peak_bytes"] > records["coconut_ds"]["peak_bytes"]
+
+
+def test_later_passes_are_recorded_before_they_are_measured(monkeypatch):
+    monkeypatch.setattr(train_step, "WARM_UP", WARM_UP)
+    base = train_step.make_model("gpt2-tiny", torch.float32, 0.0)
+    coconut = train_step.variant("coconut_ds", base)
+    train_step.warm_up(coconut, 2, base.config.vocab_size, "cpu")
+    short, wide = coconut.techniques.recorded.kinds.values()
+    assert 1 in short.programs and 0 in wide.programs
 
 
 def test_a_sweep_draws_its_picture(capsys, tmp_path, monkeypatch):

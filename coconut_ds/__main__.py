@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -112,6 +113,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except UserError as error:
         if is_main or not error.on_every_rank:
             print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
+        elif error.exit_code == UserError.exit_code:
+            time.sleep(2)  # a launcher ends the main rank, which prints this error, when this one ends
         return error.exit_code
     except ModuleNotFoundError as error:
         return _not_installed(error)

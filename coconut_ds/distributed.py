@@ -19,7 +19,10 @@ ranks one after another, and a rank that stopped alone would leave the others wa
 
 import errno
 import os
+import re
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +37,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from coconut_ds.errors import RankLost, StopRequested, UserError, first_line, port_in_use
+from coconut_ds.errors import ConfigError, RankLost, StopRequested, UserError, first_line, port_in_use
 
 Result = TypeVar("Result")
 # Messages of gloo, c10d's store and NCCL if the other end of a connection is gone or does not answer.
@@ -252,8 +255,12 @@ class Signals:
 
     def _note(self, number: signal.Signals) -> None:
         if self._nothing_to_save:
-            text = f"stopped: received {number.name} before training began; run the same command to restart\n"
-            os.write(2, text.encode())
+            others = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            why = "; if another rank failed, its error is above or in its log" if others else ""
+            text = (
+                f"stopped: received {number.name} before training began{why}; run the same command to restart"
+            )
+            os.write(2, text.encode() + b"\n")
             os._exit(StopRequested.exit_code)
         now = time.monotonic()
         if number in END_ON_REPEAT:
@@ -273,6 +280,22 @@ def is_launcher(command: Sequence[str]) -> bool:
     return any(
         os.path.basename(word) in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in command[:4]
     )
+
+
+def refuse_lone_process() -> None:
+    """Raise ConfigError if `accelerate launch --cpu` started one process where several were wanted.
+
+    It passes no number of processes (accelerate/utils/launch.py, prepare_simple_launcher_cmd_env).
+    """
+    if "ACCELERATE_USE_CPU" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    words = " ".join(psutil.Process(os.getppid()).cmdline())
+    number = re.search(r"--num[_-]processes[ =](\d+)", words)
+    if number and int(number[1]) > 1:
+        command = f"torchrun --nproc_per_node {number[1]} -m coconut_ds {shlex.join(sys.argv[1:])}"
+        raise ConfigError(
+            f"`accelerate launch` without a GPU starts one process, not {number[1]}; write: {command}"
+        )
 
 
 class Launcher:

@@ -38,6 +38,7 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # a file system doe
 MAX_DIGITS = 19  # of an integer, as in 2**63
 EXPORT_FILE = "coconut.json"  # settings beside exported weights
 ENVIRONMENT = "environment.json"
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 VERBOSE = "COCONUT_VERBOSE"  # environment variable, set by --verbose
 RUN_SIGNS = ("ds_config.json", ENVIRONMENT, "metrics.jsonl", "latest")
 # C0 and C1 except tab and line ends, surrogates, and characters that change the text direction.
@@ -316,6 +317,26 @@ def is_printable(text: str) -> bool:
 def counted(number: int, thing: str) -> str:
     """'1 step', '2 steps'."""
     return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '12 min', '3 h 40 min', '2 d 4 h'."""
+    minutes = round(seconds / 60)
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def print_now(line: str) -> None:
+    """Print a line above the progress bar, if there is one, and into a log at once."""
+    from tqdm import tqdm  # not needed by the commands that only read
+
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from coconut_ds.distributed import PID_FOLDER, Request, Requests, Signals, is_launcher
+from coconut_ds.distributed import (
+    PID_FOLDER,
+    Request,
+    Requests,
+    Signals,
+    is_launcher,
+    refuse_lone_process,
+)
+from coconut_ds.errors import ConfigError
 
 
 class OneRank:
@@ -147,6 +155,31 @@ def test_a_signal_before_training_ends_at_once(number: signal.Signals) -> None:
     process.send_signal(number)
     assert process.wait(timeout=60) == 75
     assert process.stderr is not None and f"received {number.name} before training" in process.stderr.read()
+
+
+def test_a_rank_that_a_launcher_ends_points_to_the_error_of_another() -> None:
+    process = start(PLANNING, WORLD_SIZE="2")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert (
+        process.stderr is not None and "if another rank failed, its error is above" in process.stderr.read()
+    )
+
+
+@pytest.mark.parametrize("words, number", [("--num_processes 2", 2), ("--num-processes=4", 4), ("", 0)])
+def test_accelerate_without_a_gpu_starts_one_process(monkeypatch, words, number):
+    command = f"python accelerate launch --cpu {words} -m coconut_ds train c.yaml".split()
+    monkeypatch.setattr("psutil.Process.cmdline", lambda self: command)
+    monkeypatch.setattr(sys, "argv", ["coconut_ds", "train", "c.yaml"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    refuse_lone_process()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    if not number:
+        refuse_lone_process()
+        return
+    with pytest.raises(ConfigError, match=f"write: torchrun --nproc_per_node {number} -m coconut_ds train"):
+        refuse_lone_process()
 
 
 def test_ranks_leave_their_process_ids(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
     python -m coconut_ds eval RUN                                       the newest checkpoint of a run folder
     python -m coconut_ds eval RUN --checkpoint all --split test         every checkpoint, on test_path
+    python -m coconut_ds eval RUN --checkpoint best_stage_1 best_stage_2     one table
     python -m coconut_ds eval RUN --ablate all                          do the latents matter?
+    python -m coconut_ds eval RUN --num_samples 8 --latent_noise 0.1    pass@k and majority vote
     deepspeed --num_gpus 2 --module coconut_ds eval RUN                 the same numbers, twice as fast
     deepspeed --num_gpus 2 --module coconut_ds eval CONFIG --deepspeed_config JSON
 
@@ -18,6 +20,10 @@ An ablation replaces the latents; accuracy is compared with the intact model on 
   mean     the mean over the batch, per latent        swap     the latents of another problem
   noise    random directions of the same norms        fewer    half as many latents       none   no latents
 zero:2, mean:2, noise:2 and swap:2 replace only the second latent.
+
+--num_samples K draws K answers to every problem and reports pass@1 (the mean), pass@2, pass@4 ... pass@K
+(unbiased estimator of Chen et al. 2021) and the majority vote.  The same seed draws the same answers on any
+number of ranks and with any batch size; --set seed=N --allow seed draws others.
 """
 
 import argparse
@@ -46,6 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablate", metavar="NAME,...", help="also evaluate these ablations (see above), or 'all'"
     )
+    parser.add_argument(
+        "--num_samples", type=int, metavar="K", help="also draw K answers: pass@k and majority vote"
+    )
+    parser.add_argument(
+        "--latent_noise", type=float, metavar="S", help="Gaussian noise on the latents, standard deviation S"
+    )
+    parser.add_argument(
+        "--latent_dropout", type=float, metavar="P", help="set components of the latents to 0 with this rate"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sample the text of the answer (default: greedy)"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
     add_ds_config_argument(parser, needed=False)
     add_allow_stage(parser)
@@ -55,10 +73,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from coconut_ds.evaluation.ablation import parse_ablations  # these import torch, as in train.py
     from coconut_ds.evaluation.measure import EvalOptions, measure
+    from coconut_ds.evaluation.sampling import parse_sampling
     from coconut_ds.evaluation.saved_models import ds_config_of, find_trained
     from coconut_ds.memory.budget import read_ds_config
 
-    options = EvalOptions(args.split, args.limit, parse_ablations(args.ablate) if args.ablate else ())
+    sampling = parse_sampling(
+        args.num_samples,
+        latent_noise=args.latent_noise,
+        latent_dropout=args.latent_dropout,
+        temperature=args.temperature,
+    )
+    ablations = parse_ablations(args.ablate) if args.ablate else ()
+    options = EvalOptions(args.split, args.limit, ablations, sampling)
     models = find_trained(args.target, args.checkpoint, args.overrides, args.latents, args.allow)
     folder = models[0].folder
     if args.deepspeed_config:

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     failed = 0
     data_files: list[Path] = []
+    args.run_data = {}  # of each experiment, read once for all DeepSpeed configs
     for path, ds_path in _checks(args):
         try:
             if _is_data(path):
@@ -127,7 +128,9 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
         return start + NOT_HERE.format(", ".join(elsewhere))
     if experiment.only_eval:
         find_trained(str(path), overrides=args.overrides)
-    check_model(experiment, ds_config, check_start(experiment, ds_config, ranks), ranks)
+    run_data = check_start(experiment, ds_config, ranks, args.run_data.get(path))
+    args.run_data[path] = run_data
+    check_model(experiment, ds_config, run_data, ranks)
     if refusal := refusal_of_device(ds_config):
         return f"`train` would start: {start}; not on this machine: {refusal}"
     return f"`train` would start: {start}"

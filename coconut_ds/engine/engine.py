@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.data.batching import Batch
-from coconut_ds.distributed import Ranks, phase
+from coconut_ds.distributed import Ranks, phase, refuse_lone_process
 from coconut_ds.engine import deepspeed_patches as patches
 from coconut_ds.engine.deepspeed_patches import remove_stale_locks, to_compile
 from coconut_ds.engine.watchdog import ended_after, free_port, meet
@@ -51,7 +51,8 @@ SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK
 
 
 def world_size_from_environment() -> int:
-    """The number of ranks, from the launcher; 1 without a launcher."""
+    """The number of ranks, from the launcher; 1 without a launcher.  Raises ConfigError."""
+    refuse_lone_process()
     return int(os.environ.get("WORLD_SIZE", os.environ.get(SLURM_NAMES["WORLD_SIZE"], "1")))
 
 
@@ -94,6 +95,7 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
     if "RANK" not in os.environ:
+        refuse_lone_process()
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()

@@ -23,7 +23,7 @@ from coconut_ds.data.batching import PADDING_ROW, Batch
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import mcnemar_exact, p_value_text, percent_with_interval
-from coconut_ds.model.coconut import Coconut
+from coconut_ds.model.coconut import Choose, Coconut, most_likely
 from coconut_ds.thoughts import History, Thought
 
 # (latents_BKD, real_BK: the slots that counted rows have, generator) -> replacement latents_BKD
@@ -127,31 +127,32 @@ class Ablator:
         self._generator = torch.Generator().manual_seed(seed)
 
     @contextmanager
-    def on(self, model: Coconut, batch: Batch) -> Iterator[None]:
+    def on(self, model: Coconut, batch: Batch) -> Iterator[Choose]:
         """A context in which each pass of `model` over `batch` gets the changed latents."""
         if self._change is None or batch.num_latents == 0:
-            yield
+            yield most_likely
             return
         latents_BKD = record_latents(model, batch)
         slots_K = torch.arange(batch.num_latents, device=latents_BKD.device)
         counted_B = torch.tensor([index != PADDING_ROW for index in batch.indices]).to(latents_BKD.device)
         real_BK = (slots_K < batch.latents_per_row_B[:, None]) & counted_B[:, None]
         replay = Replay(self._change(latents_BKD, real_BK, self._generator))
-        with _thought_of(model, replay):
-            yield
+        with thought_of(model, replay):
+            yield most_likely
 
 
 @torch.no_grad()
 def record_latents(model: Coconut, batch: Batch) -> Tensor:
     """The thoughts of the model in every latent column of all rows: latents_BKD."""
     recorder = Recorder(model.thought)
-    with _thought_of(model, recorder):
+    with thought_of(model, recorder):
         model.hidden_states(batch)
     return torch.stack(recorder.seen, dim=1) if recorder.seen else model.embedding(batch.input_ids_BT[:, :0])
 
 
 @contextmanager
-def _thought_of(model: Coconut, thought: Thought) -> Iterator[None]:
+def thought_of(model: Coconut, thought: Thought) -> Iterator[None]:
+    """A context in which `model` has this thought."""
     own, model.thought = model.thought, thought
     try:
         yield

@@ -4,13 +4,14 @@ Sums and counts are added up and divided once at the end, so uneven batches and 
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches
@@ -19,7 +20,8 @@ from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, s
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.distributed import Ranks, phase
-from coconut_ds.model.coconut import Coconut
+from coconut_ds.files import LINE_SECONDS, duration, print_now
+from coconut_ds.model.coconut import Choose, Coconut, most_likely
 
 if TYPE_CHECKING:  # programs that only read a model do not import DeepSpeed
     from coconut_ds.engine.engine import Engine
@@ -43,6 +45,12 @@ class ReadingEngine(Ranks):
     def loss(self, batch: Batch) -> Tensor:
         """Sum of this rank's token losses / `batch.loss_denominator`."""
         return self.module(batch)
+
+
+class Around(Protocol):
+    """What changes the model for one batch: an ablation, or the drawing of a sample."""
+
+    def on(self, model: Coconut, batch: Batch) -> AbstractContextManager[Choose]: ...
 
 
 @dataclass(frozen=True)
@@ -91,52 +99,46 @@ def evaluate(
     stage: Stage,
     experiment: Experiment,
     vocabulary: Vocabulary,
-    progress: Callable[[Iterable[Batch], str], Iterable[Batch]] = lambda batches, _: batches,
+    progress: Callable[[Iterable[Batch], str, int], Iterable[Batch]] = lambda batches, *_: batches,
     keep_going: Callable[[], None] = lambda: None,
     ablation: str | None = None,
+    sampler: "Around | None" = None,
 ) -> Evaluation:
     """Loss and generated answers of every problem at `stage`; every item counts once.  Collective.
 
     Prompts must fit the model's positions, which load_run_data and load_evaluation_data check.
-    `progress` wraps the batches for display.  `keep_going` is called once per batch and may raise to stop.
-    `ablation` names the replacement for the model's thoughts (ablation.py).
+    `progress` wraps the batches for display: (batches, name, how many there are).  `keep_going` is called
+    once per batch and may raise to stop.  `ablation` names the replacement for the model's thoughts
+    (ablation.py).  `sampler` draws answers (sampling.py); their loss is not computed and 0.
     """
-    ablator = None
+    around = sampler
     if ablation:
         from coconut_ds.evaluation.ablation import Ablator, ablated_stage  # not needed to train
 
-        ablator, stage = Ablator(ablation, experiment.seed), ablated_stage(stage, ablation)
+        around, stage = Ablator(ablation, experiment.seed), ablated_stage(stage, ablation)
     layout = BatchConfig(experiment.batch_size_eval, 1, engine.world_size, engine.rank)
+    total = layout.num_steps(len(test_set.tokenized))
     engine.eval()
 
     def batches(prompts: bool, name: str) -> Iterable[Batch]:
         rank_batches = evaluation_batches(test_set.tokenized, stage, experiment, vocabulary, layout, prompts)
-        for batch in progress(rank_batches, name):
+        for batch in progress(rank_batches, name, total):
             keep_going()
             yield batch.to(engine.device)
 
     losses, num_tokens = 0.0, 0
     with torch.no_grad():
-        for batch in batches(False, "loss"):
-            with ablator.on(engine.module, batch) if ablator else nullcontext():
+        for batch in () if sampler else batches(False, "loss"):
+            with around.on(engine.module, batch) if around else nullcontext():
                 losses += float(engine.loss(batch))
             num_tokens += len(batch.target_ids_N)
-    own: list[Prediction] = []
-    limit, grading = max_new_tokens(experiment, test_set.card), grading_of(experiment, test_set.card)
-    started = time.perf_counter()
-    for batch in batches(True, "answers"):
-        with ablator.on(engine.module, batch) if ablator else nullcontext():
-            answers = engine.module.generate(batch, limit, vocabulary.eos_id, engine.all_over_ranks)
-        own += [
-            grade(index, vocabulary.decode(ids), len(ids), test_set, grading)
-            for index, ids in zip(batch.indices, answers, strict=True)
-            if index != PADDING_ROW
-        ]
-    (seconds,) = engine.max_over_ranks([time.perf_counter() - started])
+    own, seconds = _answers(engine, batches(True, "answers"), around, test_set, experiment, vocabulary)
     engine.train()
     loss_sum, token_sum = engine.sum_over_ranks([losses, num_tokens])
     predictions = [prediction for share in engine.gather(own) for prediction in share]
-    result = summarize(sorted(predictions, key=lambda p: p.index), loss_sum / max(token_sum, 1), grading)
+    predictions.sort(key=lambda prediction: prediction.index)
+    grading = grading_of(experiment, test_set.card)
+    result = summarize(predictions, loss_sum / max(token_sum, 1), grading)
     return replace(
         result,
         num_items=result.num_items + test_set.num_dropped,
@@ -146,6 +148,49 @@ def evaluate(
         chance=chance_of(test_set.problems),
         examples=test_set.examples,
     )
+
+
+def _answers(
+    engine: "Engine | ReadingEngine",
+    batches: Iterable[Batch],
+    around: "Around | None",
+    test_set: TestSet,
+    experiment: Experiment,
+    vocabulary: Vocabulary,
+) -> tuple[list[Prediction], float]:
+    """This rank's graded answers, and the seconds of the slowest rank.  Collective."""
+    own: list[Prediction] = []
+    limit, grading = max_new_tokens(experiment, test_set.card), grading_of(experiment, test_set.card)
+    started = time.perf_counter()
+    for batch in batches:
+        with around.on(engine.module, batch) if around else nullcontext(most_likely) as choose:
+            answers = engine.module.generate(batch, limit, vocabulary.eos_id, engine.all_over_ranks, choose)
+        own += [
+            grade(index, vocabulary.decode(ids), len(ids), test_set, grading)
+            for index, ids in zip(batch.indices, answers, strict=True)
+            if index != PADDING_ROW
+        ]
+    (seconds,) = engine.max_over_ranks([time.perf_counter() - started])
+    return own, seconds
+
+
+def show_progress(
+    batches: Iterable[Batch],
+    name: str,
+    total: int,
+    is_main: bool,
+    print_line: Callable[[str], None] = print_now,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Batch]:
+    """Yield `total` batches with a bar on a terminal, elsewhere with a line every LINE_SECONDS."""
+    shown = tqdm(batches, desc=name, total=total, leave=False, disable=None if is_main else True)
+    started = printed = clock()
+    for number, batch in enumerate(shown, 1):
+        now = clock()
+        if is_main and shown.disable and number > 1 and now - printed >= LINE_SECONDS:
+            printed, left = now, (now - started) / (number - 1) * (total - number + 1)
+            print_line(f"  evaluation, {name}: batch {number} of {total}, ends in {duration(left)}")
+        yield batch
 
 
 def max_new_tokens(experiment: Experiment, card: Card) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
@@ -29,11 +28,21 @@ from coconut_ds.engine.engine import Engine, finish_distributed, start_distribut
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.ablation import Comparison
 from coconut_ds.evaluation.data_files import OWN, TRAINING
-from coconut_ds.evaluation.evaluate import Evaluation, ReadingEngine, evaluate
+from coconut_ds.evaluation.evaluate import Evaluation, ReadingEngine, evaluate, show_progress
 from coconut_ds.evaluation.intervals import percent_with_interval, wilson_interval
+from coconut_ds.evaluation.sampling import Sampler, Samples, Sampling
 from coconut_ds.evaluation.saved_models import Trained
-from coconut_ds.files import counted, json_text, open_append, parse_json, read_bytes, replace_text
+from coconut_ds.files import (
+    counted,
+    json_text,
+    open_append,
+    parse_json,
+    print_now,
+    read_bytes,
+    replace_text,
+)
 from coconut_ds.model.loading import DTYPES, load_config, parameter_groups
+from coconut_ds.tables import Table
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
 
@@ -45,6 +54,7 @@ class EvalOptions:
     split: str = "valid"  # "valid", "test" or a file
     limit: int | None = None
     ablations: tuple[str, ...] = ()
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Measurement:
     file: str = ""
     role: str = ""  # of the file (data_files.py)
     differences: tuple[str, ...] = ()  # from the run's own settings (Trained.differences)
+    samples: Samples | None = None  # `evaluation` is their majority vote
 
     def key(self) -> dict[str, Any]:
         """The fields that identify the lines of this measurement."""
@@ -69,7 +80,7 @@ class Measurement:
             "checkpoint": self.checkpoint,
             "split": self.split,
             "latents": self.stage.num_latents,
-            "ablation": self.ablation or "intact",
+            "ablation": f"majority of {self.samples.sampling}" if self.samples else self.ablation or "intact",
             "file": self.file,
             "role": self.role,
             "examples": self.evaluation.examples,
@@ -85,7 +96,14 @@ class Measurement:
         numbers["trained_at"] = self.trained_at and str(self.trained_at)
         if self.against_intact is not None:
             numbers |= self.against_intact.against_intact()
-        return numbers
+        return numbers | (self.samples.numbers() if self.samples else {})
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The graded answers, of every sample."""
+        if self.samples is None:
+            return [asdict(answer) for answer in self.evaluation.predictions]
+        samples = enumerate(self.samples.evaluations)
+        return [{"sample": n, **asdict(answer)} for n, sample in samples for answer in sample.predictions]
 
     @property
     def data(self) -> str:
@@ -97,6 +115,8 @@ class Measurement:
     def __str__(self) -> str:
         if self.against_intact is not None:
             return f"  {self.against_intact}"
+        if self.samples is not None:
+            return str(self.samples)
         result = self.evaluation
         match = f"; CoT match {100 * result.cot_match:.1f} %" if self.stage.shows_all_steps else ""
         return (
@@ -139,16 +159,41 @@ def measure(
             for result in _measurements(engine, trained, vocabulary, test_set, options):
                 results.append(result)
                 if ranks.is_main:
-                    tqdm.write(str(result))
+                    print_now(str(result))
                     if not trained.experiment.debug:
                         _save(result, trained.folder)
             del engine
+        if ranks.is_main and len(models) > 1:
+            print_now(f"\n{results_table(results).text()}")
         finish_distributed()
     return results
 
 
+def results_table(results: Sequence[Measurement]) -> Table:
+    """One row per measurement."""
+    rows = [
+        [
+            result.checkpoint,
+            str(result.stage),
+            str(result.key()["ablation"]),
+            percent_with_interval(result.evaluation.num_correct, result.evaluation.num_items),
+            f"{result.evaluation.loss:.4f}",
+            f"{result.evaluation.mean_tokens:.1f}",
+        ]
+        for result in results
+    ]
+    accuracy = f"accuracy ({results[0].data}), 95 % interval"
+    head = ["checkpoint", "stage", "latents", accuracy, "loss", "tokens"]
+    return Table(head, rows, align="lllr")
+
+
 def _read_data(trained: Trained, options: EvalOptions) -> tuple[Vocabulary, TestSet]:
     experiment = trained.experiment
+    if options.sampling and trained.stage.num_latents == 0 and not options.sampling.temperature:
+        raise ConfigError(
+            f"--num_samples: {trained.name} has no latents at its stage ({trained.stage}), so the noise on "
+            "them changes nothing; add --temperature 0.7 or choose another --checkpoint"
+        )
     for name in options.ablations:
         if trained.stage.num_latents == 0:
             raise ConfigError(
@@ -207,16 +252,17 @@ def _measurements(
     test_set: TestSet,
     options: EvalOptions,
 ) -> Iterator[Measurement]:
-    def progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-        return iter(tqdm(batches, desc=name, leave=False, disable=None if engine.is_main else True))
-
     file = split_path(trained.experiment, options.split)
     role = trained.files.role(options.split, file)
 
+    def answered(title: str, **how: Any) -> Evaluation:
+        def progress(batches: Iterable[Batch], name: str, total: int) -> Iterator[Batch]:
+            return show_progress(batches, f"{trained.name}, {title}{name}", total, engine.is_main)
+
+        return evaluate(engine, test_set, trained.stage, trained.experiment, vocabulary, progress, **how)
+
     def result_of(ablation: str | None) -> Measurement:
-        result = evaluate(
-            engine, test_set, trained.stage, trained.experiment, vocabulary, progress, ablation=ablation
-        )
+        result = answered(f"{ablation}, " if ablation else "", ablation=ablation)
         return Measurement(
             trained.name,
             split_label(trained.experiment, options.split),
@@ -236,6 +282,17 @@ def _measurements(
         ablated = result_of(name)
         answers = (intact.evaluation.predictions, ablated.evaluation.predictions)
         yield replace(ablated, against_intact=Comparison.between(name, *answers))
+    if (sampling := options.sampling) is not None:
+        drawn = [
+            answered(
+                f"sample {number + 1} of {sampling.num_samples}, ",
+                sampler=Sampler(sampling, trained.experiment.seed, number),
+            )
+            for number in range(sampling.num_samples)
+        ]
+        samples = Samples(sampling, tuple(drawn))
+        voted = replace(samples.voted(), loss=intact.evaluation.loss)
+        yield replace(intact, evaluation=voted, samples=samples)
 
 
 def _save(result: Measurement, folder: Path) -> None:
@@ -254,7 +311,7 @@ def write_results(result: Measurement, folder: Path) -> None:
     path, key = folder / PREDICTIONS, result.key()
     text = read_bytes(path).decode("utf-8", errors="replace") if path.is_file() else ""
     kept = [line for line in text.splitlines() if not _has_key(line, key)]
-    new = [json_text({**key, **asdict(p)}, ensure_ascii=False) for p in result.evaluation.predictions]
+    new = [json_text({**key, **answer}, ensure_ascii=False) for answer in result.answers()]
     replace_text(path, "\n".join([*kept, *new]) + "\n")
 
 

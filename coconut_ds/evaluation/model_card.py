@@ -11,10 +11,9 @@ from coconut_ds.evaluation.data_files import OTHER, OWN, TRAINING
 from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
 from coconut_ds.files import counted
-from coconut_ds.runs.record_shapes import evaluation_lines, metric_lines
+from coconut_ds.runs.record_shapes import metric_lines, newest_evaluations
 from coconut_ds.templates import one_line, render
 
-RESULT_KEY = ("split", "file", "examples", "stage", "latents", "ablation", "grading", "differences")
 ROLES = {
     OWN: "the run's own file",
     TRAINING: "**training data**",
@@ -28,12 +27,8 @@ def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | No
     `base`: the model that training started from.
     `weights`: an adapter's frozen weights, if not those of `base`.
     """
-    lines = evaluation_lines(trained.folder / "evaluations.jsonl")
-    newest = {
-        tuple(line.get(name) for name in RESULT_KEY): line
-        for line in lines
-        if line["checkpoint"] == trained.name
-    }
+    newest = newest_evaluations(trained.folder / "evaluations.jsonl")
+    own = [line for line in newest if line["checkpoint"] == trained.name]
     peaks: dict[str, float] = {}
     for line in metric_lines(trained.folder / "metrics.jsonl"):
         for name in line if line["kind"] == "memory" else ():
@@ -46,10 +41,7 @@ def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | No
         base=base,
         is_adapter=is_adapter,
         weights=weights,
-        results=[
-            _cells(line, trained)
-            for line in sorted(newest.values(), key=lambda line: bool(line["differences"]))
-        ],
+        results=[_cells(line, trained) for line in sorted(own, key=lambda line: bool(line["differences"]))],
         card=card_for(experiment.train_path or experiment.val_path),
         peaks=peaks,
         quoted=lambda text: json.dumps(str(text)),

@@ -15,9 +15,9 @@ from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
-from coconut_ds.memory.phases import EVALUATION
 from coconut_ds.memory.planner import MIB, PINNED_ROUNDING, MemoryOption, Plan, Planner
 from coconut_ds.model.quantization import has_library
+from coconut_ds.runs.record_shapes import EVALUATION
 
 # In the order in which `fit` adds them; the precision comes last.
 OPTIONS = ("activation_checkpointing", "overlap_comm", "reduce_bucket_size", "offload_optimizer")

@@ -43,11 +43,11 @@ from coconut_ds.memory.fake_run import (
 )
 from coconut_ds.memory.zero import COMMUNICATION, Item, Sizes, ZeroSettings, replay
 from coconut_ds.model.loading import parameter_groups, saved_dtype
+from coconut_ds.runs.record_shapes import EVALUATION, FORWARD_BACKWARD
 
 if TYPE_CHECKING:
     from coconut_ds.memory.planner import Planner
 
-FORWARD_BACKWARD, STEP, EVALUATION = "forward and backward", "optimizer step", "evaluation"
 WORKSPACES = "workspaces"
 # GPUs from Hopper on, by what torch and users call them.
 LARGE_WORKSPACES = re.compile(r"\b(G?[HB][1-9]\d+|RTX 50\d\d|RTX PRO)\b")

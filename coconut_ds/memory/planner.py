@@ -30,9 +30,10 @@ from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary, load_vocabul
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.depth import SHALLOW
 from coconut_ds.memory.fake_run import FakeModel, Trace
-from coconut_ds.memory.phases import STEP, WORKSPACES, Phase, PlannedRun, StagePlan, longest
+from coconut_ds.memory.phases import WORKSPACES, Phase, PlannedRun, StagePlan, longest
 from coconut_ds.memory.zero import Item, gpu_states, host_states, step_items
 from coconut_ds.model.loading import load_config
+from coconut_ds.runs.record_shapes import STEP
 
 MIB, GIB = 2**20, 2**30
 # Display order of components; those of `components_mib` first.

@@ -34,8 +34,15 @@ from coconut_ds.thoughts import History, Thought
 if TYPE_CHECKING:  # importing PEFT is slow, and only LoRA runs need it
     from peft import PeftModel
 
+# (logits_BV, the rows of the batch) -> token_B
+Choose = Callable[[Tensor, Sequence[int]], Tensor]
 # Finished rows are dropped from the cache once at most this share of its rows is unfinished.
 WORTH_DROPPING = 0.75
+
+
+def most_likely(logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+    """The greedy choice."""
+    return logits_BV.argmax(dim=-1)
 
 
 class Coconut(nn.Module):
@@ -153,14 +160,15 @@ class Coconut(nn.Module):
         max_new_tokens: int,
         eos_id: int,
         agree: Callable[[bool], bool] = lambda done: done,
+        choose: Choose = most_likely,
     ) -> list[list[int]]:
-        """Greedy answers to a batch of prompts, each cut before its eos token.
+        """Answers to a batch of prompts, each cut before its eos token; greedy unless `choose` is given.
 
         `agree` turns "this rank is done" into "all ranks are done": under ZeRO-3 all ranks must run the same
         number of passes.
         """
         answers: list[list[int]] = [[] for _ in range(batch.shape[0])]
-        for new_tokens in self.stream(batch, max_new_tokens, eos_id, agree):
+        for new_tokens in self.stream(batch, max_new_tokens, eos_id, agree, choose):
             for row, token in new_tokens.items():
                 answers[row].append(token)
         return answers
@@ -172,6 +180,7 @@ class Coconut(nn.Module):
         max_new_tokens: int,
         eos_id: int,
         agree: Callable[[bool], bool] = lambda done: done,
+        choose: Choose = most_likely,
     ) -> Iterator[dict[int, int]]:
         """Yield {row: token} of the unfinished answers, step by step; arguments as in `generate`.
 
@@ -185,7 +194,7 @@ class Coconut(nn.Module):
         last_position_B = position_B + torch.tensor(limits, device=mask_BT.device) - 1
         rows, open_rows = list(range(len(limits))), set(range(len(limits)))  # in the cache; not finished
         for step in range(1, max_new_tokens + 1):
-            token_B = self.head(hidden_BD).argmax(dim=-1)
+            token_B = choose(self.head(hidden_BD), rows)
             tokens = dict(zip(rows, token_B.tolist(), strict=True))
             open_rows -= {row for row, token in tokens.items() if token == eos_id}
             yield {row: tokens[row] for row in rows if row in open_rows}

@@ -25,9 +25,10 @@ from coconut_ds.config.experiment import Experiment, load_experiment
 from coconut_ds.config.methods import Method
 from coconut_ds.config.schema import settings_with
 from coconut_ds.errors import ConfigError
-from coconut_ds.evaluation.intervals import interval_over_seeds, wilson_interval
+from coconut_ds.evaluation.intervals import interval_over_seeds, percent_with_interval, wilson_interval
 from coconut_ds.reports.run_records import SPLITS, Line, RunRecord, StageResult, describe_stage, verdicts
 from coconut_ds.runs.changes import learned_ds_settings
+from coconut_ds.runs.record_shapes import newest_evaluations
 from coconut_ds.tables import Table
 
 IN_COLUMNS = ("method", "thought", "tuning")
@@ -192,8 +193,8 @@ def _without_seed(path: str, seed: int) -> str | None:
 
 
 def all_tables(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[Table]:
-    """Accuracy by stage, the summary, and the best of every stage."""
-    return [stage_table(groups), summary_table(groups), best_table(runs)]
+    """Accuracy by stage, the summary, the best of every stage, and sampled answers."""
+    return [stage_table(groups), summary_table(groups), best_table(runs), samples_table(runs)]
 
 
 def summary_table(groups: Sequence[Group]) -> Table:
@@ -303,6 +304,23 @@ def best_table(runs: Sequence[RunRecord]) -> Table:
                 name, measured = "-", percent([max(at, key=lambda line: line["accuracy"])])
             rows.append([run.experiment.name, f"best_stage_{number}", name, measured])
     return Table(["best of every stage", "name", "checkpoint", "validation accuracy"], rows, align="lllr")
+
+
+def samples_table(runs: Sequence[RunRecord]) -> Table:
+    """What `eval --num_samples` measured: pass@1, pass@K and the majority vote."""
+    rows = []
+    for run in runs:
+        for line in newest_evaluations(run.folder / "evaluations.jsonl"):
+            if rates := line.get("pass_at_k"):
+                name = f"{run.experiment.name}, {line['checkpoint']}"
+                what = line["ablation"].removeprefix("majority of ")
+                cells = [
+                    f"pass@{rate['k']} {Accuracy(rate['value'], rate['low'], rate['high'], 1)}"
+                    for rate in rates
+                ]
+                vote = percent_with_interval(line["num_correct"], line["num_items"])
+                rows.append([name, line["split"], what, ", ".join(cells), vote])
+    return Table(["sampled answers", "set", "how", "pass@k", "majority vote"], rows, align="llllr")
 
 
 def _tested_at(groups: Sequence[Group]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from coconut_ds.config.methods import Method
 from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.reports.comparison import Accuracy, Group, percent, stages_of_group
-from coconut_ds.reports.run_records import verdicts
+from coconut_ds.reports.run_records import has_learned
 
 SWAP = "swap"
 
@@ -30,7 +30,7 @@ def conclusions(groups: Sequence[Group]) -> list[str]:
 def _share(group: Group) -> Iterator[str]:
     """How many seeds learned their last stage, by the warnings of each run."""
     if len(group.runs) > 1:
-        failed = [str(run.experiment.seed) for run in group.runs if verdicts(run)]
+        failed = [str(run.experiment.seed) for run in group.runs if not has_learned(run)]
         learned = len(group.runs) - len(failed)
         which = f"; not seed {', '.join(failed)}" if failed else ""
         share = percent_with_interval(learned, len(group.runs))
@@ -68,7 +68,8 @@ def _control(control: Group, trained: Sequence[Group]) -> Iterator[str]:
         group
         for group in trained
         if (group.results()[0], group.first.dataset) == (split, control.first.dataset) and split
-        if not any(verdicts(run) for run in group.runs)  # nothing was learned that a control could learn too
+        # Else nothing was learned that a control could learn too.
+        if all(has_learned(run) for run in group.runs)
     ]
     if not same_data:
         return

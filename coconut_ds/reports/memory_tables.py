@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coconut_ds.files import counted
-from coconut_ds.memory.phases import EVALUATION, FORWARD_BACKWARD, STEP
+from coconut_ds.runs.record_shapes import EVALUATION, FORWARD_BACKWARD, STEP
 from coconut_ds.tables import Table
 
 Json = Mapping[str, Any]

@@ -296,10 +296,29 @@ def describe_stage(stage: Stage) -> str:
     return f"{steps} in {counted(stage.num_latents, 'latent')}" if stage.num_latents else f"{steps} hidden"
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A warning about the last stage; `not_learned`: at chance, or most of the accuracy is lost."""
+
+    text: str
+    not_learned: bool = True
+
+
+def verdict_on_learning(run: RunRecord) -> Verdict | None:
+    """None if the last stage is above chance and as accurate as the one before."""
+    return _not_above_chance(run) or _decline(run)
+
+
+def has_learned(run: RunRecord) -> bool:
+    """Whether the last stage is not named as not learned."""
+    verdict = verdict_on_learning(run)
+    return verdict is None or not verdict.not_learned
+
+
 def verdicts(run: RunRecord) -> list[str]:
-    """Warnings about one run; empty if it learned its last stage."""
-    name = run.experiment.name
-    lines = [f"{name}: {line}" for line in (_not_above_chance(run), _decline(run)) if line][:1]
+    """Warnings about one run: its learning, left-out items and tests."""
+    name, learning = run.experiment.name, verdict_on_learning(run)
+    lines = [f"{name}: {learning.text}"] if learning else []
     if run.result and (dropped := run.result.get("num_dropped")):
         lines.append(
             f"{name}: {dropped} {run.split} items too long for the model count as wrong (too_long: drop)"
@@ -313,7 +332,7 @@ def verdicts(run: RunRecord) -> list[str]:
     return lines
 
 
-def _not_above_chance(run: RunRecord) -> str | None:
+def _not_above_chance(run: RunRecord) -> Verdict | None:
     line = run.stages[-1].line if run.stages else None
     if line is None or not 0 <= line.get("chance", -1) <= 1 or not line["num_items"]:
         return None
@@ -321,17 +340,19 @@ def _not_above_chance(run: RunRecord) -> str | None:
     if low > line["chance"] or line["accuracy"] == 1:  # nothing is left to learn
         return None
     if run.experiment.method is Method.NO_COT:
-        return f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. {BASELINE}"
+        return Verdict(
+            f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. {BASELINE}"
+        )
     outcome = f"was not learned: {_interval(line)} is not above chance ({_percent(line['chance'])})"
     if run.has_numbered_stages and len(run.stages) > 1:
         before, last = run.stages[-2:]
         outcome += f"; {_percent(_accuracy(before.line))} at stage {before.number}"
-        return f"Stage {last.number} {outcome}{_so_far(run)}. {CHANGE_STAGE}"
-    return f"{run.experiment.method} {outcome}{_so_far(run)}. {CHANGE_RUN}"
+        return Verdict(f"Stage {last.number} {outcome}{_so_far(run)}. {CHANGE_STAGE}")
+    return Verdict(f"{run.experiment.method} {outcome}{_so_far(run)}. {CHANGE_RUN}")
 
 
-def _decline(run: RunRecord) -> str | None:
-    """A line if the last stage is below the one before by more than its interval."""
+def _decline(run: RunRecord) -> Verdict | None:
+    """A verdict if the last stage is below the one before by more than its interval."""
     if not run.has_numbered_stages or len(run.stages) < 2:
         return None
     before, last = run.stages[-2:]
@@ -343,9 +364,10 @@ def _decline(run: RunRecord) -> str | None:
     kept = (accuracy - chance) / max(accuracy_before - chance, 1e-9)
     what = "was not learned" if kept < 0.5 else "is less accurate than the stage before"
     epochs = counted(sum(run.stage_of(line) == last.stage for line in run.of("valid")), "epoch")
-    return (
+    return Verdict(
         f"Stage {last.number} {what}: {_interval(last.line)} after {epochs}{_so_far(run)}, "
-        f"{_percent(accuracy_before)} at stage {before.number}. {CHANGE_STAGE}"
+        f"{_percent(accuracy_before)} at stage {before.number}. {CHANGE_STAGE}",
+        not_learned=kept < 0.5,
     )
 
 

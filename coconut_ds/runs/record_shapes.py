@@ -22,6 +22,9 @@ MEASURED = ("epoch", "num_items", "num_correct", "accuracy", "mean_tokens")
 # Required numbers in metrics.jsonl, by kind of line.  A loss may be NaN.
 REQUIRED = {"train": ("epoch", "time", "loss"), "valid": MEASURED, "test": MEASURED, "memory": ("epoch",)}
 MEASURED_ON = ("file", "role", "examples", "stage")  # texts; lines of older versions have none of them
+RESULT_KEY = (
+    "checkpoint", "split", "file", "examples", "stage", "latents", "ablation", "grading", "differences",
+)  # fmt: skip
 OPTIONAL = (
     "loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr", "chance",
     "gradient_norm", "step_seconds", "tokens_per_s", "supervised_tokens_per_s",
@@ -45,6 +48,7 @@ BUDGET = record_schema(
     {"components_mib": NUMBERS},
 )
 MAYBE_BUDGET = {"anyOf": [{"type": "null"}, BUDGET]}
+FORWARD_BACKWARD, STEP, EVALUATION = "forward and backward", "optimizer step", "evaluation"  # of a plan
 PLAN = record_schema(
     {
         "budget": MAYBE_BUDGET,
@@ -98,6 +102,8 @@ ZERO = record_schema({}, {"offload_optimizer": OFFLOAD})
 DS_CONFIG = record_schema({}, {"zero_optimization": ZERO, "fp16": BLOCK, "bf16": BLOCK})
 LIBRARIES = {"type": "object", "additionalProperties": TEXT}
 ENVIRONMENT = record_schema({}, {"devices": _list(TEXT), "libraries": LIBRARIES})
+
+PASS_AT_K = _list(record_schema({"k": COUNT, "value": NUMBER, "low": NUMBER, "high": NUMBER}), min_items=1)
 
 
 def read_record(path: Path, schema: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -182,8 +188,17 @@ def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:
             for name in MEASURED_ON:
                 if not isinstance(line.get(name), str):
                     line.pop(name, None)
+            if "pass_at_k" in line and schema_error(line["pass_at_k"], PASS_AT_K):
+                line.pop("pass_at_k")
             if _has_differences(line):
                 yield line
+
+
+def newest_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The newest line of every measurement in evaluations.jsonl."""
+    return list(
+        {tuple(line.get(name) for name in RESULT_KEY): line for line in evaluation_lines(path)}.values()
+    )
 
 
 def prediction_lines(path: Path) -> Iterator[dict[str, Any]]:

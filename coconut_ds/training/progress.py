@@ -5,7 +5,6 @@ prints.
 """
 
 import shlex
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,9 +20,9 @@ from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig
 from coconut_ds.data.curriculum import final_stage, stage_at, stage_number, stage_spans
 from coconut_ds.data.run_data import RunData
-from coconut_ds.files import counted
+from coconut_ds.evaluation.evaluate import show_progress
+from coconut_ds.files import LINE_SECONDS, counted, duration, print_now
 
-LINE_SECONDS = 30.0
 PACE_STEPS = 101  # the median time of the last steps is the pace
 FIRST_STEPS = 20  # before the expected end is named
 BAR = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}"
@@ -114,8 +113,7 @@ class Progress:
 
     def print_line(self, line: str) -> None:
         if self.is_main:
-            tqdm.write(line)
-            sys.stdout.flush()
+            print_now(line)
             self._printed = self._clock()
 
     @contextmanager
@@ -175,25 +173,9 @@ class Progress:
         between = mean(self._between) if self._between else 0.0
         return epoch, epoch + more * pace * self.steps_per_epoch + (more + 1) * between
 
-    def batches(self, batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+    def batches(self, batches: Iterable[Batch], name: str, total: int) -> Iterator[Batch]:
         """The batches of an evaluation, with a bar or lines."""
-        shown = tqdm(batches, desc=name, leave=False, disable=None if self.is_main else True)
-        for number, batch in enumerate(shown, 1):
-            if self.is_main and shown.disable and self._clock() - self._printed >= LINE_SECONDS:
-                self.print_line(f"  evaluation, {name}: batch {number}")
-            yield batch
-
-
-def duration(seconds: float) -> str:
-    """'45 s', '12 min', '3 h 40 min', '2 d 4 h'."""
-    minutes = round(seconds / 60)
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+        return show_progress(batches, name, total, self.is_main, self.print_line, self._clock)
 
 
 def clock_time(seconds: float) -> str:

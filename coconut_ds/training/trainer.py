@@ -10,6 +10,7 @@ import torch
 
 from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
+from coconut_ds.config.methods import Method
 from coconut_ds.data.batching import Batch, BatchConfig, num_samples_and_tokens, training_steps
 from coconut_ds.data.curriculum import (
     Stage,
@@ -39,7 +40,8 @@ from coconut_ds.model.quantization import refuse_missing_library
 from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
 from coconut_ds.runs.checkpoints import Checkpoints
-from coconut_ds.runs.run_folder import Run
+from coconut_ds.runs.record_shapes import metric_lines
+from coconut_ds.runs.run_folder import METRICS, Run
 from coconut_ds.training.progress import Progress, end_lines, model_line, start_lines, table
 
 STUCK_EPOCHS = 3  # epochs of a stage without a new best accuracy before the run says what to change
@@ -87,10 +89,12 @@ def train(experiment: Experiment, ds_config: DeepSpeedConfig, options: Options) 
     return result
 
 
-def check_start(experiment: Experiment, ds_config: DeepSpeedConfig, world_size: int) -> RunData:
+def check_start(
+    experiment: Experiment, ds_config: DeepSpeedConfig, world_size: int, run_data: RunData | None = None
+) -> RunData:
     """Read the data and check everything that needs neither ranks nor a model; `validate` does the same.
 
-    Raises UserError.
+    `run_data`: the data if it was read before.  Raises UserError.
     """
     ds_config.resolve(experiment, world_size)
     refuse_missing_operators(ds_config)
@@ -98,7 +102,7 @@ def check_start(experiment: Experiment, ds_config: DeepSpeedConfig, world_size: 
         refuse_missing_library("quantization: nf4")
     if ds_config.eight_bit_moments:
         refuse_missing_library(f"{ds_config.path}: optimizer.type: {EIGHT_BIT}")
-    return load_run_data(experiment, load_config(experiment.model_id))
+    return run_data or load_run_data(experiment, load_config(experiment.model_id))
 
 
 def check_model(
@@ -207,6 +211,11 @@ class Trainer:
     def run_all(self) -> Evaluation | None:
         """Run the remaining epochs, then evaluate on the test set."""
         self.resume()
+        if self.engine.on_main(self.has_ended):
+            self.print_line(self.finished())
+            self.print_end()
+            return None
+        self.start_writing()
         self.progress.trend.is_new = self.state.global_step == 0
         self.print_line(table(self.start()))
         start = self.experiment.load_model_path
@@ -232,11 +241,26 @@ class Trainer:
                 self.print_line(early)
             result = self.evaluate(self.run_data.test, self.trained_stage(), "test", epoch)
         self.check_written()
+        self.print_end()
+        return result
+
+    def print_end(self) -> None:
+        """The results by stage and the next commands."""
         if self.run.writes:
             question = self.run_data.valid.problems[0].question
             for line in end_lines(self.run.folder, self.engine.world_size, question):
                 self.print_line(line)
-        return result
+
+    def has_ended(self) -> bool:
+        """Whether an earlier start trained all epochs and tested the newest weights on this test set."""
+        if self.checkpoints.loaded is None or self.state.epoch < self.experiment.num_epochs:
+            return False
+        test = self.run_data.test
+        return test is None or any(
+            line["kind"] == "test"
+            and (line.get("step"), line.get("examples")) == (self.state.global_step, test.examples)
+            for line in metric_lines(self.run.folder / METRICS)
+        )
 
     def start(self) -> dict[str, str]:
         """What only the loaded run knows, for the first lines of a run."""
@@ -278,6 +302,11 @@ class Trainer:
         if state := self.checkpoints.load(self.options.checkpoint, allow=self.options.allow):
             self.state = state
             self.saved_at = (state.epoch, state.step_in_epoch)
+
+    def start_writing(self) -> None:
+        """Write this start's settings; forget what was logged after the loaded checkpoint."""
+        if self.experiment.debug:
+            return
         self.engine.on_main(self.run.write_settings)
         self.run.rewind(self.state.positions)
         self.state = replace(self.state, wandb_id=self.run.start_wandb(self.state.wandb_id))
@@ -389,20 +418,20 @@ class Trainer:
             stage_best=None if switches else accuracy if is_best else best,
             stale_epochs=0 if switches else stale,
         )
-        is_stuck = stale > 0 and stale % STUCK_EPOCHS == 0
+        is_stuck = stale > 0 and stale % STUCK_EPOCHS == 0 and self.experiment.method is not Method.NO_COT
         if switches or (is_stuck and following < end):
-            self.print_verdicts("" if switches else "not learned")
+            self.print_verdict(only_not_learned=not switches)
         return following
 
-    def print_verdicts(self, about: str) -> None:
-        """Warnings of the main rank with the text `about`, unless the loss is still falling."""
+    def print_verdict(self, only_not_learned: bool) -> None:
+        """A warning of the main rank about the stage, unless its loss is still falling."""
         if self.run.writes:
-            from coconut_ds.reports.run_records import read_run, verdicts  # not needed to train
+            from coconut_ds.reports.run_records import read_run, verdict_on_learning  # not needed to train
 
             record = read_run(self.run.folder)
-            lines = [] if record.is_falling else [line for line in verdicts(record) if about in line]
-            for line in lines:
-                self.print_line(line)
+            verdict = None if record.is_falling else verdict_on_learning(record)
+            if verdict and (verdict.not_learned or not only_not_learned):
+                self.print_line(f"{self.experiment.name}: {verdict.text}")
 
     def ablate(self, epoch: int, intact: Evaluation, following: int) -> None:
         """After the last epoch of a stage with latents, validate with the latents replaced."""

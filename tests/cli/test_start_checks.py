@@ -169,3 +169,18 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(start, tmp_
     assert accepted or message.startswith("model_id: ")
     made = set(tmp_path.rglob("*")) - {*before, tmp_path / "c.yaml", tmp_path / "ds.json"}
     assert not [path for path in made if "jinja" in path.name]
+
+
+def test_notes_on_the_data_are_printed_once_for_all_deepspeed_configs(
+    tiny_experiment, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("coconut_ds.training.trainer.check_model", lambda *_: None)
+    values = tiny_experiment | {"save_path": str(tmp_path), "train_path": tiny_experiment["val_path"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    files = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for file in files:
+        shutil.copy(ROOT / "ds_configs" / "zero1.json", file)
+    assert main(["validate", str(tmp_path / "c.yaml"), "--deepspeed_config", *files]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("`train` would start") == 2
+    assert err.count("24 of 24 questions are also in") == 1

@@ -1,5 +1,6 @@
 """Answers of a test set: the same for every batch size and every number of ranks, in one process."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from coconut_ds.data.problems import Card, Problem
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import TokenizedProblem
 from coconut_ds.distributed import Ranks
-from coconut_ds.evaluation.evaluate import ReadingEngine, evaluate
+from coconut_ds.evaluation.evaluate import ReadingEngine, evaluate, show_progress
 from coconut_ds.evaluation.pretrained import CoconutForCausalLM
 from tests.run_folders import make_run
 
@@ -46,12 +47,12 @@ def problems_of(lengths, model):
     return TestSet([Problem("", (), "1")] * len(rows), rows, Card("lengths"))
 
 
-def completions(model, tests, ranks, rows):
+def completions(model, tests, ranks, rows, sampler=None):
     experiment = replace(model.trained.experiment, batch_size_eval=rows)
     found = {}
     for rank in range(ranks):
         engine = OneOfTheRanks(model.model, Ranks(rank, ranks, torch.device("cpu")))
-        result = evaluate(engine, tests, model.trained.stage, experiment, model.vocabulary)
+        result = evaluate(engine, tests, model.trained.stage, experiment, model.vocabulary, sampler=sampler)
         found |= {
             prediction.index: (prediction.completion, prediction.num_tokens)
             for prediction in result.predictions
@@ -65,3 +66,16 @@ def test_answers_depend_on_neither_batch_size_nor_ranks(model, ranks, rows):
     expected = completions(model, tests, 1, 1)
     assert expected[1][1] == 2 and expected[2][1] == 3 and expected[0][1] == 20
     assert completions(model, tests, ranks, rows) == expected
+
+
+def test_an_evaluation_without_a_terminal_prints_a_line_every_30_seconds():
+    lines, seconds = [], itertools.count(0, 10)  # a batch every 10 s
+    shown = show_progress(range(9), "test, answers", 9, True, lines.append, lambda: next(seconds))
+    assert list(shown) == list(range(9))
+    assert lines == [
+        "  evaluation, test, answers: batch 3 of 9, ends in 2 min",
+        "  evaluation, test, answers: batch 6 of 9, ends in 48 s",
+        "  evaluation, test, answers: batch 9 of 9, ends in 11 s",
+    ]
+    assert list(show_progress(range(9), "x", 9, False, lines.append, lambda: next(seconds))) == list(range(9))
+    assert len(lines) == 3

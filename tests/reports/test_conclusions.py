@@ -7,7 +7,7 @@ import pytest
 from coconut_ds.__main__ import main
 from coconut_ds.reports.comparison import group_runs, stage_table
 from coconut_ds.reports.conclusions import conclusions
-from coconut_ds.reports.run_records import read_run
+from coconut_ds.reports.run_records import has_learned, read_run, verdict_on_learning, verdicts
 from tests.reports.conftest import STAGED, validation
 
 AT = [{"at": f"{k} steps hidden, {2 * k} latents"} for k in range(3)]
@@ -64,3 +64,17 @@ def test_beside_a_run_that_learned_nothing_no_control_is_called_as_accurate(make
 def test_a_run_without_stages_or_without_a_line_concludes_nothing(make_run):
     assert conclusions(group_runs([make_run("n", [9], 10, method="no_cot")])) == []
     assert conclusions(group_runs([make_run("c", [], method="coconut", **STAGED)])) == []
+
+
+def test_other_warnings_do_not_make_a_seed_unlearned(make_run):
+    """Dropped items, and a last stage of somewhat less accuracy; seed 2 lost most of it."""
+    rights = {0: [100, 99, 98], 1: [100, 99, 90], 2: [100, 99, 30]}
+    more = [{**line, "num_dropped": 1} for line in AT]
+    runs = [make_run(f"s{seed}", right, method="coconut", seed=seed, logged=more, **STAGED)
+            for seed, right in rights.items()]  # fmt: skip
+    assert [len(verdicts(run)) for run in runs] == [1, 2, 2]
+    assert "less accurate than the stage before" in verdict_on_learning(runs[1]).text
+    assert [has_learned(run) for run in runs] == [True, True, False]
+    assert conclusions(group_runs(runs))[0] == (
+        "coconut: 2 of 3 seeds learned it (66.7 % [20.8, 93.9]); not seed 2"
+    )

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import BatchConfig, num_samples_and_tokens, training_steps
-from coconut_ds.training.progress import LossTrend, Progress, duration, model_line
+from coconut_ds.files import duration
+from coconut_ds.training.progress import LossTrend, Progress, model_line
 from tests.plain_engine import plain_trainer
 from tests.training.test_trainer import CHEAP, lines_of
 
@@ -131,7 +132,7 @@ def test_other_ranks_print_nothing(tiny_experiment, capsys):
     with progress.epoch(0, 0, 9):
         progress.step(1, NUMBERS)
     progress.print_line("a line")
-    assert list(progress.batches([1, 2], "loss")) == [1, 2]
+    assert list(progress.batches([1, 2], "loss", 2)) == [1, 2]
     assert capsys.readouterr() == ("", "")
 
 

@@ -162,6 +162,33 @@ def test_a_finished_run_says_so_and_how_to_train_on(tiny_experiment, tmp_path, c
         assert trainer.state.epoch == 2
 
 
+def test_a_finished_run_started_again_changes_nothing(tiny_experiment, tmp_path, capsys):
+    """No line, settings or test; with another test set it is tested."""
+    test = {"test_path": tiny_experiment["val_path"]}
+    values = tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path), **test}
+    with plain_trainer(values) as trainer:
+        trainer.run_all()
+    folder = trainer.run.folder
+
+    def files():
+        kept = (path for path in folder.rglob("*") if path.is_file() and "wandb" not in path.parts)
+        return {path: path.read_bytes() for path in kept}
+
+    before = files()
+    capsys.readouterr()
+    with plain_trainer(values) as trainer:
+        assert trainer.run_all() is None
+        assert files().keys() == before.keys()
+    changed = {path.name for path, content in files().items() if content != before[path]}
+    assert changed <= {".lock"}
+    printed = capsys.readouterr().out
+    assert "is finished: 1 of 1 epochs" in printed and "test loss" not in printed
+    assert f"report {folder}" in printed.partition("next:")[2]
+    other = tiny_experiment["train_path"]
+    with plain_trainer(values, allow=["data.test"], test_path=other) as trainer:
+        assert trainer.run_all() is not None
+
+
 EARLY = {
     "epochs_per_stage": 3, "num_epochs": 9, "max_latent_stage": 2, "advance_at": 0.9,
     "early_stopping_patience": 1, "uniform_prob": 0.5,

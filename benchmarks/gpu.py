@@ -41,7 +41,8 @@ PARTS = {
     "e": ("learning", 1800),
 }
 DEFAULT_PARTS = "a,c,d,f,b"
-BUILD_ADAM = "from deepspeed.ops.op_builder import CPUAdamBuilder as Adam; Adam().load(verbose=False)"
+BUILD_ADAM = """from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("CPUAdamBuilder").load(verbose=False)"""
 GRACE_SECONDS = 30  # a worker ends by itself before its time is over; this is for the case in progress
 
 

@@ -1,11 +1,10 @@
-"""Part f: the engine with one process per GPU, as users start it.
+"""Part f: the engine as users start it, on one GPU.
 
-launcher         an epoch through DeepSpeed's launcher, --num_gpus 1
 overlap_comm     losses of steps with and without overlapped communication, which must be equal
+launcher         an epoch through DeepSpeed's launcher, --num_gpus 1
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_parts import CARD_GIB, Setting
@@ -30,7 +29,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     if case == "launcher":
         folder, data = task(setting)
         changes = {"name": "launched", "num_epochs": 1, "epochs_per_stage": 1}
-        launcher = str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--module"
+        launcher = sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--module"
         return train(graph_settings(data, "coconut", setting) | changes, folder, setting, seconds, launcher)
     without, overlapped = (losses(value, setting) for value in ("false", "true"))
     differences = [abs(a - b) for a, b in zip(without, overlapped, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.sections import MB, STEP_NAMES
+from benchmarks.sections import MB, RUN_NAMES, STEP_NAMES
 
 AXES = {"latents": "latents", "rows": "rows", "question": "question tokens"}
 
@@ -87,19 +87,25 @@ def scaling(records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def quickstart(records: list[dict[str, Any]]) -> Figure:
-    """Validation accuracy by stage, a line for every seed; the baseline's test accuracy dashed."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+def seeds(records: list[dict[str, Any]]) -> Figure:
+    """Validation accuracy by stage: a thin line for every run, a thick one for the mean of a kind."""
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     plot = figure.subplots()
-    for record in records:
-        if record["method"] == "coconut":
-            stages = sorted(record["stages"], key=int)
-            accuracy = [100 * record["stages"][stage] for stage in stages]
-            plot.plot([int(s) for s in stages], accuracy, marker="o", label=f"Coconut, seed {record['seed']}")
-        elif record["test"] is not None:
-            plot.axhline(100 * record["test"], color="grey", linestyle="--", linewidth=1)
-    plot.set(xlabel="stage: steps of three in latents", ylabel="accuracy, %", ylim=(0, 102), xticks=range(4))
-    plot.set_title("dashed: no CoT", fontsize=9)
+    for number, (run, name) in enumerate(RUN_NAMES.items()):
+        own = [[100 * accuracy for accuracy in r["stages"].values()] for r in records if r["run"] == run]
+        if len(own[0] if own else ()) < 2:  # without stages
+            continue
+        for accuracies in own:
+            plot.plot(accuracies, color=f"C{number}", alpha=0.25, linewidth=1)
+        means = [sum(column) / len(own) for column in zip(*own, strict=True)]
+        plot.plot(means, color=f"C{number}", marker="o", label=f"{name} (mean of {len(own)})")
+    plot.set(
+        xlabel="stage: steps of three that are hidden",
+        ylabel="validation accuracy, %",
+        ylim=(0, 102),
+        xticks=range(4),
+    )
+    plot.grid(alpha=0.3)
     plot.legend(fontsize=8)
     return figure
 
@@ -108,5 +114,5 @@ def quickstart(records: list[dict[str, Any]]) -> Figure:
 PICTURES = (
     ("overview", "train_step_prosqa", overview),
     ("scaling", "scaling", scaling),
-    ("quickstart", "quickstart", quickstart),
+    ("seeds", "seeds", seeds),
 )

@@ -3,6 +3,7 @@
 Knows: the records that the benchmarks print.  Does not know: files, pictures.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,18 +179,6 @@ def scaling_text(result: Any) -> str:
     return f"{picture}\n\n{table(('model', 'variant', 'seconds', 'peak MB'), rows)}"
 
 
-def quickstart_text(result: Any) -> str:
-    records = result["records"]
-    stages = sorted({stage for record in records for stage in record["stages"]}, key=int)
-    rows = []
-    for record in records:
-        cells = [percent(record["stages"].get(stage)) for stage in stages]
-        name = f"{record['method']}, seed {record['seed']}"
-        rows.append((name, *cells, percent(record["test"]), f"{record['minutes']:.1f}"))
-    head = ("validation", *(f"stage {stage}" for stage in stages), "test", "minutes")
-    return f"{table(head, rows)}\n\n![accuracy by stage](pictures/quickstart.png)"
-
-
 RUN_NAMES = {
     "coconut": "Coconut, latents supervised",
     "plain": "Coconut, the paper's loss",
@@ -197,19 +186,20 @@ RUN_NAMES = {
     "no_cot": "no CoT",
 }
 LEARNED = 0.95
+RANKS = {1: "", 2: ", two ranks"}
 
 
 def seed_shares(records: Sequence[Mapping[str, Any]]) -> str:
     """One row per kind of run: how many seeds learned the task, and what other latents leave of it."""
     rows = []
-    for run, name in RUN_NAMES.items():
-        tests = [record["test"] for record in records if record["run"] == run]
-        if tests:
+    for (run, name), ranks in itertools.product(RUN_NAMES.items(), (1, 2)):
+        own = [record for record in records if (record["run"], record["ranks"]) == (run, ranks)]
+        if tests := [record["test"] for record in own]:
             learned = sum(test >= LEARNED for test in tests)
             low, high = wilson_interval(learned, len(tests))
-            swaps = [r["swap"] for r in records if r["run"] == run and r["swap"] is not None]
+            swaps = [record["swap"] for record in own if record["swap"] is not None]
             share = f"{learned} of {len(tests)} ({100 * low:.0f} to {100 * high:.0f} %)"
-            rows.append((name, share, _range(tests), _range(swaps)))
+            rows.append((f"{name}{RANKS[ranks]}", share, _range(tests), _range(swaps)))
     head = (
         "every step hidden",
         "seeds at 95 % or more",
@@ -228,24 +218,24 @@ def _range(shares: Sequence[float]) -> str:
 
 def seeds_text(result: Any) -> str:
     records = result["records"]
-    found = {(record["run"], record["seed"]): record for record in records}
+    found = {(record["run"], record["seed"], record["ranks"]): record for record in records}
     stages = sorted({stage for record in records for stage in record["stages"]}, key=int)
     rows = []
-    for run in ("coconut", "plain"):
-        for seed in sorted(seed for name, seed in found if name == run):
-            record = found[run, seed]
-            controls = [found.get((name, seed), {}).get("test") for name in ("no_thoughts", "no_cot")]
-            rows.append(
-                (
-                    f"{run}, seed {seed}",
-                    *(percent(record["stages"].get(stage)) for stage in stages),
-                    percent(record["test"]),
-                    record["epoch_learned"] or "never",
-                    percent(record["swap"]),
-                    *map(percent, controls),
-                    record["seconds"],
-                )
+    for (run, seed, ranks), record in found.items():
+        if run not in ("coconut", "plain"):
+            continue
+        controls = [found.get((name, seed, ranks), {}).get("test") for name in ("no_thoughts", "no_cot")]
+        rows.append(
+            (
+                f"{run}, seed {seed}{RANKS[ranks]}",
+                *(percent(record["stages"].get(stage)) for stage in stages),
+                percent(record["test"]),
+                record["epoch_learned"] or "never",
+                percent(record["swap"]),
+                *map(percent, controls),
+                record["seconds"],
             )
+        )
     head = (
         "validation",
         *(f"stage {stage}" for stage in stages),
@@ -253,7 +243,8 @@ def seeds_text(result: Any) -> str:
         "last stage's epoch with 95 %",
     )
     head += ("another question's latents", "no latents, test", "no CoT, test", "seconds")
-    return f"{seed_shares(records)}\n\n{table(head, rows)}"
+    picture = "![accuracy by stage](pictures/seeds.png)"
+    return f"{seed_shares(records)}\n\n{picture}\n\n{table(head, rows)}"
 
 
 def variants_text(result: Any) -> str:
@@ -328,15 +319,8 @@ SECTIONS = (
         "seeds", "Quickstart seeds",
         "The runs of launch/quickstart.sh (quickstart.md), each in one process, with other seeds. "
         "Intervals are 95 % (Wilson). Accuracy with another question's latents is on the validation set; "
-        "chance is 10 %. Seconds are of a machine that others used too.",
+        "chance is 14 %. Seconds are of a machine that others used too.",
         "python -m benchmarks.seeds", seeds_text,
-    ),
-    Section(
-        "quickstart", "Quickstart with the paper's loss",
-        "`configs/quickstart/plain.yaml` on two ranks, and no CoT with as many epochs. The last stage hides "
-        "every step: three latents instead of text.",
-        "for SEED in 0 1 2; do SEED=$SEED bash launch/quickstart.sh; done; "
-        "python -m benchmarks.quickstart runs/quickstart-*", quickstart_text,
     ),
     Section(
         "variants", "All methods and thoughts on the quickstart task",
@@ -389,7 +373,8 @@ def readme_accuracy(result: Any) -> str:
     if result is None:
         return f"{title}: not measured. `python -m benchmarks.seeds`"
     said = (
-        f"{title} (chains of additions; chance is 10 %; [every seed](docs/benchmarks.md#quickstart-seeds))."
+        f"{title} (chains of sums and products; chance is 14 %; "
+        "[every seed](docs/benchmarks.md#quickstart-seeds))."
     )
     return f"{said} `python -m benchmarks.seeds`\n\n{seed_shares(result['records'])}"
 

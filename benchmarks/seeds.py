@@ -1,6 +1,7 @@
-"""How many seeds of the quickstart learn every stage: one process a run, the JSON file after each seed.
+"""How many seeds of the quickstart learn every stage: the JSON file is written after each run.
 
-    python -m benchmarks.seeds --seeds 100-139,7,32                       a few minutes a run
+    python -m benchmarks.seeds --seeds 100-139,7,32                       two minutes a run, one process each
+    python -m benchmarks.seeds --seeds 100-109 --ranks 2                  as launch/quickstart.sh
     python -m benchmarks.seeds --seeds 100-102 --runs coconut,no_cot      some runs of some seeds
 
 The same command resumes.  Results in benchmarks/results/seeds.json are kept, unless their recipe has changed.
@@ -19,25 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.quickstart import stages_of, test_of
-from benchmarks.variants import Variant, make_data, point_of
+from benchmarks.variants import ROWS, Variant, make_data, point_of, stages_of, test_of
 from coconut_ds.config.schema import defaults, load_schema
 from coconut_ds.reports.run_records import RunRecord, read_run
 from coconut_ds.training.sweep import Point, launch_command, parse_seeds
 
 LEARNED = 0.95
-RUNS = {  # name: (config, settings)
-    "coconut": ("configs/quickstart/coconut.yaml", ()),
-    "plain": ("configs/quickstart/plain.yaml", ()),
-    "no_cot": ("configs/quickstart/no_cot.yaml", ()),
-    "no_thoughts": ("configs/quickstart/no_thoughts.yaml", ()),
-}
+RUNS = {name: f"configs/quickstart/{name}.yaml" for name in ("coconut", "plain", "no_thoughts", "no_cot")}
 
 
-def point(run: str, seed: int, folder: Path, extra: Sequence[str]) -> Point:
+def point(run: str, seed: int, folder: Path, extra: Sequence[str], ranks: int = 1) -> Point:
     """The run named `run` of one seed."""
-    config, settings = RUNS[run]
-    return point_of(Variant(run, settings), seed, folder, list(extra), config, f"{run}-{seed}")
+    settings = [f"batch_size_training={ROWS // ranks}", *extra]
+    name = f"{run}-{seed}" if ranks == 1 else f"{run}-{seed}-{ranks}ranks"
+    return point_of(Variant(run, ()), seed, folder, settings, RUNS[run], name)
 
 
 def recipe_of(experiment: Mapping[str, Any]) -> str:
@@ -56,30 +52,31 @@ def epoch_learned(run: RunRecord) -> int | None:
     return next((epoch for epoch, accuracy in enumerate(last, 1) if accuracy >= LEARNED), None)
 
 
-def result_of(name: str, seed: int, chosen: Point) -> dict[str, Any]:
+def result_of(name: str, seed: int, ranks: int, chosen: Point) -> dict[str, Any]:
     """What a finished run says."""
     run = read_run(chosen.folder)
-    swaps = {str(line["epoch"] + 1): line["accuracy"] for line in run.of("ablation")}
+    swaps = [line["accuracy"] for line in run.of("ablation")]  # after the last epoch of each stage
     times = [line["time"] for line in run.lines]
     return {
         "run": name,
         "seed": seed,
+        "ranks": ranks,
         "recipe": recipe_of(chosen.experiment.learning),
         "test": test_of(run),
         "stages": stages_of(run),
         "epoch_learned": epoch_learned(run),
-        "swap": swaps.get(str(chosen.experiment.num_epochs)),
+        "swap": swaps[-1] if swaps else None,
         "seconds": round(max(times) - min(times)),
         "processor": record.processor(),
         "commit": record.commit(),
     }
 
 
-def train(chosen: Point) -> bool:
-    """Run one training in its own process; whether it finished."""
+def train(chosen: Point, ranks: int) -> bool:
+    """Run one training; whether it finished."""
     chosen.folder.mkdir(parents=True, exist_ok=True)
     with open(chosen.folder / "seeds.log", "a") as log:
-        done = subprocess.run(launch_command(chosen, 1), stdout=log, stderr=log, cwd=record.ROOT)
+        done = subprocess.run(launch_command(chosen, ranks), stdout=log, stderr=log, cwd=record.ROOT)
     return done.returncode == 0 and chosen.is_finished()
 
 
@@ -98,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=parse_seeds, default=parse_seeds("100-139,7,32"), metavar="A-B,C")
     parser.add_argument("--runs", default="coconut,no_cot,no_thoughts", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=1, help="processes of a training")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--set", dest="extra", action="append", default=[], metavar="KEY=VALUE")
@@ -110,18 +108,19 @@ def main(arguments: list[str] | None = None) -> None:
     results = known_results(args.results / "seeds.json")
 
     def measure(name: str, seed: int) -> None:
-        chosen = point(name, seed, args.folder, args.extra)
-        key = (name, seed, recipe_of(chosen.experiment.learning))
-        if any((known["run"], known["seed"], known["recipe"]) == key for known in results):
+        chosen = point(name, seed, args.folder, args.extra, args.ranks)
+        key = (name, seed, args.ranks)
+        known = next((r for r in results if (r["run"], r["seed"], r["ranks"]) == key), None)
+        if known and known["recipe"] == recipe_of(chosen.experiment.learning):
             return
         make_data(seed, args.folder)
         started = time.monotonic()
-        if not (chosen.is_finished() or train(chosen)):
+        if not (chosen.is_finished() or train(chosen, args.ranks)):
             print(f"{name}, seed {seed}: failed; see {chosen.folder}/seeds.log", flush=True)
             return
-        result = result_of(name, seed, chosen)
-        results[:] = [known for known in results if (known["run"], known["seed"]) != key[:2]] + [result]
-        results.sort(key=lambda known: (list(RUNS).index(known["run"]), known["seed"]))
+        result = result_of(name, seed, args.ranks, chosen)
+        results[:] = [r for r in results if r is not known] + [result]
+        results.sort(key=lambda r: (list(RUNS).index(r["run"]), r["ranks"], r["seed"]))
         record.write("seeds", f"python -m benchmarks.seeds --jobs {args.jobs}", results, args.results)
         seconds = time.monotonic() - started
         print(f"{name}, seed {seed}: {result['test']:.1%} in {seconds:.0f} s; {share_text(results, name)}")

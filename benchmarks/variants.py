@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.quickstart import stages_of, test_of
 from coconut_ds.config.methods import Method, registered
-from coconut_ds.reports.run_records import read_run
+from coconut_ds.reports.run_records import RunRecord, read_run
 from coconut_ds.training.sweep import Point, launch_command, points, run_all
 
 CONFIG = "configs/quickstart/plain.yaml"
@@ -38,6 +37,17 @@ class Variant:
 
     label: str
     settings: tuple[str, ...]
+
+
+def stages_of(run: RunRecord) -> dict[str, float]:
+    """Validation accuracy at the end of every stage."""
+    return {str(line["stage"]): line["accuracy"] for line in run.of("valid")}
+
+
+def test_of(run: RunRecord) -> float | None:
+    """Test accuracy, None before the run is over."""
+    tests = run.of("test")
+    return tests[-1]["accuracy"] if tests else None
 
 
 def variants() -> Iterator[Variant]:

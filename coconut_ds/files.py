@@ -331,6 +331,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def hides_bar(is_main: bool = True) -> bool | None:
+    """What tqdm's `disable` takes: None, a bar where there is a terminal, or True.
+
+    An argument goes before tqdm's own reading of TQDM_DISABLE, which notebooks set.
+    """
+    return None if is_main and not os.environ.get("TQDM_DISABLE") else True
+
+
 def print_now(line: str) -> None:
     """Print a line above the progress bar, if there is one, and into a log at once."""
     from tqdm import tqdm  # not needed by the commands that only read

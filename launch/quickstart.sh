@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh            SEED=1 bash launch/quickstart.sh
 #
-# Makes chains of additions and a tiny GPT-2, trains it with Coconut, with the paper's loss and as two controls,
+# Makes chains of sums and products and a tiny GPT-2, trains it with Coconut, with the paper's loss and as two controls,
 # and prints one table.  PLAIN=0 leaves the paper's loss out, the longest of the four.
 # To resume after an interruption, run the same command.  Further arguments (--set KEY=VALUE) go to every training.
 
@@ -30,7 +30,7 @@ train() { # train CONFIG ARGUMENT...: one run under DeepSpeed
     runs+=("runs/$name")
 }
 
-echo "== 1/6  chains of additions modulo 10, and a tiny GPT-2 with random weights"
+echo "== 1/6  chains of sums and products modulo 7, and a tiny GPT-2 with random weights"
 python preprocessing/arithmetic.py --seed "$seed" --model-dir data/arithmetic_gpt2
 
 echo "== 2/6  Coconut: the steps of the reasoning become latents, stage by stage"

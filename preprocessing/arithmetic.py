@@ -1,6 +1,8 @@
-"""Make the quickstart task: chains of additions modulo a number, and a model small enough to learn them.
+"""Make the quickstart task: chains of sums and products modulo a number, and a small model for them.
 
-    {"question": "3+5+2+7=?", "steps": ["<<3+5=8>>", "<<8+2=0>>", "<<0+7=7>>"], "answer": "7"}
+    {"question": "3+5*2+4=?", "steps": ["<<3+5=1>>", "<<1*2=2>>", "<<2+4=6>>"], "answer": "6"}
+
+A chain is computed from left to right, and each step needs the one before. (A sum has no such order.)
 
     python preprocessing/arithmetic.py                                     the three data files and their card
     python preprocessing/arithmetic.py --model-dir data/arithmetic_gpt2    also a tokenizer and a random GPT-2
@@ -16,6 +18,7 @@ if not __package__:  # run as a file
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
+import operator
 import random
 import tempfile
 from collections.abc import Sequence
@@ -30,54 +33,59 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
-SYMBOLS = ["\n", "+", "=", "?", "<<", ">>", "###"]
+OPERATORS = {"+": operator.add, "*": operator.mul}
+SYMBOLS = ["=", "?", "<<", ">>", "###"]
 TOKENS_PER_STEP = 8  # << 3 + 5 = 8 >> \n
 
 
-def chain(numbers: Sequence[int], modulus: int) -> dict[str, object]:
-    """The problem whose question adds up `numbers` from left to right, modulo `modulus`."""
-    total, steps = numbers[0], []
-    for number in numbers[1:]:
-        result = (total + number) % modulus
-        steps.append(f"<<{total}+{number}={result}>>")
-        total = result
-    return {"question": "+".join(map(str, numbers)) + "=?", "steps": steps, "answer": str(total)}
+def chain(first: int, terms: Sequence[tuple[str, int]], modulus: int) -> dict[str, object]:
+    """The problem that applies `terms` (operator, number) to `first` from left to right, modulo `modulus`."""
+    value, steps = first, []
+    for sign, number in terms:
+        result = OPERATORS[sign](value, number) % modulus
+        steps.append(f"<<{value}{sign}{number}={result}>>")
+        value = result
+    question = str(first) + "".join(f"{sign}{number}" for sign, number in terms)
+    return {"question": f"{question}=?", "steps": steps, "answer": str(value)}
 
 
 def make_splits(
-    sizes: dict[str, int], terms: int, modulus: int, seed: int
+    sizes: dict[str, int], numbers: int, modulus: int, operators: str, seed: int
 ) -> dict[str, list[dict[str, object]]]:
-    """Random chains without repetition, dealt out to the splits.
+    """Random chains of `numbers` without repetition, dealt out to the splits.
+
+    No factor is 0, which would erase the value before it.
 
     Raises DataError when there are fewer different chains than the splits need.
     """
-    needed, available = sum(sizes.values()), modulus**terms
+    terms = [(sign, number) for sign in operators for number in range(sign == "*", modulus)]
+    needed, available = sum(sizes.values()), modulus * len(terms) ** (numbers - 1)
     if needed > available:
         raise DataError(
-            f"{terms} numbers below {modulus} make {available} different questions; {needed} were asked for. "
-            "Raise --terms or --modulus, or lower --train, --valid, --test."
+            f"{numbers} numbers below {modulus} make {available} different questions; "
+            f"{needed} were asked for. Raise --terms or --modulus, or lower --train, --valid, --test."
         )
     drawn = iter(random.Random(seed).sample(range(available), needed))
 
-    def digits(code: int) -> list[int]:
-        return [code // modulus**place % modulus for place in range(terms)]
+    def problem(code: int) -> dict[str, object]:
+        code, first = divmod(code, modulus)
+        chosen = [terms[code // len(terms) ** place % len(terms)] for place in range(numbers - 1)]
+        return chain(first, chosen, modulus)
 
-    return {
-        split: [chain(digits(next(drawn)), modulus) for _ in range(size)] for split, size in sizes.items()
-    }
+    return {split: [problem(next(drawn)) for _ in range(size)] for split, size in sizes.items()}
 
 
-def make_tokenizer(modulus: int) -> "PreTrainedTokenizerFast":
+def make_tokenizer(modulus: int, operators: str) -> "PreTrainedTokenizerFast":
     """One token per number and symbol; blanks are not tokens.  Decoding returns the text as it was."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [EOS, PAD, UNKNOWN, *SYMBOLS, *map(str, range(modulus))]
+    words = [EOS, PAD, UNKNOWN, "\n", *operators, *SYMBOLS, *map(str, range(modulus))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(" +"), "removed"),
-            pre_tokenizers.Split(Regex(r"[0-9]+|<<|>>|###|[\n+=?]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[0-9]+|<<|>>|###|[\n+*=?]"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Sequence([decoders.Replace("###", "### "), decoders.Fuse()])
@@ -92,7 +100,7 @@ def make_tokenizer(modulus: int) -> "PreTrainedTokenizerFast":
 
 
 def write_model(
-    folder: Path, *, terms: int, modulus: int, layers: int, width: int, heads: int, seed: int
+    folder: Path, *, terms: int, modulus: int, operators: str, layers: int, width: int, heads: int, seed: int
 ) -> None:
     """Write a Hugging Face folder: the tokenizer and a GPT-2 with random weights drawn from `seed`."""
     import torch
@@ -100,7 +108,7 @@ def write_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = make_tokenizer(modulus)
+    tokenizer = make_tokenizer(modulus, operators)
     longest = 2 * (2 * terms + 2 + TOKENS_PER_STEP * terms)  # twice the longest text: room for latents
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -132,7 +140,7 @@ def write_model(
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Make chains of additions modulo a number, for the quickstart.",
+        description="Make chains of sums and products modulo a number, for the quickstart.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -151,7 +159,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     number("--seed", 0, 0, "draws the questions, their split and the model's weights")
     number("--terms", 4, 2, "numbers in a chain; one step fewer")
-    number("--modulus", 10, 2, "results are taken modulo this")
+    number("--modulus", 7, 2, "results are taken modulo this")
+    parser.add_argument("--operators", choices=("+*", "+"), default="+*", help="operators of a chain")
     number("--train", 8000, 1, "problems in arithmetic_train.json")
     number("--valid", 500, 1, "problems in arithmetic_valid.json")
     number("--test", 500, 1, "problems in arithmetic_test.json")
@@ -175,14 +184,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    splits = make_splits(sizes, options.terms, options.modulus, options.seed)
+    splits = make_splits(sizes, options.terms, options.modulus, options.operators, options.seed)
     card = Card(
         name="arithmetic",
         max_new_tokens=TOKENS_PER_STEP * (options.terms - 1) + 4,
         source="made by preprocessing/arithmetic.py",
         licence="MIT",
         split_rule=f"random with seed {options.seed}, without a question in two files",
-        notes=f"chains of {options.terms} numbers, added modulo {options.modulus}",
+        notes=f"chains of {options.terms} numbers joined by {options.operators}, modulo {options.modulus}",
     )
     write_dataset(options.output_dir, card, splits)
     if options.model_dir:
@@ -190,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.model_dir,
             terms=options.terms,
             modulus=options.modulus,
+            operators=options.operators,
             layers=options.layers,
             width=options.width,
             heads=options.heads,

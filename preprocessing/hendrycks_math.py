@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from coconut_ds.data.problems import Card
 from coconut_ds.errors import DataError
+from coconut_ds.files import hides_bar
 from preprocessing.downloading import Download, fetch
 from preprocessing.math_solutions import boxed_answer, steps_by_line, steps_by_sentence
 from preprocessing.writing import positive, run_script, script_arguments, write_dataset
@@ -61,7 +62,7 @@ def read_source(path: Path) -> dict[str, list[Row]]:
     if not files:
         raise DataError(f"{path}: holds no .json, .jsonl or .parquet file")
     parts: dict[str, list[Row]] = {}
-    for file in tqdm(files, desc=f"reading {path}", unit=" files", disable=None):
+    for file in tqdm(files, desc=f"reading {path}", unit=" files", disable=hides_bar()):
         named = re.findall(r"train|test", str(file.relative_to(path.parent)).lower())
         rows = parts.setdefault(named[-1] if named else "", [])
         for number, row in enumerate(_rows(file)):
@@ -131,7 +132,7 @@ def problem_of_row(row: Row, by: str) -> dict[str, Any]:
 def convert(rows: Sequence[Row], by: str) -> list[dict[str, Any]]:
     """The problems of the rows that have an answer; the others are named on stderr."""
     problems, refused = [], []
-    for row in tqdm(rows, desc="solutions to steps", unit=" problems", disable=None):
+    for row in tqdm(rows, desc="solutions to steps", unit=" problems", disable=hides_bar()):
         try:
             problems.append(problem_of_row(row, by))
         except ValueError as error:

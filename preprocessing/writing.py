@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from coconut_ds.data.problems import Card
 from coconut_ds.errors import UserError
-from coconut_ds.files import sync_path
+from coconut_ds.files import hides_bar, sync_path
 
 FAILED = 2  # exit code of anything that kept the files from being written, an interruption included
 
@@ -92,7 +92,7 @@ def write_dataset(
             final = output_dir / f"{card.name}_{split}.json"
             total = (totals or {}).get(split) or (len(problems) if isinstance(problems, Sequence) else None)
             with _waiting_file(final, waiting) as file:
-                progress = tqdm(problems, desc=final.name, total=total, unit=" problems", disable=None)
+                progress = tqdm(problems, desc=final.name, total=total, unit=" problems", disable=hides_bar())
                 digests[final.name], counts[final.name] = _write_list(file, progress)
         card = dataclasses.replace(card, sha256=digests, counts=counts)
         final = output_dir / f"{card.name}.card.json"

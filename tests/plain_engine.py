@@ -28,6 +28,7 @@ class PlainEngine(ReadingEngine):
         self.parameters = [p for p in module.requires_grad_(True).parameters()]
         self.optimizer = torch.optim.SGD(self.parameters, rate)
         self.shards = FakeShards(torch.zeros(1))
+        self.skipped_steps = []
 
     def backward(self, loss):
         loss.backward()
@@ -40,6 +41,9 @@ class PlainEngine(ReadingEngine):
 
     def reset_optimizer(self):
         pass
+
+    def skip_steps(self, steps):
+        self.skipped_steps.append(steps)
 
     def checkpoint_bytes(self):
         return self.expected_bytes

@@ -41,14 +41,14 @@ def test_every_requirement_is_pinned_once(name: str):
 
 
 METHOD = {"name", "method", "latent_supervision", "c_thought", "ablate_after_stage"}
-SCHEDULE = {"epochs_per_stage", "num_epochs", "warmup_ratio"}
+SCHEDULE = {"epochs_per_stage", "num_epochs", "warmup_ratio", "early_stopping_patience"}
 
 
 @pytest.mark.parametrize(
     "name, changed",
     [
-        ("no_thoughts", METHOD),
-        ("no_cot", METHOD | SCHEDULE | {"uniform_prob"}),
+        ("no_thoughts", METHOD | {"early_stopping_patience"}),  # the control has all epochs of its last stage
+        ("no_cot", METHOD | SCHEDULE | {"uniform_prob", "advance_at", "min_epochs_per_stage"}),
         ("plain", {"name", "latent_supervision"} | SCHEDULE),
     ],
 )

@@ -151,7 +151,7 @@ def next_epoch(epoch: int, accuracy: float, stale_epochs: int, experiment: Exper
     """The epoch after `epoch`, beyond the rest of its stage if the stage ends early; num_epochs at the end.
 
     `stale_epochs`: epochs without a new best accuracy, up to `epoch`.  An early end skips epochs of the
-    schedule, so the stage, the order of the data and the drawn stages stay functions of the epoch's number.
+    schedule, so stage, learning rate, order of data and drawn stages stay functions of the epoch's number.
     """
     end, number = experiment.num_epochs, stage_number(epoch, experiment)
     if experiment.icot_tokens_per_epoch is not None and experiment.method is Method.ICOT:

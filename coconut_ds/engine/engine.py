@@ -280,6 +280,12 @@ class Engine(Ranks):
         """
         patches.reset_moments(self._optimizer)
 
+    def skip_steps(self, steps: int) -> None:
+        """Set the learning rate to that of `steps` optimizer steps later."""
+        if (scheduler := self._engine.lr_scheduler) is not None:
+            scheduler.last_epoch += steps - 1
+            scheduler.step()
+
     def optimizer_tensors(self) -> Iterator[Tensor]:
         """This rank's master weights and moments, on any device."""
         optimizer = patches.base_optimizer(self._optimizer)

@@ -20,7 +20,7 @@ from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, s
 from coconut_ds.data.run_data import TestSet
 from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.distributed import Ranks, phase
-from coconut_ds.files import LINE_SECONDS, duration, print_now
+from coconut_ds.files import LINE_SECONDS, duration, hides_bar, print_now
 from coconut_ds.model.coconut import Choose, Coconut, most_likely
 
 if TYPE_CHECKING:  # programs that only read a model do not import DeepSpeed
@@ -183,7 +183,7 @@ def show_progress(
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Batch]:
     """Yield `total` batches with a bar on a terminal, elsewhere with a line every LINE_SECONDS."""
-    shown = tqdm(batches, desc=name, total=total, leave=False, disable=None if is_main else True)
+    shown = tqdm(batches, desc=name, total=total, leave=False, disable=hides_bar(is_main))
     started = printed = clock()
     for number, batch in enumerate(shown, 1):
         now = clock()

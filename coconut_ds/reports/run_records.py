@@ -37,10 +37,6 @@ from coconut_ds.runs.run_folder import METRICS
 Line = Mapping[str, Any]
 SPLITS = ("test", "valid")
 PREDICTIONS = "predictions.jsonl"
-CHANGE_STAGE = (
-    "Try more epochs of this stage (epochs_per_stage), latents that learn their step (latent_supervision), "
-    "another seed, or earlier stages mixed in (uniform_prob)."
-)
 CHANGE_RUN = "Try more epochs (num_epochs), another lr or seed; `show` prints the model's input."
 BASELINE = "As the baseline without steps and latents, it may be unable to learn more."
 
@@ -347,7 +343,7 @@ def _not_above_chance(run: RunRecord) -> Verdict | None:
     if run.has_numbered_stages and len(run.stages) > 1:
         before, last = run.stages[-2:]
         outcome += f"; {_percent(_accuracy(before.line))} at stage {before.number}"
-        return Verdict(f"Stage {last.number} {outcome}{_so_far(run)}. {CHANGE_STAGE}")
+        return Verdict(f"Stage {last.number} {outcome}{_so_far(run)}. {_change_stage(run)}")
     return Verdict(f"{run.experiment.method} {outcome}{_so_far(run)}. {CHANGE_RUN}")
 
 
@@ -366,8 +362,20 @@ def _decline(run: RunRecord) -> Verdict | None:
     epochs = counted(sum(run.stage_of(line) == last.stage for line in run.of("valid")), "epoch")
     return Verdict(
         f"Stage {last.number} {what}: {_interval(last.line)} after {epochs}{_so_far(run)}, "
-        f"{_percent(accuracy_before)} at stage {before.number}. {CHANGE_STAGE}",
+        f"{_percent(accuracy_before)} at stage {before.number}. {_change_stage(run)}",
         not_learned=kept < 0.5,
+    )
+
+
+def _change_stage(run: RunRecord) -> str:
+    """What may help a stage that was not learned."""
+    experiment = run.experiment
+    latents = "latents that learn their step (latent_supervision), "
+    if not experiment.method.has_latents or experiment.latent_supervision:
+        latents = ""
+    return (
+        f"Try more epochs of this stage (epochs_per_stage), {latents}another seed, "
+        "or earlier stages mixed in (uniform_prob)."
     )
 
 

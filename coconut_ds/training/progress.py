@@ -21,7 +21,7 @@ from coconut_ds.data.batching import Batch, BatchConfig
 from coconut_ds.data.curriculum import final_stage, stage_at, stage_number, stage_spans
 from coconut_ds.data.run_data import RunData
 from coconut_ds.evaluation.evaluate import show_progress
-from coconut_ds.files import LINE_SECONDS, counted, duration, print_now
+from coconut_ds.files import LINE_SECONDS, counted, duration, hides_bar, print_now
 
 PACE_STEPS = 101  # the median time of the last steps is the pace
 FIRST_STEPS = 20  # before the expected end is named
@@ -124,7 +124,7 @@ class Progress:
         if self._ended is not None:
             self._between.append(self._last - self._ended)
         title = f"epoch {epoch + 1}/{self.experiment.num_epochs}{self._stage()}"
-        disable = None if self.is_main else True  # None: where there is no terminal
+        disable = hides_bar(self.is_main)
         with tqdm(desc=title, total=total, initial=done, leave=False, bar_format=BAR, disable=disable) as bar:
             self._bar = bar
             yield

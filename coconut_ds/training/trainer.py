@@ -411,6 +411,8 @@ class Trainer:
             if following < end:
                 reason = f"accuracy {accuracy:.1%} reached advance_at {self.experiment.advance_at}"
             self.print_line(f"stage {number} ends early: {reason}")
+            skipped = following - epoch - 1  # the learning rate, too, follows the epoch's number
+            self.engine.skip_steps(skipped * self.layout.num_steps(len(self.run_data.train)))
         switches = following < end and stage_number(following, self.experiment) != number
         self.state = replace(
             self.state,

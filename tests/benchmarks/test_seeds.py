@@ -12,7 +12,7 @@ from benchmarks import seeds
 def trained(monkeypatch):
     names = []
 
-    def fail(chosen):
+    def fail(chosen, ranks):
         names.append(chosen.experiment.name)
         return False
 
@@ -23,7 +23,7 @@ def trained(monkeypatch):
 
 def test_a_finished_seed_is_not_trained_again(tmp_path, trained, capsys):
     recipe = seeds.recipe_of(seeds.point("coconut", 7, tmp_path, []).experiment.learning)
-    known = {"run": "coconut", "seed": 7, "recipe": recipe, "test": 1.0}
+    known = {"run": "coconut", "seed": 7, "ranks": 1, "recipe": recipe, "test": 1.0}
     (tmp_path / "seeds.json").write_text(json.dumps({"records": [known]}))
     command = ["--seeds", "7-8", "--runs", "coconut,no_cot", "--folder", str(tmp_path)]
     command += ["--results", str(tmp_path)]
@@ -33,6 +33,14 @@ def test_a_finished_seed_is_not_trained_again(tmp_path, trained, capsys):
     trained.clear()
     seeds.main([*command, "--set", "lr=0.001"])
     assert trained == ["coconut-7", "coconut-8", "no_cot-7", "no_cot-8"]
+    trained.clear()
+    seeds.main(["--ranks", "2", *command])
+    assert trained == [f"{name}-2ranks" for name in ("coconut-7", "coconut-8", "no_cot-7", "no_cot-8")]
+
+
+def test_the_ranks_share_the_global_batch(tmp_path):
+    sizes = [seeds.point("coconut", 7, tmp_path, [], n).experiment.batch_size_training for n in (1, 2)]
+    assert sizes == [64, 32]
 
 
 def test_the_recipe_ignores_seeds_paths_and_defaults(tmp_path):
@@ -56,6 +64,7 @@ def test_the_epoch_that_learned_is_counted_in_the_last_stage():
 
 def test_the_shipped_results_have_the_shipped_recipes():
     records = seeds.known_results(Path(seeds.__file__).with_name("results") / "seeds.json")
-    recipes = {record["run"]: record["recipe"] for record in records}
-    for run, recipe in recipes.items():
-        assert seeds.recipe_of(seeds.point(run, 0, Path("runs"), []).experiment.learning) == recipe, run
+    recipes = {(record["run"], record["ranks"]): record["recipe"] for record in records}
+    for (run, ranks), recipe in recipes.items():
+        point = seeds.point(run, 0, Path("runs"), [], ranks)
+        assert seeds.recipe_of(point.experiment.learning) == recipe, run

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quickstart, scaling, startup, synthetic, variants
+from benchmarks import scaling, startup, synthetic, variants
 from benchmarks.record import objects_in
 from coconut_ds.config.methods import Method
 from tests.conftest import ROOT
@@ -47,49 +47,6 @@ def test_lengths_are_those_of_the_real_sets(name, question, steps):
     assert mean == pytest.approx(question, rel=0.08)
     assert sum(len(problem.steps) for problem in problems) / len(problems) == pytest.approx(steps, rel=0.08)
     assert max(max(problem.question) for problem in problems) < 50_257, "markers are not among the words"
-
-
-def write_run(folder, experiment, lines):
-    from coconut_ds.config.experiment import experiment_to_yaml
-
-    folder.mkdir(parents=True)
-    (folder / "experiment.yaml").write_text(experiment_to_yaml(experiment))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-MEASURED = {"num_items": 8, "num_correct": 4, "mean_tokens": 2.0, "loss": 0.5}
-LINES = [
-    MEASURED | {"time": time, "kind": kind, "epoch": epoch, "stage": stage, "accuracy": accuracy}
-    for time, kind, epoch, stage, accuracy in (
-        (60.0, "valid", 0, 0, 0.5),
-        (90.0, "valid", 1, 0, 0.75),
-        (240.0, "valid", 2, 1, 0.625),
-        (270.0, "test", 2, 1, 0.875),
-    )
-]
-
-
-def test_quickstart_runs_are_collected(tmp_path, monkeypatch, capsys):
-    runs = []
-    for method, seed in (("no_cot", 1), ("coconut", 1), ("coconut", 0)):
-        experiment = synthetic.experiment_like("gsm", seed=seed, method=method)
-        runs.append(tmp_path / f"{method}{seed}")
-        write_run(runs[-1], experiment, LINES)
-    monkeypatch.setattr("sys.argv", ["quickstart", *map(str, runs), "--results", str(tmp_path / "out")])
-    quickstart.main()
-    written = json.loads((tmp_path / "out" / "quickstart.json").read_text())
-    assert [(r["method"], r["seed"]) for r in written["records"]] == [
-        ("coconut", 0), ("coconut", 1), ("no_cot", 1),
-    ]  # fmt: skip
-    first = written["records"][0]
-    assert (first["stages"], first["test"], first["minutes"]) == ({"0": 0.75, "1": 0.625}, 0.875, 3.5)
-
-
-def test_an_unfinished_quickstart_is_refused(tmp_path, monkeypatch):
-    write_run(tmp_path / "run", synthetic.experiment_like("gsm"), LINES[:-1])
-    monkeypatch.setattr("sys.argv", ["quickstart", str(tmp_path / "run"), "--results", str(tmp_path)])
-    with pytest.raises(SystemExit, match="not finished: run"):
-        quickstart.main()
 
 
 def test_the_grid_has_every_method_and_every_thought_twice(tmp_path):

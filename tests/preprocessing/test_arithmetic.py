@@ -1,7 +1,9 @@
 """The quickstart's data and model: true sums, no leak between splits, text that survives the tokenizer."""
 
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,14 +38,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("split", SPLITS)
 def test_steps_follow_the_question_and_end_in_the_answer(made: Path, split: str):
     for problem in read_problems(made / f"arithmetic_{split}.json"):
-        numbers = [int(number) for number in problem.question.removesuffix("=?").split("+")]
-        partial = [sum(numbers[:count]) % 10 for count in range(1, len(numbers) + 1)]
-        expected = [
-            f"<<{before}+{number}={after}>>"
-            for before, number, after in zip(partial[:-1], numbers[1:], partial[1:], strict=True)
-        ]
-        assert list(problem.steps) == expected
-        assert problem.answer == str(partial[-1])
+        value, *terms = re.findall(r"[+*]?\d+", problem.question.removesuffix("=?"))
+        expected = []
+        for term in terms:
+            result = eval(f"({value}{term}) % 7")
+            expected.append(f"<<{value}{term}={result}>>")
+            value = str(result)
+        assert list(problem.steps) == expected and len(terms) == 3
+        assert problem.answer == value
+        assert "*0" not in problem.question
 
 
 def test_no_question_is_in_two_splits_or_twice_in_one(made: Path):
@@ -54,9 +57,16 @@ def test_no_question_is_in_two_splits_or_twice_in_one(made: Path):
 
 
 def test_splits_can_use_up_every_question(tmp_path: Path):
-    make(tmp_path, "--terms", "2", *SMALL)
+    make(tmp_path, "--terms", "2", "--train", "51", "--valid", "20", "--test", "20")
     questions = {p.question for split in SPLITS for p in read_problems(tmp_path / f"arithmetic_{split}.json")}
-    assert questions == {f"{a}+{b}=?" for a in range(10) for b in range(10)}
+    sums, products = product(range(7), range(7)), product(range(7), range(1, 7))
+    assert questions == {f"{a}+{b}=?" for a, b in sums} | {f"{a}*{b}=?" for a, b in products}
+
+
+def test_chains_of_sums_alone(tmp_path: Path):
+    make(tmp_path, *SMALL, "--terms", "2", "--modulus", "10", "--operators", "+")
+    questions = {p.question for split in SPLITS for p in read_problems(tmp_path / f"arithmetic_{split}.json")}
+    assert questions == {f"{a}+{b}=?" for a, b in product(range(10), range(10))}
 
 
 def test_the_card_says_how_to_grade(made: Path):
@@ -105,7 +115,7 @@ def test_markers_start_from_one_known_token(made: Path):
     assert len({*vocabulary.special_token_ids, vocabulary.eos_id, vocabulary.pad_id}) == 5
 
 
-@given(text=st.text(alphabet="0123456789+=? \n<>#"))
+@given(text=st.text(alphabet="0123456789+*=? \n<>#"))
 def test_pieces_encode_as_the_whole_does_when_cut_at_a_line(tokenizer, text: str):
     lines = text.splitlines(keepends=True)
     pieces = [token for line in lines for token in tokenizer.encode(line, add_special_tokens=False)]
@@ -138,7 +148,7 @@ def test_the_model_has_the_size_that_was_asked_for(tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (("--terms", "3"), "1000 different questions"),
+        (("--terms", "3"), "1183 different questions"),
         (("--train", "0"), "at least 1"),
         (("--train", "many"), "invalid whole number value: 'many'"),
         (("--width", "64", "--heads", "5"), "not a multiple"),

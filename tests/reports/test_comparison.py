@@ -189,6 +189,8 @@ def test_latex_escapes_what_it_must():
 
 
 QUICKSTART = {"method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 3}
+SUPERVISED = QUICKSTART | {"latent_supervision": "step_result"}
+WITHOUT_LATENTS = QUICKSTART | {"method": "no_thoughts", "c_thought": 0}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,9 @@ QUICKSTART = {"method": "coconut", "c_thought": 1, "epochs_per_stage": 1, "max_l
     [
         ([100, 100, 100, 48], QUICKSTART, "Stage 3 was not learned: 48.0 % (95 % interval 38.5 to 57.7)"),
         ([100, 100, 100, 20], QUICKSTART, "after 1 epoch, 100.0 % at stage 2. Try more epochs"),
+        ([100, 100, 100, 20], QUICKSTART, "(epochs_per_stage), latents that learn their step (latent"),
+        ([100, 100, 100, 20], SUPERVISED, "(epochs_per_stage), another seed, or earlier stages mixed in"),
+        ([100, 100, 100, 20], WITHOUT_LATENTS, "(epochs_per_stage), another seed, or earlier stages mixed"),
         ([100, 100, 11, 12], QUICKSTART, "is not above chance (10.0 %); 11.0 % at stage 2"),
         ([100, 100, 11], QUICKSTART, "100.0 % at stage 1, so far (3 of 4 epochs). Try more epochs"),
         ([60, 60, 60, 45], QUICKSTART, "Stage 3 is less accurate than the stage before: 45.0 %"),

@@ -125,6 +125,10 @@ def test_on_a_terminal_there_is_a_bar(tiny_experiment, capsys, monkeypatch):
     assert "epoch 1/4  stage 0 |" in terminal.getvalue()
     assert "3/100, 6 min left, run 26 min, loss 0.25, peak 529 MiB RSS, 5,120" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+    terminal.truncate(0)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as a notebook does
+    run_steps(validate_experiment(tiny_experiment | {"num_epochs": 4}, "test"), 8)
+    assert terminal.getvalue() == "" and "step 8  epoch 1/4 (8 of 100)" in capsys.readouterr().out
 
 
 def test_other_ranks_print_nothing(tiny_experiment, capsys):

@@ -216,6 +216,8 @@ def test_stages_end_early_and_a_resumed_run_does_the_same(tiny_experiment, tmp_p
         run_with_accuracies(trainer)
         straight = lines_of(trainer.run, "train")
         assert trainer.checkpoints.folders.names()[-1] == "checkpoint_9"
+        per_epoch = trainer.layout.num_steps(len(trainer.run_data.train))
+        assert trainer.engine.skipped_steps == [2 * per_epoch, per_epoch], "epochs 1 and 2; epoch 8"
     printed = capsys.readouterr().out
     assert sorted({line["epoch"] for line in straight}) == [0, 3, 4, 5, 6, 7]
     assert {line["epoch"]: line["stage"] for line in straight} == {0: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}

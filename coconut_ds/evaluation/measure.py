@@ -183,7 +183,7 @@ def results_table(results: Sequence[Measurement]) -> Table:
         for result in results
     ]
     accuracy = f"accuracy ({results[0].data}), 95 % interval"
-    head = ["checkpoint", "stage", "latents", accuracy, "loss", "tokens"]
+    head = ["checkpoint", "stage", "how", accuracy, "loss", "tokens"]
     return Table(head, rows, align="lllr")
 
 

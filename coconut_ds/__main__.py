@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import coconut_ds
 from coconut_ds.errors import UserError
@@ -27,10 +28,26 @@ from coconut_ds.files import VERBOSE, printable_streams
 COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}
 _usual_format = warnings.formatwarning
 LOCAL_RANK = ("--local_rank", "--local-rank")
+# A launcher ends the main rank, which prints an error of all ranks, when another one ends.
+MAIN_RANK_SECONDS = 2.0
 # Of torch's profiler: above the level of its lines about starting and stopping.
 QUIET_ENVIRONMENT = {"KINETO_LOG_LEVEL": "6"}
 # On some CPUs, the import of bitsandbytes warns of a kernel that is missing and not needed.
 QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are printed by the main rank alone."""
+
+    def error(self, message: str) -> NoReturn:
+        if not _is_main():
+            time.sleep(MAIN_RANK_SECONDS)
+            sys.exit(UserError.exit_code)
+        super().error(message)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +81,7 @@ def _main(argv: Sequence[str] | None) -> int:
     _set_verbose("--verbose" in arguments)
     names = sorted(COMMANDS)
     chosen = next((word for word in arguments if word in names), None)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="coconut_ds",
         description="Train language models that reason in continuous latent space (Coconut).",
         allow_abbrev=False,
@@ -105,7 +122,7 @@ def _main(argv: Sequence[str] | None) -> int:
         from coconut_ds.config.experiment import unrecognized_flags  # only for this error
 
         parser.error(unrecognized_flags(rest, arguments, spellings, hasattr(args, "overrides")))
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_main = _is_main()
     if not (is_main and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -114,7 +131,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if is_main or not error.on_every_rank:
             print(f"{error.headline}: {error}", file=sys.stderr, flush=True)
         elif error.exit_code == UserError.exit_code:
-            time.sleep(2)  # a launcher ends the main rank, which prints this error, when this one ends
+            time.sleep(MAIN_RANK_SECONDS)
         return error.exit_code
     except ModuleNotFoundError as error:
         return _not_installed(error)

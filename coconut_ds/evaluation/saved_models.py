@@ -319,7 +319,8 @@ def _names(folders: CheckpointFolders, words: Sequence[str]) -> list[str]:
         else:
             name = folders.named(word)
             if name is None:
-                raise CheckpointError(f"{folders.run_folder}: no {word} checkpoint yet")
+                which = "" if word == "latest" else f"{word} "
+                raise CheckpointError(f"{folders.run_folder}: no {which}checkpoint yet")
             names.append(name)
     if not names:
         raise CheckpointError(f"{folders.run_folder}: no checkpoint yet")

@@ -21,7 +21,7 @@ from coconut_ds.data.curriculum import ALL_STEPS, Stage, final_stage, numbered_s
 from coconut_ds.data.problems import GRADINGS, card_for
 from coconut_ds.errors import ConfigError
 from coconut_ds.evaluation.intervals import wilson_interval
-from coconut_ds.files import counted, from_start
+from coconut_ds.files import counted, from_start, similar_path
 from coconut_ds.runs.checkpoint_folders import CheckpointFolders, best_per_stage
 from coconut_ds.runs.record_shapes import (
     DS_CONFIG,
@@ -269,8 +269,14 @@ def run_folders(path: str | Path) -> list[Path]:
 def read_run(folder: str | Path) -> RunRecord:
     """Read all records of a run folder.  Raises ConfigError if it is no run folder."""
     folder = Path(folder)
+    if not folder.exists():
+        raise ConfigError(f"{folder}: no such run folder{similar_path(folder)}")
     if not (folder / "experiment.yaml").is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no experiment.yaml")
+        near = next(
+            (path for path in folder.absolute().parents if (path / "experiment.yaml").is_file()), None
+        )
+        hint = f"; write {near}" if near else ""
+        raise ConfigError(f"{folder} is not a run folder: it has no experiment.yaml{hint}")
     return RunRecord(
         folder=folder,
         experiment=load_experiment(folder / "experiment.yaml"),

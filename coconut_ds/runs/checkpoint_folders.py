@@ -341,7 +341,8 @@ class CheckpointFolders:
         """Verify every file of a checkpoint (once per process). Raises CheckpointError with the reason."""
         folder = self.run_folder / name
         if position_of(name) is None or not folder.is_dir():
-            available = ", ".join(self.names()) or "none"
+            stages = [f"best_stage_{number}" for number in best_per_stage(self.manifests())]
+            available = ", ".join([*self.names(), *(["best"] if stages else []), *stages]) or "none"
             raise CheckpointError(f"{folder}: no such checkpoint; available: {available}")
         manifest = Manifest.read(folder)
         if (manifest.state.epoch, manifest.state.step_in_epoch) != position_of(name):

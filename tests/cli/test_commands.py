@@ -290,3 +290,17 @@ def test_a_reader_that_stops_early_is_no_error():
     ended = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_the_main_rank_prints_what_is_wrong_on_all(monkeypatch, capsys, tmp_path, rank, lines):
+    """Wrong options and wrong settings; another rank gives it time to print."""
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "run", "--limt", "3"])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("error: ") == lines
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("error: ") == lines
+    assert len(waited) == 2 * (1 - lines)

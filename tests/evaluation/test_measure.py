@@ -93,7 +93,11 @@ def test_best_of_an_older_version_says_what_it_is(tiny_experiment, tmp_path, cap
     "arguments, error, text",
     [
         (("nowhere",), ConfigError, "no such run folder"),
-        (("RUN", ["checkpoint_9"]), CheckpointError, "available: checkpoint_1, checkpoint_4"),
+        (
+            ("RUN", ["checkpoint_9"]),
+            CheckpointError,
+            "available: checkpoint_1, checkpoint_4, best, best_stage_0, best_stage_3",
+        ),
         (("RUN/checkpoint_1", ["best"]), ConfigError, "is already a checkpoint; leave out --checkpoint"),
         (
             ("RUN", ["best_stage_2"]),

@@ -78,8 +78,11 @@ def test_a_run_that_becomes_unreadable_is_named_in_the_page(make_run, get):
 
 def test_wrong_runs_and_ports_end_in_one_message(make_run, tmp_path, capsys):
     assert main(["watch", str(tmp_path / "nowhere")]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "nowhere: no such run folder" in capsys.readouterr().err
     run = make_run("watched", [50], method="cot").folder
+    (run / "checkpoint_1").mkdir()
+    assert main(["watch", str(run / "checkpoint_1")]) == 2
+    assert f"it has no experiment.yaml; write {run}" in capsys.readouterr().err
     for port in (70_000, -1):
         assert main(["watch", str(run), "--port", str(port)]) == 2
         assert f"--port {port}: " in capsys.readouterr().err

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import Experiment, load_experiment
+from coconut_ds.memory.cases import built_in_config, text_of, with_machine
 from coconut_ds.memory.fit import max_rows
-from coconut_ds.memory.known import built_in_config, short, text_of, with_machine
+from coconut_ds.memory.known import short
 from coconut_ds.memory.planner import GIB, MIB, Planner
 from coconut_ds.tables import Table
 

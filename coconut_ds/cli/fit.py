@@ -10,12 +10,15 @@ Exit code 3: nothing fits.
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from coconut_ds.cli.plan import add_planning_arguments, read_machine, read_planner
+from coconut_ds.cli.plan import add_planning_arguments
 from coconut_ds.config.deepspeed import DeepSpeedConfig, add_ds_config_argument
 from coconut_ds.config.experiment import add_experiment_arguments, experiment_to_yaml, read_experiment
 from coconut_ds.files import json_text
-from coconut_ds.memory.fit import Fit, fit
+
+if TYPE_CHECKING:
+    from coconut_ds.memory.fit import Fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coconut_ds.memory.cases import read_machine, read_planner  # these import torch
+    from coconut_ds.memory.fit import fit
+
     experiment = read_experiment(args)
     ds_config = read_machine(args, args.deepspeed_config, experiment)
     planner = read_planner(args, experiment)
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write(result: Fit, path: Path) -> None:
+def write(result: "Fit", path: Path) -> None:
     """Write the experiment, and the DeepSpeed config if memory options changed it."""
     path.write_text(experiment_to_yaml(result.experiment), encoding="utf-8")
     print(f"wrote {path}")

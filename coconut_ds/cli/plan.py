@@ -15,35 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from coconut_ds.config.deepspeed import SHIPPED, DeepSpeedConfig, add_ds_config_argument
-from coconut_ds.config.experiment import (
-    Experiment,
-    add_experiment_arguments,
-    load_with_notes,
-    read_experiment,
-)
-from coconut_ds.errors import BudgetError, ConfigError
+from coconut_ds.config.deepspeed import add_ds_config_argument
+from coconut_ds.config.experiment import add_experiment_arguments
+from coconut_ds.errors import BudgetError
 from coconut_ds.files import json_text
-from coconut_ds.memory.budget import read_ds_config
-from coconut_ds.memory.fit import cheapest_changes, max_rows
-from coconut_ds.memory.known import (
-    CUSTOM,
-    config_of,
-    custom_config,
-    known,
-    precision_note,
-    text_of,
-    with_machine,
-)
-from coconut_ds.memory.plan_table import full_text, markdown, matrix, side_by_side
-from coconut_ds.memory.planner import Plan, Planner, TextShape
-
-# The settings behind each word of --tuning.
-TUNINGS = {
-    "full": ["tuning=full", "quantization=none"],
-    "lora": ["tuning=lora", "quantization=none"],
-    "qlora": ["tuning=lora", "quantization=nf4"],
-}
+from coconut_ds.memory.known import CUSTOM, TUNINGS, known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coconut_ds.memory.cases import noted, read_cases, read_machine, read_planner  # these import torch
+    from coconut_ds.memory.fit import cheapest_changes, max_rows
+    from coconut_ds.memory.plan_table import full_text, markdown, matrix, side_by_side
+
     experiments = list(read_cases(args))
     is_matrix = bool(args.model) and len(experiments) * len(args.deepspeed_config) > 1
     plans, rows = [], []
@@ -116,71 +96,6 @@ def progress(count: int) -> Iterator[Callable[[str], None]]:
         yield report
 
 
-def read_cases(args: argparse.Namespace) -> Iterator[Experiment]:
-    """The experiment of CONFIG, or a shipped one, for every model and tuning.  Raises ConfigError."""
-    custom = custom_config(args)
-    if not (args.config or args.model or custom):
-        raise ConfigError("give an experiment YAML, or --model NAME (or --layers N --hidden N --heads N)")
-    if custom is not None:
-        args.model = [f"{custom.num_hidden_layers} x {custom.hidden_size}"]
-    experiments = {tuning: _with_tuning(args, tuning) for tuning in args.tuning or [None]}
-    for model in args.model or [None]:
-        for tuning, experiment in experiments.items():
-            if model is not None:
-                name = f"{model} {tuning or experiment.tuning}"
-                experiment = replace(experiment, model_id=model, name=name)
-            yield experiment
-
-
-def _with_tuning(args: argparse.Namespace, tuning: str | None) -> Experiment:
-    args = argparse.Namespace(**{**vars(args), "overrides": args.overrides + TUNINGS.get(str(tuning), [])})
-    if args.config:
-        return read_experiment(args)
-    shipped = SHIPPED / f"configs/full/{args.data or 'gsm'}_coconut.yaml"
-    return load_with_notes(shipped, args.overrides)[0]
-
-
-def read_planner(args: argparse.Namespace, experiment: Experiment) -> Planner:
-    """A planner from the files of this machine, or from what is built in.  Raises ConfigError, DataError."""
-    custom = custom_config(args)
-    config, notes = (custom, ()) if custom is not None else config_of(experiment.model_id)
-    data = args.data or (None if args.config else "gsm")
-    shape = text_shape(args) or (text_of(data) if data else None)
-    if shape is None:
-        try:
-            planner = Planner.of(experiment, None, args.device, config)
-        except ConfigError:
-            path = (experiment.train_path or experiment.val_path).rpartition("/")[2]
-            data = next((name for name in known()["texts"] if path.startswith(name)), None)
-            if data is None:
-                raise
-            shape = text_of(data)
-    if shape is not None:
-        planner = Planner.of(experiment, shape, args.device, config)
-        if data and not text_shape(args):
-            notes += (f"built-in lengths of {data}: {lengths_text(shape)}",)
-    return replace(planner, exact=args.exact, notes=(*planner.notes, *notes))
-
-
-def lengths_text(shape: TextShape) -> str:
-    return (
-        f"a question of {shape.question} tokens, {shape.steps} steps of {shape.step}, "
-        f"an answer of {shape.answer}"
-    )
-
-
-def read_machine(args: argparse.Namespace, path: str | None, experiment: Experiment) -> DeepSpeedConfig:
-    """The DeepSpeed config with the memory of --gpu and --host-memory-gib.  Raises ConfigError."""
-    ds_config = read_ds_config(path, experiment, args.ds_overrides)
-    return with_machine(ds_config, args.gpu, args.host_memory_gib)
-
-
-def noted(plan: Plan, gpu: str | None, ds_config: DeepSpeedConfig) -> Plan:
-    """The plan with a note if the GPU cannot train in the precision."""
-    note = precision_note(gpu, ds_config.precision) if gpu else None
-    return replace(plan, notes=(*plan.notes, note)) if note else plan
-
-
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     """--ranks, --device and the shape options."""
     parser.add_argument(
@@ -210,18 +125,3 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--num-steps", type=int, metavar="N", help="reasoning steps (default: 6)")
     shape.add_argument("--step-tokens", type=int, metavar="N", help="tokens per step (default: 15)")
     shape.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of the answer (default: 12)")
-
-
-def text_shape(args: argparse.Namespace) -> TextShape | None:
-    """The token counts of the shape options, or None if none is given.  Raises ConfigError."""
-    given = (args.question_tokens, args.num_steps, args.step_tokens, args.answer_tokens)
-    if given == (None, None, None, None):
-        return None
-    if args.question_tokens is None:
-        raise ConfigError("the shape options need --question-tokens N")
-    defaults = (0, 6, 15, 12)
-    values = [default if value is None else value for value, default in zip(given, defaults, strict=True)]
-    shape = TextShape(*values)
-    if min(values) < 1:
-        raise ConfigError(f"the shape options must be at least 1, got {vars(shape)}")
-    return shape

@@ -1,4 +1,4 @@
-"""Run a Coconut model on fake tensors, which have a shape and no bytes, and record its allocations.
+"""Run a Coconut model on meta tensors, which have a shape and no bytes, and record its allocations.
 
     fake_model = build_fake_model(...)      the real code on the meta device, cast as DeepSpeed casts it
     trace = record(fake_model, batch)       one forward and backward
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -35,14 +34,14 @@ from coconut_ds.thoughts import ThoughtSettings, build_thought
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 aten = torch.ops.aten
+ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @dataclass(frozen=True)
 class FakeModel:
-    """A model without storage and the mode in which it runs."""
+    """A model without storage."""
 
     model: Coconut
-    mode: FakeTensorMode
     device: str  # "cuda" or "cpu": the device whose kernels and code paths are used
 
     @property
@@ -60,39 +59,65 @@ class FakeModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which the model can be called with batches from `batch`."""
-        with self.mode, looking_like_cuda() if self.device == "cuda" else nullcontext():
+        with fused_attention(), looking_like_cuda() if self.device == "cuda" else nullcontext():
             yield
 
     def batch(self, batch: Batch) -> Batch:
         """The same batch without storage."""
         tensors: dict[str, Any] = {
-            name: self.mode.from_tensor(value)
-            for name, value in vars(batch).items()
-            if isinstance(value, Tensor)
+            name: value.to("meta") for name, value in vars(batch).items() if isinstance(value, Tensor)
         }
         return dataclasses.replace(batch, **tensors)
 
 
 @contextmanager
 def looking_like_cuda() -> Iterator[None]:
-    """Let fake CPU tensors report `is_cuda`: fake GPU tensors do not work without a GPU.
+    """Let tensors report `is_cuda`: code that checks the device then takes its GPU path.
 
-    Code that checks the device then takes its GPU path.  Attention with dropout runs as on a GPU, where the
-    fused kernel saves a seed, while the CPU would save every probability.  A TorchFunctionMode cannot do
-    this: autograd disables it in the backward, where checkpointed layers run again.
+    A TorchFunctionMode cannot do this: autograd disables it in the backward, where checkpointed layers run
+    again.
     """
-    attention = F.scaled_dot_product_attention
+    torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda
 
-    def fused(*args: Any, **kwargs: Any) -> Tensor:
-        return attention(*args, **{**kwargs, "dropout_p": 0.0})
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let the attention of meta tensors run as the fused kernel wherever real tensors would take it.
+
+    ATen always takes the composite one for them (aten/src/ATen/native/transformers/attention.cpp).  With
+    dropout, the fused kernel of a GPU saves a seed, while a CPU saves every probability.
+    """
+    attention, choice = F.scaled_dot_product_attention, aten._fused_sdp_choice.default
+
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        dropout = 0.0 if query.is_cuda else dropout_p
+        given = (query, key, value, attn_mask, dropout, is_causal)
+        if not choice.redispatch(ON_CPU, *given, scale=scale, enable_gqa=enable_gqa):
+            return attention(*given, scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
 
     F.scaled_dot_product_attention = fused
-    FakeTensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
     try:
         yield
     finally:
         F.scaled_dot_product_attention = attention
-        del FakeTensor.is_cuda
 
 
 def build_fake_model(
@@ -118,13 +143,13 @@ def build_fake_model(
             from coconut_ds.model.lora import add_adapters  # imports PEFT
 
             base = add_adapters(base, experiment, special_token_ids)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for module in (base, thought):
-        _replace_tensors(module, mode, DTYPES[precision])
-    with mode:
+    for parameter in (*base.parameters(), *thought.parameters()):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[precision])
+    with torch.device("meta"):
         model = Coconut(base, thought, latent_memory)
     model.train()
-    return FakeModel(model, mode, device)
+    return FakeModel(model, device)
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
@@ -134,28 +159,6 @@ def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     if getattr(shallow, "layer_types", None):
         shallow.layer_types = shallow.layer_types[:num_layers]
     return shallow
-
-
-def _replace_tensors(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
-    """Replace meta tensors by fake CPU tensors; parameters get `dtype`, ties are kept.
-
-    Buffers keep their dtype, as in DeepSpeed 0.19.8 (runtime/engine.py, _mixed_precision_dtypes).
-    """
-    made: dict[Tensor, Tensor] = {}
-
-    def replacement(tensor: Tensor) -> Tensor:
-        if tensor not in made:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            fake_dtype = dtype if is_parameter and tensor.is_floating_point() else tensor.dtype
-            with mode:
-                fake = torch.empty(tensor.shape, dtype=fake_dtype, device="cpu")
-            made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-        return made[tensor]
-
-    for part in module.modules():
-        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for tensors in stores:
-            tensors.update({name: replacement(value) for name, value in tensors.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,61 @@ def cpu_workspace(func: Any, args: tuple[Any, ...]) -> int:
         return 0
     common = torch.result_type(*tensors)
     return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common and t.dim())
+
+
+# Of operators on meta tensors: shape, strides and dtype of each result; IN_PLACE: the first argument.
+_results: dict[Any, Any] = {}
+IN_PLACE = "in place"
+
+
+def run_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operator; on meta tensors, where most are slow Python code, run once per shape."""
+    if func.is_view or not args or not isinstance(given := args[0], Tensor | list):
+        return func(*args, **kwargs)
+    first = given[0] if isinstance(given, list) else given
+    if not (isinstance(first, Tensor) and first.is_meta):
+        return func(*args, **kwargs)
+    if func is aten._local_scalar_dense.default:
+        return False  # as if every mask had padding
+    key = func, *map(_described, args), *((name, _described(value)) for name, value in kwargs.items())
+    known = _results.get(key)
+    if known is None:
+        result = func(*args, **kwargs)
+        _results[key] = IN_PLACE if result is first else _fresh(result, (args, kwargs))
+        return result
+    if known is IN_PLACE:
+        return first
+    if known is ...:
+        return func(*args, **kwargs)
+    made = [_empty(*of) if isinstance(of, tuple) else of for of in known[1]]
+    return made[0] if known[0] is Tensor else known[0](made)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    return tuple(map(_described, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _empty(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def _fresh(result: Any, given: Any) -> Any:
+    """What `_results` has of results with storages of their own, `...` for others."""
+    kind = Tensor if isinstance(result, Tensor) else type(result)
+    values = [result] if kind is Tensor else list(result)
+    storages = {v.untyped_storage()._cdata for v in tree_iter(given) if isinstance(v, Tensor)}
+    described = []
+    for value in values:
+        if isinstance(value, Tensor):
+            own = value.shape, value.stride(), value.dtype
+            storage = value.untyped_storage()
+            if storage._cdata in storages or storage.nbytes() != _empty(*own).untyped_storage().nbytes():
+                return ...
+            value = own
+        described.append(value)
+    return kind, described
 
 
 class LiveBytes(TorchDispatchMode):
@@ -279,7 +337,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._record_sum()
-        result = func(*args, **(kwargs or {}))
+        result = run_operator(func, args, kwargs or {})
         may_accumulate = func is aten.add.Tensor and not torch.is_grad_enabled()
         for value in tree_iter(result):
             if isinstance(value, Tensor):

@@ -18,7 +18,8 @@ from coconut_ds.config.methods import METHOD_BOOLEANS
 from coconut_ds.config.schema import read_yaml
 from coconut_ds.data.curriculum import final_stage
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.known import built_in_config, find_gpu, precision_note
+from coconut_ds.memory.cases import built_in_config
+from coconut_ds.memory.known import find_gpu, precision_note
 from coconut_ds.memory.planner import Planner, TextShape
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,10 +1,16 @@
-"""The tracker against sums done by hand, and fake tensors against real ones."""
+"""The tracker against sums done by hand, and meta tensors against real ones."""
 
+import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GPT2Config, LlamaConfig
 
-from coconut_ds.memory.fake_run import LiveBytes
+from coconut_ds.config.deepspeed import LatentMemory
+from coconut_ds.memory import fake_run
+from coconut_ds.memory.fake_run import LiveBytes, build_fake_model, record, record_evaluation
+from coconut_ds.memory.phases import largest_batch, stages_of
+from coconut_ds.memory.planner import TextShape
+from tests.memory.test_plan import VOCABULARY, experiment_of
 
 
 def test_counts_new_storages_once():
@@ -32,7 +38,40 @@ def step(width: int) -> int:
     return live.peak
 
 
-def test_fake_tensors_take_the_same_bytes():
+def test_meta_tensors_take_the_same_bytes():
     real = step(32)
-    with FakeTensorMode():
+    with torch.device("meta"):
         assert step(32) == real
+
+
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=1003),
+    "grouped queries": LlamaConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=48, vocab_size=1003,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_results_from_the_cache_are_those_of_the_operators(name, device, monkeypatch):
+    """Every allocation and release in order, forward, backward and evaluation."""
+    experiment = experiment_of("a model", tuning="lora" if name == "gpt2" else "full")
+    text = TextShape(question=9, steps=2, step=3, answer=2).problem()
+    batch = largest_batch([text], stages_of(experiment)[-1], experiment, VOCABULARY, 2)
+    model = build_fake_model(
+        experiment, CONFIGS[name], 1003, (1000, 1001, 1002), LatentMemory(), "bf16", device
+    )
+
+    def events():
+        return record(model, batch).events, record_evaluation(model, batch, 3).events
+
+    fake_run._results.clear()
+    first, again = events(), events()
+    monkeypatch.setattr(fake_run, "run_operator", plain)
+    assert first == again == events()
+
+
+def plain(func, args, kwargs):
+    return False if func is torch.ops.aten._local_scalar_dense.default else func(*args, **kwargs)

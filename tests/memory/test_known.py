@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import gpu_table
 from coconut_ds.__main__ import main
-from coconut_ds.cli.plan import add_arguments, read_cases
+from coconut_ds.cli.plan import add_arguments
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.errors import ConfigError
+from coconut_ds.memory.cases import built_in_config, read_cases
 from coconut_ds.memory.fake_run import with_layers
-from coconut_ds.memory.known import built_in_config, find_gpu, known, precision_note, short
+from coconut_ds.memory.known import find_gpu, known, precision_note, short
 from coconut_ds.memory.phases import LARGE_WORKSPACES
 
 ROOT = Path(__file__).resolve().parents[2]

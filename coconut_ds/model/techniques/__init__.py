@@ -34,7 +34,7 @@ from coconut_ds.model.techniques.attention import install_buffered_attention
 from coconut_ds.model.techniques.deferred_grads import DeferringLinear, install_deferral
 from coconut_ds.model.techniques.fused_activations import fuse_activations, install_rotary
 from coconut_ds.model.techniques.kv_buffer import ConcatenatingCache, KeyValueBuffer
-from coconut_ds.model.techniques.passes import Context, Pass, Step, is_partitioned
+from coconut_ds.model.techniques.passes import Context, Pass, Step, is_autocast, is_partitioned
 from coconut_ds.model.techniques.recorded_passes import RecordedPasses, draws_random, random_settings
 
 
@@ -170,7 +170,7 @@ def _checkpointed(
         with context.running(step, run, is_recomputing=True):
             return call(hidden_BTD, *args)
 
-    if any(map(draws_random, sources)) or torch.is_autocast_enabled(hidden_BTD.device.type):
+    if any(map(draws_random, sources)) or is_autocast(hidden_BTD):
         return checkpoint(layer, hidden_BTD, use_reentrant=False)
     checkpoint_ = _Checkpoint(layer, hidden_BTD)
     with saved_tensors_hooks(checkpoint_.number, checkpoint_.take):
@@ -222,7 +222,7 @@ def supervised_loss(
         not isinstance(head, nn.Linear)
         or type(head) not in (nn.Linear, DeferringLinear)
         or is_partitioned(head.weight)
-        or torch.is_autocast_enabled(hidden_ND.device.type)
+        or is_autocast(hidden_ND)
     ):
         return _loss_through_module(hidden_ND, target_ids_N, head, chunk_tokens)
     weight = head.weight

@@ -218,7 +218,7 @@ class Context:
             and weight.requires_grad
             and torch.is_grad_enabled()
             and not is_partitioned(weight)
-            and not torch.is_autocast_enabled(weight.device.type)
+            and not is_autocast(weight)
         )
 
     def rows_of(self, module: nn.Module, input: Tensor) -> Any:
@@ -248,6 +248,11 @@ def is_partitioned(weight: Tensor) -> bool:
     Such a weight exists only between the hooks of its module's own forward and backward.
     """
     return hasattr(weight, "ds_id")
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether operators on the tensor run under autocast, which the meta device of plans does not have."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def keeps_graph() -> bool:

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from coconut_ds.model.techniques.passes import Context, Pass, Step, is_partitioned, keeps_graph
+from coconut_ds.model.techniques.passes import (
+    Context,
+    Pass,
+    Step,
+    is_autocast,
+    is_partitioned,
+    keeps_graph,
+)
 from coconut_ds.model.techniques.recorder import NotRecordable, Program, Recorder
 
 logger = logging.getLogger(__name__)
@@ -305,7 +312,7 @@ class RecordedPasses:
         if not torch.is_grad_enabled() or any(self.hooks):
             return ()
         weights = [w for tensors in self.tensors for w in tensors.values() if w is not None]
-        if torch.is_autocast_enabled(weights[0].device.type) or any(map(is_partitioned, weights)):
+        if is_autocast(weights[0]) or any(map(is_partitioned, weights)):
             return ()
         signature = *(m.training for m in self.modules), *(weight.requires_grad for weight in weights)
         # Transposed once for all passes.

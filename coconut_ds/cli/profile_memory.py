@@ -24,7 +24,7 @@ from coconut_ds.config.experiment import (
     experiment_to_yaml,
     read_experiment,
 )
-from coconut_ds.data.curriculum import final_stage
+from coconut_ds.data.curriculum import Stage, final_stage
 from coconut_ds.data.run_data import RunData, TestSet
 from coconut_ds.distributed import lost_ranks_explained
 from coconut_ds.engine.engine import Engine, Ranks, start_distributed, world_size_from_environment
@@ -118,7 +118,8 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
     meter.begin(INITIALISE)
     engine = start_engine(experiment, ds_config, run_data, ranks)
     meter.begin(BETWEEN)
-    plan = engine.broadcast_object(_plan(experiment, ds_config, run_data, ranks) if ranks.is_main else None)
+    planned = _plan(experiment, ds_config, run_data, ranks) if ranks.is_main else None
+    plan, evaluated = engine.broadcast_object(planned)
     stage = max(plan["stages"], key=lambda stage: stage["gpu_mib"])
     at = next(at for at in stages_of(experiment) if at.epoch == stage["first_epoch"])
     num_rows = experiment.batch_size_training
@@ -129,7 +130,7 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
             meter,
             batch,
             experiment.gradient_accumulation_steps,
-            lambda: _evaluate(engine, experiment, run_data),
+            lambda: _evaluate(engine, experiment, run_data, evaluated),
             lambda where: write_model(engine.module, run_data.vocabulary, where),
             folder,
         )
@@ -159,18 +160,21 @@ def profile(experiment: Experiment, ds_config: DeepSpeedConfig, snapshot: bool) 
 
 def _plan(
     experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Stage]:
+    """The plan, and the stage whose evaluation it plans."""
     valid = list(run_data.valid.tokenized)
     train = list(run_data.train) or valid
     planner = Planner.from_run_data(experiment, train, valid, run_data.vocabulary, ranks.device.type)
-    return planner.plan(experiment, ds_config, ranks.world_size).to_json()
+    plan = planner.plan(experiment, ds_config, ranks.world_size)
+    evaluated = next((phase.stage for phase in plan.phases if phase.stage), final_stage(experiment))
+    return plan.to_json(), evaluated
 
 
-def _evaluate(engine: Engine, experiment: Experiment, run_data: RunData) -> None:
-    """One evaluation batch per rank, of the longest problems, at the final stage."""
+def _evaluate(engine: Engine, experiment: Experiment, run_data: RunData, stage: Stage) -> None:
+    """One evaluation batch per rank, of the longest problems."""
     valid = run_data.valid
     lengths = [len(p.question) + sum(map(len, p.steps)) for p in valid.tokenized]
     limit = experiment.batch_size_eval * engine.world_size
     chosen = sorted(range(len(valid)), key=lengths.__getitem__, reverse=True)[:limit]
     longest = TestSet([valid.problems[i] for i in chosen], [valid.tokenized[i] for i in chosen], valid.card)
-    evaluate(engine, longest, final_stage(experiment), experiment, run_data.vocabulary)
+    evaluate(engine, longest, stage, experiment, run_data.vocabulary)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import le
+from operator import itemgetter, le
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coconut_ds.config.deepspeed import DeepSpeedConfig
@@ -204,6 +204,7 @@ class Phase:
     name: str
     items: tuple[Item, ...]
     own_peaks: Mapping[str, int] = field(default_factory=dict)  # of components whose peak is at another time
+    stage: Stage | None = None  # of evaluation: the stage with the highest peak
 
     @property
     def size(self) -> int:
@@ -370,18 +371,20 @@ class PlannedRun:
         # A forward without gradients grows with the columns of its passes and the labels.
         shapes = {at: shape_of(batch) for at, batch in batches.items()}
         extents = {at: (s.prompt, s.columns, s.columns - s.prompt, s.labels) for at, s in shapes.items()}
-        losses = [
-            (self.evaluated(batch, 0), f"stage of epoch {at.epoch + 1}, {shape_of(batch)}")
+        losses = {
+            at: self.evaluated(batch, 0)
             for at, batch in batches.items()
             if not any(
                 extents[at] != other and all(map(le, extents[at], other)) for other in extents.values()
             )
-        ]
-        loss, where = max(losses)
+        }
+        at, loss = max(losses.items(), key=itemgetter(1))
         prompts = longest_prompts(planner.valid, self.experiment, planner.vocabulary)
         answers = self.evaluated(prompts, tokens)
         if loss >= answers:
-            return Phase(EVALUATION, (Item(ACTIVATIONS, "loss without gradients", loss, where),))
+            where = f"stage of epoch {at.epoch + 1}, {shapes[at]}"
+            item = Item(ACTIVATIONS, "loss without gradients", loss, where)
+            return Phase(EVALUATION, (item,), stage=at.stage)
         text = planner.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -394,7 +397,7 @@ class PlannedRun:
             Item(ACTIVATIONS, "forward without gradients", answers - cache, str(shape_of(prompts))),
             Item(ACTIVATIONS, "keys and values of prompts and answers", cache, formula),
         )
-        return Phase(EVALUATION, items)
+        return Phase(EVALUATION, items, stage=final_stage(self.experiment))
 
     def evaluated(self, batch: Batch, new_tokens: int) -> int:
         """Peak bytes of the loss of a batch, or of generation from it."""

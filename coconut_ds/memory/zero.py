@@ -281,7 +281,7 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         # runtime/zero/stage_1_and_2.py, _restore_cpu_offload_grad_to_gpu
         return [Item(GRADIENTS, "one gradient copied back from the host", b * sizes.largest, "b P_max"), norm]
     partition = Partition.heaviest(sizes, zero)
-    owned, part = sum(sizes.flat[i] for i in partition.owned), partition.size
+    owned = sum(sizes.flat[i] for i in partition.owned)
     # runtime/zero/stage_1_and_2.py, copy_grads_in_partition: grads_in_partition
     collected = [Item(GRADIENTS, "own gradients", b * owned, f"b x {owned:,}")]
     if zero.stage == 1:
@@ -289,20 +289,21 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         collected.append(_product(GRADIENTS, "all gradients", "b P", b, sizes.trainable))
     # runtime/zero/stage_1_and_2.py, setup_buckets
     buckets = [_product(COMMUNICATION, "reduce bucket", "b R", b, zero.bucket)] if zero.stage == 1 else []
-    # runtime/zero/stage_1_and_2.py, step: flat_grad_partition, then its copy single_grad_partition in fp32
-    in_fp32 = _product(GRADIENTS, "in fp32", "4 P/N", FP32, part)
-    flat = [collected[0], _product(GRADIENTS, "flattened", "b P/N", b, part)]
-    if b != FP32:
-        flat.append(in_fp32)
-    widest = max((_padded(sum(group), zero.ranks) // zero.ranks for group in sizes.groups), default=0)
-    copies = 1 if zero.device == NVIDIA else 2
-    if zero.moment_bytes == EIGHT_BIT:  # one kernel on a GPU; on the CPU, moments and roots in fp32
-        copies = 0 if zero.device == NVIDIA else 5
-    roots = f"{4 * copies} P/N of the largest group"
-    # runtime/zero/stage_1_and_2.py, _optimizer_step.  Measured on two CPU ranks: the collected gradients live
-    # until the update is complete.
-    update = [*collected, in_fp32, Item(OPTIMIZER, "Adam's square roots", copies * FP32 * widest, roots)]
-    moments = ([*collected, *buckets, norm], flat, update)
+    moments = [[*collected, *buckets, norm]]
+    for number, group in enumerate(sizes.groups, 1):
+        share = _padded(sum(group), zero.ranks) // zero.ranks
+        # runtime/zero/stage_1_and_2.py, step: flat_grad_partition, then its copy in fp32
+        in_fp32 = _product(GRADIENTS, "in fp32", "4 P/N", FP32, share)
+        flat = [collected[0], _product(GRADIENTS, "flattened", "b P/N", b, share)]
+        moments.append(flat if b == FP32 else [*flat, in_fp32])
+        # runtime/zero/stage_1_and_2.py, _optimizer_step.  Collected gradients of all groups are parts of one
+        # tensor, which lives until those of the last group are flattened.
+        held = collected if number < len(sizes.groups) else []
+        copies = 1 if zero.device == NVIDIA else 2
+        if zero.moment_bytes == EIGHT_BIT:  # one kernel on a GPU; on the CPU, moments and roots in fp32
+            copies = 0 if zero.device == NVIDIA else 5
+        roots = _product(OPTIMIZER, "Adam's square roots", f"{4 * copies} P/N", FP32 * copies, share)
+        moments.append([*held, in_fp32, roots])
     return max(moments, key=lambda items: sum(item.size for item in items))
 
 

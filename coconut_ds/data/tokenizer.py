@@ -156,6 +156,8 @@ def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
     where, extra = locate_model(model_id)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **DATA_ONLY, **extra)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty; are vocab.json or tokenizer.json missing?")
         tokenizer.add_tokens([START, END, LATENT], special_tokens=True)
     except Exception as error:  # transformers and tokenizers raise anything on a damaged file
         raise ConfigError(

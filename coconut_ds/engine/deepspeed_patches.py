@@ -249,12 +249,17 @@ def remove_stale_locks() -> list[Path]:
 def to_compile(installed: Mapping[str, object], on_gpu: bool) -> list[str]:
     """The operators without a binary, neither `installed` with DeepSpeed nor built by an earlier start."""
     names = ["cpu_adam"] if on_gpu else ["deepspeed_shm_comm", "cpu_adam"]
-    return [
-        name
-        for name in names
-        if not installed.get(name)
-        and not any(True for folder in _build_folders() for _ in folder.glob(f"**/{name}/{name}.so"))
-    ]
+    return [name for name in names if not (installed.get(name) or _is_built(name))]
+
+
+def _is_built(name: str) -> bool:
+    """Whether this environment's torch built the operator; ninja builds it again for another one's."""
+    own_torch = str(Path(torch.__file__).parent)
+    return any(
+        (binary.parent / "build.ninja").is_file() and own_torch in (binary.parent / "build.ninja").read_text()
+        for folder in _build_folders()
+        for binary in folder.glob(f"**/{name}/{name}.so")
+    )
 
 
 def _build_folders() -> list[Path]:

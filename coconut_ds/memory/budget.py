@@ -75,12 +75,20 @@ def read_ds_config(
     budget = ds_config.memory_budget
     if budget is None:
         budget = default_budget()
+        no_gpu = "" if torch.cuda.is_available() else "no GPU here, so "
         notes.append(
-            f"{path}: memory_budget: missing; using {budget.device}: "
+            f"{path}: memory_budget: missing; {no_gpu}using {budget.device}: "
             f"{budget.gpu_memory_mib:,} MiB per GPU, {budget.reserved_mib} reserved"
         )
+    result = ds_config.for_run(experiment, budget, hidden_size)
+    ways = {"fp16": "--ds fp16.enabled=true", "bf16": "--set bf16=true"}
+    auto = [kind for kind in ways if ds_config.stock.get(kind, {}).get("enabled") == "auto"]
+    if auto and result.precision == "fp32":
+        keys = " and ".join(f"{kind}.enabled" for kind in auto)
+        remedies = " or ".join(ways[kind] for kind in auto)
+        notes.append(f'{path}: {keys}: "auto" is fp32 here; for 16 bit: {remedies}')
     print_notes(notes)
-    return ds_config.for_run(experiment, budget, hidden_size)
+    return result
 
 
 def default_budget() -> MemoryBudget:

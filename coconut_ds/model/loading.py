@@ -6,6 +6,7 @@ Only LoRA imports PEFT.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from unittest.mock import patch
 
@@ -16,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import cached_file
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_log
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model, missing
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
+from coconut_ds.files import counted, print_notes
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.published import published_window
 from coconut_ds.model.quantization import others_in_fp32
@@ -39,6 +41,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"} 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Constants that old versions of transformers wrote into GPT-2 state dicts.
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+PICKLED = "it holds pickled objects, which may run code; save it again: model.save_pretrained(FOLDER)"
 # Larger than any model; a damaged or hostile configuration could specify a million layers.
 LIMITS = {
     "num_hidden_layers": 1_000,
@@ -48,7 +51,7 @@ LIMITS = {
     "max_position_embeddings": 1_000_000_000,
 }
 # Progress bars of loading and saving weights would interrupt a command's own output.
-disable_progress_bar()
+transformers_log.disable_progress_bar()
 
 
 def build_module(experiment: Experiment, vocabulary: Vocabulary, latent_memory: LatentMemory) -> Coconut:
@@ -261,12 +264,33 @@ def read_causal_lm(
             "'load_model_path'"
         )
     load_config(str(Path(where) / extra["gguf_file"]) if extra else where)
+    verbosity = transformers_log.get_verbosity()
+    transformers_log.set_verbosity_error()  # its table of differences is an error below, or a note
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, weights_only=True, **DATA_ONLY, **extra
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **DATA_ONLY,
+            **extra,
         )
     except Exception as error:  # transformers raises anything on a damaged file
-        raise ConfigError(_cannot_load("a causal language model", where, error)) from error
+        reason = UnpicklingError(PICKLED) if isinstance(error, UnpicklingError) else error
+        raise ConfigError(_cannot_load("a causal language model", where, reason)) from error
+    finally:
+        transformers_log.set_verbosity(verbosity)
+    model, info = loaded
+    misshapen = [f"{name} {tuple(there)}" for name, there, _ in sorted(info["mismatched_keys"])]
+    if names := [*misshapen, *sorted(info["missing_keys"])]:
+        raise ConfigError(
+            f"model_id: the weights of {where} do not fit its config.json; {counted(len(names), 'tensor')} "
+            f"missing or of another shape: {_shorten(names)}"
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        print_notes([f"model_id: {where}: the model does not use {_shorten(unused)}"])
+    return model
 
 
 def new_base(config: PretrainedConfig, vocabulary: Vocabulary) -> PreTrainedModel:

@@ -52,6 +52,8 @@ def test_copy_keeps_what_the_user_changed(tmp_path, monkeypatch, capsys):
     assert own.read_text() == "{}" and not (tmp_path / "preprocessing").exists()
     assert main(["configs", "copy", "--force"]) == 0
     assert own.read_text() != "{}" and (tmp_path / "preprocessing" / "arithmetic.py").is_file()
+    assert main(["configs", "copy", "--to", "sub/folder", "ds_configs/zero2.json"]) == 0
+    assert [path.name for path in (tmp_path / "sub").rglob("*.*")] == ["zero2.json"]
 
 
 EXTRAS = ("requirements-qlora.txt", "tests/requirements.txt")

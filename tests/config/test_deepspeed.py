@@ -21,6 +21,7 @@ from coconut_ds.config.deepspeed import (
 from coconut_ds.config.experiment import Experiment, validate_experiment
 from coconut_ds.config.schema import load_schema
 from coconut_ds.errors import ConfigError
+from coconut_ds.memory.budget import read_ds_config
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 
@@ -568,3 +569,14 @@ def test_stock_deepspeed_accepts_the_shipped_file(path):
     assert stock.gradient_clipping == 1.0
     text = json.dumps(config.resolve(experiment(bf16=config.precision == "bf16"), 1))
     assert "auto" not in text and "memory_budget" not in text and "latent_memory" not in text
+
+
+@pytest.mark.parametrize("overrides", [(), ("fp16.enabled=true",)])
+def test_a_file_of_another_program_says_its_precision_and_gpu(tmp_path, capsys, overrides):
+    path = tmp_path / "trainer.json"
+    path.write_text('{"fp16": {"enabled": "auto"}, "optimizer": {"type": "AdamW"}}')
+    read_ds_config(str(path), experiment(), overrides)
+    notes = capsys.readouterr().err
+    assert "memory_budget: missing; no GPU here, so using GTX 1080 Ti: 11,178 MiB" in notes
+    says = 'fp16.enabled: "auto" is fp32 here; for 16 bit: --ds fp16.enabled=true' in notes
+    assert says is (not overrides)

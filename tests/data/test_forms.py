@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -152,6 +153,20 @@ def test_another_form_gets_one_message_that_reads_or_converts_it(form, name, tmp
         return
     fields = line.partition("'fields: ")[2].partition("'")[0]
     assert main(["validate", str(path), "--set", f"fields={fields}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("question:prompt", "fields: must be {question: NAME"),
+        ("{step: cot}", "fields.step: is not a setting; did you mean .steps."),
+    ],
+)
+def test_fields_are_checked_without_an_experiment(tmp_path, capsys, fields, message):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"prompt": "1+1", "cot": ["1+1=2"], "answer": "2"}]))
+    assert main(["validate", str(path), "--set", f"fields={fields}"]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_gsm8k_lines_and_tables_without_their_ending_are_named(tmp_path):

@@ -7,7 +7,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coconut_ds.config.experiment import validate_experiment
-from coconut_ds.data.run_data import load_run_data, load_test_set, unknown_text
+from coconut_ds.data.run_data import (
+    load_run_data,
+    load_test_set,
+    shared_questions,
+    unknown_id,
+    unknown_text,
+)
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.model.loading import load_config
 
@@ -77,7 +83,7 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_and_named(tmp_path, mo
     for name, problems in {
         "train": [problem("two plus two", ["2"]), problem("two é two", ["ß 2"], "zwei é")],
         "valid": [problem("two plus two", ["2"])],
-        "test": [problem("two plus drei", ["2"])],
+        "test": [problem("two drei two", ["2"])],
     }.items():
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(problems))
@@ -89,5 +95,10 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_and_named(tmp_path, mo
         f"{train}, {tmp_path / 'test.json'}: the tokenizer of model_id does not know 5 pieces"
     )
     assert note.endswith("'é' (2), 'ß' (1), 'zwei' (1), 'drei' (1)")
+    unknown = unknown_id(vocabulary)
+    assert (
+        list(shared_questions(tokens[1:], train, sets, unknown)) == []
+    )  # "drei" may be another word than "é"
+    assert len(list(shared_questions(tokens, train, sets, unknown))) == 1  # "two plus two", of the valid file
     del sets[str(tmp_path / "test.json")]
     assert list(unknown_text(vocabulary, tokens[:1], train, sets)) == []

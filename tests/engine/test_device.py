@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,4 +69,8 @@ def test_the_first_start_says_what_it_compiles(tmp_path, monkeypatch):
     built = tmp_path / "py311_cpu" / "cpu_adam" / "cpu_adam.so"
     built.parent.mkdir(parents=True)
     built.touch()
+    ninja = built.parent / "build.ninja"
+    ninja.write_text("cflags = -isystem /another/environment/torch/include\n")
+    assert to_compile(nothing, on_gpu=False) == ["deepspeed_shm_comm", "cpu_adam"]
+    ninja.write_text(f"cflags = -isystem {Path(torch.__file__).parent}/include\n")
     assert to_compile(nothing, on_gpu=False) == ["deepspeed_shm_comm"]

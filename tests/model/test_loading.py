@@ -1,11 +1,13 @@
 """Base models from every origin: a .gguf file, weights that do not fit, special-token rows."""
 
 import importlib.util
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from coconut_ds.data.tokenizer import load_vocabulary
@@ -14,6 +16,7 @@ from coconut_ds.model.loading import (
     install_weights,
     load_base,
     new_base,
+    read_causal_lm,
     refuse_changed_logits,
     refuse_other_layers,
 )
@@ -46,6 +49,56 @@ def test_weights_without_special_token_rows_keep_those_of_the_model(vocabulary):
     install_weights(base, weights, "file")
     after = base.get_output_embeddings().weight
     assert torch.equal(after[:size], before[:size] + 1) and torch.equal(after[size:], before[size:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights, config: weights.pop("transformer.h.0.mlp.c_fc.weight"),
+            "1 tensor missing.*c_fc.weight$",
+        ),
+        (lambda weights, config: config.update(n_layer=2), r"12 tensors missing or .*transformer.h.1.attn"),
+        (
+            lambda weights, config: config.update(n_positions=8),
+            r"1 tensor .* shape: transformer.wpe.weight \(32, 16\)",
+        ),
+    ],
+    ids=["tensor", "layers", "positions"],
+)
+def test_a_model_that_is_incomplete_is_refused(vocabulary, tmp_path, capfd, change, message):
+    tiny(vocabulary).save_pretrained(tmp_path)
+    weights, config = (
+        load_file(tmp_path / "model.safetensors"),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
+    change(weights, config)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        read_causal_lm(str(tmp_path), {})
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_weights_that_the_model_does_not_use_are_a_note(vocabulary, tmp_path, capsys):
+    tiny(vocabulary).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {"score.weight": torch.zeros(1)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    read_causal_lm(str(tmp_path), {})
+    assert "the model does not use score.weight" in capsys.readouterr().err
+
+
+def test_a_pickled_model_is_refused_with_a_remedy(vocabulary, tmp_path):
+    tiny(vocabulary).config.save_pretrained(tmp_path)
+    torch.save(tiny(vocabulary), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pickled objects, which may run code; save it again: model.save"):
+        read_causal_lm(str(tmp_path), {})
+
+
+def test_a_folder_without_tokenizer_files_is_refused(vocabulary, tmp_path):
+    tiny(vocabulary).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="vocabulary is empty; are vocab.json or tokenizer.json missing"):
+        load_vocabulary(str(tmp_path))
 
 
 def test_every_misfit_is_named(vocabulary):

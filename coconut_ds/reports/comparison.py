@@ -200,7 +200,7 @@ def all_tables(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[Table
 def summary_table(groups: Sequence[Group]) -> Table:
     """One line per group."""
     on_gpu = any(run.uses_gpu for group in groups for run in group.runs)
-    head = ["run", "thought", "tuning", "dataset", "memory", "seeds", "set", "accuracy, 95 % interval"]
+    head = ["run", "thought", "tuning", "dataset", "memory", "seed", "set", "accuracy, 95 % interval"]
     head += ["tokens", "s/epoch", "peak MiB" if on_gpu else "peak RSS MiB", "budget MiB"]
     rows = []
     for group in groups:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median
+from statistics import harmonic_mean, mean, median
 
 from torch import nn
 from tqdm import tqdm
@@ -104,6 +104,7 @@ class Progress:
         self.memory, self._clock = memory, clock
         self.trend = LossTrend(experiment.lr)
         self._times: deque[float] = deque(maxlen=PACE_STEPS)  # seconds of the last steps
+        self._rates: deque[tuple[float, float]] = deque(maxlen=PACE_STEPS)  # tokens/s, all and supervised
         self._num_steps = 0  # of this process
         self._between: list[float] = []  # seconds of what happens between two epochs
         self._printed = self._last = clock()
@@ -134,6 +135,7 @@ class Progress:
         """Report one optimizer step, number `step` of the run, with the numbers of its log line."""
         now = self._clock()
         self._times.append(now - self._last)
+        self._rates.append((numbers["tokens_per_s"], numbers["supervised_tokens_per_s"]))
         self._last = now
         self._done += 1
         self._num_steps += 1
@@ -160,7 +162,7 @@ class Progress:
         epoch, run = map(duration, self._left())
         latent = numbers.get("latent_loss")
         loss = f"loss {numbers['loss']:.3g}" + ("" if latent is None else f", latent loss {latent:.3g}")
-        speed, supervised = numbers["tokens_per_s"], numbers["supervised_tokens_per_s"]
+        speed, supervised = map(harmonic_mean, zip(*self._rates, strict=True))  # steps have like sizes
         tokens = f"{speed:,.0f} tokens/s ({supervised:,.0f} supervised)"
         if short:
             return f"{epoch} left, run {run}, {loss}, {self.memory()}, {tokens}"

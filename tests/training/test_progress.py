@@ -110,6 +110,16 @@ def test_without_a_terminal_there_is_a_line_every_thirty_seconds(tiny_experiment
     assert "expected end: " in out and "(in 25 min)" in out
 
 
+def test_tokens_per_second_are_those_of_all_recent_steps(tiny_experiment, capsys):
+    clock = Clock()
+    progress = Progress(validate_experiment(tiny_experiment, "test"), 9, True, str, clock)
+    with progress.epoch(0, 0, 9):
+        for step, speed in enumerate((1000.0, 1000.0, 10.0)):  # one slow step of 102 seconds for 1,020 tokens
+            clock.now += 11
+            progress.step(step, NUMBERS | {"tokens_per_s": speed, "supervised_tokens_per_s": speed / 2})
+    assert "29 tokens/s (15 supervised)" in capsys.readouterr().out
+
+
 def test_on_a_terminal_there_is_a_bar(tiny_experiment, capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

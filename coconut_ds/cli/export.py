@@ -1,11 +1,11 @@
 """Export a model for Hugging Face or PEFT, or show how to convert its ZeRO shards.
 
-    python -m coconut_ds export RUN --to hf --output exported              loads with AutoModelForCausalLM
-    python -m coconut_ds export RUN --to hf --output exported --merge      LoRA adapters merged into weights
-    python -m coconut_ds export RUN --to zero --output state_dict          prints how to use zero_to_fp32
+    python -m coconut_ds export RUN --to hf --output exported          for AutoModelForCausalLM; LoRA: PEFT
+    python -m coconut_ds export RUN --to hf --output exported --merge  LoRA merged, for AutoModelForCausalLM
+    python -m coconut_ds export RUN --to zero --output state_dict      prints how to use zero_to_fp32
 
-Without --merge, a LoRA run is exported as a PEFT folder.  Every exported folder has a model card (README.md)
-and a coconut.json; coconut_ds.CoconutForCausalLM.from_pretrained(FOLDER) loads it with latents.
+Every exported folder has a model card (README.md) with the lines that load it, and a coconut.json;
+coconut_ds.CoconutForCausalLM.from_pretrained(FOLDER) loads it with latents.
 The export is loaded again and its logits are compared with the model's before the folder gets its final name.
 Nothing is uploaded unless --push names a repository on the Hugging Face Hub.
 """

@@ -114,7 +114,7 @@ def test_tokens_per_second_are_those_of_all_recent_steps(tiny_experiment, capsys
     clock = Clock()
     progress = Progress(validate_experiment(tiny_experiment, "test"), 9, True, str, clock)
     with progress.epoch(0, 0, 9):
-        for step, speed in enumerate((1000.0, 1000.0, 10.0)):  # one slow step of 102 seconds for 1,020 tokens
+        for step, speed in enumerate((1000.0, 1000.0, 10.0)):  # the third step is slow
             clock.now += 11
             progress.step(step, NUMBERS | {"tokens_per_s": speed, "supervised_tokens_per_s": speed / 2})
     assert "29 tokens/s (15 supervised)" in capsys.readouterr().out

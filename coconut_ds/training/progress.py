@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import harmonic_mean, mean, median
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -191,10 +192,15 @@ def start_lines(
     run_data: RunData,
     folder: Path,
     devices: Sequence[str],
-    plan: Mapping[str, str] | None,
+    plan: Mapping[str, Any] | None,
 ) -> str:
     """What the run will do, before the model is loaded."""
     layout = BatchConfig.of(experiment, len(devices), 0)
+    ranks = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    gpus = plan["budget"]["gpus"] if plan and plan["budget"] else len(devices)
+    if len(devices) != gpus:
+        rows = BatchConfig.of(experiment, gpus, 0).rows_per_step
+        ranks += f"; the DeepSpeed config is for {gpus}, which take {rows} rows a step"
     steps = layout.num_steps(len(run_data.train))
     epochs = max(0, experiment.num_epochs - experiment.resume)
     has_thoughts = experiment.method.has_latents and not experiment.method.is_pause
@@ -220,7 +226,7 @@ def start_lines(
             "data": ", ".join(f"{size:,} {name}" for name, size in sizes.items() if size),
             "stages": ("\n" + " " * 10).join(spans),
             "steps": f"{counted(steps * epochs, 'step')}: {steps} of {layout.rows_per_step} rows per epoch",
-            "ranks": ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices)),
+            "ranks": ranks,
             "memory": plan["verdict"] if plan else "not planned",
         }
     )

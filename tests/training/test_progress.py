@@ -12,8 +12,10 @@ from tqdm import tqdm
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.batching import BatchConfig, num_samples_and_tokens, training_steps
+from coconut_ds.data.run_data import load_run_data
 from coconut_ds.files import duration
-from coconut_ds.training.progress import LossTrend, Progress, model_line
+from coconut_ds.model.loading import load_config
+from coconut_ds.training.progress import LossTrend, Progress, model_line, start_lines
 from tests.plain_engine import plain_trainer
 from tests.training.test_trainer import CHEAP, lines_of
 
@@ -198,3 +200,13 @@ def test_trained_parameters_are_counted_beside_frozen_ones(tiny_experiment):
         next(model.parameters()).requires_grad_(False)
         text = model_line(experiment, model)
     assert text == f"{experiment.model_id}: {sum(sizes):,} parameters, {sum(sizes[1:]):,} trained"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_start_says_when_the_config_is_for_another_number_of_gpus(tiny_experiment, ranks):
+    experiment = validate_experiment(tiny_experiment | {"batch_size_training": 4}, "test")
+    run_data = load_run_data(experiment, load_config(experiment.model_id))
+    plan = {"verdict": "fits", "budget": {"gpus": 2}}
+    lines = start_lines(experiment, run_data, Path("runs/x"), ["cpu"] * ranks, plan)
+    says = "ranks     1 x cpu; the DeepSpeed config is for 2, which take 8 rows a step" in lines
+    assert says is (ranks == 1) and f"of {4 * ranks} rows per epoch" in lines

@@ -8,8 +8,8 @@ With `only_eval: true` in CONFIG, evaluates `load_model_path` on `val_path`, as 
 
 import argparse
 
-from coconut_ds.config.deepspeed import add_ds_config_argument
-from coconut_ds.config.experiment import add_experiment_arguments
+from coconut_ds.config.deepspeed import add_ds_config_argument, default_ds_config, load_ds_config
+from coconut_ds.config.experiment import add_experiment_arguments, load_named_with_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from coconut_ds.memory.budget import read_settings  # these import torch, which --help does not need
+    # An error of these files is said at once; the imports take seconds.
+    load_named_with_notes(args.config, args.overrides)
+    load_ds_config(args.deepspeed_config or default_ds_config(), args.ds_overrides)
+    from coconut_ds.memory.budget import read_settings  # these import torch
     from coconut_ds.training.trainer import Options, train
 
     experiment, ds_config = read_settings(args)

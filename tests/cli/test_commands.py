@@ -51,10 +51,12 @@ def test_the_version_is_that_of_the_package(capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == f"coconut_ds {coconut_ds.__version__}\n"
 
 
-def test_help_and_validate_do_not_wait_for_deepspeed():
+def test_validate_and_the_errors_of_train_do_not_wait_for_torch():
     program = (
-        "import sys; from coconut_ds.__main__ import main; "
-        "main(['validate', 'ds_configs/zero2.json', 'configs/full/gsm_coconut.yaml']); "
+        "import sys; from coconut_ds.__main__ import main; coconut = 'configs/full/gsm_coconut.yaml'\n"
+        "main(['validate', 'ds_configs/zero2.json', coconut])\n"
+        "assert main(['train', 'no.yaml']) == main(['train', coconut, '--set', 'lrr=1']) == 2\n"
+        "assert main(['train', coconut, '--deepspeed_config', 'no.json']) == 2\n"
         "sys.exit('deepspeed' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0

@@ -190,15 +190,17 @@ def measured_peak(model: Coconut, batch: Batch) -> int:
     return peak_of_events(profiler)
 
 
-def peak_of_events(profiler: Any) -> int:
+def peak_of_events(profiler: Any, since_ns: int = 0) -> int:
+    """The highest sum of the events so far, from `since_ns` (of time.time_ns) on."""
     results = profiler.profiler.kineto_results
     sizes = sorted(
         (event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"
     )
     total = highest = 0
-    for _, size in sizes:
+    for at, size in sizes:
+        if at >= since_ns:
+            highest = max(highest, total, total + size)
         total += size
-        highest = max(highest, total)
     return highest
 
 

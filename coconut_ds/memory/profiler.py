@@ -239,7 +239,8 @@ def _write_checkpoint(engine: Engine, write_model: Callable[[Path], None], folde
 def census(engine: Engine) -> dict[str, dict[str, int]]:
     """Bytes of all tensors of this process by device ('cpu', 'cuda') and kind; storages count once.
 
-    kinds: parameters; optimizer (master weights, moments); gradients; other (buckets, staging, constants).
+    kinds: parameters, with the model's buffers; optimizer (master weights, moments); gradients; other (reduce
+    buckets, staging, constants).
     """
     seen: set[tuple[str, int]] = set()
     sizes: dict[str, dict[str, int]] = {}
@@ -256,8 +257,8 @@ def census(engine: Engine) -> dict[str, dict[str, int]]:
                 kinds[kind] = kinds.get(kind, 0) + storage.nbytes()
 
     gc.collect()
-    for parameter in engine.module.parameters():
-        count(parameter, "parameters")
+    for weights in (*engine.module.parameters(), *engine.module.buffers()):
+        count(weights, "parameters")
     for parameter in engine.module.parameters():
         count(parameter.grad, "gradients")
     for tensor in engine.optimizer_tensors():

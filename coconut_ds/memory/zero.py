@@ -11,6 +11,7 @@ copy, then with its owner.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -100,6 +101,11 @@ class ZeroSettings:
     moment_bytes: int = FP32
     rounds_up_to: int | None = None  # pinned blocks of at most so many bytes are rounded up; None: all
     saved_bytes: int = FP32  # per element of the weights that become 4 bits, when they are loaded
+
+    @property
+    def bucket_bytes(self) -> int:
+        # runtime/zero/stage_1_and_2.py, setup_buckets
+        return self.model_bytes * self.bucket * (2 if self.overlap and self.stage < 3 else 1)
 
     @classmethod
     def of(
@@ -284,12 +290,14 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     owned = sum(sizes.flat[i] for i in partition.owned)
     # runtime/zero/stage_1_and_2.py, copy_grads_in_partition: grads_in_partition
     collected = [Item(GRADIENTS, "own gradients", b * owned, f"b x {owned:,}")]
+    moments = [[*collected, norm]]
     if zero.stage == 1:
-        # runtime/zero/stage_1_and_2.py, reduce_gradients
-        collected.append(_product(GRADIENTS, "all gradients", "b P", b, sizes.trainable))
-    # runtime/zero/stage_1_and_2.py, setup_buckets
-    buckets = [_product(COMMUNICATION, "reduce bucket", "b R", b, zero.bucket)] if zero.stage == 1 else []
-    moments = [[*collected, *buckets, norm]]
+        # runtime/zero/stage_1_and_2.py, reduce_gradients, at the first full bucket: its gradients have moved
+        # into it, and are copied or collected.  The others and the bucket are freed before the norm.
+        moved = max(total for total in accumulate(sizes.flat, initial=0) if total <= zero.bucket)
+        left = sizes.trainable - min(moved, owned)
+        others = Item(GRADIENTS, "gradients not yet reduced", b * left, f"b x {left:,}")
+        moments.append([*collected, others, Item(COMMUNICATION, "reduce bucket", zero.bucket_bytes, "b R")])
     for number, group in enumerate(sizes.groups, 1):
         share = _padded(sum(group), zero.ranks) // zero.ranks
         # runtime/zero/stage_1_and_2.py, step: flat_grad_partition, then its copy in fp32
@@ -398,8 +406,10 @@ class Replay:
         self.held: dict[int, int] = {}
         # runtime/zero/stage_1_and_2.py: stage 1 accumulates in each param.grad until reduce_gradients;
         # stage 2 in all_grad_tensors (independent_gradient_partition_epilogue).
-        if zero.stage == 1 and zero.accumulates:
+        if zero.stage == 1 and zero.accumulates:  # the bucket stays until then, too
             self.add(zero.model_bytes * sizes.trainable, GRADIENTS)
+            self.has_bucket = True
+            self.add(zero.bucket_bytes, COMMUNICATION)
         if zero.stage == 2 and zero.accumulates and not zero.offload_optimizer:
             self.add(self.owned_bytes, GRADIENTS)
         for event in trace.events:
@@ -425,11 +435,9 @@ class Replay:
 
     def arrive(self, index: int) -> None:
         b, size = self.zero.model_bytes, self.sizes.flat[index]
-        # runtime/zero/stage_1_and_2.py, setup_buckets
         if not self.has_bucket:
             self.has_bucket = True
-            buckets = 2 if self.zero.overlap and self.zero.stage < 3 else 1
-            self.add(b * self.zero.bucket * buckets, COMMUNICATION)
+            self.add(self.zero.bucket_bytes, COMMUNICATION)
         if self.zero.stage == 3:  # approximately: each gradient passes through the bucket and is freed
             # runtime/zero/stage3.py, __add_grad_to_ipg_bucket and __reduce_and_partition_ipg_grads
             self.briefly(2 * b * size if size > self.zero.bucket else b * size, GRADIENTS)

@@ -1,18 +1,21 @@
-"""Launched on two ranks: what DeepSpeed's engine really holds after two steps, and its peak in a backward.
+"""Launched: what DeepSpeed's engine holds after two steps, and its peaks in a backward and in a step.
 
     deepspeed --num_gpus 2 --module tests.memory.engine_states OUT.json
 
-Writes per tuning and ds_config the measured and the planned bytes of the rank that holds most.
+Writes, for each case, the measured and the planned bytes of the rank that holds most.  On the CPU, the host's
+states and the GPU's are measured together.
 """
 
 import gc
 import json
+import re
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.plan_accuracy import TEXT, peak_of_events, real_model, with_padding
@@ -29,17 +32,32 @@ from coconut_ds.memory.zero import (
     ZeroSettings,
     gpu_states,
     host_states,
-    replay,
     step_items,
 )
 from coconut_ds.model.loading import load_config, parameter_groups
 from tests.launched.gloo import wait_for_gloo
 
 VOCABULARY_SIZE, BUCKET = 8000, 1_000_000
-# name -> --ds overrides of zero2_offload_bf16.json, which decide in how many bytes the host keeps its states
-IN_FP32 = ["optimizer.params.fp32_optimizer_states=false"]
-LOW = ["bf16.bf16_master_weights_and_grads=true"]
-HOST = {"8+4+4": [], "alone": IN_FP32, "8+2+2": LOW, "4+2+2": [*LOW, "bf16.bf16_optimizer_states=true"]}
+LOW = "bf16.bf16_master_weights_and_grads=true"
+IN_FP32 = "optimizer.params.fp32_optimizer_states=false"
+CASES = {  # (tuning, DeepSpeed config, --ds)
+    "full zero1": ("full", "zero1"),
+    "full zero2": ("full", "zero2"),
+    "full zero2_offload": ("full", "zero2_offload"),
+    "full zero2 8-bit": ("full", "zero2", "optimizer.type=AdamW8bit"),
+    "lora zero1": ("lora", "zero1"),
+    "lora zero2": ("lora", "zero2"),
+    "lora zero2_offload": ("lora", "zero2_offload"),
+    "qlora": ("qlora", "zero2_qlora_bf16"),
+    "qlora offload": ("qlora", "zero2_offload_bf16_checkpointing"),
+    "full 8-bit bf16": ("full", "zero2_adam8bit_bf16"),
+    "8+4+4": ("full", "zero2_offload_bf16"),
+    "8+4+4 alone": ("full", "zero2_offload_bf16", IN_FP32),
+    "8+4+4 checkpointing": ("full", "zero2_offload_bf16_checkpointing"),
+    "8+4+4 fp16": ("full", "zero2_offload_fp16_checkpointing"),
+    "8+2+2": ("full", "zero2_offload_bf16", LOW),
+    "4+2+2": ("full", "zero2_offload_bf16", LOW, "bf16.bf16_optimizer_states=true"),
+}
 
 
 def small_gpt2():
@@ -48,123 +66,85 @@ def small_gpt2():
     return config
 
 
-def main(out, case="engine"):
+def main(out, only=".*"):
     ranks = start_distributed("fp32")
     wait_for_gloo()
-    if case == "host":
-        results = {name: host_bytes(overrides, ranks) for name, overrides in HOST.items()}
-    else:
-        results = {tuning: compared(tuning, ranks) for tuning in ("full", "lora")}
-    if ranks.is_main:
-        Path(out).write_text(json.dumps(results))
+    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but its bytes are those of a GPU
+    results = {}
+    for name, case in CASES.items():
+        if re.fullmatch(only, name):
+            results[name] = compared(*case, ranks=ranks)
+            if ranks.is_main:
+                Path(out).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def compared(tuning, ranks):
-    """Planned and measured bytes by ds_config."""
-    trained = validate_experiment(
+def compared(tuning, ds_config, *overrides, ranks):
+    """Planned and measured bytes of one case."""
+    experiment = validate_experiment(
         {
             "project": "plan", "name": "states", "save_path": "runs", "model_id": "benchmarks/shapes/gpt2",
             "train_path": "none.json", "val_path": "none.json", "lr": 1e-4, "num_epochs": 3, "c_thought": 2,
             "epochs_per_stage": 1, "max_latent_stage": 3, "batch_size_training": 2, "method": "coconut",
-            "gradient_accumulation_steps": 2, "tuning": tuning, "thought": "learnable_window",
+            "gradient_accumulation_steps": 2, "tuning": tuning.removeprefix("q"),
+            "quantization": "nf4" if tuning == "qlora" else "none",
+            # Its weights are an optimizer group of their own.
+            "thought": "last_hidden" if "_" in ds_config else "learnable_window",
         },
         "states",
     )  # fmt: skip
     size = VOCABULARY_SIZE
     vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
-    batch = largest_batch([TEXT.problem()], stages_of(trained)[-1], trained, vocabulary, 2)
-    batch = with_padding(batch)
-    results = {}
-    for name in ("zero1", "zero2", "zero2_offload", "zero2_8bit"):
-        is_8bit = name == "zero2_8bit"
-        overrides = ["optimizer.type=AdamW8bit"] if is_8bit else []
-        # Without weights of the thought there is one optimizer group.
-        experiment = replace(trained, thought="last_hidden") if is_8bit else trained
-        ds_config = load_ds_config(f"ds_configs/{name.removesuffix('_8bit')}.json", overrides)
-        ds_config.stock["zero_optimization"]["reduce_bucket_size"] = BUCKET
-        gc.collect()
-        before = held_bytes()
-        model = real_model(experiment, small_gpt2(), size + 3, vocabulary, ds_config.latent_memory)
-        settings = ds_config.resolve(experiment, ranks.world_size)
-        sizes = Sizes.of(model, parameter_groups(model, experiment))
-        engine = Engine(model, parameter_groups(model, experiment), settings, ranks)
-        for _ in range(2):
-            for _ in range(2):
-                engine.backward(engine.loss(batch))
-            engine.step()
-        gc.collect()
-        held = held_bytes() - before
-        engine.backward(engine.loss(batch))
-        backward = min(most(backward_peak(engine, batch)) for _ in range(3))
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as step_profiler:
-            engine.step()
-        zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
-        fake_model = build_fake_model(
-            experiment,
-            small_gpt2(),
-            size + 3,
-            vocabulary.special_token_ids,
-            ds_config.latent_memory,
-            device="cpu",
-        )
-        trace, nothing = record(fake_model, batch), Trace([], sizes.flat)
-        more = max(
-            Replay(trace, sizes, zero, p).peak - Replay(nothing, sizes, zero, p).peak
-            for p in Partition.of_every_rank(sizes, zero)
-        )
-        # ZeRO-1's bucket stays from the first micro-batch of a step to its end.
-        bucket = zero.model_bytes * zero.bucket if zero.stage == 1 else 0
-        host = [i for i in host_states(sizes, zero) if i.component not in ("process", "start")]
-        results[name] = {
-            "measured_states": most(held),
-            "planned_states": sum(i.size for i in [*gpu_states(sizes, zero), *host]),
-            "measured_backward": backward,
-            "planned_backward": more - bucket,
-            "measured_step": most(peak_of_events(step_profiler)),
-            "planned_step": sum(i.size for i in step_items(sizes, zero)) - kept_for_step(sizes, zero),
-        }
-        engine._engine.destroy()
-        del engine, model, fake_model
-    return results
-
-
-def host_bytes(overrides, ranks):
-    """Planned and measured bytes of all states after two steps in bf16; on the CPU, host and GPU are one."""
-    experiment = validate_experiment(
-        {
-            "project": "plan", "name": "host", "save_path": "runs", "model_id": "benchmarks/shapes/gpt2",
-            "train_path": "none.json", "val_path": "none.json", "lr": 1e-4, "num_epochs": 1, "method": "cot",
-            "batch_size_training": 2, "gradient_accumulation_steps": 2,
-        },
-        "host",
-    )  # fmt: skip
-    size = VOCABULARY_SIZE
-    vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
     batch = largest_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
-    ds_config = load_ds_config("ds_configs/zero2_offload_bf16.json", overrides)
+    batch = with_padding(batch)
+    ds_config = load_ds_config(f"ds_configs/{ds_config}.json", list(overrides))
+    ds_config.stock["zero_optimization"]["reduce_bucket_size"] = BUCKET
     gc.collect()
     before = held_bytes()
     model = real_model(experiment, small_gpt2(), size + 3, vocabulary, ds_config.latent_memory)
-    engine = Engine(
-        model, parameter_groups(model, experiment), ds_config.resolve(experiment, ranks.world_size), ranks
-    )
-    for _ in range(2):
-        for _ in range(2):
-            engine.backward(engine.loss(batch))
-        engine.step()
-    gc.collect()
+    settings = ds_config.resolve(experiment, ranks.world_size)
     sizes = Sizes.of(model, parameter_groups(model, experiment))
+    engine = Engine(model, parameter_groups(model, experiment), settings, ranks)
+    for _ in range(2):
+        step_peak(engine, batch)
+    gc.collect()
+    held = held_bytes() - before
+    engine.backward(engine.loss(batch))
+    backward = min(most(backward_peak(engine, batch)) for _ in range(3))
+    engine.step()
+    step = min(most(step_peak(engine, batch)) for _ in range(2))
     zero = ZeroSettings.of(ds_config, ranks.world_size, True, "cpu")
+    fake_model = build_fake_model(
+        experiment, small_gpt2(), size + 3, vocabulary.special_token_ids, ds_config.latent_memory,
+        ds_config.precision, "cpu",
+    )  # fmt: skip
+    trace, nothing = record(fake_model, batch), Trace([], sizes.flat)
+    partitions = Partition.of_every_rank(sizes, zero)
+    more = max(Replay(trace, sizes, zero, p).peak - Replay(nothing, sizes, zero, p).peak for p in partitions)
+    on_gpu = sum(item.size for item in gpu_states(sizes, zero))
     host = [item for item in host_states(sizes, zero) if item.component not in ("process", "start")]
-    measured = most(held_bytes() - before)
     engine._engine.destroy()
     return {
-        "measured": measured,
-        "planned": sum(item.size for item in [*gpu_states(sizes, zero), *host]),
+        "measured_states": most(held),
+        "planned_states": on_gpu + sum(item.size for item in host),
+        "measured_backward": backward,
+        "planned_backward": more,
+        "measured_step": step,
+        "planned_step": sum(item.size for item in step_items(sizes, zero)),
+        "on_gpu": on_gpu,
         "share": Partition.heaviest(sizes, zero).size,
     }
+
+
+def step_peak(engine, batch):
+    """Peak of an optimizer step beyond the states, with what is left of its micro-batches."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(2):
+            engine.backward(engine.loss(batch))
+        begins = time.time_ns()
+        engine.step()
+    return peak_of_events(profiler, begins)
 
 
 def backward_peak(engine, batch):
@@ -172,11 +152,6 @@ def backward_peak(engine, batch):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine.backward(engine.loss(batch))
     return peak_of_events(profiler)
-
-
-def kept_for_step(sizes, zero):
-    """Gradients that are there when the step begins."""
-    return replay(Trace([], sizes.flat), sizes, zero).peak
 
 
 def most(value):

@@ -318,7 +318,7 @@ SECTIONS = (
         "seeds", "Quickstart seeds",
         "The runs of launch/quickstart.sh (quickstart.md), each in one process, with other seeds. "
         "Intervals are 95 % (Wilson). Accuracy with another question's latents is on the validation set; "
-        "chance is 14 %. Seconds are of a machine that others used too.",
+        "chance is 14 %.",
         "python -m benchmarks.seeds", seeds_text,
     ),
     Section(

@@ -8,6 +8,7 @@ import torch
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
+from coconut_ds.model.techniques import recorded_passes
 from tests.model import lora_cases
 from tests.model.cases import EQUAL_ROWS, gradients, loss_and_gradients, make_batch, make_coconut
 
@@ -42,6 +43,11 @@ def kinds(coconut):
     return list(coconut.techniques.recorded.kinds.values())
 
 
+def layer_kinds(coconut):
+    """What is known of the first passes of each layer."""
+    return [list(kinds.values()) for _, kinds in coconut.techniques.recorded.layers.values()]
+
+
 @pytest.mark.parametrize(
     "architecture, checkpointing, dropout",
     [
@@ -65,6 +71,41 @@ def test_no_digit_changes(architecture, checkpointing, dropout):
     # A recording does not know the random state that checkpointed layers go back to.
     is_random = checkpointing == "layers" and dropout > 0
     assert wide.is_refused if is_random else 0 in wide.programs
+    layers = layer_kinds(coconut)
+    assert len(layers) == coconut.causal_lm.config.num_hidden_layers
+    if checkpointing == "none":  # its modules give the gradients of large weights one by one
+        assert not any(layers)
+    else:
+        assert all(kind.is_refused if is_random else 0 in kind.programs for (kind,) in layers)
+
+
+def test_single_passes_and_accumulated_gradients():
+    """Hooks of weights see one complete gradient each, layer by layer, as ZeRO needs it."""
+    settings = LatentMemory(activation_checkpointing="layers")
+    batches = [make_batch(((rows, 0, 3 + rows % 3), (4, 0, 3))) for rows in (9, 10, 12, 11, 8)]
+    coconut, usual = (
+        make_coconut("gpt2", settings),
+        make_coconut("gpt2", replace(settings, recorded_passes=False)),
+    )
+    assert_identical(train(coconut, True, batches + BATCHES), train(usual, False, batches + BATCHES))
+    assert all(
+        len(kinds) == 2 and all(0 in kind.programs for kind in kinds) for kinds in layer_kinds(coconut)
+    )
+    orders = []
+    for model in (coconut, usual):
+        orders.append([])
+        for name, weight in model.causal_lm.named_parameters():
+            weight.register_post_accumulate_grad_hook(lambda _, own=orders[-1], name=name: own.append(name))
+        model.zero_grad()
+        losses = [model(batch) for batch in (batches[0], BATCHES[0], BATCHES[1])]  # all before a backward
+        for loss in losses:
+            loss.backward()
+    ours, theirs = (sorted(order) for order in orders)
+    assert ours == theirs
+    layers = [name.split(".")[2] for name in orders[0] if ".h." in name and "ln" not in name]
+    third = len(layers) // 3
+    assert layers[:third] == sorted(layers[:third], reverse=True)
+    assert_identical([gradients(coconut)], [gradients(usual)])
 
 
 def lora_batch(question, latents, answer, seed):
@@ -79,7 +120,8 @@ def lora_batch(question, latents, answer, seed):
 
 
 @pytest.mark.parametrize("family, dropout", [("gpt2", 0.1), ("llama_untied", 0.0)])
-def test_no_digit_of_lora_changes(family, dropout):
+def test_no_digit_of_lora_changes(family, dropout, monkeypatch):
+    monkeypatch.setattr(recorded_passes, "_extra_elements", lambda trained: 0)  # adapters are small
     batches = [lora_batch(*lengths, seed) for seed, lengths in enumerate(LENGTHS)]
 
     coconut, usual = (lora_cases.coconut(family, lora_dropout=dropout).train() for _ in range(2))
@@ -87,6 +129,7 @@ def test_no_digit_of_lora_changes(family, dropout):
     assert_identical(train(coconut, True, batches), train(usual, False, batches))
     short, wide = kinds(coconut)
     assert 1 in short.programs and 0 in wide.programs
+    assert all(0 in kind.programs for (kind,) in layer_kinds(coconut))
 
 
 def trained():

@@ -59,13 +59,13 @@ class Techniques:
         if settings.fused_activations:
             fuse_activations(causal_lm, self.context)
             install_rotary(causal_lm, self.context)
-        if settings.activation_checkpointing == "layers":
-            install_activation_checkpointing(causal_lm, self.context)
-        elif settings.activation_checkpointing != "none":
+        if settings.activation_checkpointing not in ("none", "layers"):
             raise ConfigError(
                 'latent_memory.activation_checkpointing must be "none" or "layers", '
                 f"got {settings.activation_checkpointing!r}"
             )
+        if checkpoints or settings.recorded_passes:
+            route_layers(causal_lm, self.context, checkpoints)
 
     @contextmanager
     def training_forward(
@@ -74,6 +74,7 @@ class Techniques:
         """Enclose all passes of one loss; yields the cache they share, or None for a single pass."""
         refuse_native_checkpointing(self.layers)
         step = Step(passes, batch.position_ids_BT, batch.attention_mask_BT)
+        step.recorded_passes = self.recorded
         cache: KeyValueBuffer | ConcatenatingCache | None = None
         if len(passes) > 1 and self.settings.segmented_cache:
             cache = KeyValueBuffer(self.context, step, self.causal_lm.config.num_hidden_layers)
@@ -119,36 +120,55 @@ class Techniques:
         )
 
 
-def install_activation_checkpointing(model: PreTrainedModel, context: Context) -> None:
-    """Route every decoder layer of `model` through `_checkpointed`.
+def route_layers(model: PreTrainedModel, context: Context, checkpoints: bool) -> None:
+    """Route every decoder layer of `model` through `_run_layer`.
 
-    Raises ConfigError if the model has no such layers.
+    Raises ConfigError for checkpoints if the model has no such layers.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
+    if checkpoints and not layers:
         raise ConfigError(
             f"latent_memory.activation_checkpointing: {type(model).__name__} does not support it; "
             'set it to "none"'
         )
-    for layer in layers:
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = True
         # Otherwise the layer drops the cache before it calls us.
         layer._can_checkpoint_with_cache = True
-        sources = [module for module in layer.modules() if random_settings(module)]
-        layer._gradient_checkpointing_func = partial(_checkpointed, context, sources)
+        sources = [module for module in layer.modules() if random_settings(module)] if checkpoints else None
+        layer._gradient_checkpointing_func = partial(_run_layer, context, index, sources)
 
 
 def refuse_native_checkpointing(modules: Sequence[nn.Module]) -> None:
     """Raise ConfigError if `gradient_checkpointing_enable()` was called on the model of `modules`."""
     for module in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)
-        is_ours = isinstance(function, partial) and function.func is _checkpointed
+        is_ours = isinstance(function, partial) and function.func is _run_layer
         if getattr(module, "gradient_checkpointing", False) and not is_ours:
             raise ConfigError(
                 "Hugging Face's gradient checkpointing drops the KV cache, so latent passes would not see "
                 "the question. Do not call gradient_checkpointing_enable(); set "
                 'latent_memory.activation_checkpointing to "layers" in the ds_config.'
             )
+
+
+def _run_layer(
+    context: Context,
+    index: int,
+    sources: Sequence[nn.Module] | None,
+    call: partial,
+    *hidden_and_others: Any,
+) -> Any:
+    """Run `call(hidden, *others)`, a layer's forward: from a recording, or with activation checkpointing.
+
+    sources: modules of the layer that may draw random numbers; None without checkpointing.
+    """
+    run = call if sources is None else partial(_checkpointed, context, sources, call)
+    recorded = None if context.step is None else context.step.recorded_passes
+    if recorded is None or not hidden_and_others or context.current.past or context.is_recomputing:
+        return run(*hidden_and_others)
+    hidden_BTD, *others = hidden_and_others
+    return recorded.advance_layer(index, run, hidden_BTD, others, tuple(call.keywords.values()))
 
 
 def _checkpointed(

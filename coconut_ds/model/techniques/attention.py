@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.model.techniques.kv_buffer import Layer, Mask, Slot, add_products, make_mask
+from coconut_ds.model.techniques.kv_buffer import KeyValueBuffer, Layer, Mask, Slot, add_products, make_mask
 from coconut_ds.model.techniques.passes import Pass, Step
 
 ATTENTION = "coconut_buffer"
@@ -172,19 +172,14 @@ class _FirstPass(torch.autograd.Function):
     """Write the question's keys and values, unless run is None; returns them as the buffer has them."""
 
     @staticmethod
-    def forward(ctx, key_BKSE, value_BKSE, layer, run, scale):  # type: ignore[override]
-        ctx.layer, ctx.scale = layer, scale
-        if run is not None:
-            layer.write(key_BKSE, value_BKSE, run)
-        S = key_BKSE.shape[2]
-        # `data` has a version counter of its own, so autograd does not mistake what later passes write
-        # elsewhere in the buffer for a change of these columns.
-        return layer.keys_BKTE[:, :, :S].data, layer.values_BKTE[:, :, :S].data
+    def forward(ctx, key_BKSE, value_BKSE, layer, step, run, scale):  # type: ignore[override]
+        ctx.layer, ctx.step, ctx.scale = layer, step, scale
+        return step.call(Layer.first_states, layer, run, key_BKSE, value_BKSE)
 
     @staticmethod
     def backward(ctx, dkey_BKSE, dvalue_BKSE):  # type: ignore[override]
-        ctx.layer.collect(dkey_BKSE, dvalue_BKSE, ctx.scale)
-        return dkey_BKSE, dvalue_BKSE, None, None, None
+        ctx.step.call(Layer.collect, ctx.layer, dkey_BKSE, dvalue_BKSE, ctx.scale)
+        return dkey_BKSE, dvalue_BKSE, *(None,) * 4
 
 
 def short_attention(
@@ -382,12 +377,9 @@ def buffered_attention(
     if slot is not None and slot.cache.context.current.past:
         return _later_pass(query, slot, scale, dropout).transpose(1, 2), None
     if slot is not None and not slot.cache.context.is_recomputing:
-        assert isinstance(attention_mask, Mask)
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        columns, kv_heads = slot.layer.keys_BKTE.shape[2], slot.key_BKSE.shape[1]
-        attention_mask.prepare(slot.cache.step, columns, kv_heads, dtype)
-        slot.layer.mask = attention_mask
-        slot.layer.defers = slot.key_BKSE.requires_grad or slot.value_BKSE.requires_grad
+        defers = slot.key_BKSE.requires_grad or slot.value_BKSE.requires_grad
+        args = slot.cache, slot.layer.index, slot.key_BKSE, attention_mask, defers
+        slot.cache.step.call(KeyValueBuffer.open, *args)
     own_key, own_value = (key, value) if slot is None else (slot.key_BKSE, slot.value_BKSE)
     assert isinstance(own_key, Tensor) and isinstance(own_value, Tensor)
     out_BHSE = _first_pass(query, own_key, own_value, slot, own, scale, dropout)
@@ -416,7 +408,7 @@ def _first_pass(
     if slot is not None:
         context = slot.cache.context
         run = None if context.is_recomputing else context.current
-        key, value = _FirstPass.apply(key, value, slot.layer, run, scale)
+        key, value = _FirstPass.apply(key, value, slot.layer, slot.cache.step, run, scale)
         if query.untyped_storage().nbytes() > query.numel() * query.element_size():
             # A view would keep the complete fused projection alive.  The output takes the query's layout, so
             # with the heads of a column side by side the next layer need not copy it.

@@ -17,6 +17,7 @@ passes, I inputs, O outputs, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class LinearRows(Rows):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
         super().__init__(weight, bias)
+        self.renewed = partial(LinearRows, weight, bias, transposed)
         self.transposed = transposed
         self.pairs: list[tuple[Tensor, Tensor]] = []  # of wide passes
         self.size = 0  # elements that wide passes left
@@ -43,7 +45,7 @@ class LinearRows(Rows):
     def add(self, x_MI: Tensor, dy_MO: Tensor) -> None:
         """Keep the rows of a wide pass, or their product if that is smaller."""
         self.size += x_MI.numel() + dy_MO.numel()
-        if self.size < self.weight.numel():
+        if self.size < self.parameters[0].numel():
             self.pairs.append((x_MI, dy_MO))
         else:
             self.weight_sum = self._product(self.weight_sum, x_MI, dy_MO)
@@ -80,7 +82,7 @@ class LinearRows(Rows):
     @staticmethod
     def gradients(group: list[Any], x_LRI: Tensor | None, dy_LRO: Tensor | None) -> dict[int, Tensor]:
         assert x_LRI is not None and dy_LRO is not None
-        dbiases = dy_LRO.sum(1).unbind() if group[0].bias is not None else [None] * len(group)
+        dbiases = dy_LRO.sum(1).unbind() if group[0].parameters[1] is not None else [None] * len(group)
         for rows, *parts in zip(group, x_LRI.unbind(), dy_LRO.unbind(), dbiases, strict=True):
             rows.joined, dbias_O = tuple(parts[:2]), parts[2]
             if dbias_O is not None:
@@ -250,7 +252,7 @@ class _LinearProduct(torch.autograd.Function):
             x = ctx.recompute(*saved) if ctx.recompute is not None else saved[0]
             x_MI = x.reshape(-1, x.shape[-1])
         if is_first:
-            dweight, dbias = ctx.rows.collect(x_MI, dy_MO, needs_bias, ctx.step)
+            dweight, dbias = ctx.step.call(LinearRows.collect, ctx.rows, x_MI, dy_MO, needs_bias, ctx.step)
         elif dy is not None:
             ctx.step.watch()
             ctx.step.call(LinearRows.add, ctx.rows, x_MI, dy_MO)

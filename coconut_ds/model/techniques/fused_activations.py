@@ -213,6 +213,7 @@ class NormRows(Rows):
     def __init__(self, weights: list[Tensor], eps: float, normalized: Callable[[Tensor], Tensor]) -> None:
         super().__init__(weights[0], weights[1] if weights[1:] else None, *weights)
         self.eps, self.normalized = eps, normalized
+        self.renewed = partial(NormRows, weights, eps, normalized)
 
     def group(self) -> Any:
         return *super().group(), self.eps

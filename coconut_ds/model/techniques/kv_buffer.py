@@ -192,6 +192,15 @@ class KeyValueBuffer(PassCache):
         slot = Slot(key_states, value_states, self.layers_of_buffer[layer_idx], self)
         return slot, slot
 
+    def open(self, index: int, key_BKSE: Tensor, mask: Mask, defers: bool) -> None:
+        """Prepare a layer for the first pass."""
+        if not self.layers_of_buffer:
+            self._allocate(key_BKSE)
+        layer = self.layers_of_buffer[index]
+        dtype = torch.float64 if key_BKSE.dtype == torch.float64 else torch.float32
+        mask.prepare(self.step, layer.keys_BKTE.shape[2], key_BKSE.shape[1], dtype)
+        layer.mask, layer.defers = mask, defers
+
     def _allocate(self, key_BKSE: Tensor) -> None:
         B, K, _, E = key_BKSE.shape
         columns = self.step.passes[-1].stop
@@ -249,6 +258,15 @@ class Layer:
         start, width = run.start, run.stop - run.start
         self.keys_BKTE.narrow(2, start, width).copy_(key_BKSE)
         self.values_BKTE.narrow(2, start, width).copy_(value_BKSE)
+
+    def first_states(self, run: Pass | None, key_BKQE: Tensor, value_BKQE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the first pass's states, unless run is None; returns them as the buffer has them."""
+        if run is not None:
+            self.write(key_BKQE, value_BKQE, run)
+        Q = key_BKQE.shape[2]
+        # `data` has a version counter of its own, so autograd does not mistake what later passes write
+        # elsewhere in the buffer for a change of these columns.
+        return self.keys_BKTE[:, :, :Q].data, self.values_BKTE[:, :, :Q].data
 
     def collect(self, dkey_BKQE: Tensor, dvalue_BKQE: Tensor, scale: float) -> None:
         """Add what the later passes left to the gradients of the question's keys and values, in place."""

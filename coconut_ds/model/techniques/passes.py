@@ -93,15 +93,17 @@ class Step:
         self.at_barrier: list[Callable[[], None]] = []
         self.layers: list[Any] = []  # of the buffer of keys and values
         self.anchor: Tensor | None = None
+        self.recorded_passes: Any = None  # of the model, if layers of the first pass may run from recordings
+        self.layer_arguments: Any = None  # of the layer before
         self.state: Any = None  # of the model, as recorded passes need it
         self.recorder: Any = None  # of the pass that is being recorded
-        self.recorded = False  # whether one of its passes was
+        self.recorded = False  # whether one of its later passes was
         self._is_watched = False
         self._ones: dict[Any, Tensor] = {}
 
     def forget_graph(self) -> None:
         """Release the graph at the end of the forward; its nodes keep what the backward needs."""
-        self.anchor = None
+        self.anchor = self.layer_arguments = None
         self.per_position.clear()
 
     def split(self, x_BT: Tensor) -> tuple[Tensor, ...]:
@@ -291,12 +293,23 @@ class _Barrier(torch.autograd.Function):
 class Rows:
     """Rows that the later passes leave for one layer."""
 
+    renewed: "Callable[[], Rows]"  # empty rows of the same layer, for another step
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *vectors: Tensor | None) -> None:
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.parameters = weight, bias
         self.vectors = [vector for vector in vectors if vector is not None and vector.requires_grad]
         self.inputs: list[Tensor] = []  # of the one-column passes
         self.douts: dict[int, Tensor] = {}
         self.leaves: list[list[Tensor]] = []  # stand-ins for the vectors, of each wide pass
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.parameters[0].detach()
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        bias = self.parameters[1]
+        return None if bias is None else bias.detach()
 
     def record(self, x: Tensor, y: Tensor) -> Tensor:
         """Keep x now and the gradient of y, the layer's output, in the backward."""
@@ -316,10 +329,18 @@ class Rows:
     def group(self) -> Any:
         """Rows of equal groups can be stacked."""
         # Of equal width and number: a norm of queries has more rows than one of grouped keys.
-        counts = [dy.numel() // dy.shape[-1] for dy in self.douts.values()]
+        counts = [dy.numel() for dy in self.douts.values()]
         shape = (self.inputs[0].shape[-1], *self.douts, *counts) if self.douts else None
-        weight = self.weight.shape, self.weight.dtype, self.bias is None
-        return type(self), shape, weight, len(self.leaves), len(self.vectors)
+        weight, bias = self.parameters
+        return (
+            type(self),
+            shape,
+            weight.shape,
+            weight.dtype,
+            bias is None,
+            len(self.leaves),
+            len(self.vectors),
+        )
 
     def taken_inputs(self) -> list[Tensor]:
         """Inputs of the rows with a gradient; without retain_graph the list is emptied."""
@@ -348,6 +369,6 @@ class Rows:
 
 
 def _stacked(parts: list[Tensor], count: int) -> Tensor:
-    if any(part.shape[1:] != parts[0].shape[1:] for part in parts):  # those of a recorded pass have no column
+    if len({part.dim() for part in parts}) > 1:  # those of a recorded pass have no column
         parts = [part.flatten(0, -2) for part in parts]
     return torch.cat(parts).view(count, -1, parts[0].shape[-1])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 
 from coconut_ds.model.techniques.kv_buffer import Layer
-from coconut_ds.model.techniques.passes import Pass, Rows
+from coconut_ds.model.techniques.passes import Pass, Rows, Step
 
 aten = torch.ops.aten
 
@@ -73,13 +73,16 @@ class Recorder(TorchDispatchMode):
         self,
         weights: Sequence[Tensor],
         rows: dict[int, Rows],
+        fixed: dict[str, Any],
         arguments: str,
         forward: "Recorder | None" = None,
     ) -> None:
+        """fixed: other arguments of the functions, by name: tensors, and objects given to recorded calls."""
         super().__init__()
         self.graph = fx.Graph()
-        names = ["weights", "layers", "rows", "run", *arguments.split()]
+        names = ["weights", "layers", "rows", "run", *fixed, *arguments.split()]
         self.arguments = {name: self.graph.placeholder(name) for name in names}
+        self.objects: dict[int, fx.Node] = {}
         self.weights = {_identity(weight): index for index, weight in enumerate(weights)}
         self.modules = {id(own): module for module, own in rows.items()}
         self.number = next(self._numbers)
@@ -87,6 +90,11 @@ class Recorder(TorchDispatchMode):
         self.saved: list[Any] = []  # nodes of the forward that the backward uses
         self.reason: str | None = None  # why there is no recording
         self._items: dict[Any, Any] = {}
+        for name, value in fixed.items():
+            if isinstance(value, Tensor):
+                self.name(value, self.arguments[name])
+            elif value is not None:
+                self.objects[id(value)] = self.arguments[name]
 
     def name(self, tensor: Tensor, node: Any) -> None:
         tensor.__dict__.setdefault("_recorded", {})[self.number] = node
@@ -100,15 +108,17 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Rows):
             return self.item("rows", self.modules[id(value)])
         if not isinstance(value, Tensor):
-            return value
+            return self.objects.get(id(value), value)
         nodes = getattr(value, "_recorded", {})
         if self.number in nodes:
             return nodes[self.number]
         if self.forward is not None and self.forward.number in nodes:
-            node = nodes[self.forward.number]
+            node = _viewed(nodes[self.forward.number])
             if node not in self.saved:
                 self.saved.append(node)
-            return self.item("saved", self.saved.index(node), _take)
+            saved = self.item("saved", self.saved.index(node), _take)
+            saved.meta |= node.meta
+            return saved if node is nodes[self.forward.number] else self._reshaped(saved, tuple(value.shape))
         index = self.weights.get(_identity(value))
         if index is None:
             raise NotRecordable(f"a tensor of shape {list(value.shape)} is neither an input nor a weight")
@@ -117,10 +127,8 @@ class Recorder(TorchDispatchMode):
     def rows_node(self, value: Any) -> Any:
         """The node of a tensor whose leading dimensions do not matter."""
         node = self.node(value)
-        if isinstance(node, fx.Node) and node.target == "view":
-            source: Any = node.args[0]
-            if source.meta.get("shape", (0,))[-1] == value.shape[-1]:
-                return source
+        if isinstance(node, fx.Node) and value.dim() == 3 and value.is_contiguous():
+            return self._reshaped(node, (value.shape[0] * value.shape[1], value.shape[2]))
         return node
 
     def item(self, argument: str, index: int, get: Callable[..., Any] = operator.getitem) -> Any:
@@ -197,8 +205,7 @@ class Recorder(TorchDispatchMode):
         return self._items[method, args]
 
     def _reshaped(self, node: Any, shape: tuple[int, ...]) -> Any:
-        while node.op == "call_method" and node.target == "view":
-            node = node.args[0]
+        node = _viewed(node)
         if node.meta.get("shape") == shape:
             return node
         if (node, shape) not in self._items:
@@ -211,6 +218,13 @@ class Recorder(TorchDispatchMode):
         self.graph.output(results)
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         return self.graph
+
+
+def _viewed(node: Any) -> Any:
+    """The node of which `node` is another shape."""
+    while node.op == "call_method" and node.target == "view":
+        node = node.args[0]
+    return node
 
 
 def _take(saved: list[Any], index: int) -> Any:
@@ -240,7 +254,13 @@ def generalized(graph: fx.Graph, width: int, other: fx.Graph, other_width: int) 
             return names[a]
         if type(a) is type(b) and isinstance(a, (tuple, list)) and len(a) == len(b):
             return type(a)(map(merged, a, b))
-        if type(a) is int and type(b) is int and a != b and (a - b) % (width - other_width) == 0:
+        if (
+            type(a) is int
+            and type(b) is int
+            and width != other_width
+            and a != b
+            and (a - b) % (width - other_width) == 0
+        ):
             slope = (a - b) // (width - other_width)
             key = slope, a - slope * width
             if key not in sizes:
@@ -274,8 +294,11 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 class Program:
     """A recorded pass: two functions, and the modules whose rows they return."""
 
-    def __init__(self, forward: fx.Graph, backward: fx.Graph, modules: Sequence[int]) -> None:
-        self.graphs, self.modules = (forward, backward), tuple(modules)
+    def __init__(
+        self, forward: fx.Graph, backward: fx.Graph, modules: Sequence[int], opened: dict[int, Rows]
+    ) -> None:
+        """opened: rows of modules that a first pass runs, by the modules' ids; empty after their step."""
+        self.graphs, self.modules, self.opened = (forward, backward), tuple(modules), opened
 
     @cached_property
     def forward(self) -> Callable[..., Any]:
@@ -295,4 +318,21 @@ class Program:
         forward, backward = (generalized(a, width, b, other_width) for a, b in pairs)
         if forward is None or backward is None or self.modules != other.modules:
             return None
-        return Program(forward, backward, self.modules)
+        return Program(forward, backward, self.modules, self.opened)
+
+
+def reaches_a_weight(hidden_BSD: Tensor, inputs: Sequence[Tensor], step: Step) -> bool:
+    """Whether the backward of a pass, before its inputs', accumulates the gradient of another weight."""
+    stand_ins = {id(leaf) for rows in step.rows.values() for leaves in rows.leaves for leaf in leaves}
+    stand_ins |= {id(x) for x in inputs}
+    seen = {None, *(x.grad_fn for x in inputs)}
+    nodes: list[Any] = [hidden_BSD.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in stand_ins:
+            return True
+        nodes += [parent for parent, _ in node.next_functions]
+    return False

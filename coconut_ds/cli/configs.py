@@ -52,7 +52,11 @@ def _chosen(names: list[str]) -> list[str]:
     wanted = [name.removesuffix("/") for name in names]
     for name in wanted:
         if not any(file == name or file.startswith(f"{name}/") for file in known):
-            raise UserError(f"no shipped file is named {name}; `coconut-ds configs list` prints all names")
+            near = [file for file in known if Path(file).stem == Path(name).stem]
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(
+                f"no shipped file is named {name}{hint}; `coconut-ds configs list` prints all names"
+            )
     return [
         file
         for file in known

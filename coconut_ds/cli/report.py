@@ -53,14 +53,13 @@ def run(args: argparse.Namespace) -> int:
         tables = all_tables(runs, groups)[:2]
         print("\n\n".join(table.latex() if args.latex else table.markdown() for table in tables))
         return 0
-    print(text(runs, groups))
     page = None if args.no_page else _page_path(args, runs)
-    if page is not None:
+    paths: list[Path] = []
+    if page is not None:  # before the text, which may be piped into `head`
         from coconut_ds.reports.run_page import write_page  # importing matplotlib takes a second
 
         try:
-            for path in write_page(page, runs):
-                print(path)
+            paths = write_page(page, runs)
         except OSError as error:
             if args.html:
                 raise ConfigError(f"--html {page}: cannot be written ({error.strerror})") from error
@@ -68,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
                 f"{page}: the page was not written ({error.strerror}); --html FILE writes it elsewhere",
                 stacklevel=1,
             )
+    print(text(runs, groups))
+    for path in paths:
+        print(path)
     return 0
 
 

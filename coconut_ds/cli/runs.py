@@ -53,9 +53,10 @@ def _row(folder: Path) -> dict[str, object]:
         return row | {"state": "unreadable: `report` says why"}
     valid, test = record.measured("valid"), record.measured("test")
     epochs, planned = int(valid[-1]["epoch"]) + 1 if valid else 0, record.experiment.num_epochs
-    is_done = epochs >= planned
+    is_profile = record.profile is not None and not record.of("train")
+    state = "profile" if is_profile else "finished" if epochs >= planned else "stopped"
     return row | {
-        "state": "running" if is_running(folder) else "finished" if is_done else "stopped",
+        "state": "running" if is_running(folder) else state,
         "method": str(record.experiment.method),
         "epochs": f"{epochs} of {planned}",
         "stage": str(record.stage_of(valid[-1])) if valid else None,

@@ -168,7 +168,7 @@ def _check_run_data(experiment: Experiment) -> str:
 def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
     """Print the report on the data files; return the number of errors and leaks."""
     from coconut_ds.data.checks import check_data_files  # imports torch, which settings files do not need
-    from coconut_ds.data.run_data import LengthCheck, limit_of
+    from coconut_ds.data.run_data import LengthCheck, limit_of, load_test_set, unknown_id, unknown_text
     from coconut_ds.data.tokenizer import load_vocabulary, refuse_unsavable
     from coconut_ds.model.loading import load_config
 
@@ -180,6 +180,9 @@ def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
         refuse_unsavable(vocabulary, model)
         check = LengthCheck(EVERY_STEP_SHOWN, vocabulary, limit_of(load_config(model)))
     report = check_data_files(paths, vocabulary, check, fields)
+    if vocabulary is not None and unknown_id(vocabulary) is not None and not report.errors:
+        sets = {str(path): load_test_set(str(path), vocabulary, fields=fields) for path in paths}
+        print_notes(unknown_text(vocabulary, [], "", sets, fields))
     print(report.table(), file=sys.stderr if report.errors or report.leaks else sys.stdout)
     if picture is not None:
         report.save_picture(picture)

@@ -34,7 +34,7 @@ from coconut_ds.data.tokenizer import (
     tokenize,
 )
 from coconut_ds.errors import DataError
-from coconut_ds.files import print_notes
+from coconut_ds.files import counted, print_notes
 
 DEBUG_TRAIN_ITEMS, DEBUG_VALID_ITEMS = 128, 32
 Changes = Mapping[int, TokenizedProblem | None]  # by index; None: dropped
@@ -103,6 +103,7 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
     sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
     print_notes(shared_questions(train, experiment.train_path, sets, unknown_id(vocabulary)))
     print_notes(unknown_text(vocabulary, train, experiment.train_path, sets, experiment.fields))
+    print_notes(stages_beyond(train, experiment))
     check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
     uses = check.uses(train, valid.tokenized, test.tokenized if test else ())
     if experiment.too_long == "error":
@@ -388,6 +389,23 @@ def shared_questions(
                 f"on them does not measure generalization; the first is item {first} = item "
                 f"{seen[test_set.tokenized[first].question]}: {_short(test_set.problems[first].question)!r}"
             )
+
+
+def stages_beyond(train: Sequence[TokenizedProblem], experiment: Experiment) -> Iterator[str]:
+    """A note if the curriculum has stages for more steps than any training problem has."""
+    if not (train and experiment.method.has_stages):
+        return
+    if isinstance(train, CachedProblems):
+        longest = int(train.num_pieces().max()) - 2  # without question and answer
+    else:
+        longest = max(len(problem.steps) for problem in train)
+    if longest == 0:
+        yield f"{experiment.train_path}: no problem has steps, so no stage hides anything; add 'steps'"
+    elif longest < experiment.max_latent_stage:
+        yield (
+            f"{experiment.train_path}: no problem has more than {counted(longest, 'step')}, so the later "
+            f"stages hide no more than stage {longest}: --set max_latent_stage={longest}"
+        )
 
 
 def unknown_id(vocabulary: Vocabulary) -> int | None:

@@ -145,6 +145,13 @@ def missing(model_id: str) -> str:
     return f"; {path.parent.absolute()} has no {path.name}{similar_path(path)}"
 
 
+def where_to_load_from(model_id: str, what: str) -> str:
+    """What to write for a model that cannot be loaded."""
+    is_local = Path(model_id).expanduser().exists()
+    no_folder = "" if is_local else f"{Path.cwd()} has no folder {model_id}. "
+    return f"  {no_folder}Give a Hugging Face id (needs network or a filled cache){what}."
+
+
 def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
     """Load the tokenizer of a Hugging Face id, a folder or a .gguf file, and add the special tokens.
 
@@ -162,7 +169,7 @@ def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
     except Exception as error:  # transformers and tokenizers raise anything on a damaged file
         raise ConfigError(
             f"model_id: cannot load a tokenizer from {model_id!r}: {first_line(error)}{missing(model_id)}\n"
-            "  Give a Hugging Face id (needs network or a filled cache) or a folder with tokenizer files."
+            + where_to_load_from(model_id, " or a folder with tokenizer files")
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model_id: the tokenizer of {model_id!r} has no eos token to end answers with")
@@ -277,6 +284,10 @@ class CachedProblems(Sequence[TokenizedProblem]):
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
+
+    def num_pieces(self) -> np.ndarray:
+        """Pieces of every problem: question, steps, answer."""
+        return np.diff(self.first_pieces)
 
     def num_tokens(self) -> np.ndarray:
         """Tokens of every problem."""

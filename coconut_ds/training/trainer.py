@@ -276,11 +276,12 @@ class Trainer:
         """What a run that has no epoch left says at its start: accuracy, checkpoints, how to train on."""
         accuracy, best = self.state.accuracy, self.checkpoints.folders.pointed_at("best")
         measured = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
-        num_epochs = f"num_epochs={self.state.epoch + 1}"
+        epoch, planned = self.state.epoch, self.experiment.num_epochs
+        epochs = f"{epoch} of {planned} epochs" if epoch <= planned else f"{epoch} epochs, {planned} planned"
+        num_epochs = f"num_epochs={epoch + 1}"
         allow = " --allow num_epochs" if rate_depends_on_length(asdict(self.experiment)) else ""
         return (
-            f"{self.run.folder} is finished: {self.state.epoch} of {self.experiment.num_epochs} epochs"
-            f"{measured} ({self.trained_stage()}). "
+            f"{self.run.folder} is finished: {epochs}{measured} ({self.trained_stage()}). "
             f"Newest checkpoint: {self.run.folder / 'latest'}"
             + (f"; best: {self.run.folder / 'best'} ({best})" if best else "")
             + f". To train on: --set {num_epochs}{allow} (or more)"

@@ -32,6 +32,8 @@ def test_list_and_show(capsys):
     assert capsys.readouterr().out == (ROOT / "ds_configs" / "zero2.json").read_text()
     assert main(["configs", "show", "zero9.json"]) == 2
     assert "coconut-ds configs list" in capsys.readouterr().err
+    assert main(["configs", "show", "zero2.json"]) == 2
+    assert "did you mean ds_configs/zero2.json?" in capsys.readouterr().err
 
 
 def test_copy_keeps_what_the_user_changed(tmp_path, monkeypatch, capsys):

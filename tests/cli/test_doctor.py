@@ -142,6 +142,17 @@ def test_versions_are_compared_with_the_pins(tmp_path):
     assert "3 pinned, 1 in other versions" in found["packages"].message
 
 
+def test_versions_are_compared_with_the_wheel_s_requirements(tmp_path, monkeypatch):
+    (tmp_path / "coconut_ds-9.dist-info").mkdir()
+    (tmp_path / "coconut_ds-9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: coconut_ds\nVersion: 9\nRequires-Dist: numpy==0.0.1\n"
+        "Requires-Dist: no-such-package==1.0; extra == 'dev'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {finding.what: finding.message for finding in doctor.versions(tmp_path / "requirements.txt")}
+    assert found["packages"] == "1 pinned, 1 in other versions" and "tested with 0.0.1" in found["numpy"]
+
+
 def test_limits_of_the_system(monkeypatch, tmp_path):
     usage = type("Usage", (), {"free": 64 * 2**20})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)

@@ -1,11 +1,13 @@
 """Notes at the start of training: questions in two files, and text that the tokenizer does not know."""
 
 import json
+import re
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.run_data import (
     load_run_data,
@@ -18,7 +20,7 @@ from coconut_ds.data.tokenizer import load_vocabulary, tokenize
 from coconut_ds.model.loading import load_config
 
 
-def problem(question, steps=("1+1=2",), answer="2"):
+def problem(question, steps=("1+1=2",) * 3, answer="2"):
     return {"question": question, "steps": list(steps), "answer": answer}
 
 
@@ -64,6 +66,22 @@ def test_the_training_file_as_validation_file_is_a_note(notes):
     assert "1 of 1 questions are also in" in notes(train_path=same, val_path=same)[0]
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "no problem has steps, so no stage hides anything"),
+        (["1+1=2"], "no problem has more than 1 step, so .* than stage 1: --set max_latent_stage=1"),
+        (["1+1=2"] * 3, None),
+    ],
+    ids=["none", "one", "three"],
+)
+def test_stages_beyond_the_steps_of_the_data_are_a_note(notes, steps, message):
+    lines = notes(
+        train_path=[problem("1+1=?", steps)], val_path=[problem("1+2=?")], test_path=[problem("2+1=?")]
+    )
+    assert (re.search(message, "\n".join(lines)) is not None) if message else lines == []
+
+
 def words(folder, model):
     """A tokenizer of a few words with an unknown token."""
     names = ["[UNK]", "<eos>", "two", "plus", "###", "2"]
@@ -96,9 +114,14 @@ def test_text_that_the_tokenizer_does_not_know_is_counted_and_named(tmp_path, mo
     )
     assert note.endswith("'é' (2), 'ß' (1), 'zwei' (1), 'drei' (1)")
     unknown = unknown_id(vocabulary)
-    assert (
-        list(shared_questions(tokens[1:], train, sets, unknown)) == []
-    )  # "drei" may be another word than "é"
-    assert len(list(shared_questions(tokens, train, sets, unknown))) == 1  # "two plus two", of the valid file
+    # "drei" and "é" are one token, "two plus two" is really in both files.
+    assert list(shared_questions(tokens[1:], train, sets, unknown)) == []
+    assert len(list(shared_questions(tokens, train, sets, unknown))) == 1
     del sets[str(tmp_path / "test.json")]
     assert list(unknown_text(vocabulary, tokens[:1], train, sets)) == []
+
+
+def test_validate_names_text_that_the_tokenizer_does_not_know(tmp_path, arithmetic, capsys):
+    (tmp_path / "a.json").write_text(json.dumps([problem("zwei+2=?")]))
+    assert main(["validate", str(tmp_path / "a.json"), "--model", str(arithmetic / "gpt2")]) == 0
+    assert "does not know" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import yaml
 
 from coconut_ds.__main__ import main
 from coconut_ds.runs.run_folder import RunLock
+from tests.reports.made_profile import profile
 
 LINE = {
     "kind": "valid", "step": 4, "stage": 1, "at": "1 step hidden, 1 latent", "loss": 1.0, "time": 1.0,
@@ -42,9 +43,12 @@ def test_runs_lists_state_stage_and_accuracy(runs, capsys, monkeypatch):
     assert "running coconut 0 of 6 - -" in rows["runs/fresh"]
     assert "unreadable" in rows["runs/bad"] and len(rows) == 4
     lock.release()
-    assert main(["runs", str(runs / "fresh"), "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["state"] == "stopped" and row["valid"] is None
+    for state in ("stopped", "profile"):
+        assert main(["runs", str(runs / "fresh"), "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["state"] == state and row["valid"] is None
+        (runs / "fresh" / "memory").mkdir(exist_ok=True)
+        (runs / "fresh" / "memory" / "profile.json").write_text(json.dumps(profile()))
     assert main(["runs", str(runs / "none")]) == 2
     assert "no run folder" in capsys.readouterr().err
 

@@ -198,13 +198,15 @@ def all_tables(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[Table
 
 
 def summary_table(groups: Sequence[Group]) -> Table:
-    """One line per group."""
+    """One line per group that has been trained or evaluated."""
     on_gpu = any(run.uses_gpu for group in groups for run in group.runs)
     head = ["run", "thought", "tuning", "dataset", "memory", "seed", "set", "accuracy, 95 % interval"]
     head += ["tokens", "s/epoch", "peak MiB" if on_gpu else "peak RSS MiB", "budget MiB"]
     rows = []
     for group in groups:
         numbers = group_numbers(group)
+        if all(numbers[key] is None for key in ("accuracy", "seconds_per_epoch", "peak_mib")):
+            continue  # a profile
         rows.append(
             [
                 group.label,

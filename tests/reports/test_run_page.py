@@ -173,6 +173,15 @@ def test_two_runs_are_compared_on_one_page(make_run, tmp_path):
     assert (one / "memory" / "compare_other_components.png").is_file()
 
 
+def test_a_profile_has_no_empty_table_of_results(make_run, capsys):
+    folder = make_run("profiled")
+    (folder / "metrics.jsonl").unlink()
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "memory" / "report.html").read_text()
+    assert "<h2>Results</h2>" not in text and "<h2>Memory</h2>" in text
+    assert "accuracy" not in capsys.readouterr().out
+
+
 def test_a_run_without_a_profile_says_how_to_get_one(make_run, tmp_path):
     folder = make_run("plain", with_profile=False)
     assert main(["report", str(folder), "--html", str(tmp_path / "here" / "page.html")]) == 0

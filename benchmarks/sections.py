@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu_section import gpu_text
+from benchmarks.memory_sections import engine_text, quantized_text
 from coconut_ds.evaluation.intervals import wilson_interval
 
 MB = 1e6
@@ -326,6 +327,19 @@ SECTIONS = (
         "Measured on the quickstart's task and recipe of before 2026-11-27 (chains of sums modulo 10). "
         "LoRA starts from the CoT run of its seed.",
         "python -m benchmarks.variants", variants_text,
+    ),
+    Section(
+        "engine_bytes", "Planned against measured engine states",
+        "GPT-2, 4 layers of width 256, under DeepSpeed on the CPU: states, and peaks of a micro-batch and a "
+        "step beyond them. 8+4+4: moments, master weights, gradients; alone: `fp32_optimizer_states: false`.",
+        "python -m benchmarks.engine_bytes", engine_text,
+    ),
+    Section(
+        "quantized", "4-bit weights and 8-bit moments",
+        "20 steps in bf16 on the CPU, straight against killed and resumed: numbers and weights to the last "
+        "digit. Stock transformers and PEFT read the exports (QLoRA: adapter, merged). Memory by `profile`, "
+        "GPU and host together.",
+        "python -m benchmarks.quantized", quantized_text,
     ),
     Section("gpu", "GPU", "One script of nine minutes.", "python -m benchmarks.gpu", gpu_text),
 )  # fmt: skip

@@ -283,14 +283,18 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
     norm = _product(GRADIENTS, "norm in fp64", "8 P_max", FP64, sizes.largest)
     if zero.stage == 3:
         return [norm]
+    # runtime/utils.py, all_gather_dp_groups: without a GPU, gloo copies what it gathers
+    weights = max(sum(group) for group in sizes.groups) if zero.ranks > 1 and zero.device != NVIDIA else 0
+    gathered = [Item(COMMUNICATION, "gathered weights", b * weights, "b P")]
     if zero.offload_optimizer:
         # runtime/zero/stage_1_and_2.py, _restore_cpu_offload_grad_to_gpu
-        return [Item(GRADIENTS, "one gradient copied back from the host", b * sizes.largest, "b P_max"), norm]
+        one = Item(GRADIENTS, "one gradient copied back from the host", b * sizes.largest, "b P_max")
+        return max([one, norm], gathered, key=_total)
     partition = Partition.heaviest(sizes, zero)
     owned = sum(sizes.flat[i] for i in partition.owned)
     # runtime/zero/stage_1_and_2.py, copy_grads_in_partition: grads_in_partition
     collected = [Item(GRADIENTS, "own gradients", b * owned, f"b x {owned:,}")]
-    moments = [[*collected, norm]]
+    moments = [[*collected, norm], gathered]
     if zero.stage == 1:
         # runtime/zero/stage_1_and_2.py, reduce_gradients, at the first full bucket: its gradients have moved
         # into it, and are copied or collected.  The others and the bucket are freed before the norm.
@@ -305,15 +309,18 @@ def step_items(sizes: Sizes, zero: ZeroSettings) -> list[Item]:
         flat = [collected[0], _product(GRADIENTS, "flattened", "b P/N", b, share)]
         moments.append(flat if b == FP32 else [*flat, in_fp32])
         # runtime/zero/stage_1_and_2.py, _optimizer_step.  Collected gradients of all groups are parts of one
-        # tensor, which lives until those of the last group are flattened; measured on two ranks, until the
-        # update is complete.
-        held = collected if zero.ranks > 1 or number < len(sizes.groups) else []
+        # tensor, which lives until those of the last group are flattened.
+        held = collected if number < len(sizes.groups) else []
         copies = 1 if zero.device == NVIDIA else 2
         if zero.moment_bytes == EIGHT_BIT:  # one kernel on a GPU; on the CPU, moments and roots in fp32
             copies = 0 if zero.device == NVIDIA else 5
         roots = _product(OPTIMIZER, "Adam's square roots", f"{4 * copies} P/N", FP32 * copies, share)
         moments.append([*held, in_fp32, roots])
-    return max(moments, key=lambda items: sum(item.size for item in items))
+    return max(moments, key=_total)
+
+
+def _total(items: Sequence[Item]) -> int:
+    return sum(item.size for item in items)
 
 
 def host_states(sizes: Sizes, zero: ZeroSettings) -> list[Item]:

@@ -54,7 +54,7 @@ CASES = {  # (tuning, DeepSpeed config, --ds)
     "8+4+4": ("full", "zero2_offload_bf16"),
     "8+4+4 alone": ("full", "zero2_offload_bf16", IN_FP32),
     "8+4+4 checkpointing": ("full", "zero2_offload_bf16_checkpointing"),
-    "8+4+4 fp16": ("full", "zero2_offload_fp16_checkpointing"),
+    "8+4+4 fp16": ("full", "zero2_offload_fp16_checkpointing", "fp16.initial_scale_power=2"),  # no overflow
     "8+2+2": ("full", "zero2_offload_bf16", LOW),
     "4+2+2": ("full", "zero2_offload_bf16", LOW, "bf16.bf16_optimizer_states=true"),
 }
@@ -90,7 +90,7 @@ def compared(tuning, ds_config, *overrides, ranks):
             "gradient_accumulation_steps": 2, "tuning": tuning.removeprefix("q"),
             "quantization": "nf4" if tuning == "qlora" else "none",
             # Its weights are an optimizer group of their own.
-            "thought": "last_hidden" if "_" in ds_config else "learnable_window",
+            "thought": "last_hidden" if "_" in ds_config or overrides else "learnable_window",
         },
         "states",
     )  # fmt: skip

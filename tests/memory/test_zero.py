@@ -111,7 +111,8 @@ def test_the_step_of_zero_1_begins_with_all_gradients_and_the_bucket(bucket, not
         "gradients not yet reduced": 4 * not_reduced,  # those in the full bucket have given up their memory
         "reduce bucket": 4 * bucket,
     }
-    one, two = (step_items(sizes, replace(ZERO2, stage=stage, device="cpu", bucket=9)) for stage in (1, 2))
+    zero = replace(ZERO2, device="cpu", moment_bytes=1)
+    one, two = (step_items(sizes, replace(zero, stage=stage)) for stage in (1, 2))
     assert one == two != []  # when Adam needs its square roots, the others and the bucket are free
 
 
@@ -193,11 +194,20 @@ def test_only_small_pinned_blocks_are_rounded_with_a_threshold():
 
 
 @pytest.mark.parametrize("device, roots", [("cuda", 1), ("cpu", 2)])
-def test_collected_gradients_live_until_the_last_group_is_flattened(device, roots):
-    zero = replace(ZERO2, ranks=1, device=device)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_collected_gradients_live_until_the_last_group_is_flattened(device, roots, ranks):
+    zero, group = replace(ZERO2, ranks=ranks, device=device), (100,) * 6000 * ranks
     one, two = (
         sum(item.size for item in step_items(Sizes(groups, 0, 0), zero))
-        for groups in (((600_000,),), ((600_000,), (8,)))
+        for groups in ((group,), (group, (8,)))
     )
-    assert one == 4 * 600_000 * max(1 + roots, 3)  # collected, flattened and the norm in fp64 is no more
+    assert one == 4 * 600_000 * (1 + roots)
     assert two == 4 * 600_000 * (2 + roots) + 4 * 8
+
+
+def test_without_a_gpu_the_gathered_weights_are_copied():
+    zero = replace(ZERO2, offload_optimizer=True)
+    many = Sizes(((10,) * 500,), 0, 0)
+    on_gpu, on_cpu = (sizes_of(step_items(many, replace(zero, device=device))) for device in ("cuda", "cpu"))
+    assert "norm in fp64" in on_gpu and on_cpu == {"gathered weights": 4 * 5000}
+    assert "norm in fp64" in sizes_of(step_items(many, replace(zero, device="cpu", ranks=1)))

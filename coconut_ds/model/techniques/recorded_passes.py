@@ -3,7 +3,7 @@
 A pass of one column is little arithmetic and much Python.  Its operators are the same every time, so they are
 recorded while a pass runs as usual, forward and backward, and other passes call them directly, in the same
 order and with the same results.  So do passes of many columns.  The first pass is recorded layer by layer,
-with activation checkpointing or adapters, since its layers return the gradients of their weights:
+where its layers may return the gradients of all their weights at once:
 
     first     modules and autograd, as usual; finds models whose gradients do not all go through Rows
     then      modules and autograd, recorded as two functions
@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 HAS_RUN = "the backward of this pass has run already; call the first with retain_graph=True"
 # Kinds of passes that are kept: rows, dtype, trained weights; and recordings of one kind.
 MAX_KINDS, MAX_RECORDINGS = 8, 16
+# Gradients of a layer over the hidden states between layers, in elements, without activation checkpointing.
+# A recorded layer holds all of its gradients at once; larger ones would raise the peak by more than 3 %.
+LIMIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,8 @@ class RecordedPasses:
         _, fixed, described = step.layer_arguments
         if not (trained or hidden_BSD.requires_grad) or fixed is None:
             return call(hidden_BSD, *args)
-        if not self.checkpoints and _extra_elements(trained) > hidden_BSD.numel():
+        activations = len(self.checkpointing_layers) * hidden_BSD.numel()
+        if not self.checkpoints and _elements(trained) > LIMIT * activations:
             return call(hidden_BSD, *args)
         usual = Usual(step, run, weights, fixed, lambda inputs: call(inputs[0], *args), trained)
         key = hidden_BSD.requires_grad, _described(hidden_BSD), described
@@ -401,10 +405,8 @@ def draws_random(module: nn.Module) -> bool:
     return module.training and any(value > 0 for value in random_settings(module))
 
 
-def _extra_elements(trained: Sequence[Tensor]) -> int:
-    """Elements of gradients that a recorded layer holds at once, and modules one after the other."""
-    sizes = [weight.numel() for weight in trained]
-    return sum(sizes) - max(sizes, default=0)
+def _elements(trained: Sequence[Tensor]) -> int:
+    return sum(weight.numel() for weight in trained)
 
 
 def _fixed(step: Step, others: Sequence[Any]) -> tuple[dict[str, Any] | None, Any]:

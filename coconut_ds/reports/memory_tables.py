@@ -116,7 +116,8 @@ def profile_text(profile: Json, plan: Json | None) -> str:
     """The complete text for a terminal."""
     ranks, where = profile["ranks"], "GPU" if is_on_gpu(profile) else "CPU"
     lines = [
-        f"{profile['experiment']} with {profile['ds_config']}: {counted(len(ranks), 'rank')}, {where}, MiB of tensors",
+        f"{profile['experiment']} with {profile['ds_config']}: {counted(len(ranks), 'rank')}, {where}, "
+        "MiB of tensors",
         f"largest stage, {profile['stage']}: {profile['batch']}",
         "",
         _phases(profile).text(),

@@ -46,8 +46,8 @@ HAS_RUN = "the backward of this pass has run already; call the first with retain
 # Kinds of passes that are kept: rows, dtype, trained weights; and recordings of one kind.
 MAX_KINDS, MAX_RECORDINGS = 8, 16
 # Gradients of a layer over the hidden states between layers, in elements, without activation checkpointing.
-# A recorded layer holds all of its gradients at once; larger ones would raise the peak by more than 3 %.
-LIMIT = 0.5
+# A recorded layer holds all of its gradients at once, which plans do not know: 0 records no such layer.
+LIMIT = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
-from coconut_ds.model.techniques import recorded_passes
 from tests.model import lora_cases
 from tests.model.cases import EQUAL_ROWS, gradients, loss_and_gradients, make_batch, make_coconut
 
@@ -72,17 +71,13 @@ def test_no_digit_changes(architecture, checkpointing, dropout):
     is_random = checkpointing == "layers" and dropout > 0
     assert wide.is_refused if is_random else 0 in wide.programs
     layers = layer_kinds(coconut)
-    assert len(layers) == coconut.causal_lm.config.num_hidden_layers
-    if checkpointing == "none":  # few tokens: modules give the gradients of large weights one by one
-        assert not any(layers)
-    else:
-        assert all(kind.is_refused if is_random else 0 in kind.programs for (kind,) in layers)
+    assert len(layers) == (coconut.causal_lm.config.num_hidden_layers if checkpointing == "layers" else 0)
+    assert all(kind.is_refused if is_random else 0 in kind.programs for (kind,) in layers)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "layers"])
-def test_single_passes_and_accumulated_gradients(checkpointing, monkeypatch):
+def test_single_passes_and_accumulated_gradients(checkpointing):
     """Hooks of weights see one complete gradient each, layer by layer, as ZeRO needs it."""
-    monkeypatch.setattr(recorded_passes, "LIMIT", 1e9)  # small weights
     settings = LatentMemory(activation_checkpointing=checkpointing)
     batches = [make_batch(((rows, 0, 3 + rows % 3), (4, 0, 3))) for rows in (9, 10, 12, 11, 8)]
     coconut, usual = (
@@ -90,6 +85,7 @@ def test_single_passes_and_accumulated_gradients(checkpointing, monkeypatch):
         make_coconut("gpt2", replace(settings, recorded_passes=False)),
     )
     assert_identical(train(coconut, True, batches + BATCHES), train(usual, False, batches + BATCHES))
+    assert bool(layer_kinds(coconut)) == (checkpointing == "layers")
     assert all(
         len(kinds) == 2 and all(0 in kind.programs for kind in kinds) for kinds in layer_kinds(coconut)
     )
@@ -121,16 +117,21 @@ def lora_batch(question, latents, answer, seed):
     return Batch.from_padded(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels, lora_cases.LATENT)
 
 
-@pytest.mark.parametrize("family, dropout", [("gpt2", 0.1), ("llama_untied", 0.0)])
-def test_no_digit_of_lora_changes(family, dropout, monkeypatch):
-    monkeypatch.setattr(recorded_passes, "LIMIT", 1e9)  # adapters are small
+@pytest.mark.parametrize(
+    "family, dropout, checkpointing",
+    [("gpt2", 0.1, "none"), ("gpt2", 0.0, "layers"), ("llama_untied", 0.0, "layers")],
+)
+def test_no_digit_of_lora_changes(family, dropout, checkpointing):
     batches = [lora_batch(*lengths, seed) for seed, lengths in enumerate(LENGTHS)]
-
-    coconut, usual = (lora_cases.coconut(family, lora_dropout=dropout).train() for _ in range(2))
+    memory = LatentMemory(activation_checkpointing=checkpointing)
+    coconut, usual = (
+        lora_cases.coconut(family, latent_memory=memory, lora_dropout=dropout).train() for _ in range(2)
+    )
     usual.techniques.recorded = None
     assert_identical(train(coconut, True, batches), train(usual, False, batches))
     short, wide = kinds(coconut)
     assert 1 in short.programs and 0 in wide.programs
+    assert bool(layer_kinds(coconut)) == (checkpointing == "layers")
     assert all(0 in kind.programs for (kind,) in layer_kinds(coconut))
 
 

@@ -2,8 +2,9 @@
 
 A pass of one column is little arithmetic and much Python.  Its operators are the same every time, so they are
 recorded while a pass runs as usual, forward and backward, and other passes call them directly, in the same
-order and with the same results.  So do passes of many columns.  The first pass is recorded layer by layer,
-where its layers may return the gradients of all their weights at once:
+order and with the same results.  So do passes of many columns, and the layers of the first pass, one by one,
+with activation checkpointing: a recorded layer returns the gradients of all its weights at once, which other
+layers would have to hold beside their activations.
 
     first     modules and autograd, as usual; finds models whose gradients do not all go through Rows
     then      modules and autograd, recorded as two functions
@@ -45,9 +46,6 @@ logger = logging.getLogger(__name__)
 HAS_RUN = "the backward of this pass has run already; call the first with retain_graph=True"
 # Kinds of passes that are kept: rows, dtype, trained weights; and recordings of one kind.
 MAX_KINDS, MAX_RECORDINGS = 8, 16
-# Gradients of a layer over the hidden states between layers, in elements, without activation checkpointing.
-# A recorded layer holds all of its gradients at once, which plans do not know: 0 records no such layer.
-LIMIT = 0.0
 
 
 @dataclass(frozen=True)
@@ -316,7 +314,10 @@ class RecordedPasses:
         args: Sequence[Any],
         keywords: Sequence[Any],
     ) -> Any:
-        """`call(hidden, *args)`, a layer of the first pass, or its recording; `call` has the keywords."""
+        """`call(hidden, *args)`, a checkpointed layer of the first pass, or its recording.
+
+        keywords: the values of those that `call` has.
+        """
         step, run = self.context.step, self.context.current
         assert step is not None
         state, others = self._state(step), (*args, *keywords)
@@ -330,9 +331,6 @@ class RecordedPasses:
             step.layer_arguments = others, *_fixed(step, others)
         _, fixed, described = step.layer_arguments
         if not (trained or hidden_BSD.requires_grad) or fixed is None:
-            return call(hidden_BSD, *args)
-        activations = len(self.checkpointing_layers) * hidden_BSD.numel()
-        if not self.checkpoints and _elements(trained) > LIMIT * activations:
             return call(hidden_BSD, *args)
         usual = Usual(step, run, weights, fixed, lambda inputs: call(inputs[0], *args), trained)
         key = hidden_BSD.requires_grad, _described(hidden_BSD), described
@@ -403,10 +401,6 @@ def random_settings(module: nn.Module) -> list[float]:
 def draws_random(module: nn.Module) -> bool:
     """Whether a module may draw random numbers: it trains with a probability of dropout, or adds noise."""
     return module.training and any(value > 0 for value in random_settings(module))
-
-
-def _elements(trained: Sequence[Tensor]) -> int:
-    return sum(weight.numel() for weight in trained)
 
 
 def _fixed(step: Step, others: Sequence[Any]) -> tuple[dict[str, Any] | None, Any]:

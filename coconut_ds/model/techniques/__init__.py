@@ -46,7 +46,7 @@ class Techniques:
         self.causal_lm = causal_lm
         self.settings = settings
         self.context = Context(settings.deferred_weight_gradients)
-        checkpoints = settings.activation_checkpointing != "none"
+        checkpoints = settings.activation_checkpointing == "layers"
         self.recorded = (
             RecordedPasses(causal_lm, self.context, checkpoints) if settings.recorded_passes else None
         )

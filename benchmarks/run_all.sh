@@ -4,7 +4,7 @@
 #   bash benchmarks/run_all.sh            about 25 minutes on two cores
 #   bash benchmarks/run_all.sh --quick    about 4 minutes; small shapes, into runs/benchmarks-quick, docs untouched
 #
-# Not part of it, for their length:  python -m benchmarks.quickstart (three quickstarts), benchmarks.variants (an
+# Not part of it, for their length:  python -m benchmarks.seeds (two hours), benchmarks.quantized, benchmarks.variants (an
 # hour), benchmarks.gpu (a GPU).  Their committed JSON is shown all the same.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"

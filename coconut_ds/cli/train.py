@@ -9,7 +9,7 @@ With `only_eval: true` in CONFIG, evaluates `load_model_path` on `val_path`, as 
 import argparse
 
 from coconut_ds.config.deepspeed import add_ds_config_argument, default_ds_config, load_ds_config
-from coconut_ds.config.experiment import add_experiment_arguments, load_named_with_notes
+from coconut_ds.config.experiment import add_experiment_arguments, read_experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # An error of these files is said at once; the imports take seconds.
-    load_named_with_notes(args.config, args.overrides)
+    experiment = read_experiment(args)
     load_ds_config(args.deepspeed_config or default_ds_config(), args.ds_overrides)
-    from coconut_ds.memory.budget import read_settings  # these import torch
+    from coconut_ds.memory.budget import read_ds_config  # these import torch
     from coconut_ds.training.trainer import Options, train
 
-    experiment, ds_config = read_settings(args)
+    ds_config = read_ds_config(args.deepspeed_config, experiment, args.ds_overrides)
     if experiment.only_eval:
         from coconut_ds.evaluation.measure import EvalOptions, measure  # not needed to train
         from coconut_ds.evaluation.saved_models import find_trained

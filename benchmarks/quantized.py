@@ -175,10 +175,9 @@ def profiled(model: str, kind: str, ranks: int, folder: Path) -> dict[str, Any]:
     return {"planned_and_measured_mib": {r.name: [r.planned, r.measured] for r in [*rows, totals(rows)]}}
 
 
-def known_rows(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def known_rows(results: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The rows in the results, by case."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
-    return {(row["model"], row["kind"], row["ranks"]): row for row in rows}
+    return {(row["model"], row["kind"], row["ranks"]): row for row in record.known("quantized", results)}
 
 
 def main() -> None:
@@ -189,19 +188,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     args = parser.parse_args()
-    path, folder = args.results / "quantized.json", args.folder.resolve()
+    folder = args.folder.resolve()
     if not (folder / "experiment.yaml").is_file():
         prepare(folder)
     for case in CASES:
         name = "-".join(map(str, case))
-        if args.only not in name or case in known_rows(path):
+        if args.only not in name or case in known_rows(args.results):
             continue
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir()
         row = dict(zip(("model", "kind", "ranks"), case, strict=True)) | resumed(*case, folder / name)
         row |= exported(case[0], folder / name) | profiled(*case, folder / name)
         print(json.dumps(row), flush=True)
-        rows = {**known_rows(path), case: row}
+        rows = {**known_rows(args.results), case: row}
         in_order = [rows[case] for case in CASES if case in rows]
         record.write("quantized", "python -m benchmarks.quantized", in_order, args.results)
         shutil.rmtree(folder / name)

@@ -100,6 +100,12 @@ def run(module: str, arguments: Sequence[str]) -> tuple[list[dict[str, Any]], fl
     return list(objects_in("".join(shown))), time.perf_counter() - started
 
 
+def known(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The records in results/NAME.json; none without the file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
+
+
 def write(name: str, command: str, records: Sequence[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Write results/NAME.json in one step."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,10 +83,6 @@ def share_text(results: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"{name}: {sum(test >= LEARNED for test in tests)} of {len(tests)} seeds at {LEARNED:.0%} or more"
 
 
-def known_results(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
@@ -103,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := sorted(set(names) - set(RUNS)):
         parser.error(f"--runs: {unknown[0]} is not one of {', '.join(RUNS)}")
     os.environ.setdefault("WANDB_MODE", "disabled")
-    results = known_results(args.results / "seeds.json")
+    results = record.known("seeds", args.results)
 
     def measure(name: str, seed: int) -> None:
         chosen = point(name, seed, args.folder, args.extra, args.ranks)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import seeds
+from benchmarks import record, seeds
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_the_epoch_that_learned_is_counted_in_the_last_stage():
 
 
 def test_the_shipped_results_have_the_shipped_recipes():
-    records = seeds.known_results(Path(seeds.__file__).with_name("results") / "seeds.json")
-    recipes = {(record["run"], record["ranks"]): record["recipe"] for record in records}
+    records = record.known("seeds")
+    recipes = {(row["run"], row["ranks"]): row["recipe"] for row in records}
     for (run, ranks), recipe in recipes.items():
         point = seeds.point(run, 0, Path("runs"), [], ranks)
         assert seeds.recipe_of(point.experiment.learning) == recipe, run

@@ -7,22 +7,27 @@
 
 Parts are the modules of benchmarks/gpu_parts/:  a correctness, c speed, d largest, f engine, b capacity,
 e learning (half an hour, so only where it is named).  Correctness and speed may use the complete GPU, because
-the textbook loop needs it; the others what an 11 GB GPU has for tensors.  Each case is written to the journal
-as soon as it is measured; the same command continues with what is missing; --again measures failures again.
-At the end benchmarks/results/gpu.json is made of the journal, for `python -m benchmarks.render`.
+the textbook loop needs it; the others what an 11 GB GPU has for tensors.
 
-Needs torch 2.11, transformers 5.17 and DeepSpeed or newer, and this repository.  No network.
+Each case has its own time limit and is written to the journal as soon as it is measured, also one that ended
+its process.  The same command continues with what is missing; --again measures failures again.  After each
+part gpu.json is made of the journal, in benchmarks/results/ or beside --journal; then
+`python -m benchmarks.render`.
+
+Needs torch 2.11, transformers 5.17 and DeepSpeed or newer, and this repository.  No network, no CUDA toolkit.
 """
 
 import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -31,19 +36,18 @@ from typing import Any
 from benchmarks import record
 from benchmarks.gpu_parts import Setting
 
-# Most valuable first, with the seconds of each; all but the last are nine minutes.
+# Most valuable first: seconds of the part and of one case; all but the last part are nine minutes.
 PARTS = {
-    "a": ("correctness", 100),
-    "c": ("speed", 110),
-    "d": ("largest", 170),
-    "f": ("engine", 60),
-    "b": ("capacity", 100),
-    "e": ("learning", 1800),
+    "a": ("correctness", 90, 60),
+    "c": ("speed", 130, 40),
+    "d": ("largest", 150, 75),
+    "f": ("engine", 90, 60),
+    "b": ("capacity", 80, 60),
+    "e": ("learning", 1800, 0),  # its runs stop by themselves
 }
 DEFAULT_PARTS = "a,c,d,f,b"
 BUILD_ADAM = """from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder("CPUAdamBuilder").load(verbose=False)"""
-GRACE_SECONDS = 30  # a worker ends by itself before its time is over; this is for the case in progress
 
 
 def part_module(letter: str) -> ModuleType:
@@ -51,20 +55,22 @@ def part_module(letter: str) -> ModuleType:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The newest record of every case."""
+    """The newest record of every case, without a line that a killed process left unfinished."""
     if not path.is_file():
         return []
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        records[entry["part"], entry["case"]] = entry
+        with suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            records[entry["part"], entry["case"]] = entry
     return list(records.values())
 
 
 def write_journal(path: Path, entry: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.read_bytes() if path.is_file() else b""
     with open(path, "a", encoding="utf-8") as writer:
-        writer.write(json.dumps(entry) + "\n")
+        writer.write("\n" * (written[-1:] not in (b"", b"\n")) + json.dumps(entry) + "\n")
 
 
 def missing(letter: str, setting: Setting, journal: Path, again: bool, text: str = "") -> list[str]:
@@ -78,7 +84,10 @@ def missing(letter: str, setting: Setting, journal: Path, again: bool, text: str
 
 
 def work(letter: str, cases: Sequence[str], setting: Setting, journal: Path, seconds: float) -> None:
-    """The worker: measure cases until the time is over, each into the journal."""
+    """The worker: measure cases until the time is over, each into the journal.
+
+    A case that takes longer than its limit ends the process; so does one that leaves the GPU unusable.
+    """
     end = time.monotonic() + seconds
     setting.prepare()
     for case in cases:
@@ -86,16 +95,33 @@ def work(letter: str, cases: Sequence[str], setting: Setting, journal: Path, sec
         if left <= 0:
             return
         started = time.monotonic()
+        about = {"part": letter, "case": case, **setting.described()}
+        write_journal(journal, about | {"error": "the process ended", "unfinished": True})
+        if not setting.tiny:
+            signal.alarm(PARTS[letter][2])
         try:
             result = part_module(letter).run(case, setting, left)
         except Exception as error:  # one case that fails must not take the others with it
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-        setting.forget()
-        seconds_taken = round(time.monotonic() - started, 1)
-        entry = {"part": letter, "case": case, **setting.described(), "took_seconds": seconds_taken, **result}
+        signal.alarm(0)
+        entry = about | {"took_seconds": round(time.monotonic() - started, 1), **result}
         write_journal(journal, entry)
         print(json.dumps(entry), flush=True)
+        setting.forget()  # raises after a CUDA error, which every later case would meet too
+
+
+def run_worker(command: Sequence[str], seconds: float) -> int | None:
+    """The exit code of a worker; None if its time was over.  Nothing that it started is left."""
+    worker = subprocess.Popen(command, cwd=record.ROOT, start_new_session=True)
+    try:
+        return worker.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
 
 
 def run_part(
@@ -106,25 +132,29 @@ def run_part(
     setting = replace(setting, gib=setting.gib or getattr(part_module(letter), "LIMIT_GIB", None))
     todo = missing(letter, setting, journal, again, text)
     isolated = getattr(part_module(letter), "ISOLATED", False) and not setting.tiny
-    for group in [[case] for case in todo] if isolated else [todo] if todo else []:
-        left = end - time.monotonic()
-        if left <= 0:
-            break
+    while todo and (left := end - time.monotonic()) > 0:
+        written = len(journal.read_bytes()) if journal.is_file() else 0
         command = [
-            sys.executable, "-m", "benchmarks.gpu", "--worker", letter, "--group", json.dumps(group),
+            sys.executable, "-m", "benchmarks.gpu", "--worker", letter,
+            "--group", json.dumps(todo[:1] if isolated else todo),
             "--seconds", f"{left:.0f}", "--journal", str(journal), *setting.arguments(),
         ]  # fmt: skip
-        said = None
-        try:
-            code = subprocess.run(command, cwd=record.ROOT, timeout=left + GRACE_SECONDS).returncode
-            said = f"the process ended with code {code}" if code else None
-        except subprocess.TimeoutExpired:
-            said = "the time was over"
-        if said and isolated and group[0] in missing(letter, setting, journal, again):
-            entry = {"part": letter, "case": group[0], **setting.described(), "error": said}
-            write_journal(journal, entry | ({"unfinished": True} if "time" in said else {}))
-        elif said:
-            print(f"part {letter}: {said}", file=sys.stderr)
+        code = run_worker(command, left)
+        lines = journal.read_bytes()[written:].splitlines() if journal.is_file() else []
+        begun = [json.loads(line) for line in lines if line.endswith(b"}")]
+        if not begun:
+            print(f"part {letter}: no case was begun, exit code {code}", file=sys.stderr)
+            return
+        if code and begun[-1].get("unfinished"):
+            how = "took longer than its limit" if code == -signal.SIGALRM else f"ended with code {code}"
+            entry = {key: value for key, value in begun[-1].items() if key != "unfinished"}
+            write_journal(journal, entry | {"error": f"the process {how}"})
+        todo = [case for case in todo if case not in {entry["case"] for entry in begun}]
+
+
+def build_adam() -> "subprocess.Popen[bytes]":
+    """Compile CPU Adam beside the first part.  Killed, it would leave a lock: it gets no signal of ours."""
+    return subprocess.Popen([sys.executable, "-c", BUILD_ADAM], start_new_session=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -149,30 +179,37 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     setting = Setting(args.device, args.tiny, args.gib, args.model)
     journal = args.journal or record.ROOT / "runs" / ("gpu_tiny.jsonl" if args.tiny else "gpu.jsonl")
+    journal = journal.resolve()  # workers run in the repository
     if args.worker:
         work(args.worker, json.loads(args.group), setting, journal, float(args.seconds))
         return
+    if unknown := set(args.parts.split(",")) - PARTS.keys():
+        parser.error(f"--parts: no part {', '.join(sorted(unknown))}; write some of {','.join(PARTS)}")
     setting.check()
     letters = [letter for letter in PARTS if letter in args.parts.split(",")]
     adam = None
     if args.device == "cuda":
         for interface in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
             os.environ.setdefault(interface, "lo")
-        adam = subprocess.Popen([sys.executable, "-c", BUILD_ADAM])  # beside part a; killed, it leaves a lock
+        adam = build_adam()
     end = time.monotonic() + 60 * args.minutes
     for place, letter in enumerate(letters):
         if adam is not None and letter in "def":
-            adam.wait()
+            with suppress(subprocess.TimeoutExpired):
+                adam.wait(max(0.0, end - time.monotonic()))
         # What one part leaves goes to the next ones.
         weights = [PARTS[later][1] for later in letters[place:]]
         share = (end - time.monotonic()) * weights[0] / sum(weights)
         run_part(letter, setting, journal, share, args.again, args.cases)
-    if not args.tiny:
-        path = record.write(
-            "gpu", f"python -m benchmarks.gpu --minutes {args.minutes:g}", read_journal(journal)
-        )
-        print(f"{path}; now: python -m benchmarks.render")
+        if not args.tiny:
+            folder = record.RESULTS if args.journal is None else journal.parent
+            command = f"python -m benchmarks.gpu --minutes {args.minutes:g}"
+            path = record.write("gpu", command, read_journal(journal), folder)
+            print(f"{path}; with all parts: python -m benchmarks.render", flush=True)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run_worker ends what it started
     main()
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for threads of an engine that ran out of memory

@@ -104,9 +104,11 @@ def coconut_around(
     return Coconut(base, thought, latent_memory).train()
 
 
-def engine_around(base: Any, experiment: Experiment, ds_config: str = "zero2_offload") -> Engine:
+def engine_around(
+    base: Any, experiment: Experiment, ds_config: str = "zero2_offload", overrides: Sequence[str] = ()
+) -> Engine:
     """A one-process engine under ds_configs/NAME.json; several may follow one another in a process."""
-    config = load_ds_config(ROOT / "ds_configs" / f"{ds_config}.json")
+    config = load_ds_config(ROOT / "ds_configs" / f"{ds_config}.json", overrides)
     ranks = start_distributed(config.precision)
     markers = vocabulary_of(base.config.vocab_size).special_token_ids
     module = coconut_around(base, experiment, config.latent_memory, markers)

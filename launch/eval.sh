@@ -10,4 +10,5 @@ if [ $# = 0 ]; then
     sed -n '2,5s/^# \?//p' "$0"
     exit 2
 fi
-run_ranks --num_gpus "${NUM_GPUS:-$(number_of_ranks)}" -- eval "$@"
+gpus=$(which_gpus)
+run_ranks $gpus -- eval "$@"

@@ -12,11 +12,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # SAVE_SECONDS: how long ranks may go on when their launcher is gone, to save what they have.
 SAVE_SECONDS=${SAVE_SECONDS:-600}
 
-# GPUs of this machine, or two processes on the CPU where there is none.
-number_of_ranks() {
+# The launcher's arguments: NUM_GPUS ranks, else one per GPU, or two on the CPU where there is none.  DeepSpeed ignores
+# CUDA_VISIBLE_DEVICES beside --num_gpus, and takes GPUs by their number.
+which_gpus() {
     local gpus
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
-    if [ "${DS_ACCELERATOR:-}" != cpu ] && [ "$gpus" -gt 0 ]; then echo "$gpus"; else echo 2; fi
+    if [ "${DS_ACCELERATOR:-}" != cpu ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        gpus=$(cut -d , -f "1-${NUM_GPUS:-}" <<<"$CUDA_VISIBLE_DEVICES")
+        [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+            setup_fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: write the numbers of the GPUs, as in 0,1"
+        echo "--include localhost:$gpus"
+        return
+    fi
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || true # and not the parts of one, under MIG
+    if [ "${DS_ACCELERATOR:-}" = cpu ] || [ "$gpus" = 0 ]; then gpus=2; fi
+    echo "--num_gpus ${NUM_GPUS:-$gpus}"
 }
 
 # Beside a GPU each rank gets cores of its own, near their memory (CPU Adam gains most).  DeepSpeed's launcher does that

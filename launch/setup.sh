@@ -153,7 +153,7 @@ threads_per_rank() {
     local cores gpus
     if [ "${DS_ACCELERATOR:-}" = cpu ]; then echo 1 && return; fi
     cores=$(lscpu --parse=CORE,SOCKET | grep -v '^#' | sort -u | wc -l)
-    gpus=$(nvidia-smi --list-gpus | wc -l)
+    gpus=$(nvidia-smi --list-gpus | grep -c '^GPU ')
     echo $((cores > gpus ? cores / gpus : 1))
 }
 

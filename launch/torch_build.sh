@@ -10,16 +10,29 @@
 # build has no code for GPUs older than 7.5, the CUDA 12.6 build none for GPUs newer than 9.0.
 
 CUDA126_INDEX=https://download.pytorch.org/whl/cu126
+PATH=$PATH:/usr/lib/wsl/lib # where WSL has nvidia-smi
+PCI_DEVICES=${PCI_DEVICES:-/sys/bus/pci/devices}
 
-# "7.5, 550.54.14", one line per GPU; nothing without a GPU or a working driver.
+# "7.5, 550.54.14", one line per GPU; nothing without a GPU.  Fails with a remedy where nvidia-smi cannot tell.
 list_gpus() {
     local listed
-    command -v nvidia-smi >/dev/null || return 0
-    if ! listed=$(nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>&1); then
-        echo "setup: nvidia-smi failed, so this machine is set up without a GPU: ${listed%%$'\n'*}" >&2
+    if ! command -v nvidia-smi >/dev/null; then
+        if grep -qs 0x10de "$PCI_DEVICES"/*/vendor; then
+            echo "setup: this machine has an NVIDIA device and no driver (nvidia-smi is missing);" \
+                "install driver 580 or newer for its GPU, or start the container with --gpus all" >&2
+        fi
         return 0
     fi
-    grep -E '^[0-9]+\.[0-9]+, *[0-9]+' <<<"$listed" || true
+    listed=$(nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>&1) ||
+        listed="failed: $listed"
+    case $listed in '' | *"No devices were found"*) return 0 ;; esac
+    if [ -z "${TORCH_BUILD:-}" ] && grep -qvE '^[0-9]+\.[0-9]+, *[0-9]+' <<<"$listed"; then
+        setup_fail "nvidia-smi does not say which GPUs there are: ${listed%%$'\n'*}" \
+            "after an update of the driver, reboot; update a driver older than 525 (to 580 or newer)" \
+            "to choose yourself: TORCH_BUILD=cu126 (GTX 9xx to H100) or default (RTX 20xx and newer) bash launch/setup.sh" \
+            "to train on the CPU: DS_ACCELERATOR=cpu bash launch/setup.sh"
+    fi
+    echo "$listed"
 }
 
 # torch_build GPUS: "default" or "cu126" for the lines of list_gpus; fails with a remedy where no build fits.
@@ -37,7 +50,8 @@ torch_build() {
         echo default
     elif [ "$oldest" -lt 50 ]; then
         setup_fail "a GPU has compute capability ${oldest:0:1}.${oldest:1}, and torch needs 5.0" \
-            "hide it (CUDA_VISIBLE_DEVICES=...), or train on the CPU: DS_ACCELERATOR=cpu bash launch/setup.sh"
+            "hide it (CUDA_VISIBLE_DEVICES=...) and name the build of the others: TORCH_BUILD=cu126 bash launch/setup.sh" \
+            "to train on the CPU: DS_ACCELERATOR=cpu bash launch/setup.sh"
     elif [ "$oldest_driver" -lt 525 ]; then
         setup_fail "the NVIDIA driver is version $oldest_driver, and torch needs 525 or newer" \
             "install a newer driver (580 if all GPUs are RTX 20xx or newer), reboot, and run setup again"
@@ -73,8 +87,14 @@ check_torch() {
     problem=$(.venv/bin/python - <<'PYTHON'
 import torch
 
-if not torch.cuda.is_available():
-    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU")
+from coconut_ds.cli.doctor import runs_on
+
+cuda, built = torch.cuda, f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+if not cuda.is_available():
+    print(f"{built} sees none")
+for number in range(cuda.device_count()):
+    if not runs_on(cuda.get_device_capability(number), cuda.get_arch_list()):
+        print(f"{built} has no code for {cuda.get_device_name(number)}")
 PYTHON
     )
     [ -z "$problem" ] ||

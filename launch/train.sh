@@ -13,4 +13,5 @@ if [ $# = 0 ]; then
     sed -n '2,8s/^# \?//p' "$0"
     exit 2
 fi
-run_ranks --num_gpus "${NUM_GPUS:-$(number_of_ranks)}" -- train "$@"
+gpus=$(which_gpus)
+run_ranks $gpus -- train "$@"

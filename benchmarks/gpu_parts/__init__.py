@@ -41,7 +41,8 @@ class Setting:
             raise SystemExit("on the CPU this is a dry run: add --tiny")
 
     def prepare(self) -> None:
-        """Limit this process's GPU memory."""
+        """Limit this process's GPU memory; attention as under an engine (engine.py, _choose_device)."""
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if self.device == "cuda" and self.gib is not None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.gib * GIB / total))
@@ -53,8 +54,9 @@ class Setting:
         return {"device": name, "tiny": self.tiny, "limit_gib": self.gib}
 
     def forget(self) -> None:
-        """Give cached memory back."""
+        """Give cached memory back.  Raises after an error that leaves the GPU unusable to this process."""
         gc.collect()
+        self.wait()
         if self.device == "cuda":
             torch.cuda.empty_cache()
 

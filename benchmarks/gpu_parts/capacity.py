@@ -2,7 +2,7 @@
 
 Weights and gradients are on the device, the optimizer is not (ZeRO-2 with offload).  Every row is as long
 as the longest of a thousand.  `planned` is the trace of the same step without storage,
-plus weights and gradients.
+plus weights, gradients and what cuBLAS keeps.
 
 Knows: variants, plans.  Does not know: DeepSpeed.
 """
@@ -17,6 +17,7 @@ from benchmarks.synthetic import experiment_like, vocabulary_of
 from benchmarks.train_step import allocate_gradients, variant
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory.fake_run import build_fake_model, record
+from coconut_ds.memory.phases import cublas_bytes
 
 LIMIT_GIB = CARD_GIB
 VARIANTS = ("textbook", "coconut_ds", "coconut_ds+checkpointing")
@@ -66,7 +67,8 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     found = {"rows": rows, "measured_bytes": measured}
     if name != "textbook":
         held = 2 * sum(p.numel() * p.element_size() for p in base.parameters())
-        found["planned_bytes"] = held + planned(dataset, stage, rows, precision, name, setting)
+        kept = cublas_bytes(setting.described()["device"]) if setting.device == "cuda" else 0
+        found["planned_bytes"] = held + kept + planned(dataset, stage, rows, precision, name, setting)
     return found
 
 

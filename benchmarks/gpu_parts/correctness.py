@@ -32,10 +32,10 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 def gradients(loss_of: Any, base: torch.nn.Module, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of a variant; in fp64 nothing is hidden by the sums."""
+    """Loss and gradients of a variant."""
     allocate_gradients(base)
     loss = float(step(loss_of, batch))
-    return loss, {name: p.grad.double().cpu() for name, p in base.named_parameters() if p.grad is not None}
+    return loss, {name: p.grad for name, p in base.named_parameters() if p.grad is not None}
 
 
 def equal_to_textbook(model: str, name: str, setting: Setting) -> dict[str, Any]:
@@ -43,10 +43,14 @@ def equal_to_textbook(model: str, name: str, setting: Setting) -> dict[str, Any]
     batch = longest_batch("gsm", 3, ROWS, base.config.vocab_size, setting)
     loss, expected = gradients(variant("textbook", base), base, batch)
     ours, found = gradients(variant(name, base), base, batch)
-    worst = max(
-        float((found[key] - expected[key]).norm() / expected[key].norm().clamp(min=1e-30)) for key in expected
-    )
+    worst = max(relative_error(found[key], expected[key]) for key in expected)
     return {"textbook_loss": loss, "loss_difference": abs(ours - loss), "largest_gradient_error": worst}
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """|value - expected| / |expected|; in fp64 nothing is hidden by the sums."""
+    value, expected = value.double(), expected.double()
+    return float(value.sub_(expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def near_fp32(model: str, precision: str, setting: Setting) -> dict[str, Any]:

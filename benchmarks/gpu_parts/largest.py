@@ -39,7 +39,7 @@ def run(case: str, setting: Setting, seconds: float) -> dict[str, Any]:
     ds_config = load_ds_config(f"ds_configs/{DS_CONFIGS[precision]}.json")
     settings = ds_config.resolve(experiment, 1)
     ranks = start_distributed(precision)
-    base = model_of(model, Setting("cpu", setting.tiny, setting.gib))
+    base = model_of(model, setting, on_host=True)
     size = base.config.vocab_size
     parameters = sum(p.numel() for p in base.parameters())
     markers = vocabulary_of(size).special_token_ids

@@ -3,7 +3,9 @@
 Knows: shapes, synthetic problems, variants of a training step.  Does not know: what is measured.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,18 @@ def config_of(name: str, setting: Setting) -> PretrainedConfig:
     return config
 
 
-def model_of(name: str, setting: Setting, precision: str = "fp32") -> PreTrainedModel:
+def model_of(name: str, setting: Setting, precision: str = "fp32", on_host: bool = False) -> PreTrainedModel:
+    """Random weights, drawn on the device, where it is fast; `on_host`: moved, as DeepSpeed gets them."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name, setting), dtype=DTYPES[precision])
-    return model.to(setting.device).train()
+    with torch.device(setting.device):
+        model = AutoModelForCausalLM.from_config(config_of(name, setting), dtype=DTYPES[precision])
+    if on_host:
+        model = model.cpu()
+        setting.forget()
+    return model.train()
 
 
+@functools.cache
 def problems_of(dataset: str, count: int, vocabulary_size: int, setting: Setting) -> list[TokenizedProblem]:
     return problems_like(dataset, count, vocabulary_size, TINY_SHRINK if setting.tiny else 1)
 
@@ -64,10 +72,15 @@ def batch_of(
 
 
 def longest_batch(dataset: str, stage: int, rows: int, vocabulary_size: int, setting: Setting) -> Batch:
-    """`rows` problems as long as the longest of a thousand: what memory must be ready for."""
+    """`rows` problems as long as the longest of a thousand: what memory must be ready for.
+
+    The last one is a token shorter: padding decides which kernels run.
+    """
     problems = problems_of(dataset, 40 if setting.tiny else 1000, vocabulary_size, setting)
     longest = max(problems, key=lambda p: len(p.question) + sum(map(len, p.steps)))
-    return batch_of([longest] * rows, dataset, stage, vocabulary_size, setting.device)
+    shorter = replace(longest, question=longest.question[1:])
+    chosen = [longest] * (rows - 1) + [shorter if rows > 1 else longest]
+    return batch_of(chosen, dataset, stage, vocabulary_size, setting.device)
 
 
 def step(loss_of: Callable[[Batch], Tensor], batch: Batch) -> Any:

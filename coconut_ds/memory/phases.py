@@ -67,6 +67,15 @@ class StageOfRun:
     stage: Stage
 
 
+def cublas_bytes(gpu: str) -> int:
+    """Workspaces of the forward's thread and of autograd's, by the name of the GPU.
+
+    aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize: 8 x 4096 KiB from Hopper on
+    """
+    kib = 8 * 4096 if LARGE_WORKSPACES.search(gpu) else 2 * 4096 + 8 * 16
+    return 2 * kib * 1024
+
+
 def stages_of(experiment: Experiment) -> list[StageOfRun]:
     """Every stage that the run trains, in order."""
     stages: dict[Stage, StageOfRun] = {}
@@ -350,16 +359,15 @@ class PlannedRun:
         if self.planner.device != "cuda":
             return []
         budget = self.ds_config.memory_budget
-        is_large = budget is not None and LARGE_WORKSPACES.search(budget.device) is not None
-        # aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize: 8 x 4096 KiB from Hopper on
-        kib = 8 * 4096 if is_large else 2 * 4096 + 8 * 16
-        return [Item(WORKSPACES, "cuBLAS", 2 * kib * 1024, f"2 threads x {kib:,} KiB")]
+        size = cublas_bytes("" if budget is None else budget.device)
+        return [Item(WORKSPACES, "cuBLAS", size, f"2 threads x {size // 2048:,} KiB")]
 
     def attention_workspace(self, shape: BatchShape) -> int:
         """Bytes of the fp32 dQ that memory-efficient attention sums inside its operator for 16-bit models."""
         if self.planner.device != "cuda" or self.zero.model_bytes == 4:
             return 0
-        return 4 * shape.rows * shape.prompt * self.planner.config.get_text_config().hidden_size
+        text = self.planner.config.get_text_config()
+        return 4 * shape.rows * shape.prompt * text.num_attention_heads * _head_dim(text)
 
     def evaluation(self) -> Phase:
         """The larger of the loss at the largest stage and generation from the longest prompts."""
@@ -387,7 +395,7 @@ class PlannedRun:
             return Phase(EVALUATION, (item,), stage=at.stage)
         text = planner.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        width = heads * _head_dim(text)
         rows, columns = prompts.shape
         cache = 2 * self.zero.model_bytes * rows * (columns + tokens) * width * planner.num_layers
         formula = (
@@ -402,3 +410,7 @@ class PlannedRun:
     def evaluated(self, batch: Batch, new_tokens: int) -> int:
         """Peak bytes of the loss of a batch, or of generation from it."""
         return self.trace(batch, new_tokens).peak
+
+
+def _head_dim(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

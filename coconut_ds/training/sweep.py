@@ -185,9 +185,20 @@ def launch_module(module: str, num_gpus: int, port: int | None = None) -> list[s
         return [sys.executable, "-m", module]
     beside = Path(sys.executable).with_name("deepspeed")
     launcher = str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed"
-    words = ["--num_gpus", str(num_gpus), "--master_port", str(port or free_port())]
+    words = [*which_gpus(num_gpus), "--master_port", str(port or free_port())]
     quiet = [] if os.environ.get(VERBOSE) else ["--log_level", "error"]
     return [launcher, *words, *quiet, "--module", module]
+
+
+def which_gpus(count: int) -> list[str]:
+    """The launcher's arguments for `count` GPUs: it ignores CUDA_VISIBLE_DEVICES beside --num_gpus."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return ["--num_gpus", str(count)]
+    numbers = visible.split(",")
+    if count > len(numbers):
+        raise ConfigError(f"{count} GPUs, but CUDA_VISIBLE_DEVICES={visible} names {len(numbers)}")
+    return ["--include", "localhost:" + ",".join(numbers[:count])]
 
 
 def launch_command(point: Point, num_gpus: int, port: int | None = None) -> list[str]:

@@ -2,25 +2,25 @@
 
 import json
 import random
+import signal
+import time
+from contextlib import suppress
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import Setting, capacity, learning
 
-DRY = Setting("cpu", True, None)
+DRY, GPU = Setting("cpu", True, None), Setting("cuda", False, None)
 
 
 def in_this_process(monkeypatch):
     """Let the worker run here: starting Python for every part takes most of the time."""
 
-    def run(command, **_):
-        arguments = [str(word) for word in command[3:]]
-        gpu.main(arguments)
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "run_worker", lambda command, seconds: gpu.main(command[3:]) or 0)
 
 
 def entries(journal, part):
@@ -68,7 +68,11 @@ def test_parts_d_to_f_dry(tmp_path):
         assert all("error" not in entry for entry in found.values()), found
     assert all(entry["fits"] for entry in entries(journal, "d").values())
     assert "test_accuracy" in entries(journal, "e")["prosqa_like coconut"]
-    assert entries(journal, "f")["overlap_comm"]["largest_difference"] == 0
+    overlap = entries(journal, "f")["overlap_comm"]
+    assert overlap["largest_difference"] == overlap["difference_when_repeated"] == 0
+    bf16 = entries(journal, "f")["bf16"]
+    assert bf16["skipped"] == 0 and 0 < bf16["largest_difference"] < 0.05
+    assert gpu.part_module("f").cases(GPU) == ["overlap_comm", "fp16", "launcher", "bf16"]
     assert entries(journal, "f")["launcher"]["epochs"] == 1
 
 
@@ -80,15 +84,19 @@ def test_the_default_parts_are_nine_minutes_within_their_limits_of_memory(monkey
     gpu.main(["--device", "cpu", "--tiny", "--journal", str(tmp_path / "gpu.jsonl")])
     assert [letter for letter, _ in started] == gpu.DEFAULT_PARTS.split(",")
     assert sum(gpu.PARTS[letter][1] for letter, _ in started) == 540
+    assert all(0 < gpu.PARTS[letter][2] < gpu.PARTS[letter][1] for letter, _ in started)
     limits = {letter: getattr(gpu.part_module(letter), "LIMIT_GIB", None) for letter in gpu.PARTS}
     assert limits == {"a": None, "c": None, **dict.fromkeys("bdef", 10.22)}
 
 
 def test_cases_are_selected_by_a_text(tmp_path):
     journal = tmp_path / "gpu.jsonl"
-    every = gpu.missing("c", Setting("cuda", False, None), journal, again=False)
+    every = gpu.missing("c", GPU, journal, again=False)
     assert every[:3] == [f"bf16 stage 6 {name}" for name in capacity.VARIANTS]
-    chosen = gpu.missing("c", Setting("cuda", False, None), journal, False, "fp32 stage 0")
+    for model in ("gpt2", "llama-3.2-1b"):
+        hosts = {case for case in every if f"host {model} " in case}
+        assert hosts >= {f"bf16 host {model} {name}" for name in ("single_pass", *capacity.VARIANTS)}
+    chosen = gpu.missing("c", GPU, journal, False, "fp32 stage 0")
     assert chosen == [case for case in every if "fp32 stage 0" in case] and len(chosen) == 3
 
 
@@ -104,8 +112,81 @@ def test_a_failure_is_a_record_and_is_measured_again_when_asked(monkeypatch, tmp
     assert [entry["error"] for entry in gpu.read_journal(journal)] == ["RuntimeError: no luck"] * 2
     assert gpu.missing("b", DRY, journal, again=False) == cases[2:]
     assert gpu.missing("b", DRY, journal, again=True) == cases
+    size = journal.stat().st_size
     gpu.work("b", cases, DRY, journal, seconds=-1)
-    assert len(journal.read_text().splitlines()) == 2, "no case begins after the time is over"
+    assert journal.stat().st_size == size, "no case begins after the time is over"
+
+
+def test_a_case_that_ends_its_process_does_not_take_the_others_with_it(monkeypatch, tmp_path):
+    """The worker dies at the second case, hangs at the third; in the last, the part's time is over."""
+    journal, first, *others = tmp_path / "gpu.jsonl", *gpu.part_module("c").cases(GPU)
+    codes = {others[0]: 139, others[1]: -signal.SIGALRM, others[2]: None}
+    started = []
+
+    def run_worker(command, seconds):
+        group = json.loads(command[command.index("--group") + 1])
+        started.append(group[0])
+        for case in group:
+            gpu.write_journal(journal, {"part": "c", "case": case, "error": "?", "unfinished": True})
+            if case in codes:
+                return codes[case]
+            gpu.write_journal(journal, {"part": "c", "case": case})
+        return 0
+
+    clock = SimpleNamespace(monotonic=lambda: 1e9 * (len(started) == 3))
+    monkeypatch.setattr(gpu, "time", clock)
+    monkeypatch.setattr(gpu, "run_worker", run_worker)
+    gpu.run_part("c", GPU, journal, 60, again=False)
+    assert started == [first, others[1], others[2]]
+    errors = {entry["case"]: entry.get("error") for entry in gpu.read_journal(journal)}
+    assert errors == {
+        first: None,
+        others[0]: "the process ended with code 139",
+        others[1]: "the process took longer than its limit",
+        others[2]: "?",
+    }
+    assert gpu.missing("c", GPU, journal, again=False) == others[2:], "failures only with --again"
+    assert gpu.missing("c", GPU, journal, again=True) == others
+
+
+def test_a_worker_that_begins_no_case_ends_its_part(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "run_worker", lambda command, seconds: 1)
+    gpu.run_part("c", GPU, tmp_path / "gpu.jsonl", 60, again=False)
+    assert "part c: no case was begun, exit code 1" in capsys.readouterr().err
+
+
+def test_nothing_that_a_worker_started_outlives_it(tmp_path):
+    script = f"sleep 60 & echo $! > {tmp_path}/id; wait"
+    assert gpu.run_worker(["bash", "-c", script], 0.5) is None
+    number, deadline = int((tmp_path / "id").read_text()), time.monotonic() + 60
+    with suppress(psutil.NoSuchProcess):  # whoever adopted it has to take note of its end
+        while psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_every_case_has_a_limit_on_a_gpu(monkeypatch, tmp_path):
+    limits = []
+    monkeypatch.setattr(gpu.signal, "alarm", limits.append)
+    monkeypatch.setattr(capacity, "run", lambda *_: {"rows": 1})
+    monkeypatch.setattr(Setting, "described", lambda self: {"device": "x", "tiny": False, "limit_gib": None})
+    monkeypatch.setattr(Setting, "prepare", lambda self: None)
+    gpu.work("b", ["x"], Setting("cpu", False, None), tmp_path / "gpu.jsonl", seconds=60)
+    assert limits == [gpu.PARTS["b"][2], 0]
+
+
+def test_a_line_that_was_cut_off_is_not_a_record(tmp_path):
+    journal = tmp_path / "j.jsonl"
+    journal.write_text('{"part": "a", "case": "x"}\n{"part": "a", "ca')
+    assert gpu.read_journal(journal) == [{"part": "a", "case": "x"}]
+    gpu.write_journal(journal, {"part": "a", "case": "y"})
+    assert [entry["case"] for entry in gpu.read_journal(journal)] == ["x", "y"]
+
+
+def test_unknown_parts_are_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--tiny", "--parts", "a,z"])
+    assert "no part z; write some of a,c,d,f,b,e" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 5, 37, 300])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,36 @@ def test_quantized_collectives_need_a_gpu():
     with pytest.raises(ConfigError, match="zero_quantized_weights: needs a GPU"):
         for_device("cpu", {}, zero_quantized_weights=True)
     assert for_device("cuda", {}, zero_quantized_weights=True)
+
+
+@pytest.mark.parametrize(
+    "precision, capability, refusal",
+    [
+        ("fp32", (6, 1), None),
+        ("fp16", (6, 1), "fp16 is slow"),
+        ("fp16", (7, 5), None),
+        ("bf16", (7, 5), "bf16 needs compute capability 8.0"),
+        ("bf16", (9, 0), None),
+    ],
+)
+def test_a_rank_takes_its_gpu_without_cudnn_attention(monkeypatch, precision, capability, refusal):
+    cuda, chosen, cudnn = torch.cuda, [], []
+    monkeypatch.delenv("DS_ALLOW_DEPRECATED_FP16", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "set_device": chosen.append,
+        "get_device_capability": lambda number: capability,
+    }.items():
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
+    with nullcontext() if refusal is None else pytest.raises(ConfigError, match=refusal):
+        engine._choose_device(precision)
+    assert chosen == [1] and cudnn == [False]
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="local rank 1 has no GPU: 1 visible"):
+        engine._choose_device(precision)
 
 
 def test_locks_of_interrupted_builds_are_removed(tmp_path, monkeypatch):

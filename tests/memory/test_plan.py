@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from coconut_ds.__main__ import main
 from coconut_ds.config.deepspeed import load_ds_config
@@ -17,7 +18,14 @@ from coconut_ds.data.problems import Problem
 from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.memory.fit import cheapest_changes, fit, with_rows
-from coconut_ds.memory.phases import largest_batch, longest, shape_of, stages_of
+from coconut_ds.memory.phases import (
+    BatchShape,
+    PlannedRun,
+    largest_batch,
+    longest,
+    shape_of,
+    stages_of,
+)
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
 from coconut_ds.memory.planner import Planner, TextShape, read_lengths
 from coconut_ds.model.loading import load_config
@@ -85,6 +93,17 @@ def test_workspaces_of_cublas_belong_to_the_states_of_a_gpu(planner, tiny_model,
     assert larger.gpu_bytes - plan.gpu_bytes == 2 * (33_554_432 - 8_519_680)
     cpu = Planner.of(experiment, TEXT, "cpu").plan(experiment, ds_config)
     assert cpu.components()["workspaces"] == 0
+
+
+@pytest.mark.parametrize("head_dim", [8, 32])
+def test_the_attention_workspace_has_the_width_of_all_heads(planner, tiny_model, head_dim):
+    """In Qwen3 it is not the hidden size."""
+    experiment = experiment_of(tiny_model, bf16=True)
+    ds_config = load_ds_config(ROOT / "ds_configs/zero2_offload_bf16.json")
+    config = AutoConfig.for_model("qwen3", num_attention_heads=4, hidden_size=32, head_dim=head_dim)
+    run = PlannedRun(replace(planner, config=config), experiment, ds_config, 1)
+    shape = BatchShape(rows=3, columns=20, prompt=10, num_latents=2, labels=5)
+    assert run.attention_workspace(shape) == 4 * 3 * 10 * 4 * head_dim
 
 
 def test_every_stage_is_planned(plan):

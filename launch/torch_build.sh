@@ -23,16 +23,18 @@ list_gpus() {
         fi
         return 0
     fi
-    listed=$(nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>&1) ||
-        listed="failed: $listed"
-    case $listed in '' | *"No devices were found"*) return 0 ;; esac
-    if [ -z "${TORCH_BUILD:-}" ] && grep -qvE '^[0-9]+\.[0-9]+, *[0-9]+' <<<"$listed"; then
-        setup_fail "nvidia-smi does not say which GPUs there are: ${listed%%$'\n'*}" \
-            "after an update of the driver, reboot; update a driver older than 525 (to 580 or newer)" \
-            "to choose yourself: TORCH_BUILD=cu126 (GTX 9xx to H100) or default (RTX 20xx and newer) bash launch/setup.sh" \
-            "to train on the CPU: DS_ACCELERATOR=cpu bash launch/setup.sh"
-    fi
-    echo "$listed"
+    listed=$(nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>&1) || true
+    if grep -E '^[0-9]+\.[0-9]+, *[0-9]+' <<<"$listed"; then return; fi
+    case $listed in
+        '' | *"No devices were found"*) ;;
+        *)
+            if [ -n "${TORCH_BUILD:-}" ]; then echo "$listed" && return; fi
+            setup_fail "nvidia-smi does not say which GPUs there are: ${listed%%$'\n'*}" \
+                "after an update of the driver, reboot; update a driver older than 525 (to 580 or newer)" \
+                "to choose yourself: TORCH_BUILD=cu126 (GTX 9xx to H100) or default (RTX 20xx and newer) bash launch/setup.sh" \
+                "to train on the CPU: DS_ACCELERATOR=cpu bash launch/setup.sh"
+            ;;
+    esac
 }
 
 # torch_build GPUS: "default" or "cu126" for the lines of list_gpus; fails with a remedy where no build fits.

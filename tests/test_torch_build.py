@@ -50,6 +50,10 @@ def gpus(*capabilities: float, driver: str) -> str:
         (gpus(6.1, 8.6, driver="580.65.06"), "cu126"),
         (gpus(10.0, driver="580.65.06"), "default"),  # B200
         (gpus(6.1, 8.6, driver="535.183.01"), "cu126"),  # GTX 1080 Ti and RTX 3090
+        (
+            "echo 'WARNING: infoROM is corrupted at gpu 0000:3B:00.0'; echo '7.5, 580.65.06'; exit 14",
+            "default",
+        ),
         ("true", "default"),  # a driver, and no GPU
         ("echo 'No devices were found'; exit 6", "default"),
         (None, "default"),

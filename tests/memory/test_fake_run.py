@@ -75,3 +75,17 @@ def test_results_from_the_cache_are_those_of_the_operators(name, device, monkeyp
 
 def plain(func, args, kwargs):
     return False if func is torch.ops.aten._local_scalar_dense.default else func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("device, multiple", [("cuda", 32), ("cpu", 1)])
+def test_the_planned_buffer_has_the_columns_of_the_device(device, multiple):
+    experiment = experiment_of("a model")
+    text = TextShape(question=9, steps=2, step=3, answer=2).problem()
+    batch = largest_batch([text], stages_of(experiment)[-1], experiment, VOCABULARY, 2)
+    config = CONFIGS["grouped queries"]
+    model = build_fake_model(experiment, config, 1003, (1000, 1001, 1002), LatentMemory(), "bf16", device)
+    sizes = {event[0] for event in record(model, batch).events if isinstance(event, tuple)}
+    rows, columns = batch.shape
+    layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    rounded = -(-columns // multiple) * multiple
+    assert columns % 32 and 2 * layers * 2 * rows * heads * rounded * head_dim in sizes

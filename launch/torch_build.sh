@@ -91,7 +91,7 @@ import torch
 
 from coconut_ds.cli.doctor import runs_on
 
-cuda, built = torch.cuda, f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+cuda, built = torch.cuda, f"torch {torch.__version__}"
 if not cuda.is_available():
     print(f"{built} sees none")
 for number in range(cuda.device_count()):

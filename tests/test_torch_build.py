@@ -155,13 +155,13 @@ def test_the_builds_are_the_pinned_version(tmp_path):
 def test_listed_gpus_that_torch_does_not_see_stop_the_setup(tmp_path, seen):
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    message = "" if seen else "torch 2.13.0 (CUDA 13.0) sees none"
+    message = "" if seen else "torch 2.13.0+cu130 sees none"
     python.write_text(f"#!/bin/bash\ncat >/dev/null\necho '{message}'\n")
     python.chmod(0o755)
     done = shell(f"cd {tmp_path}; check_torch '7.5, 550.1' default", tmp_path, None)
     assert done.returncode == (0 if seen else 2)
     assert seen or (
-        "GPUs, but torch 2.13.0 (CUDA 13.0) sees none" in done.stderr and "TORCH_BUILD=cu126" in done.stderr
+        "GPUs, but torch 2.13.0+cu130 sees none" in done.stderr and "TORCH_BUILD=cu126" in done.stderr
     )
     assert (
         shell(f"cd {tmp_path}; check_torch '' default", tmp_path, None).returncode == 0

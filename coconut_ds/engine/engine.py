@@ -94,6 +94,8 @@ def start_distributed(precision: str = "fp32", limit: float = 300.0) -> Ranks:
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_NAMES.items()})
+        if torch.cuda.device_count() == 1:  # srun --gpus-per-task=1 shows each rank its own
+            os.environ["LOCAL_RANK"] = "0"
     if "RANK" not in os.environ:
         refuse_lone_process()
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

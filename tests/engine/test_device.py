@@ -77,6 +77,24 @@ def test_a_rank_takes_its_gpu_without_cudnn_attention(monkeypatch, precision, ca
         engine._choose_device(precision)
 
 
+@pytest.mark.parametrize("visible, local_rank", [(1, "0"), (2, "1")])
+def test_a_task_of_slurm_that_sees_one_gpu_takes_it(monkeypatch, visible, local_rank):
+    seen = []
+
+    def choose_device(precision):
+        seen.append(os.environ["LOCAL_RANK"])
+        raise ConfigError("enough")
+
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "1", "SLURM_LOCALID": "1"}
+    usual = {name: value for name, value in os.environ.items() if name not in engine.SLURM_NAMES}
+    monkeypatch.setattr(os, "environ", usual | slurm)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(engine, "_choose_device", choose_device)
+    with pytest.raises(ConfigError, match="enough"):
+        engine.start_distributed()
+    assert seen == [local_rank]
+
+
 def test_locks_of_interrupted_builds_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     young, old, in_use = (tmp_path / "py311" / name / "lock" for name in ("young", "old", "in_use"))

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import record, render, sections
-from benchmarks.gpu_section import part_table
+from benchmarks.gpu_section import gpu_text, part_table
 
 SURROUNDINGS = {
     "machine": {"processor": "a processor", "cores": 2, "memory_gib": 8.0},
@@ -129,3 +129,22 @@ def test_a_written_result_says_where_it_comes_from(tmp_path):
     assert written["records"] == [{"a": 1}] and written["command"] == "a command"
     assert written["versions"]["torch"] and written["machine"]["cores"] >= 1
     assert render.read_results(tmp_path)["name"] == written
+
+
+def test_the_gpu_section_has_every_part():
+    records = [
+        {"part": "c", "case": "bf16 stage 6 textbook", "device": "a GPU", "limit_gib": None, "rows": 32},
+        {
+            "part": "c",
+            "case": "bf16 host gpt2 textbook",
+            "device": "a GPU",
+            "limit_gib": None,
+            "host_ms": 7.5,
+        },
+        {"part": "b", "case": "one", "device": "a GPU", "limit_gib": 10.22, "error": "?", "unfinished": True},
+    ]
+    text = gpu_text(result(*records))
+    assert text.startswith("a GPU.") and text.count("### ") == 7 and text.count("Not measured.") == 4
+    assert "| case | rows |\n|---|---:|\n| bf16 stage 6 textbook | 32 |" in text
+    assert "| case | host ms |\n|---|---:|\n| bf16 host gpt2 textbook | 7.5 |" in text
+    assert "at most 10.22 GiB\n\n| case | error |" in text

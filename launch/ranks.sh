@@ -90,6 +90,9 @@ run_ranks() {
         export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}
     fi
     if can_bind_cores; then launcher_arguments+=(--bind_cores_to_rank); fi
+    if [[ " ${launcher_arguments[*]} " == *" --include "* ]]; then
+        unset CUDA_VISIBLE_DEVICES # DeepSpeed would print that it ignores it
+    fi
     set -m # the launcher and its ranks become a process group of their own
     deepspeed --master_port "${MASTER_PORT:-$(python -c 'from coconut_ds.engine.watchdog import free_port; print(free_port())')}" "${launcher_arguments[@]}" \
         --module coconut_ds "$@" </dev/null &

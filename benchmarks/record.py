@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +62,7 @@ def commit() -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    name = git("rev-parse", "--short", "HEAD")
+    name = git("rev-parse", "--short", "HEAD") if shutil.which("git") else None
     if name is None:
         return None
     return name + ("+" if git("status", "--porcelain", "-uno", "--", "coconut_ds", "benchmarks/*.py") else "")

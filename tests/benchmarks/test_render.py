@@ -123,6 +123,11 @@ def test_objects_are_found_among_other_output():
     assert list(record.objects_in(text)) == [{"a": 1}, {"b": [2, 3]}]
 
 
+def test_a_machine_without_git_has_results_too(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert record.surroundings()["commit"] is None
+
+
 def test_a_written_result_says_where_it_comes_from(tmp_path):
     path = record.write("name", "a command", [{"a": 1}], tmp_path)
     written = json.loads(path.read_text())

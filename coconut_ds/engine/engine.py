@@ -230,14 +230,11 @@ class Engine(Ranks):
         self.zero_stage: int = self._engine.zero_optimization_stage()
         patches.link_in_round_robin_order(self._optimizer)
         self._own_settings = patches.OwnSettings(self._optimizer, scheduler)
+        self.learning_rate = 0.0  # of the last step; the engine's own is already that of the next one
 
     @property
     def module(self) -> Coconut:
         return self._engine.module
-
-    @property
-    def learning_rate(self) -> float:
-        return self._engine.get_lr()[0]
 
     @property
     def gradient_norm(self) -> float | None:
@@ -271,6 +268,7 @@ class Engine(Ranks):
     def step(self) -> bool:
         """Reduce, clip, update; return false if fp16 overflowed and the update was skipped."""
         patches.forget_powers_of_beta(self._optimizer)
+        self.learning_rate = self._engine.get_lr()[0]
         with patches.minimum_loss_scale_explained():
             self._engine.step()
         return bool(self._engine.was_step_applied())

@@ -42,3 +42,26 @@ def test_skipped_steps_leave_the_rate_of_that_many_steps_later(name):
         assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0] == 0.5 * factor(position)
     scheduler.step()
     assert scheduler.get_last_lr() == [0.5 * factor(16)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recorded_rate_is_the_one_that_the_step_applied(name):
+    """The last step of a decay is not at 0."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scheduler = LambdaLR(optimizer, schedule(name, 0, 8))
+
+    def step():
+        optimizer.step()
+        scheduler.step()
+
+    stock = SimpleNamespace(
+        step=step,
+        was_step_applied=lambda: True,
+        get_lr=lambda: [group["lr"] for group in optimizer.param_groups],
+    )
+    engine = SimpleNamespace(_engine=stock, _optimizer=optimizer)
+    for _ in range(8):
+        before, weight.grad = weight.item(), torch.ones_like(weight)
+        assert Engine.step(engine)
+        assert engine.learning_rate == pytest.approx(before - weight.item()) and engine.learning_rate > 0

@@ -164,7 +164,7 @@ def test_new_learning_rate_counts(broken: Bench) -> None:
     num_steps, warm_up = 36, 7
 
     def rate(step: int, peak: float) -> float:
-        return peak * (num_steps - step) / (num_steps - warm_up)
+        return peak * (num_steps + 1 - step) / (num_steps - warm_up)
 
     assert rates[15] == pytest.approx(rate(15, 0.01)) and rates[20] == pytest.approx(rate(20, 0.02))
 

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
@@ -39,6 +39,7 @@ from coconut_ds.files import library_lines_hidden
 from coconut_ds.model.coconut import Coconut
 
 FP32_BYTES = 4
+MOMENTS_BYTES = {False: 2 * FP32_BYTES, True: 2}  # of a weight, by whether they have 8 bits
 GPU_ONLY = (
     ("zero_optimization", "zero_quantized_weights"),
     ("zero_optimization", "zero_quantized_nontrainable_weights"),
@@ -195,6 +196,26 @@ def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], 
     return factor
 
 
+def checkpoint_bytes(
+    module: nn.Module, zero_stage: int, moments_bytes: int, weight_bytes: int | None = None
+) -> int:
+    """Bytes of a checkpoint of all ranks, without its small files.
+
+    Optimizer shards: fp32 weights and AdamW's two moments, in fp32 or 8 bits.  Weights: once in Hugging
+    Face form and, except with ZeRO-3, once in the shards.  `weight_bytes`: of a weight, if DeepSpeed will
+    cast it.
+    """
+    excludes_frozen = any(not p.requires_grad for p in module.parameters())
+    trained = weights = 0
+    for parameter in module.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves numel() 0
+        if parameter.requires_grad:
+            trained += size
+        if parameter.requires_grad or not excludes_frozen:
+            weights += size * (weight_bytes or parameter.element_size())
+    return (FP32_BYTES + moments_bytes) * trained + (1 if zero_stage == 3 else 2) * weights
+
+
 class Engine(Ranks):
     """A Coconut model under DeepSpeed."""
 
@@ -218,7 +239,7 @@ class Engine(Ranks):
             params = {**config.pop("optimizer")["params"]}
             params.pop("adam_w_mode", None)  # true, and not an argument here
             make_optimizer = partial(patches.eight_bit_adam(), **params)
-        self.moments_bytes = 2 * FP32_BYTES if make_optimizer is None else 2
+        self.moments_bytes = MOMENTS_BYTES[make_optimizer is not None]
         patches.import_muon_uncompiled()
         self._engine, self._optimizer, _, scheduler = deepspeed.initialize(
             model=module,
@@ -304,19 +325,7 @@ class Engine(Ranks):
             yield self.module
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint of all ranks, without its small files.
-
-        Optimizer shards: fp32 weights and AdamW's two moments, in fp32 or 8 bits.  Weights: once in Hugging
-        Face form and, except with ZeRO-3, once in the shards.
-        """
-        trained = weights = 0
-        for parameter in self.module.parameters():
-            size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves numel() 0
-            if parameter.requires_grad:
-                trained += size
-            if parameter.requires_grad or not self.excludes_frozen:
-                weights += size * parameter.element_size()
-        return (FP32_BYTES + self.moments_bytes) * trained + (1 if self.zero_stage == 3 else 2) * weights
+        return checkpoint_bytes(self.module, self.zero_stage, self.moments_bytes)
 
     def save_shards(self, folder: Path, client_state: Mapping[str, Any]) -> None:
         """Write this rank's shards of weights and optimizer to `folder`. Collective."""

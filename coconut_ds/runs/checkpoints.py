@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from coconut_ds.config.experiment import Experiment
+from coconut_ds.data.curriculum import stage_spans
 from coconut_ds.distributed import is_lost_rank, is_out_of_memory, phase
 from coconut_ds.errors import CheckpointError, OneRankFailed, first_line
 from coconut_ds.files import counted, sync_path
@@ -34,6 +36,7 @@ from coconut_ds.runs.checkpoint_folders import (
     list_files,
     sync_and_hash,
 )
+from coconut_ds.runs.run_folder import run_folder
 
 SPARE_BYTES = 16 * 2**20
 # torch.save raises RuntimeError without a reason if the disk is full.
@@ -201,11 +204,9 @@ class Checkpoints:
         return name, manifest
 
     def _begin(self, draft: Path) -> None:
-        newest = self.folders.names()[-1:]
-        needed = max(self.expected_bytes, *(self.folders.size_of(name) for name in newest), 0)
-        if lack := self._lack_of_space(needed):
+        if lack := self._lack_of_space(_size_of_next(self.folders, self.expected_bytes)):
             raise CheckpointError(
-                f"{self.run_folder}: a checkpoint {lack}; free disk space, or lower 'keep_checkpoints'. "
+                f"{self.run_folder}: a checkpoint {lack}; free disk space, or keep fewer (keep_checkpoints). "
                 f"{self._remaining()}"
             )
         for part in ("engine", "model", "random"):
@@ -272,6 +273,52 @@ class Checkpoints:
     def _remaining(self) -> str:
         names = self.folders.names()
         return f"The newest checkpoint is still {names[-1]}." if names else "There is no older checkpoint."
+
+
+def check_disk(experiment: Experiment, expected_bytes: int, log: Log = print) -> None:
+    """Check, before training, the room for all checkpoints that a run will keep at once.
+
+    `expected_bytes`: size of a checkpoint.  Raises CheckpointError if the disk cannot hold them; logs a line
+    if it may not, since stages may end early and the best checkpoint of each stage is kept.
+    """
+    folders = CheckpointFolders(run_folder(experiment), log)
+    positions, size = folders.positions(), _size_of_next(folders, expected_bytes)
+    done = max((epoch for epoch, _ in positions.values()), default=experiment.resume)
+    if size == 0 or done >= experiment.num_epochs:
+        return
+    epochs = experiment.num_epochs - done + sum(step == 0 for _, step in positions.values())
+    keep = epochs if experiment.keep_checkpoints is None else experiment.keep_checkpoints
+    # A new checkpoint is complete before an old one is removed.
+    certain = possible = min(keep + 1, epochs)
+    if experiment.save_only_improve or experiment.early_stopping_patience or experiment.advance_at:
+        certain = min(2, epochs)
+    has_more = experiment.save_minutes is not None or experiment.save_steps is not None
+    possible = min(possible + len(list(stage_spans(experiment))), epochs) + has_more
+    certain, possible = (max(number, len(positions) + 1) for number in (certain, possible))
+    free = _free_bytes(folders.run_folder)
+    room = len(positions) + max(0, free - SPARE_BYTES) // size
+    if room >= possible:
+        return
+    number = certain if room < certain else possible
+    fewer = f"keep fewer (--set keep_checkpoints={room - 1}), " if 1 < room <= keep else ""
+    text = (
+        f"{folders.run_folder}: {'' if room < certain else 'up to '}{counted(number, 'checkpoint')} of "
+        f"{size / 2**20:,.0f} MiB will be on the disk at once; {free / 2**20:,.0f} MiB are free, enough for "
+        f"{room - len(positions)} more; {fewer}free disk space, or write to another disk (save_path)"
+    )
+    if room < certain:
+        raise CheckpointError(text)
+    log(f"warning: {text}")
+
+
+def _size_of_next(folders: CheckpointFolders, expected_bytes: int) -> int:
+    return max([expected_bytes, *map(folders.size_of, folders.names()[-1:])])
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free bytes of the disk of a folder, which may not exist yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def save_random_state(path: Path) -> None:

@@ -23,8 +23,10 @@ from coconut_ds.data.curriculum import (
 from coconut_ds.data.run_data import RunData, TestSet, load_run_data
 from coconut_ds.distributed import Request, Requests, Signals, lost_ranks_explained, phase
 from coconut_ds.engine.engine import (
+    MOMENTS_BYTES,
     Engine,
     Ranks,
+    checkpoint_bytes,
     refuse_missing_operators,
     schedule,
     start_distributed,
@@ -33,13 +35,13 @@ from coconut_ds.engine.engine import (
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
 from coconut_ds.errors import BudgetError, StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
-from coconut_ds.files import counted
+from coconut_ds.files import counted, print_notes
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
 from coconut_ds.model.loading import build_module, load_config, parameter_groups, write_model
 from coconut_ds.model.quantization import refuse_missing_library
 from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
-from coconut_ds.runs.checkpoints import Checkpoints
+from coconut_ds.runs.checkpoints import Checkpoints, check_disk
 from coconut_ds.runs.record_shapes import metric_lines
 from coconut_ds.runs.run_folder import METRICS, Run
 from coconut_ds.training.progress import Progress, end_lines, model_line, start_lines, table
@@ -114,7 +116,12 @@ def check_model(
         _, refusal = judged_plan(experiment, ds_config, run_data, Ranks(0, world_size, device))
         if refusal is not None:
             raise BudgetError(refusal)
-    build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
+    module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
+    if not (experiment.only_eval or experiment.debug):
+        weight_bytes = None if ds_config.precision == "fp32" else 2
+        moments_bytes = MOMENTS_BYTES[ds_config.eight_bit_moments]
+        size = checkpoint_bytes(module, ds_config.zero_stage, moments_bytes, weight_bytes)
+        check_disk(experiment, size, lambda line: print_notes([line]))
 
 
 def send_report(run: Run) -> None:
@@ -215,6 +222,9 @@ class Trainer:
             self.print_line(self.finished())
             self.print_end()
             return None
+        if not self.experiment.debug:
+            size = self.checkpoints.expected_bytes
+            self.engine.on_main(lambda: check_disk(self.experiment, size, self.print_line))
         self.start_writing()
         self.progress.trend.is_new = self.state.global_step == 0
         self.print_line(table(self.start()))

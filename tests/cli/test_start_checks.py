@@ -94,6 +94,12 @@ def test_validate_and_train_refuse_alike(start, tmp_path, monkeypatch, changes, 
     )
 
 
+def test_validate_refuses_a_disk_too_small_for_the_checkpoints(start, monkeypatch):
+    monkeypatch.setattr("coconut_ds.runs.checkpoints._free_bytes", lambda folder: 2**20)
+    code, error = start("validate", {}, {})
+    assert code == 2 and "checkpoints of" in error and "1 MiB are free, enough for 0 more" in error
+
+
 def test_what_validate_accepts_starts(start, capsys):
     assert start("validate", {}, {}) == (0, "")
     assert start("validate", {}, {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}) == (0, "")

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from coconut_ds.cli.validate import ANY_DATA
+from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.errors import CheckpointError
+from coconut_ds.runs import checkpoints as checkpoint_files
 from coconut_ds.runs.checkpoint_folders import MANIFEST, Manifest, TrainState
-from coconut_ds.runs.checkpoints import Checkpoints
+from coconut_ds.runs.checkpoints import Checkpoints, check_disk
 from tests.runs.fake_shards import FakeShards, write_model
 
 SETTINGS = {"experiment": {"lr": 1e-4, "method": "coconut"}, "ds_config": {}, "data": {"train": "abc"}}
@@ -267,6 +271,52 @@ def test_free_space_is_checked_before_anything_is_written(bench: Bench) -> None:
     with pytest.raises(CheckpointError, match="free disk space"):
         bench.save(checkpoints, 1)
     assert bench.names() == []
+
+
+REFUSED, WARNED = "2 checkpoints of 1 MiB will", "up to .* checkpoints of 1 MiB will"
+KEEP = "keep_checkpoints"
+
+
+@pytest.mark.parametrize(
+    "settings, saved, room, expected",
+    [
+        ({}, (), 8, None),
+        ({}, (), 7, r"8 checkpoints of 1 MiB will .* \(--set keep_checkpoints=6\)"),
+        ({}, (), 0, "enough for 0 more; free disk space, or write to another disk"),
+        ({KEEP: 1}, (), 1, REFUSED),
+        ({KEEP: 1}, (), 2, WARNED),  # the best of each stage may be another one
+        ({KEEP: 1}, (), 6, None),
+        ({"save_only_improve": True}, (), 2, WARNED),
+        ({"save_only_improve": True}, (), 8, None),
+        ({"advance_at": 0.9}, (), 1, REFUSED),
+        ({"advance_at": 0.9}, (), 2, WARNED),
+        ({"save_steps": 3}, (), 8, "up to 9 checkpoints"),
+        ({}, ((6, 0),), 2, None),
+        ({}, ((6, 0),), 1, "3 checkpoints of 1 MiB will .*enough for 1 more"),
+        ({}, ((6, 0), (7, 3)), 1, None),  # the newest is removed once the next is complete
+        ({}, ((8, 0),), 0, None),  # nothing left to train
+    ],
+)
+def test_all_checkpoints_of_a_run_are_counted_before_it_trains(
+    bench, tmp_path, monkeypatch, settings, saved, room, expected
+):
+    """Eight epochs of four stages; `room`: how many more checkpoints the disk holds."""
+    values = ANY_DATA | {"method": "coconut", "num_epochs": 8, "epochs_per_stage": [2, 2, 2, 2]} | settings
+    experiment = validate_experiment(
+        values | {"save_path": str(tmp_path.parent), "name": tmp_path.name, "max_latent_stage": 3}, "test"
+    )
+    for epoch, step in saved:
+        bench.save(bench.fresh(), epoch, step)
+    free = room * 2**20 + checkpoint_files.SPARE_BYTES
+    monkeypatch.setattr(checkpoint_files, "_free_bytes", lambda folder: free)
+    lines: list[str] = []
+    if expected is not None and not expected.startswith("up to"):
+        with pytest.raises(CheckpointError, match=expected):
+            check_disk(experiment, 2**20, lines.append)
+    else:
+        check_disk(experiment, 2**20, lines.append)
+    assert len(lines) == (expected or "").startswith("up to")
+    assert all(re.search(expected, line) for line in lines)
 
 
 def test_room_for_what_is_expected_is_asked_for_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,10 +109,11 @@ def test_a_metrics_file_that_cannot_be_written_ends_the_run_with_a_message(
             trainer.run_all()
 
 
-def test_the_first_checkpoint_needs_the_room_that_the_engine_says(tiny_experiment, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_refused_before_the_first_step(tiny_experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(PlainEngine, "expected_bytes", 2**60)
+    monkeypatch.setattr(PlainEngine, "step", lambda self: pytest.fail("a step was taken"))
     with plain_trainer(tiny_experiment | ONE_EPOCH | {"save_path": str(tmp_path)}) as trainer:
-        with pytest.raises(CheckpointError, match=f"a checkpoint needs {2**40} MiB"):
+        with pytest.raises(CheckpointError, match=f"1 checkpoint of {2**40:,} MiB will be on the disk"):
             trainer.run_all()
         assert not list(trainer.run.folder.glob("checkpoint_*"))
 

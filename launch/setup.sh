@@ -6,8 +6,8 @@
 #   source launch/setup.sh            the same, and the environment is active afterwards
 #
 # Needs Python 3.11 or newer with venv, and g++ (for DeepSpeed's optimizer on the host).
-# The torch build is chosen by the GPUs and their driver (torch_build.sh); TORCH_BUILD=default or cu126 overrides that,
-# DS_ACCELERATOR=cpu ignores GPUs.  PYTHON=/path/to/python chooses the interpreter.  A second run takes a second.
+# The torch build is chosen by the GPUs and their driver (torch_build.sh); TORCH_BUILD=default, cu126 or cpu overrides
+# that, DS_ACCELERATOR=cpu ignores GPUs.  PYTHON=/path/to/python chooses the interpreter.  A second run takes a second.
 
 set -euo pipefail
 # --help of every script here: its first lines, and nothing is installed.
@@ -86,8 +86,9 @@ once() {
 # The build follows from the GPUs of this machine, and stays while requirements.txt and the build stay.
 install_torch() {
     local gpus="" build requirement
-    if [ "${DS_ACCELERATOR:-}" != cpu ]; then gpus=$(list_gpus); fi
+    if [ "${DS_ACCELERATOR:-}" != cpu ] && [ "${TORCH_BUILD:-}" != cpu ]; then gpus=$(list_gpus); fi
     build=${TORCH_BUILD:-$(torch_build "$gpus")}
+    if [ -z "${TORCH_BUILD:-}$gpus" ] && grep -qs +cpu .venv/torch.requirement; then build=cpu; fi # as chosen before
     requirement=$(torch_requirement "$build")
     echo "$requirement" >.venv/torch.requirement
     once torch .venv/torch.requirement pip_install "torch ($build build; a CUDA build takes minutes)" $requirement

@@ -9,7 +9,7 @@
 # CUDA 12.6 code runs on every driver from 525 on (CUDA's minor-version compatibility), CUDA 13 needs 580.  The default
 # build has no code for GPUs older than 7.5, the CUDA 12.6 build none for GPUs newer than 9.0.
 
-CUDA126_INDEX=https://download.pytorch.org/whl/cu126
+TORCH_INDEX=https://download.pytorch.org/whl
 PATH=$PATH:/usr/lib/wsl/lib # where WSL has nvidia-smi
 PCI_DEVICES=${PCI_DEVICES:-/sys/bus/pci/devices}
 
@@ -77,8 +77,8 @@ torch_requirement() {
     pin=$(grep '^torch==' requirements.txt)
     case $1 in
         default) echo "$pin" ;;
-        cu126) echo "$pin+cu126 --index-url $CUDA126_INDEX" ;;
-        *) setup_fail "TORCH_BUILD=$1 is unknown; write default or cu126" ;;
+        cu126 | cpu) echo "$pin+$1 --index-url $TORCH_INDEX/$1" ;;
+        *) setup_fail "TORCH_BUILD=$1 is unknown; write default, cu126 or cpu" ;;
     esac
 }
 

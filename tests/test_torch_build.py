@@ -1,6 +1,7 @@
 """Which torch launch/setup.sh installs: a fake nvidia-smi plays GPUs and drivers."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -148,7 +149,32 @@ def test_the_builds_are_the_pinned_version(tmp_path):
         f"{pin}+cu126 --index-url https://"
     )
     unknown = shell("torch_requirement cu999", tmp_path, None)
-    assert unknown.returncode == 2 and "default or cu126" in unknown.stderr
+    assert unknown.returncode == 2 and "default, cu126 or cpu" in unknown.stderr
+    cpu = shell("torch_requirement cpu", tmp_path, None).stdout
+    assert cpu.startswith(f"{pin}+cpu --index-url https://") and cpu.endswith("/cpu\n")
+
+
+def test_the_small_build_for_the_cpu_stays_until_there_is_a_gpu(tmp_path):
+    setup = (ROOT / "launch" / "setup.sh").read_text(encoding="utf-8")
+    function = setup[setup.index("install_torch() {") : setup.index("# On the CPU DeepSpeed brings")]
+    script = f"{function}\nonce() {{ :; }}\ncheck_torch() {{ :; }}\ncd {tmp_path}\ninstall_torch\n"
+    script += 'echo "${DS_ACCELERATOR:-gpu}"'
+    (tmp_path / ".venv").mkdir()
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    gpu = gpus(8.6, driver="580.65.06")
+    for nvidia_smi, environment, suffix in (
+        (None, {}, ""),
+        (gpu, {"TORCH_BUILD": "cpu"}, "+cpu"),
+        (None, {}, "+cpu"),
+        (gpu, {}, ""),
+        (gpu, {"DS_ACCELERATOR": "cpu"}, ""),
+    ):
+        (tmp_path / "bin" / "nvidia-smi").unlink(missing_ok=True)
+        done = shell(script, tmp_path, nvidia_smi, **environment)
+        requirement = (tmp_path / ".venv/torch.requirement").read_text().split()[0]
+        assert (done.returncode, requirement.endswith("+cpu")) == (0, suffix == "+cpu"), done.stderr
+        on_gpu = nvidia_smi is not None and not environment
+        assert done.stdout.strip() == ("gpu" if on_gpu else "cpu")
 
 
 @pytest.mark.parametrize("seen", [True, False])

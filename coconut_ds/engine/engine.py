@@ -417,6 +417,7 @@ class Engine(Ranks):
     def close(self) -> None:
         """Free the memory and leave the process group."""
         self._engine.destroy()
+        gc.unfreeze()
         gc.collect()
         finish_distributed()
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
+from coconut_ds.model.techniques.recorder import Recorder
+from coconut_ds.model.techniques.recordings import LayerRecording
 from tests.model import lora_cases
 from tests.model.cases import EQUAL_ROWS, gradients, loss_and_gradients, make_batch, make_coconut
 
@@ -71,7 +74,8 @@ def test_no_digit_changes(architecture, checkpointing, dropout):
     is_random = checkpointing == "layers" and dropout > 0
     assert wide.is_refused if is_random else 0 in wide.programs
     layers = layer_kinds(coconut)
-    assert len(layers) == (coconut.causal_lm.config.num_hidden_layers if checkpointing == "layers" else 0)
+    # All but the last without checkpointing.
+    assert len(layers) == coconut.causal_lm.config.num_hidden_layers - (checkpointing == "none")
     assert all(kind.is_refused if is_random else 0 in kind.programs for (kind,) in layers)
 
 
@@ -85,7 +89,7 @@ def test_single_passes_and_accumulated_gradients(checkpointing):
         make_coconut("gpt2", replace(settings, recorded_passes=False)),
     )
     assert_identical(train(coconut, True, batches + BATCHES), train(usual, False, batches + BATCHES))
-    assert bool(layer_kinds(coconut)) == (checkpointing == "layers")
+    assert layer_kinds(coconut)
     assert all(
         len(kinds) == 2 and all(0 in kind.programs for kind in kinds) for kinds in layer_kinds(coconut)
     )
@@ -131,7 +135,7 @@ def test_no_digit_of_lora_changes(family, dropout, checkpointing):
     assert_identical(train(coconut, True, batches), train(usual, False, batches))
     short, wide = kinds(coconut)
     assert 1 in short.programs and 0 in wide.programs
-    assert bool(layer_kinds(coconut)) == (checkpointing == "layers")
+    assert layer_kinds(coconut)
     assert all(0 in kind.programs for (kind,) in layer_kinds(coconut))
 
 
@@ -192,3 +196,53 @@ def test_weights_that_need_their_gradient_in_every_pass_are_refused():
     usual = make_coconut("opt", LatentMemory(recorded_passes=False))
     assert_identical(train(coconut, True, batches), train(usual, False, batches))
     assert all(kind.is_refused for kind in kinds(coconut))
+
+
+def divided_wrong(recording, hidden_size):
+    return "a test"
+
+
+def given_wrong(recorder, values):
+    recorder.reason = "a test"
+
+
+@pytest.mark.parametrize(
+    "kind, name, function", [(LayerRecording, "_divide", divided_wrong), (Recorder, "give", given_wrong)]
+)
+def test_a_layer_that_cannot_be_recorded_runs_as_usual(monkeypatch, kind, name, function):
+    monkeypatch.setattr(kind, name, function)
+    coconut, usual = make_coconut("gpt2", LatentMemory()), make_coconut("gpt2", LatentMemory())
+    usual.techniques.recorded = None
+    assert_identical(train(coconut, True), train(usual, False))
+    assert all(kind.is_refused for (kind,) in layer_kinds(coconut))
+
+
+class Products(TorchDispatchMode):
+    """Writes down the products whose shape is that of a weight."""
+
+    def __init__(self, shapes, events):
+        super().__init__()
+        self.shapes, self.events = shapes, events
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape in self.shapes:
+            self.events.append(f"gradient of {self.shapes[result.shape]}")
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layers"])
+def test_hooks_of_a_weight_run_before_the_next_gradient_is_computed(checkpointing):
+    """As with modules, so that ZeRO can release one gradient before it needs memory for another."""
+    coconut = make_coconut("gpt2", LatentMemory(activation_checkpointing=checkpointing))
+    train(coconut, recorded=True)
+    layers, events = coconut.causal_lm.transformer.h, []
+    shapes = {getattr(layers[0].mlp, name).weight.shape: name for name in ("c_proj", "c_fc")}
+    for layer in layers:
+        for name in shapes.values():
+            weight = getattr(layer.mlp, name).weight
+            weight.register_post_accumulate_grad_hook(lambda own, name=name: events.append(f"hook of {name}"))
+    with Products(shapes, events):
+        coconut(BATCHES[0]).backward()
+    one = ["gradient of c_proj", "hook of c_proj", "gradient of c_fc", "hook of c_fc"]
+    assert events == one * len(layers)

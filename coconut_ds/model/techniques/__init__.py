@@ -59,13 +59,12 @@ class Techniques:
         if settings.fused_activations:
             fuse_activations(causal_lm, self.context)
             install_rotary(causal_lm, self.context)
-        if checkpoints:
-            install_activation_checkpointing(causal_lm, self.context)
-        elif settings.activation_checkpointing != "none":
+        if settings.activation_checkpointing not in ("none", "layers"):
             raise ConfigError(
                 'latent_memory.activation_checkpointing must be "none" or "layers", '
                 f"got {settings.activation_checkpointing!r}"
             )
+        route_layers(causal_lm, self.context, checkpoints)
 
     @contextmanager
     def training_forward(
@@ -120,13 +119,13 @@ class Techniques:
         )
 
 
-def install_activation_checkpointing(model: PreTrainedModel, context: Context) -> None:
+def route_layers(model: PreTrainedModel, context: Context, checkpoints: bool) -> None:
     """Route every decoder layer of `model` through `_run_layer`.
 
-    Raises ConfigError if the model has no such layers.
+    Raises ConfigError if layers without activation checkpointing are to have it.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
+    if checkpoints and not layers:
         raise ConfigError(
             f"latent_memory.activation_checkpointing: {type(model).__name__} does not support it; "
             'set it to "none"'
@@ -135,7 +134,7 @@ def install_activation_checkpointing(model: PreTrainedModel, context: Context) -
         layer.gradient_checkpointing = True
         # Otherwise the layer drops the cache before it calls us.
         layer._can_checkpoint_with_cache = True
-        sources = [module for module in layer.modules() if random_settings(module)]
+        sources = [module for module in layer.modules() if random_settings(module)] if checkpoints else None
         layer._gradient_checkpointing_func = partial(_run_layer, context, index, sources)
 
 
@@ -155,15 +154,15 @@ def refuse_native_checkpointing(modules: Sequence[nn.Module]) -> None:
 def _run_layer(
     context: Context,
     index: int,
-    sources: Sequence[nn.Module],
+    sources: Sequence[nn.Module] | None,
     call: partial,
     *hidden_and_others: Any,
 ) -> Any:
-    """Run `call(hidden, *others)`, a layer's forward, with activation checkpointing; if possible, recorded.
+    """Run `call(hidden, *others)`, a layer's forward; if possible, recorded.
 
-    sources: modules of the layer that may draw random numbers.
+    sources: modules of the layer that may draw random numbers; None without activation checkpointing.
     """
-    run = partial(_checkpointed, context, sources, call)
+    run = call if sources is None else partial(_checkpointed, context, sources, call)
     recorded = None if context.step is None else context.step.recorded_passes
     if recorded is None or not hidden_and_others or context.current.past or context.is_recomputing:
         return run(*hidden_and_others)

@@ -309,9 +309,7 @@ def wide_gradients(
         beta = 1
     dquery = wide.joined(dblocks).view(dout_BHSE.shape)
     dkey, dvalue = (d.transpose(0, 1).view(S, dout_BHSE.shape[0], -1, E).permute(1, 2, 0, 3) for d in own)
-    if layer is not None and not run.past:
-        layer.collect(dkey, dvalue, scale)
-    elif layer is not None:
+    if layer is not None and run.past:
         if run.stop <= layer.tails.stop:  # other passes see these columns
             for own_NSE, sums_NTE in zip(own, layer.tails.of(layer), strict=True):
                 own_NSE.add_(sums_NTE[:, run.start - first : run.stop - first])
@@ -338,6 +336,8 @@ class _WidePass(torch.autograd.Function):
         if ctx.run.past:
             ctx.step.watch()
         dquery, dkey, dvalue = ctx.step.call(wide_gradients, *args)
+        if ctx.layer is not None and not ctx.run.past:
+            ctx.step.call(Layer.collect, ctx.layer, dkey, dvalue, ctx.scale)
         return dquery, dkey, dvalue, *(None,) * 8
 
 

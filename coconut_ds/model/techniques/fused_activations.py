@@ -334,7 +334,10 @@ def install_rotary(model: nn.Module, context: Context) -> None:
 
 
 class FusedRotaryTables(LlamaRotaryEmbedding):
-    """cos and signed sin of the current pass's positions, [B, S, E] each, for `rotate`."""
+    """cos and signed sin of the current pass's positions, [B, S, E] each, for `rotate`.
+
+    Of a later pass of one column, twice its rotation, [B, E, E].
+    """
 
     context: Context
 
@@ -344,16 +347,21 @@ class FusedRotaryTables(LlamaRotaryEmbedding):
             first, second = sin.chunk(2, dim=-1)
             return cos, torch.cat([-first, second], dim=-1)
 
-        return self.context.by_position(self, position_ids, tables)
+        cos_BSE, sin_BSE = self.context.by_position(self, position_ids, tables)
+        if not self.context.current.is_short:
+            return cos_BSE, sin_BSE
+        # y = x R,  R = diag(cos) + swap(diag(sin))
+        swapped_BEE = sin_BSE.squeeze(1).diag_embed().roll(sin_BSE.shape[-1] // 2, 1)
+        rotation_BEE = cos_BSE.squeeze(1).diag_embed().add_(swapped_BEE)
+        return rotation_BEE, rotation_BEE
 
 
-def rotate(q: Tensor, k: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries [B, H, S, E] and keys [B, K, S, E] by tables of FusedRotaryTables."""
-    cos, sin = cos_BSE[:, None], sin_BSE[:, None]
-    if q.shape[2] > 1:
-        return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
-    both = _Rotation.apply(torch.cat([q, k], dim=1), cos, sin)
-    return both.split([q.shape[1], k.shape[1]], dim=1)
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries [B, H, S, E] and keys [B, K, S, E] by what FusedRotaryTables returns."""
+    if cos is sin:
+        return torch.bmm(q.squeeze(2), cos).unsqueeze(2), torch.bmm(k.squeeze(2), cos).unsqueeze(2)
+    cos, sin = cos[:, None], sin[:, None]
+    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
 
 
 class _Rotation(torch.autograd.Function):

@@ -2,14 +2,12 @@
 
 A pass of one column is little arithmetic and much Python.  Its operators are the same every time, so they are
 recorded while a pass runs as usual, forward and backward, and other passes call them directly, in the same
-order and with the same results.  So do passes of many columns, and the layers of the first pass, one by one,
-with activation checkpointing: a recorded layer returns the gradients of all its weights at once, which other
-layers would have to hold beside their activations.
+order and with the same results (recordings.py).  So do passes of many columns, and the layers of the first
+pass, one by one.
 
     first     modules and autograd, as usual; finds models whose gradients do not all go through Rows
     then      modules and autograd, recorded as two functions
-    later     forward(weights, layers, run, ...) -> hidden, saved, inputs
-              backward(weights, layers, run, saved, dhidden) -> gradients, douts
+    later     the two functions
 
 A recording (recorder.py) serves passes of its own columns, and of all columns once it equals one of other
 columns in a batch of another length.
@@ -17,233 +15,23 @@ columns in a batch of another length.
 Shapes: B rows, D hidden size.
 """
 
-import logging
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coconut_ds.model.techniques.kv_buffer import KeyValueBuffer, Mask
-from coconut_ds.model.techniques.passes import (
-    Context,
-    Pass,
-    Step,
-    is_autocast,
-    is_partitioned,
-    keeps_graph,
-)
-from coconut_ds.model.techniques.recorder import NotRecordable, Program, Recorder, reaches_a_weight
+from coconut_ds.model.techniques.passes import Context, Step, is_autocast, is_partitioned
+from coconut_ds.model.techniques.recorder import reaches_a_weight
+from coconut_ds.model.techniques.recordings import Kind, LayerRecording, Recording, Repetition, Runner, Usual
 
-logger = logging.getLogger(__name__)
-
-HAS_RUN = "the backward of this pass has run already; call the first with retain_graph=True"
 # Kinds of passes that are kept: rows, dtype, trained weights; and recordings of one kind.
 MAX_KINDS, MAX_RECORDINGS = 8, 16
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a pass is: its first column, its width and the columns of the batch."""
-
-    start: int
-    width: int
-    total: int
-
-
-@dataclass
-class Kind:
-    """Passes with equal rows, dtype and trained weights."""
-
-    recordings: dict[Columns, Program] = field(default_factory=dict)
-    programs: dict[int, Program] = field(default_factory=dict)  # for all columns, by width; 0: all widths
-    candidates: list[Program] = field(default_factory=list)  # for all widths, until a third recording agrees
-    seen_in: Callable[[], Step | None] | None = None  # the step of its first pass, by weak reference
-    is_refused: bool = False
-
-    def program(self, columns: Columns) -> Program | None:
-        if self.is_refused:
-            return None
-        return self.programs.get(0) or self.programs.get(columns.width) or self.recordings.get(columns)
-
-    def add(self, columns: Columns, program: Program) -> None:
-        for seen, other in self.recordings.items():
-            if seen.start == columns.start or seen.total == columns.total:
-                continue
-            both = other.generalized(seen.width, program, columns.width)
-            if both is None:
-                continue
-            if seen.width == columns.width:
-                self.programs[columns.width] = both
-            elif any(both.code == candidate.code for candidate in self.candidates):
-                self.programs[0] = both
-            else:
-                self.candidates.append(both)
-        self.recordings[columns] = program
-
-    def refuse(self, reason: str) -> None:
-        self.is_refused = True
-        logger.info("latent passes run without a recording: %s", reason)
-
-
-@dataclass
-class Usual:
-    """A later pass, or a layer of the first one, as the modules run it."""
-
-    step: Step
-    run: Pass
-    weights: list[Tensor]
-    fixed: dict[str, Any]
-    call: Callable[[Sequence[Tensor]], Tensor]  # of the inputs, in place of which a recording has its own
-    trained: Sequence[Tensor] = ()  # weights whose gradients are its own to return
-
-    @property
-    def columns(self) -> Columns:
-        run, total = self.run, self.step.passes[-1].stop
-        width = run.stop - run.start
-        # A first pass is as free as the columns behind it; an only pass has none.
-        return Columns(run.start if run.past else (total - width or width), width, total)
-
-
-class Repetition:
-    """A pass that runs from a recording."""
-
-    def __init__(self, usual: Usual, program: Program) -> None:
-        step = usual.step
-        self.program, self.is_short = program, usual.run.is_short
-        step.rows |= {module: rows.renewed() for module, rows in program.opened.items()}
-        self.rows = [step.rows[module] for module in program.modules]
-        self.owners = usual.weights, step.layers, step.rows, usual.run, *usual.fixed.values()
-        self.saved: list[Tensor] | None = None
-
-    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        inputs = [x.detach() for x in inputs]
-        with torch._C._AutoDispatchBelowAutograd():
-            hidden_BSD, saved, xs = self.program.forward(*self.owners, inputs)
-        self.saved = list(saved)
-        self.indices = [rows.next_index(self.is_short) for rows in self.rows]
-        for rows, x in zip(self.rows, xs, strict=True):
-            if self.is_short:
-                rows.inputs.append(x)
-            else:
-                rows.stand_ins()
-        return hidden_BSD
-
-    def backward(self, dhidden_BSD: Tensor) -> Sequence[Tensor | None]:
-        if self.saved is None:
-            raise RuntimeError(HAS_RUN)
-        saved, self.saved = list(self.saved), self.saved if keeps_graph() else None
-        with torch._C._AutoDispatchBelowAutograd():
-            dinputs, douts = self.program.backward(*self.owners, saved, dhidden_BSD)
-        for rows, index, dy in zip(self.rows, self.indices, douts, strict=True):
-            if not self.is_short:
-                for leaf, dleaf in zip(rows.leaves[index], dy, strict=True):
-                    leaf.grad = dleaf
-            elif dy is not None:
-                rows.douts[index] = dy
-        return dinputs
-
-
-class Recording:
-    """A pass that runs as usual and is recorded, forward and backward."""
-
-    def __init__(self, usual: Usual, kind: Kind) -> None:
-        self.usual, self.kind, self.is_done = usual, kind, False
-        self.is_short = usual.run.is_short
-        self.recorder = Recorder(usual.weights, usual.step.rows, usual.fixed, "inputs")
-
-    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        usual, recorder, rows = self.usual, self.recorder, self.usual.step.rows
-        self.leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        for index, leaf in enumerate(self.leaves):
-            recorder.name(leaf, recorder.item("inputs", index))
-        before = {module: rows[module].next_index(self.is_short) for module in rows}
-        with torch.enable_grad(), usual.step.recording(recorder):
-            self.hidden_BSD = usual.call(self.leaves)
-        self.opened = {module: own for module, own in rows.items() if module not in before}
-        self.indices = {
-            module: index
-            for module, index in before.items()
-            if rows[module].next_index(self.is_short) > index
-        }
-        self.xs = [rows[module].inputs[i] if self.is_short else None for module, i in self.indices.items()]
-        return self.hidden_BSD.detach()
-
-    def backward(self, dhidden_BSD: Tensor) -> Sequence[Tensor | None]:
-        if not hasattr(self, "usual"):
-            raise RuntimeError(HAS_RUN)
-        usual = self.usual
-        backward = Recorder(usual.weights, usual.step.rows, usual.fixed, "saved dhidden", self.recorder)
-        backward.reason = self.recorder.reason
-        backward.name(dhidden_BSD, backward.arguments["dhidden"])
-        with usual.step.recording(backward):
-            dinputs = self._gradients(dhidden_BSD)
-        if not self.is_done:
-            self.is_done = True
-            self._finish(backward, dinputs)
-        if not keeps_graph():  # the node of this pass lives until the end of the step
-            del usual, self.usual, self.recorder, self.leaves, self.hidden_BSD, self.xs
-        return dinputs
-
-    def _gradients(self, dhidden_BSD: Tensor) -> list[Tensor | None]:
-        """Gradients of the inputs and of the trained weights; later passes leave those of stand-ins, too."""
-        if not self.usual.trained:
-            torch.autograd.backward(self.hidden_BSD, dhidden_BSD, retain_graph=keeps_graph())
-            dinputs = [leaf.grad for leaf in self.leaves]
-            for leaf in self.leaves:
-                leaf.grad = None
-            return dinputs
-        wanted = [*self.leaves, *self.usual.trained]
-        gradients = iter(
-            torch.autograd.grad(
-                self.hidden_BSD,
-                [x for x in wanted if x.requires_grad],
-                dhidden_BSD,
-                retain_graph=keeps_graph(),
-                allow_unused=True,
-            )
-        )
-        return [next(gradients) if x.requires_grad else None for x in wanted]
-
-    def _finish(self, backward: Recorder, dinputs: Sequence[Tensor | None]) -> None:
-        forward, rows = self.recorder, self.usual.step.rows
-        douts = [
-            rows[module].douts.get(index)
-            if self.is_short
-            else tuple(leaf.grad for leaf in rows[module].leaves[index])
-            for module, index in self.indices.items()
-        ]
-        reason = forward.reason or backward.reason
-        if reason is None:
-            try:
-                results = [*map(backward.node, dinputs)], tree_map(backward.rows_node, douts)
-                xs = [*map(forward.rows_node, self.xs)]
-                outputs = forward.node(self.hidden_BSD), list(backward.saved), xs
-            except NotRecordable as error:
-                reason = str(error)
-        if reason is not None:
-            self.kind.refuse(reason)
-            return
-        graphs = forward.finish(*outputs), backward.finish(*results)
-        self.kind.add(self.usual.columns, Program(*graphs, list(self.indices), self.opened))
-
-
-class _RecordedPass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, runner, step, num_inputs, *inputs_and_trained):  # type: ignore[override]
-        ctx.runner, ctx.step = runner, step
-        return runner.forward(inputs_and_trained[:num_inputs])
-
-    @staticmethod
-    def backward(ctx, dhidden_BSD):  # type: ignore[override]
-        ctx.step.watch()
-        return None, None, None, *ctx.runner.backward(dhidden_BSD.contiguous())
 
 
 class RecordedPasses:
@@ -321,7 +109,10 @@ class RecordedPasses:
         step, run = self.context.step, self.context.current
         assert step is not None
         state, others = self._state(step), (*args, *keywords)
-        if state is None or not all(isinstance(x, KeyValueBuffer) for x in others if isinstance(x, Cache)):
+        # A recording of the last layer would be the peak: it runs before what the layer saves is released.
+        is_peak = index == len(self.checkpointing_layers) - 1 and not self.checkpoints
+        is_known = all(isinstance(x, KeyValueBuffer) for x in others if isinstance(x, Cache))
+        if state is None or is_peak or not is_known:
             return call(hidden_BSD, *args)
         weights, signature = state
         if (index, signature) not in self.layers:
@@ -340,19 +131,23 @@ class RecordedPasses:
         return [weight for weight in self.checkpointing_layers[index].parameters() if weight.requires_grad]
 
     def _run(self, usual: Usual, kinds: dict[Any, Kind], key: Any, inputs: Sequence[Tensor]) -> Any:
-        step, kind = usual.step, kinds.setdefault(key, Kind())
-        program = kind.program(usual.columns)
+        step, kind = usual.step, kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = Kind()
+        program = kind.program(usual)
         if program is not None and program.opened.keys().isdisjoint(step.rows):
-            runner: Repetition | Recording = Repetition(usual, program)
+            step.rows |= {module: rows.renewed() for module, rows in program.opened.items()}
+            runner: Runner = Repetition(usual, program)
         elif self._may_record(usual, kinds, kind):
-            step.recorded, runner = step.recorded or bool(usual.run.past), Recording(usual, kind)
+            step.recorded = step.recorded or bool(usual.run.past)
+            runner = Recording(usual, kind) if usual.run.past else LayerRecording(usual, kind)
         else:
             result = usual.call(inputs)
             if kind.seen_in is None:
                 kind.seen_in = weakref.ref(step)
                 self._refuse(usual, kind, inputs, result)
             return result
-        return _RecordedPass.apply(runner, step, len(inputs), *inputs, *usual.trained)
+        return runner.run(inputs, usual.trained)
 
     def _refuse(self, usual: Usual, kind: Kind, inputs: Sequence[Tensor], result: Any) -> None:
         if not isinstance(result, Tensor):

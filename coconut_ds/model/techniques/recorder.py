@@ -6,7 +6,8 @@ operators draw new numbers.
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +32,7 @@ VIEWS = {
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: torch.addmm,
     aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
     aten.add.Tensor: torch.add,
     aten.mul.Tensor: torch.mul,
     aten.cat.default: torch.cat,
@@ -40,8 +42,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.rsqrt.default: torch.rsqrt,
     aten.roll.default: torch.roll,
     aten.addcmul.default: torch.addcmul,
-    aten.split.Tensor: torch._VF.split,  # type: ignore[attr-defined]
-    aten.split_with_sizes.default: torch._VF.split_with_sizes,  # type: ignore[attr-defined]
+    aten.split_with_sizes.default: torch.split_with_sizes,
 }
 # Operators on the last dimension alone: they run on [rows, last dimension], without views in between.
 ROWWISE = (
@@ -76,8 +77,14 @@ class Recorder(TorchDispatchMode):
         fixed: dict[str, Any],
         arguments: str,
         forward: "Recorder | None" = None,
+        replaced: Mapping[Callable[..., Any], Callable[..., Any]] = {},
+        pauses: Sequence[Sequence[Rows]] = (),
     ) -> None:
-        """fixed: other arguments of the functions, by name: tensors, and objects given to recorded calls."""
+        """fixed: other arguments of the functions, by name: tensors, and objects given to recorded calls.
+
+        replaced: what to run in place of a recorded call.  pauses: groups of rows, after whose calls the
+        function hands out all results and waits.
+        """
         super().__init__()
         self.graph = fx.Graph()
         names = ["weights", "layers", "rows", "run", *fixed, *arguments.split()]
@@ -88,6 +95,10 @@ class Recorder(TorchDispatchMode):
         self.number = next(self._numbers)
         self.forward = forward
         self.saved: list[Any] = []  # nodes of the forward that the backward uses
+        self.kept: list[Tensor] = []  # their tensors
+        self.replaced, self.pauses = replaced, [[*group] for group in pauses]
+        self.paused: list[Rows] = []  # those that were called
+        self.results: list[Any] = []  # of the calls of the current group
         self.reason: str | None = None  # why there is no recording
         self._items: dict[Any, Any] = {}
         for name, value in fixed.items():
@@ -116,6 +127,8 @@ class Recorder(TorchDispatchMode):
             node = _viewed(nodes[self.forward.number])
             if node not in self.saved:
                 self.saved.append(node)
+                if self.replaced:
+                    self.kept.append(value.detach().view(node.meta.get("shape", value.shape)))
             saved = self.item("saved", self.saved.index(node), _take)
             saved.meta |= node.meta
             return saved if node is nodes[self.forward.number] else self._reshaped(saved, tuple(value.shape))
@@ -145,9 +158,27 @@ class Recorder(TorchDispatchMode):
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function unseen, and record it as one call."""
         with _disable_current_modes():
-            result = function(*args)
+            result = self.replaced.get(function, function)(*args)
         self._write(function, args, {}, result)
+        if function in self.replaced and args[0] in self.paused:
+            self.reason = "one of their linear layers runs twice in a pass"
+        if self.pauses and self.pauses[0][0] is args[0]:
+            self.results += [x for x in result if x is not None]
+            self.paused.append(self.pauses[0].pop(0))
+            if not self.pauses[0]:
+                self.give(self.results)
+                self.results = []
+                del self.pauses[0]
         return result
+
+    def give(self, values: Sequence[Any]) -> None:
+        """Have the function hand out tensors here, and wait until it is called for the next ones."""
+        try:
+            nodes = tree_map(self.node, tuple(values))
+        except NotRecordable as error:
+            self.reason = self.reason or str(error)
+            return
+        self.graph.call_function(give, (self.arguments["given"], nodes))
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if self.reason is not None:
@@ -180,6 +211,9 @@ class Recorder(TorchDispatchMode):
                 self._reshaped(node, rows) if isinstance(x, Tensor) and x.shape == shape else node
                 for x, node in zip(args, nodes, strict=True)
             )
+        if func is aten.split.Tensor:  # torch.split is Python
+            dim = args[2] if len(args) > 2 else 0
+            func, nodes = aten.split_with_sizes.default, (nodes[0], [x.shape[dim] for x in result], dim)
         call = self.graph.call_function(FUNCTIONS.get(func, func), nodes, kwargs)
         parts = (
             [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else []
@@ -235,6 +269,15 @@ def _take(saved: list[Any], index: int) -> Any:
 
 def _has_effect(node: fx.Node) -> bool:
     return node.is_impure() or getattr(node.target, "__module__", "").startswith("coconut_ds")
+
+
+def give(given: list[Any], values: Sequence[Any]) -> None:
+    given.extend(values)
+
+
+def _with_pauses(body: list[str]) -> list[str]:
+    """The code of a function that becomes a generator: it pauses after each `give`."""
+    return [re.sub(r"^(give(_\d+)? = .*)$", r"\1; yield", "".join(body), flags=re.MULTILINE)]
 
 
 def width_of(run: Pass, slope: int, offset: int) -> int:
@@ -295,10 +338,19 @@ class Program:
     """A recorded pass: two functions, and the modules whose rows they return."""
 
     def __init__(
-        self, forward: fx.Graph, backward: fx.Graph, modules: Sequence[int], opened: dict[int, Rows]
+        self,
+        forward: fx.Graph,
+        backward: fx.Graph,
+        modules: Sequence[int],
+        opened: dict[int, Rows],
+        parts: Sequence[Sequence[int]],
     ) -> None:
-        """opened: rows of modules that a first pass runs, by the modules' ids; empty after their step."""
+        """opened: rows of modules that a first pass runs, by the modules' ids; empty after their step.
+
+        parts: the weights whose gradients the backward hands out at once, by their index; the last first.
+        """
         self.graphs, self.modules, self.opened = (forward, backward), tuple(modules), opened
+        self.parts = parts
 
     @cached_property
     def forward(self) -> Callable[..., Any]:
@@ -306,6 +358,7 @@ class Program:
 
     @cached_property
     def backward(self) -> Callable[..., Any]:
+        self.graphs[1].on_generate_code(lambda _: _with_pauses)
         return fx.GraphModule(nn.Module(), self.graphs[1]).forward
 
     @cached_property
@@ -316,9 +369,9 @@ class Program:
         """The program of two widths, or of one if both are equal."""
         pairs = zip(self.graphs, other.graphs, strict=True)
         forward, backward = (generalized(a, width, b, other_width) for a, b in pairs)
-        if forward is None or backward is None or self.modules != other.modules:
+        if forward is None or backward is None or (self.modules, self.parts) != (other.modules, other.parts):
             return None
-        return Program(forward, backward, self.modules, self.opened)
+        return Program(forward, backward, self.modules, self.opened, self.parts)
 
 
 def reaches_a_weight(hidden_BSD: Tensor, inputs: Sequence[Tensor], step: Step) -> bool:

@@ -42,6 +42,7 @@ from coconut_ds.files import (
     replace_text,
 )
 from coconut_ds.model.loading import DTYPES, load_config, parameter_groups
+from coconut_ds.runs.record_shapes import cut_answers
 from coconut_ds.tables import Table
 
 EVALUATIONS, PREDICTIONS = "evaluations.jsonl", "predictions.jsonl"
@@ -118,20 +119,17 @@ class Measurement:
         if self.samples is not None:
             return str(self.samples)
         result = self.evaluation
+        dropped, cut = result.num_dropped, cut_answers(result.numbers())
+        notes = [
+            *self.notes,
+            *([f"not the run's own result: {', '.join(self.differences)}"] if self.differences else []),
+            *([f"{dropped} items too long for the model count as wrong"] if dropped else []),
+            *([cut] if cut else []),
+        ]
         match = f"; CoT match {100 * result.cot_match:.1f} %" if self.stage.shows_all_steps else ""
         return (
             f"{self.checkpoint}  {self.data}, {self.stage}\n"
-            + "".join(f"  note: {line}\n" for line in self.notes)
-            + (
-                f"  note: not the run's own result: {', '.join(self.differences)}\n"
-                if self.differences
-                else ""
-            )
-            + (
-                f"  note: {result.num_dropped} items too long for the model count as wrong\n"
-                if result.num_dropped
-                else ""
-            )
+            + "".join(f"  note: {line}\n" for line in notes)
             + f"  accuracy {percent_with_interval(result.num_correct, result.num_items)} "
             f"({result.grading} grading), "
             f"{result.num_correct} of {result.num_items}; loss {result.loss:.4f}{match}\n"

@@ -169,6 +169,7 @@ class Samples:
         return replace(
             first,
             predictions=tuple(chosen),
+            num_cut=0,
             num_correct=num_correct,
             accuracy=num_correct / max(first.num_items, 1),
             mean_tokens=sum(evaluation.mean_tokens for evaluation in self.evaluations),

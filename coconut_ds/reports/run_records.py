@@ -28,6 +28,7 @@ from coconut_ds.runs.record_shapes import (
     ENVIRONMENT,
     PLAN,
     PROFILE,
+    cut_answers,
     metric_lines,
     prediction_lines,
     read_record,
@@ -343,14 +344,16 @@ def _not_above_chance(run: RunRecord) -> Verdict | None:
         return None
     if run.experiment.method is Method.NO_COT:
         return Verdict(
-            f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. {BASELINE}"
+            f"not above chance: {_interval(line)}, chance is {_percent(line['chance'])}. "
+            f"{_advice(line, BASELINE)}"
         )
     outcome = f"was not learned: {_interval(line)} is not above chance ({_percent(line['chance'])})"
     if run.has_numbered_stages and len(run.stages) > 1:
         before, last = run.stages[-2:]
         outcome += f"; {_percent(_accuracy(before.line))} at stage {before.number}"
-        return Verdict(f"Stage {last.number} {outcome}{_so_far(run)}. {_change_stage(run)}")
-    return Verdict(f"{run.experiment.method} {outcome}{_so_far(run)}. {CHANGE_RUN}")
+        advice = _advice(line, _change_stage(run))
+        return Verdict(f"Stage {last.number} {outcome}{_so_far(run)}. {advice}")
+    return Verdict(f"{run.experiment.method} {outcome}{_so_far(run)}. {_advice(line, CHANGE_RUN)}")
 
 
 def _decline(run: RunRecord) -> Verdict | None:
@@ -368,9 +371,20 @@ def _decline(run: RunRecord) -> Verdict | None:
     epochs = counted(sum(run.stage_of(line) == last.stage for line in run.of("valid")), "epoch")
     return Verdict(
         f"Stage {last.number} {what}: {_interval(last.line)} after {epochs}{_so_far(run)}, "
-        f"{_percent(accuracy_before)} at stage {before.number}. {_change_stage(run)}",
+        f"{_percent(accuracy_before)} at stage {before.number}. {_advice(last.line, _change_stage(run))}",
         not_learned=kept < 0.5,
     )
+
+
+def _advice(line: Line, advice: str) -> str:
+    """The limit of new tokens in place of `advice` if it cut half of the wrong answers; else both."""
+    cut = cut_answers(line)
+    if cut is None:
+        return advice
+    is_cause = line["longest_answer"] > line["max_new_tokens"]
+    if is_cause and 2 * line["num_cut"] >= line["num_items"] - line["num_correct"]:
+        return f"{cut} (--set, with --allow max_new_tokens)."
+    return f"{cut}. {advice}"
 
 
 def _change_stage(run: RunRecord) -> str:

@@ -29,6 +29,7 @@ OPTIONAL = (
     "loss", "cot_match", "seconds_per_item", "stage", "step", "time", "lr", "chance",
     "gradient_norm", "step_seconds", "tokens_per_s", "supervised_tokens_per_s",
 )  # fmt: skip
+CUT = ("num_cut", "max_new_tokens", "longest_answer")  # counts of a line, if wrong answers were cut
 TRAIN = '"kind": "train"'  # as `train` writes it
 MAX_TRAIN_LINES = 10_000  # of a longer run, every n-th line is read
 
@@ -164,6 +165,8 @@ def _is_metric(line: Mapping[str, Any]) -> bool:
     given = [name for name in OPTIONAL if name in line] + [name for name in line if name.endswith("_mib")]
     if not all(_is_number(line.get(name), name not in MEASURED) for name in (*REQUIRED[kind], *given)):
         return False
+    if not all(type(line.get(name, 0)) is int for name in CUT):
+        return False
     epoch, weights = line["epoch"], line.get("window_weights", [])
     if not (0 <= epoch <= 1e6 and epoch == int(epoch)):
         return False
@@ -172,6 +175,23 @@ def _is_metric(line: Mapping[str, Any]) -> bool:
     ):
         return False
     return isinstance(weights, list) and all(_is_number(weight, True) for weight in weights)
+
+
+def cut_answers(line: Mapping[str, Any]) -> str | None:
+    """How many answers of a validation or test line are wrong and were cut, and what to write."""
+    num_cut, limit, longest = (line.get(name, 0) for name in CUT)
+    if not num_cut:
+        return None
+    text = f"{num_cut} of {line['num_items']} answers are wrong and were cut at max_new_tokens ({limit})"
+    if longest <= limit:
+        return f"{text}; the longest correct one has {longest} tokens"
+    enough = enough_tokens(longest)
+    return f"{text}, but correct ones have up to {longest} tokens: write max_new_tokens: {enough}"
+
+
+def enough_tokens(longest: int) -> int:
+    """A limit for answers of up to `longest` tokens and their eos token: the next multiple of 8."""
+    return 8 * (longest // 8 + 1)
 
 
 def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -35,7 +35,7 @@ from coconut_ds.engine.engine import (
 )
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
 from coconut_ds.errors import BudgetError, StopRequested
-from coconut_ds.evaluation.evaluate import Evaluation, evaluate
+from coconut_ds.evaluation.evaluate import Evaluation, evaluate, short_limit
 from coconut_ds.files import counted, print_notes
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
 from coconut_ds.model.loading import build_module, load_config, parameter_groups, write_model
@@ -43,7 +43,7 @@ from coconut_ds.model.quantization import refuse_missing_library
 from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
 from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, misleading_best, stage_of
 from coconut_ds.runs.checkpoints import Checkpoints, check_disk
-from coconut_ds.runs.record_shapes import metric_lines
+from coconut_ds.runs.record_shapes import cut_answers, metric_lines
 from coconut_ds.runs.run_folder import METRICS, Run
 from coconut_ds.training.progress import Progress, end_lines, model_line, start_lines, table
 
@@ -105,7 +105,10 @@ def check_start(
         refuse_missing_library("quantization: nf4")
     if ds_config.eight_bit_moments:
         refuse_missing_library(f"{ds_config.path}: optimizer.type: {EIGHT_BIT}")
-    return run_data or load_run_data(experiment, load_config(experiment.model_id))
+    if run_data is None:
+        run_data = load_run_data(experiment, load_config(experiment.model_id))
+        print_notes(short_limit(experiment, run_data))
+    return run_data
 
 
 def check_model(
@@ -504,6 +507,8 @@ class Trainer:
             f"accuracy {100 * result.accuracy:.1f} %{part} ({result.grading} grading)  "
             f"{match}{self.peak.summary()}"
         )
+        if cut := cut_answers(result.numbers()):
+            self.print_line(f"  {cut}")
         self.check_written()
         return result
 

@@ -100,6 +100,14 @@ def test_validate_refuses_a_disk_too_small_for_the_checkpoints(start, monkeypatc
     assert code == 2 and "checkpoints of" in error and "1 MiB are free, enough for 0 more" in error
 
 
+@pytest.mark.parametrize("limit, is_noted", [(3, True), (64, False)])
+def test_validate_notes_a_limit_that_cuts_correct_answers(start, monkeypatch, limit, is_noted):
+    notes = []
+    monkeypatch.setattr("coconut_ds.training.trainer.print_notes", lambda lines: notes.extend(lines))
+    assert start("validate", {"max_new_tokens": limit}, {})[0] == 0
+    assert [note.startswith("max_new_tokens: 3 cuts ") for note in notes] == [True] * is_noted
+
+
 def test_what_validate_accepts_starts(start, capsys):
     assert start("validate", {}, {}) == (0, "")
     assert start("validate", {}, {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}) == (0, "")

@@ -1,5 +1,6 @@
 """The grading rule: taken from the card or the experiment, and printed with every accuracy."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,14 @@ def test_numbers_and_lines_name_the_rule(grading, accuracy):
     assert evaluation.accuracy == accuracy and evaluation.numbers()["grading"] == grading
     line = str(Measurement("checkpoint_1", "test", Stage(3, 6), None, evaluation))
     assert f"({grading} grading)" in line
+
+
+@pytest.mark.parametrize("num_cut", [0, 1])
+def test_the_lines_of_eval_name_answers_cut_at_the_limit(num_cut):
+    evaluation = replace(result("exact"), num_cut=num_cut, max_new_tokens=8, longest_answer=25)
+    line = str(Measurement("checkpoint_1", "test", Stage(3, 6), None, evaluation))
+    note = "note: 1 of 1 answers are wrong and were cut at max_new_tokens (8)"
+    assert (note in line) == bool(num_cut)
 
 
 def test_the_line_of_training_names_the_rule():

@@ -223,6 +223,26 @@ def test_a_run_that_did_not_learn_says_so_last(make_run, capsys, correct, settin
         assert said in lines[0] and last == lines[0]
 
 
+@pytest.mark.parametrize(
+    "cut, has_advice, text",
+    [
+        ((95, 8, 25), False, "95 of 100 answers are wrong and were cut at max_new_tokens (8), but correct "
+         "ones have up to 25 tokens: write max_new_tokens: 32"),
+        ((95, 64, 25), True, "cut at max_new_tokens (64); the longest correct one has 25 tokens. Try"),
+        ((3, 8, 25), True, "write max_new_tokens: 32. Try"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "correct, settings", [([5], {"method": "cot"}), ([90, 5], QUICKSTART), ([5], QUICKSTART)]
+)
+def test_a_verdict_names_answers_cut_at_the_limit(make_run, capsys, correct, settings, cut, has_advice, text):
+    logged = [dict(zip(("num_cut", "max_new_tokens", "longest_answer"), cut, strict=True))] * len(correct)
+    run = make_run("r", correct, chance=0.1, logged=logged, **({"num_epochs": len(correct)} | settings))
+    assert main(["report", str(run.folder), "--no-page"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "was not learned" in last and text in last and ("Try more epochs" in last) == has_advice
+
+
 def test_the_page_says_what_was_not_learned(make_run, capsys):
     run = make_run("r", [100, 100, 100, 48], chance=0.1, **({"num_epochs": 4} | QUICKSTART))
     assert main(["report", str(run.folder)]) == 0

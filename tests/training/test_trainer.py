@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -236,12 +237,29 @@ def test_stages_end_early_and_a_resumed_run_does_the_same(tiny_experiment, tmp_p
 
 
 def test_a_stage_that_was_not_learned_is_named_when_the_next_begins(tiny_experiment, tmp_path, capsys):
-    values = tiny_experiment | CHEAP | {"save_path": str(tmp_path)}
+    values = tiny_experiment | CHEAP | {"save_path": str(tmp_path), "max_new_tokens": 24}
     with plain_trainer(values, num_epochs=2) as trainer:  # untrained: at chance
         trainer.run_all()
     first, second = capsys.readouterr().out.split("epoch 2/2")
     assert "coconut was not learned" in first
     assert "Stage 1 was not learned" in second and "latent_supervision" in second
+
+
+def test_answers_cut_at_the_limit_are_named_in_place_of_more_training(tiny_experiment, tmp_path, capsys):
+    """In the line of each validation and in the verdict, with a limit that the correct answers fit."""
+    values = tiny_experiment | CHEAP | {"save_path": str(tmp_path), "max_new_tokens": 1}
+    with plain_trainer(values, num_epochs=1) as trainer:
+        trainer.run_all()
+        (line,) = lines_of(trainer.run, "valid")
+        texts = ["\n".join([*p.steps, f"### {p.answer}"]) for p in trainer.run_data.valid.problems]
+        tokenizer = trainer.run_data.vocabulary.tokenizer
+    longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    assert (line["num_cut"], line["max_new_tokens"], line["longest_answer"]) == (6, 1, longest)
+    validated, *_, verdict = re.findall(".*6 of 6 answers are wrong and were cut .*", capsys.readouterr().out)
+    enough = int(re.search(r"write max_new_tokens: (\d+)", validated)[1])
+    assert longest < enough <= longest + 8
+    assert "coconut was not learned" in verdict and f"write max_new_tokens: {enough}" in verdict
+    assert "Try more epochs" not in verdict
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import coconut_ds
 from coconut_ds.errors import UserError
-from coconut_ds.files import VERBOSE, printable_streams
+from coconut_ds.files import VERBOSE, home_expanded, printable_streams
 
 # The command name is the first word of the module name: inspect_latents.py is `inspect`.
 COMMANDS = {path.stem.partition("_")[0]: path for path in (Path(__file__).parent / "cli").glob("[a-z]*.py")}
@@ -77,7 +77,8 @@ def _reader_is_gone() -> bool:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A shell expands ~ only at the start of a word.
+    arguments = [home_expanded(word) for word in (sys.argv[1:] if argv is None else argv)]
     _set_verbose("--verbose" in arguments)
     names = sorted(COMMANDS)
     chosen = next((word for word in arguments if word in names), None)

@@ -8,6 +8,7 @@
     replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
     open_append, make_folder   refuse links
     similar_path               a hint for a misspelled path
+    home_expanded              a path with the home folder in place of `~`
     from_start                 a path that a run folder records, from another working folder
     run_folder_of              the run, checkpoint or exported folder that contains a path
 
@@ -67,6 +68,12 @@ def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
     if limit is not None and len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit / MIB:g} MiB", str(path))
     return content
+
+
+def home_expanded(text: str) -> str:
+    """`text` with the user's home folder for a leading `~` of a path: also in --option=~/x and KEY=~/x."""
+    match = re.fullmatch(r"((?:--[\w-]+=)?(?:[\w.]+=)?)(~.*)", text, re.DOTALL)
+    return match[1] + os.path.expanduser(match[2]) if match else text
 
 
 def similar_path(path: str | Path) -> str:

@@ -154,6 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         checked.__name__ = "whole number"
         parser.add_argument(flag, type=checked, default=default, metavar="N", help=text)
 
+    parser.register("type", Path, lambda text: Path(text).expanduser())
     parser.add_argument(
         "--output-dir", type=Path, default=Path("data"), metavar="DIR", help="where the files go"
     )

@@ -32,6 +32,7 @@ def script_arguments(description: str, epilog: str = "") -> argparse.ArgumentPar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.register("type", Path, lambda text: Path(text).expanduser())
     parser.add_argument(
         "--output-dir", type=Path, default=Path("data"), help="where to write (default: data/)"
     )

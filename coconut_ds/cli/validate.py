@@ -123,7 +123,7 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
         ds_config.resolve(experiment, ranks)
         if not any(is_hub(path) for path in elsewhere):
             read_files(experiment)
-        return start + _not_checked(experiment, elsewhere)
+        return start + _not_checked(elsewhere)
     if experiment.only_eval:
         find_trained(str(path), overrides=args.overrides)
     run_data = check_start(experiment, ds_config, ranks, args.run_data.get(path))
@@ -134,11 +134,8 @@ def _check_start(path: Path, ds_path: str, args: argparse.Namespace) -> str:
     return f"`train` would start: {start}"
 
 
-def _not_checked(experiment: Experiment, elsewhere: Sequence[str]) -> str:
-    from coconut_ds.data.tokenizer import missing
-
-    hint = missing(experiment.model_id) if experiment.model_id in elsewhere else ""
-    return f"; data not checked, since this machine does not have {', '.join(elsewhere)}{hint}"
+def _not_checked(elsewhere: Sequence[str]) -> str:
+    return f"; data not checked, since this machine does not have {', '.join(elsewhere)}"
 
 
 def _elsewhere(experiment: Experiment) -> list[str]:
@@ -157,7 +154,7 @@ def _check_run_data(experiment: Experiment) -> str:
         if path and not is_hub(path) and not Path(path).exists():
             elsewhere.append(path)
     if elsewhere:
-        return _not_checked(experiment, elsewhere)
+        return _not_checked(elsewhere)
     from coconut_ds.data.run_data import load_run_data  # imports torch, which settings files do not need
     from coconut_ds.model.loading import load_config
 

@@ -19,7 +19,7 @@ from typing import Any
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.config.schema import load_schema, parse_yaml_value, read_json, violations
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import json_text
+from coconut_ds.files import home_expanded, json_text
 
 # The spellings of DeepSpeed's guide and of the Hugging Face Trainer.
 DS_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
@@ -56,6 +56,7 @@ RENAMED = {
     },
 }
 OLD_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+MIN_GPU_MIB = 200  # a smaller number is meant in GiB
 DEFAULT_FILE = Path("ds_configs/zero2_offload.json")
 SHIPPED = Path(__file__).parent.parent / "shipped"
 # Refused keys whose `false` has an effect: it turns off a default.
@@ -370,7 +371,9 @@ def _zero_contradictions(valid: Mapping[str, Any]) -> Iterator[str]:
 def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:
     memory, reserved = budget["gpu_memory_mib"], budget["reserved_mib"]
     total = sum(budget["components_mib"].values())
-    if reserved >= memory:
+    if memory < MIN_GPU_MIB:
+        yield f"memory_budget.gpu_memory_mib: is {memory:g} MiB; for {memory:g} GiB write {memory * 1024:g}"
+    elif reserved >= memory:
         yield f"memory_budget.reserved_mib: {reserved:g} leaves no gpu_memory_mib ({memory:g}); lower it"
     elif total > memory - reserved:
         yield (
@@ -382,18 +385,18 @@ def _budget_contradictions(budget: Mapping[str, Any]) -> Iterator[str]:
 
 def _converted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings of a file for another program or version as the schema has them, and notes."""
-    result, schema = _without_comments(values), load_schema("ds_config")
+    result, schema = _cleaned(values), load_schema("ds_config")
     notes = [*_convert(result), *_drop_without_effect(result, schema, schema["$defs"], "")]
     return result, notes
 
 
-def _without_comments(value: Any) -> Any:
-    """The same without comment keys, and without null, which is DeepSpeed's "not set"."""
+def _cleaned(value: Any) -> Any:
+    """Without comment keys, without null, which is DeepSpeed's "not set", and with `~` expanded."""
+    if isinstance(value, str):
+        return home_expanded(value)
     if not isinstance(value, Mapping):
         return value
-    return {
-        k: _without_comments(v) for k, v in value.items() if not str(k).startswith(COMMENT) and v is not None
-    }
+    return {k: _cleaned(v) for k, v in value.items() if not str(k).startswith(COMMENT) and v is not None}
 
 
 def _convert(values: dict[str, Any]) -> Iterator[str]:

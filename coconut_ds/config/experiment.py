@@ -43,7 +43,7 @@ from coconut_ds.config.schema import (
     violations,
 )
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import exists, from_start, print_notes, run_folder_of
+from coconut_ds.files import exists, from_start, home_expanded, print_notes, run_folder_of
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,7 @@ def validate_experiment(values: Mapping[str, Any], where: str) -> Experiment:
 def _check(values: Mapping[str, Any], where: str, published: bool) -> tuple[Experiment, list[str]]:
     schema = load_schema("experiment")
     given = {key: _as_meant(value, schema["properties"].get(key, {})) for key, value in values.items()}
+    given = {key: value for key, value in given.items() if value is not None or key not in schema["required"]}
     errors = violations(given, schema, "a setting")
     invalid = {error.split(":", 1)[0].split(".", 1)[0] for error in errors}
     valid = {key: value for key, value in given.items() if key not in invalid and key in schema["properties"]}
@@ -300,11 +301,13 @@ def experiment_to_yaml(experiment: Experiment) -> str:
 
 
 def _as_meant(value: Any, rule: Mapping[str, Any]) -> Any:
-    """Convert two values that YAML reads as text: `None`, and `1e-4` (without a dot)."""
+    """Convert what YAML reads as text: `None`, `1e-4` (without a dot), and `~` at the start of a path."""
     if not isinstance(value, str):
         return value
     if value in ("None", "none", "null") and value not in rule.get("enum", ()):
         return None
+    if "path_to" in rule:
+        return home_expanded(value)
     if "string" not in kinds(rule) and {"number", "integer"}.intersection(kinds(rule)):
         try:
             number = float(value)

@@ -4,6 +4,7 @@ In all functions, `valid` holds the valid settings of the file, and `settings` a
 """
 
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -96,6 +97,7 @@ def contradictions(valid: Mapping[str, Any], settings: Mapping[str, Any]) -> Ite
     if method is not None and settings["quantization"] != "none":
         tuning = thought_and_tuning(method, settings)[1]
         yield from _quantization_contradictions(tuning, settings)
+    yield from _path_contradictions(valid)
     yield from _running_contradictions(settings)
 
 
@@ -173,6 +175,21 @@ def _quantization_contradictions(tuning: str, settings: Mapping[str, Any]) -> It
     if settings["lora_use_dora"]:
         text = "lora_use_dora: DoRA needs the weights that 'quantization: nf4' compresses; remove one"
         yield {"quantization", "lora_use_dora"}, text
+
+
+def _path_contradictions(valid: Mapping[str, Any]) -> Iterator[Contradiction]:
+    for key in settings_with("path_to", "data", "weights", "runs"):
+        value = str(valid.get(key))
+        hub_id = value.partition("://huggingface.co/")[2]
+        if value.startswith(("~", "$")):  # `~` has been expanded where there is a home folder
+            text = f"{value} stands for no folder here; write the complete path, or ./{value}"
+        elif re.match(r"(?!hf://)[a-z0-9]+:/", value):
+            is_id = hub_id and key == "model_id"
+            advice = f"write '{key}: {hub_id}'" if is_id else "download it, and write the path"
+            text = f"{value} is a URL; {advice}"
+        else:
+            continue
+        yield {key}, f"{key}: {text}"
 
 
 def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradiction]:

@@ -2,9 +2,10 @@
 
 The schema files in schemas/ define every key's type, default and description.  Besides the standard keywords
 they use these annotations: `group` (heading in the docs), `expects` (description of a rule that has no short
-form), `refused` (why a key is not accepted, and what to do instead), `inert` (why a key is ignored),
-`published_default` (the default in files of the published code), `also_called` (names of a key in other
-programs) and, beside `properties`, `elsewhere` (advice for keys that only other programs have).
+form), `noun` (what an unknown key of a block is not), `if_missing` (how to get a required value), `refused`
+(why a key is not accepted, and what to do instead), `inert` (why a key is ignored), `published_default` (the
+default in files of the published code), `also_called` (names of a key in other programs) and, beside
+`properties`, `elsewhere` (advice for keys that only other programs have).
 
 Each key of an experiment also has `affects`, which resuming, reports, sweeps and model cards read: `learning`
 (other results), `shapes` (other results, and a checkpoint cannot be continued), `accuracy` (the same weights
@@ -15,6 +16,7 @@ import errno
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import date
 from functools import cache
 from importlib import resources
@@ -26,9 +28,10 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.files import is_printable, parse_json, read_bytes, similar_path
+from coconut_ds.files import home_expanded, is_printable, parse_json, read_bytes, similar_path
 
 MAX_BYTES = 1 << 17  # PyYAML takes about a second for this size
+LONG_WORD = 8  # letters; short words are near many others
 MAX_UNKNOWN = 20  # keys in a message; each is compared with all known keys
 TYPE_WORDS = {
     "integer": "a whole number",
@@ -83,7 +86,13 @@ def kinds(rule: Mapping[str, Any]) -> list[str]:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """'; did you mean X?' if `word` is a misspelled known word, else ''.
+    """'; did you mean X?' if `word` is a misspelled known word, else ''."""
+    best = nearest(word, known)
+    return f"; did you mean '{best}'?" if best else ""
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """The known word that `word` misspells, or ''.
 
     Up to one letter may be wrong, and up to two in words of eight letters or more.  Numbers and words of one
     or two letters have no near misses.
@@ -91,12 +100,12 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     written = str(word).lower()
     if len(written) < 3 or written.isnumeric():
         return ""
-    limit = 2 if len(written) >= 8 else 1
+    limit = 2 if len(written) >= LONG_WORD else 1
     near = {
         one: edit_distance(written, one.lower()) for one in known if abs(len(one) - len(written)) <= limit
     }
     best = min(near, key=lambda one: near[one], default="")
-    return f"; did you mean '{best}'?" if best and near[best] <= limit else ""
+    return best if best and near[best] <= limit else ""
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -127,7 +136,9 @@ def unknown_keys(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, st
     names |= {other: f"; {advice}" for other, advice in schema.get("elsewhere", {}).items()}
     accepted = [key for key, rule in schema["properties"].items() if "refused" not in rule]
     hints = {
-        key: names.get(str(key).lower().replace("-", "_")) or did_you_mean(key, schema["properties"])
+        key: names.get(str(key).lower().replace("-", "_"))
+        or did_you_mean(key, schema["properties"])
+        or names.get(nearest(key, [name for name in names if len(name) >= LONG_WORD]), "")
         for key in keys
     }
     for key in [key for key, hint in hints.items() if not hint][-1:]:
@@ -137,7 +148,7 @@ def unknown_keys(keys: Iterable[str], schema: Mapping[str, Any]) -> dict[str, st
 
 def shown(value: object) -> str:
     """A value as text of at most 80 characters."""
-    text = repr(value)
+    text = str(value) if isinstance(value, date) else repr(value)
     text = {"True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -175,17 +186,18 @@ def violations(values: object, schema: Mapping[str, Any], noun: str) -> list[str
     messages: dict[str, str] = {}
     for key in _not_finite(values, ""):
         messages[key] = f"{key}: must be a finite number; NaN and infinity cannot be used"
+    validator = Draft202012Validator(schema)
     errors = sorted(
-        Draft202012Validator(schema).iter_errors(values),
+        validator.iter_errors(values),
         key=lambda error: list(map(str, error.absolute_path)),
     )
     for error in errors:
-        for key, message in _explain(error, noun):
+        for key, message in _explain(error, noun, validator):
             messages.setdefault(key, message)
     return list(messages.values())
 
 
-def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
+def _explain(error: ValidationError, noun: str, validator: Draft202012Validator) -> Iterator[tuple[str, str]]:
     here = ".".join(str(part) for part in error.absolute_path)
     inside = f"{here}." if here else ""
     rule: Any = error.schema
@@ -193,11 +205,13 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
     if error.validator == "additionalProperties":
         unknown = [key for key in value if key not in rule["properties"]]
         for key, hint in unknown_keys(unknown[:MAX_UNKNOWN], rule).items():
-            yield f"{inside}{key}", f"{inside}{key}: is not {noun}{hint}"
+            yield f"{inside}{key}", f"{inside}{key}: is not {rule.get('noun', noun)}{hint}"
     elif error.validator == "required":
         for key in rule["required"]:
             if key not in value:
-                what = rule["properties"][key].get("description", "")
+                what = " ".join(
+                    rule["properties"][key].get(part, "") for part in ("description", "if_missing")
+                )
                 yield f"{inside}{key}", f"{inside}{key}: is missing, and has no default. {what}".rstrip()
     elif "refused" in rule:
         yield here, f"{here}: {rule['refused']}"
@@ -206,12 +220,23 @@ def _explain(error: ValidationError, noun: str) -> Iterator[tuple[str, str]]:
         yield here, f"{here}: {text}"
     else:
         hint = did_you_mean(value, map(str, rule["enum"])) if "enum" in rule else ""
-        if isinstance(value, str) and value in map(str, rule.get("enum", ())) and value not in rule["enum"]:
-            hint = f"; write {value} without quotes"
+        if isinstance(value, str) and _fits_unquoted(value, validator.evolve(schema=rule)):
+            hint = f"; write {value.strip()} without quotes"
         if "string" in kinds(rule) and isinstance(value, int | float | date):
             hint = "; put it in quotes"
-        wanted = "text that is not empty" if error.validator == "minLength" else expectation(rule)
+        wanted = {
+            "minLength": "text that is not empty",
+            "maxLength": f"text of at most {rule.get('maxLength')} characters",
+        }.get(str(error.validator)) or expectation(rule)
         yield here, f"{here}: must be {wanted}, got {shown(value)}{hint}"
+
+
+def _fits_unquoted(text: str, validator: Draft202012Validator) -> bool:
+    """Whether the text would be a valid number, `true` or `false` without its quotes."""
+    with suppress(ConfigError):
+        value = parse_yaml_value(text, "")
+        return isinstance(value, int | float) and validator.is_valid(value)
+    return False
 
 
 def _not_finite(value: object, here: str) -> Iterator[str]:
@@ -275,7 +300,7 @@ def parse_yaml_value(text: str, where: str) -> Any:
 
 
 def _read_text(path: str | Path) -> str:
-    path = Path(path)
+    path = Path(home_expanded(str(path)))
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give a file in it")
     try:
@@ -342,6 +367,16 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """Numbers as YAML 1.2 has them: 010 is ten, not octal, and 1:30 is text."""
+        digits = str(node.value).replace("_", "")
+        if ":" in digits:
+            return node.value
+        return int(digits) if digits.lstrip("+-").isdecimal() else super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
 def _marked(error: yaml.MarkedYAMLError) -> str:

@@ -112,10 +112,13 @@ class TokenizedProblem:
 def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
     """The arguments of `from_pretrained`; for `folder/file.gguf`: (folder, {"gguf_file": file}).
 
-    Raises ConfigError if model_id is a path that does not exist.
+    `a/b` is a path if a folder `a` is here, unless it is a model of the hub in the cache.  Raises ConfigError
+    if model_id is a path that does not exist.
     """
     path = Path(model_id)
     looks_local = model_id.startswith((".", "/", "~")) or path.suffix == ".gguf" or model_id.count("/") > 1
+    if not looks_local and "/" in model_id and Path(path.parts[0]).is_dir():
+        looks_local = not isinstance(try_to_load_from_cache(model_id, "config.json"), str)
     if looks_local and not path.expanduser().exists():
         raise ConfigError(
             f"model_id: {model_id} does not exist{similar_path(path)}; give a Hugging Face id or an existing "
@@ -135,14 +138,6 @@ def is_on_this_machine(model_id: str) -> bool:
     """Whether the model is a local path or in the hub's cache.  Raises ConfigError for a missing path."""
     where, _ = locate_model(model_id)
     return Path(where).exists() or isinstance(try_to_load_from_cache(where, "config.json"), str)
-
-
-def missing(model_id: str) -> str:
-    """A hint if a model that cannot be loaded looks like a local path with a spelling error, else ''."""
-    path = Path(model_id).expanduser()
-    if path.exists() or not path.parent.name or not path.parent.is_dir():
-        return ""
-    return f"; {path.parent.absolute()} has no {path.name}{similar_path(path)}"
 
 
 def where_to_load_from(model_id: str, what: str) -> str:
@@ -168,7 +163,7 @@ def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
         tokenizer.add_tokens([START, END, LATENT], special_tokens=True)
     except Exception as error:  # transformers and tokenizers raise anything on a damaged file
         raise ConfigError(
-            f"model_id: cannot load a tokenizer from {model_id!r}: {first_line(error)}{missing(model_id)}\n"
+            f"model_id: cannot load a tokenizer from {model_id!r}: {first_line(error)}\n"
             + where_to_load_from(model_id, " or a folder with tokenizer files")
         ) from error
     if tokenizer.eos_token_id is None:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_log
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import Experiment
-from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model, missing, where_to_load_from
+from coconut_ds.data.tokenizer import DATA_ONLY, Vocabulary, locate_model, where_to_load_from
 from coconut_ds.errors import CheckpointError, ConfigError, first_line
 from coconut_ds.files import counted, print_notes
 from coconut_ds.model.coconut import Coconut
@@ -370,9 +370,8 @@ def _shorten(names: list[str], limit: int = 8) -> str:
 
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> str:
-    return (
-        f"model_id: cannot load {what} from {model_id!r}: {first_line(error)}{missing(model_id)}\n"
-        + where_to_load_from(model_id, ", a folder, or a .gguf file")
+    return f"model_id: cannot load {what} from {model_id!r}: {first_line(error)}\n" + where_to_load_from(
+        model_id, ", a folder, or a .gguf file"
     )
 
 

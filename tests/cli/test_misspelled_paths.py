@@ -39,12 +39,20 @@ def test_one_line_says_what_to_write(folder, capsys, words, message):
     assert message in error and error.count("error: ") == 1 and "median" not in error
 
 
-def test_a_model_on_the_hub_is_not_taken_for_a_folder_with_a_similar_name(folder):
-    """The hint is part of the error of a model that cannot be loaded; it does not refuse the id."""
-    from coconut_ds.data.tokenizer import is_on_this_machine, locate_model
+@pytest.mark.parametrize("words", ["validate mine.yaml", "plan"])
+def test_a_name_inside_a_folder_is_a_path(folder, capsys, words):
+    option = "--model" if words == "plan" else "--set"
+    value = "models/nothere" if words == "plan" else "model_id=models/nothere"
+    assert main([*words.split(), option, value]) == 2
+    assert "model_id: models/nothere does not exist" in capsys.readouterr().err
 
-    assert locate_model("models/tiny-lama") == ("models/tiny-lama", {})
-    assert not is_on_this_machine("models/tiny-lama")
+
+def test_a_model_in_the_cache_of_the_hub_may_have_a_folder_of_its_owner_beside_it(folder, monkeypatch):
+    from coconut_ds.data import tokenizer
+
+    monkeypatch.setattr(tokenizer, "try_to_load_from_cache", lambda *_: "cache/config.json")
+    assert tokenizer.locate_model("models/tiny-lama") == ("models/tiny-lama", {})
+    assert tokenizer.is_on_this_machine("models/tiny-lama")
 
 
 def test_a_package_that_is_missing_while_a_command_runs_is_named(folder, capsys, monkeypatch):

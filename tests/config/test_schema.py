@@ -1,8 +1,11 @@
 """Files that no later reader may see: one clear message each, with the path and the line."""
 
+from datetime import date
+
 import pytest
 
-from coconut_ds.config.schema import MAX_BYTES, read_json, read_yaml
+from coconut_ds.config.experiment import validate_experiment
+from coconut_ds.config.schema import MAX_BYTES, kinds, load_schema, read_json, read_yaml, violations
 from coconut_ds.errors import ConfigError
 
 BAD_TEXTS = [
@@ -60,3 +63,69 @@ def test_bad_json(tmp_path, text, part):
     with pytest.raises(ConfigError) as caught:
         read_json(path)
     assert part in str(caught.value) and str(path) in str(caught.value)
+
+
+SETTINGS = {"name": "run", "model_id": "gpt2", "method": "coconut", "train_path": "a", "val_path": "b"}
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"name": "x" * 300}, "name: must be text of at most 200 characters"),
+        ({"name": date(2024, 1, 2)}, "got 2024-01-02; put it in quotes"),
+        ({"val_path": None}, "val_path: is missing, and has no default. Validation problems"),
+        ({"val_path": None}, "tail -n 500 ALL.jsonl > valid.jsonl"),
+        *(
+            ({key: "true"}, f"{key}: must be true or false, got 'true'; write true without quotes")
+            for key, rule in load_schema("experiment")["properties"].items()
+            if rule.get("type") == "boolean"
+        ),
+    ],
+)
+def test_messages_of_settings(values, message):
+    with pytest.raises(ConfigError) as caught:
+        validate_experiment(SETTINGS | values, "x.yaml")
+    assert message in str(caught.value)
+
+
+def unquoted(schema, path=()):
+    """(path, quoted value) of every number and boolean of a schema."""
+    for key, rule in schema.get("properties", {}).items():
+        named = [kind for option in rule.get("anyOf", [rule]) for kind in kinds(option)]
+        samples = {"number": "1.0", "integer": "2", "boolean": "true"}
+        text = next((text for kind, text in samples.items() if kind in named), "")
+        if text and "refused" not in rule and "inert" not in rule and rule.get("maximum", 1) >= 1:
+            yield ".".join([*path, key]), text
+        yield from unquoted(rule, (*path, key))
+
+
+@pytest.mark.parametrize("path, text", [*unquoted(load_schema("ds_config"))])
+def test_a_number_in_quotes_is_answered_without_them(path, text):
+    *blocks, name = path.split(".")
+    value = {name: text}
+    for block in reversed(blocks):
+        value = {block: value}
+    message = next(m for m in violations(value, load_schema("ds_config"), "a setting") if m.startswith(path))
+    assert message.endswith(f"write {text} without quotes"), message
+
+
+@pytest.mark.parametrize("block, noun", [
+    ("memory_budget.x", "a key of memory_budget"), ("memory_budget.components_mib.params", "a component"),
+    ("latent_memory.segment_cache", "a key of latent_memory"), ("bf16.x", "a setting of DeepSpeed"),
+])  # fmt: skip
+def test_own_blocks_are_not_called_deepspeeds(block, noun):
+    *blocks, name = block.split(".")
+    value = {name: 1}
+    for outer in reversed(blocks):
+        value = {outer: value}
+    assert any(
+        f"{block}: is not {noun}" in m
+        for m in violations(value, load_schema("ds_config"), "a setting of DeepSpeed")
+    )
+
+
+def test_integers_are_read_as_written(tmp_path):
+    """Not as YAML 1.1: octal and base 60."""
+    path = tmp_path / "x.yaml"
+    path.write_text("a: 010\nb: -007\nc: 1_000\nd: 0x10\ne: 1:30\nf: 08\n")
+    assert read_yaml(path) == {"a": 10, "b": -7, "c": 1000, "d": 16, "e": "1:30", "f": "08"}

@@ -129,3 +129,9 @@ def test_resume_without_weights_is_a_note(changes, noted, tmp_path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(SMALLEST | changes))
     notes = " ".join(load_with_notes(tmp_path / "x.yaml")[1])
     assert ("resume: 3 skips the first 3 epochs" in notes) is noted
+
+
+@pytest.mark.parametrize("written, key", [("learing_rate", "lr"), ("batchsize", "batch_size_training")])
+def test_a_misspelled_name_of_another_program_is_answered_with_the_key(written, key):
+    for message in messages([written]):
+        assert f"write '{key}' instead" in message and "valid keys" not in message

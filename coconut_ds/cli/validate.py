@@ -26,7 +26,7 @@ from coconut_ds.config.experiment import (
     validate_experiment,
 )
 from coconut_ds.config.schema import MAX_BYTES
-from coconut_ds.data.forms import is_cached, is_hub, looks_like_data
+from coconut_ds.data.forms import is_cached, is_hub, is_url, looks_like_data
 from coconut_ds.data.problems import card_for
 from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import counted, print_notes
@@ -149,10 +149,14 @@ def _elsewhere(experiment: Experiment) -> list[str]:
 
 def _check_run_data(experiment: Experiment) -> str:
     """Read the data as training does, with its notes; DataError.  A text that names what is not here."""
-    elsewhere = _elsewhere(experiment)
-    for path in (experiment.train_path, experiment.val_path, experiment.test_path):
-        if path and not is_hub(path) and not Path(path).exists():
-            elsewhere.append(path)
+    paths = [path for path in (experiment.train_path, experiment.val_path, experiment.test_path) if path]
+    missing = [path for path in paths if not is_hub(path) and not Path(path).exists()]
+    try:
+        elsewhere = [*_elsewhere(experiment), *missing]
+    except ConfigError:  # a local model that does not exist, in a folder that does
+        if len(missing) < len(paths):  # the data are here, so the model should be
+            raise
+        elsewhere = [experiment.model_id, *missing]
     if elsewhere:
         return _not_checked(elsewhere)
     from coconut_ds.data.run_data import load_run_data  # imports torch, which settings files do not need
@@ -190,7 +194,7 @@ def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
 def _is_data(path: Path) -> bool:
     if path.suffix in (".yaml", ".yml") or path.name.endswith(CARD_SUFFIX):
         return False
-    if path.suffix != ".json" or is_hub(path):
+    if path.suffix != ".json" or is_hub(path) or is_url(path):
         return True
     try:
         with open(path, "rb") as file:

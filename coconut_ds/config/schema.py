@@ -231,7 +231,7 @@ def _explain(error: ValidationError, noun: str, validator: Draft202012Validator)
         yield here, f"{here}: must be {wanted}, got {shown(value)}{hint}"
 
 
-def _fits_unquoted(text: str, validator: Draft202012Validator) -> bool:
+def _fits_unquoted(text: str, validator: Any) -> bool:
     """Whether the text would be a valid number, `true` or `false` without its quotes."""
     with suppress(ConfigError):
         value = parse_yaml_value(text, "")

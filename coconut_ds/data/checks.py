@@ -117,6 +117,8 @@ def _check_file(
     findings = []
     first_with = {_fingerprint(p.question): i for i, p in reversed(list(enumerate(problems)))}
     repeated = [i for i, p in enumerate(problems) if first_with[_fingerprint(p.question)] < i]
+    answers = {i: problems[first_with[_fingerprint(problems[i].question)]].answer for i in repeated}
+    differing = [i for i in repeated if problems[i].answer != answers[i]]
     without = [i for i, p in enumerate(problems) if not p.steps and not no_steps]
     texts = [(p.question, *p.steps, p.answer) for p in problems]
     marked = [i for i, parts in enumerate(texts) if any(m in "\n".join(parts) for m in (START, LATENT, END))]
@@ -124,6 +126,7 @@ def _check_file(
     too_long = [i for i, total in enumerate(lengths) if limit is not None and total > limit]
     for items, text in (
         (repeated, "repeat the question of an earlier problem in the file"),
+        (differing, "repeat the question of an earlier problem with another answer"),
         (no_steps, "have no 'steps' field: good for evaluation only, training needs it"),
         (without, "have no steps; stages that hide steps hide nothing there"),
         (marked, "contain a special token such as <|latent|> as text"),

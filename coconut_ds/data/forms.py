@@ -1,7 +1,7 @@
 """Read the items of a data file in the forms that the field uses.
 
     .json .jsonl       a list, JSON lines, or one object with the list under any key or a list for every field
-    .csv .tsv          rows under a line of column names
+    .csv .tsv          rows under a line of column names, divided by commas, semicolons or tabs
     .parquet           needs pyarrow
     .gz                any of the text forms, compressed
     hf://OWNER/NAME[/CONFIG][@REVISION]:SPLIT     files of a data set of the Hugging Face hub, from its cache
@@ -9,6 +9,7 @@
 A number stays the text that the file holds.  Which fields a problem needs is decided in problems.py.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -43,6 +44,7 @@ _SCRIPTS = {  # the script that makes data/NAME_*.json; the longest matching nam
 _HUB_NAME = re.compile(r"hf:/+([\w.-]+/[\w.-]+)(/[\w./-]+)?(@[\w./-]+)?:([\w.-]+)")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _BOM = b"\xef\xbb\xbf"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DATA_KEY = re.compile(rb'\{\s*"(data|problems|examples|items|rows|train|valid|test|steps|answer)"\s*:\s*\[')
 _MAX_BYTES = 1 << 33  # of a file and of what it unpacks to
 _CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -58,6 +60,10 @@ class Number(str):
 def is_hub(path: str | Path) -> bool:
     """Whether `path` names a data set of the hub."""
     return str(path).startswith(HUB)
+
+
+def is_url(path: str | Path) -> bool:
+    return str(path).startswith(("http:/", "https:/"))  # also after pathlib merged the slashes
 
 
 def local_file(path: str | Path) -> Path:
@@ -93,6 +99,8 @@ def each_item(path: Path, errors: list[str]) -> Iterator[Any]:
 
 def looks_like_data(content: bytes) -> bool:
     """Whether a JSON file holds problems, not settings; its first megabyte is enough."""
+    if content.startswith(_UTF16):
+        content = content.decode("utf-16", errors="ignore").encode()
     start = content.removeprefix(_BOM).lstrip()
     if start.startswith(b"[") or _unfinished_download(content):
         return True
@@ -113,6 +121,8 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if content.startswith(_UTF16):
+            raise DataError(f"{path}: is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)") from None
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8 "
@@ -130,6 +140,8 @@ def how_to_make(path: Path) -> str:
 
 def _read(path: Path) -> bytes:
     advice = how_to_make(path)
+    if is_url(path):
+        raise DataError(f"{path}: is a URL; download the file, and give its path")
     try:
         content = read_bytes(path, _MAX_BYTES)
     except FileNotFoundError:
@@ -251,6 +263,9 @@ def _syntax_error(error: Exception) -> str:
 
 def _csv_rows(text: str, delimiter: str, errors: list[str]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(1 << 30)
+    header = text.partition("\n")[0]
+    if delimiter not in header:  # Excel writes semicolons where a comma is the decimal sign
+        delimiter = next((other for other in ";\t," if other in header), delimiter)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for index, row in enumerate(reader):
@@ -374,17 +389,15 @@ _NAMES = {
         "response", "completion", "target",
     ),
 }  # fmt: skip
-_KNOWN_FORMS = {  # fields that tell a form: (its name, its question, its answer)
-    "conversations": ("ShareGPT's form", "conversations.0.value", "conversations.1.value"),
-    "messages": ("the chat form", "messages.0.content", "messages.1.content"),
-    "instruction": ("Alpaca's form", "instruction", "output"),
-}
+_DIVIDED = f"the lines before {ORIGINAL_ANSWER} are the steps, the text after it the answer"
+ASKING, ANSWERING = ("user", "human"), ("assistant", "gpt", "model")  # roles in conversations
 
 
-def other_form(item: Any, values: Mapping[str, Any]) -> str:
+def other_form(item: Any, values: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     """A message for the first item of a file in another form: its fields, and what reads or converts it.
 
-    `values`: what the item has under our names.  Empty if the item needs no other reading.
+    `values`: what the item has under our names; `names`: the file's names for them, as far as they are given.
+    Empty if the item needs no other reading.
     """
     missing = [key for key in ("question", "answer") if key not in values]
     in_answer = "steps" not in values and ORIGINAL_ANSWER in str(values.get("answer"))
@@ -393,22 +406,37 @@ def other_form(item: Any, values: Mapping[str, Any]) -> str:
     has = f"item 0 has the fields {', '.join(map(str, list(item)[:12]))}"
     if in_answer:
         form = "the answer holds the steps, as in GSM8K's own files"
-        reads = "write 'fields: {steps: answer}' in the YAML, and its lines are the steps"
+        reads = f"write 'fields: {{steps: answer}}' in the YAML: {_DIVIDED}"
         return f"{has}: {form}; {reads}; or {CONVERT_GSM8K.format('original')}"
     if {"problem", "solution"} <= set(item) and "\\boxed" in str(item["solution"]):
         convert = "`python preprocessing/hendrycks_math.py --source FOLDER` converts a folder of such files"
         return f"{has}: this is MATH's own form; {convert}"
     own = {str(name).lower(): name for name in reversed(item)}
     guess = {field: next((own[n] for n in names if n in own), "...") for field, names in _NAMES.items()}
-    for sign, (form, question, answer) in _KNOWN_FORMS.items():
-        if sign in item:
-            has, guess["question"], guess["answer"] = f"{has}: this is {form}", question, answer
-            with suppress(KeyError):
-                if ORIGINAL_ANSWER in str(field_of(item, answer)):
-                    guess["steps"] = answer
-            break
+    if conversation := next((key for key in _CONVERSATIONS if isinstance(item.get(key), list)), ""):
+        form, guess["question"], guess["answer"] = _turns(conversation, item[conversation])
+        has = f"{has}: this is {form}"
+    elif "instruction" in item:
+        has, guess["answer"] = f"{has}: this is Alpaca's form", own.get("output", "...")
+    given = {key: names[key] or key for key in values}
+    guess |= {key: name if isinstance(name, str) else f"[{', '.join(name)}]" for key, name in given.items()}
+    with suppress(KeyError):
+        if guess["steps"] == "..." and ORIGINAL_ANSWER in str(field_of(item, guess["answer"])):
+            guess["steps"] = guess["answer"]
     no_steps = "" if guess["steps"] != "..." else "; without steps, it can only be evaluated on"
+    divided = f"; {_DIVIDED}" if guess["steps"] == guess["answer"] else ""
     shown = {key: name for key, name in guess.items() if name != key and not (no_steps and key == "steps")}
     line = ", ".join(f"{key}: {name}" for key, name in shown.items())
     wanted = " and ".join(f"'{key}'" for key in missing)
-    return f"{has}, not {wanted}; name them in the YAML: 'fields: {{{line}}}'{no_steps}"
+    return f"{has}, not {wanted}; name them in the YAML: 'fields: {{{line}}}'{no_steps}{divided}"
+
+
+def _turns(key: str, turns: list[Any]) -> tuple[str, str, str]:
+    """(form, question, answer) of a conversation: the first turn of a user, and the answer to it."""
+    speakers = [turn.get("role", turn.get("from")) if isinstance(turn, dict) else None for turn in turns]
+    question = next((i for i, name in enumerate(speakers) if name in ASKING), 0)
+    replies = (i for i, name in enumerate(speakers) if i > question and name in ANSWERING)
+    answer = next(replies, question + 1)
+    is_chat = any(isinstance(turn, dict) and "content" in turn for turn in turns)
+    form, text = ("the chat form", "content") if is_chat else ("ShareGPT's form", "value")
+    return form, f"{key}.{question}.{text}", f"{key}.{answer}.{text}"

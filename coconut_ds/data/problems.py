@@ -85,8 +85,8 @@ def read_problems(
     `fields`: the file's name for question, steps or answer if that is another one; of a question also several
     names; with one name for steps and answer, `####` is between them.  Steps in one text are its lines or its
     <<calculations>>.  Blank steps are dropped: the published conversion writes `[""]` for an item without
-    reasoning.  Items without steps are errors unless `without_steps` collects their indices.
-    Raises DataError with the first 20 errors of the file, each with its item and field.
+    reasoning.  Whitespace around a text is removed.  Items without steps are errors unless `without_steps`
+    collects their indices.  Raises DataError with the first 20 errors of the file, each with item and field.
     """
     return list(each_problem(path, limit, fields, without_steps))
 
@@ -105,7 +105,7 @@ def each_problem(
     index = -1
     for index, item in enumerate(each_item(local_file(path), errors)):
         values = _values(item, names)
-        if index == 0 and (message := other_form(item, values)):
+        if index == 0 and (message := other_form(item, values, names)):
             errors.append(message)
             break
         problem = _problem(item, values, index, errors, without_steps)
@@ -280,7 +280,8 @@ def _problem(
             errors.append(f"item {index}, 'steps'[{number}]: half a surrogate pair is not a character")
     if len(errors) > before:
         return None
-    return Problem(values["question"], tuple(filter(str.strip, steps)), str(values["answer"]))
+    texts = tuple(filter(None, map(str.strip, steps)))
+    return Problem(values["question"].strip(), texts, str(values["answer"]).strip())
 
 
 def _text_errors(key: str, value: Any) -> Iterator[str]:

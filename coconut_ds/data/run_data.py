@@ -25,11 +25,14 @@ from coconut_ds.data.curriculum import (
 )
 from coconut_ds.data.problems import Card, Problem, card_for, examples_digest, read_problems
 from coconut_ds.data.tokenizer import (
+    HASHED,
+    SPECIAL,
     CachedProblems,
     TokenizedProblem,
     Vocabulary,
     cached_tokens,
     load_vocabulary,
+    refuse_missing_rows,
     refuse_unsavable,
     tokenize,
 )
@@ -93,6 +96,9 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
         limit = DEBUG_TRAIN_ITEMS if debug else None
         train = cached_tokens(experiment.train_path, vocabulary, limit=limit, fields=experiment.fields)
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
+    print_notes(refuse_missing_rows(vocabulary, config.get_text_config().vocab_size, experiment.model_id))
+    if isinstance(train, CachedProblems):
+        print_notes(marked_text(experiment.train_path, train.marks))
     refuse_unsupervised(train, experiment, vocabulary)
     valid = load_test_set(experiment.val_path, vocabulary, limit, experiment.fields)
     test = (
@@ -102,10 +108,15 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
     )
     sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
     print_notes(shared_questions(train, experiment.train_path, sets, unknown_id(vocabulary)))
+    if test:
+        print_notes(shared_questions(valid.tokenized, experiment.val_path, {str(experiment.test_path): test}))
     print_notes(unknown_text(vocabulary, train, experiment.train_path, sets, experiment.fields))
     print_notes(stages_beyond(train, experiment))
     check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
     uses = check.uses(train, valid.tokenized, test.tokenized if test else ())
+    for use, card in ((uses[1], valid.card), (uses[2], test.card if test else None)):
+        if card:
+            print_notes(check.cut_answers(use, experiment.max_new_tokens or card.max_new_tokens))
     if experiment.too_long == "error":
         print_notes(check.refuse(uses))
         return RunData(vocabulary, train, valid, test)
@@ -155,6 +166,7 @@ def load_evaluation_data(
     test_set = load_test_set(path, vocabulary, limit, experiment.fields)
     check = LengthCheck(experiment, vocabulary, limit_of(config, experiment.max_tokens))
     use = Use(path, test_set.tokenized, [stage])
+    print_notes(check.cut_answers(use, experiment.max_new_tokens or test_set.card.max_new_tokens))
     if experiment.too_long == "error":
         print_notes(check.refuse([use]))
         return vocabulary, test_set
@@ -172,12 +184,22 @@ def load_test_set(
     if without_steps:
         count = f"{len(without_steps)} of {len(problems)} problems have no 'steps'"
         print_notes([f"{path}: {count}; their loss and CoT match are of the answer alone"])
-    if unreachable := sum("#" in problem.answer for problem in problems):
-        text = f"{path}: {unreachable} of {len(problems)} answers contain '#', where grading splits"
-        if unreachable == len(problems):
-            raise DataError(f"{text}, so no prediction can be correct; write answers without it")
-        print_notes([f"{text}: no prediction can be correct for them"])
+    marks = np.array([vocabulary.mark(problem) for problem in problems], np.uint8)
+    if np.all(marks & HASHED):
+        text = f"{path}: all {len(problems)} answers contain '#', where grading splits"
+        raise DataError(f"{text}, so no prediction can be correct; write answers without it")
+    print_notes(marked_text(path, marks))
     return TestSet(problems, tokenize(problems, vocabulary), card_for(path))
+
+
+def marked_text(path: str, marks: np.ndarray) -> Iterator[str]:
+    """Notes on text of problems that is read in another way than it seems (Vocabulary.mark)."""
+    for bit, text in (
+        (HASHED, "answers contain '#', where grading splits: no prediction can be correct for them"),
+        (SPECIAL, "problems contain the text of a special token, such as <|latent|>, which is read as text"),
+    ):
+        if len(indices := np.flatnonzero(marks & bit)):
+            yield f"{path}: {len(indices)} of {len(marks)} {text}; the first is item {indices[0]}"
 
 
 @dataclass(frozen=True)
@@ -252,6 +274,17 @@ class LengthCheck:
             remedy = "shorten or remove it, or write 'too_long: drop' or 'too_long: truncate_question'"
             raise DataError("\n".join(f"{text}; {remedy}" for text in errors if text))
         return notes
+
+    def cut_answers(self, use: Use, limit: int) -> Iterator[str]:
+        """A note if generated text ends at `limit` tokens before the reference does, at the first stage."""
+        stage = use.stages[0]
+        samples = (render(problem, stage, self.experiment, self.vocabulary) for problem in use.problems)
+        lengths = [len(sample.tokens) - sample.num_prompt - 1 for sample in samples]  # without eos
+        if cut := sum(length > limit for length in lengths):
+            yield (
+                f"{use.path}: {cut} of {len(lengths)} references are longer than {limit} tokens ({stage}), "
+                f"where answers are cut; write 'max_new_tokens: {max(lengths)}'"
+            )
 
     def changes(self, use: Use) -> "tuple[Changes, list[str]]":
         """What `too_long` makes of the rows above the limit, and a note.

@@ -7,6 +7,7 @@ With `chat_template`, the question is a user's message in the tokenizer's chat t
     cache/tokens/3f0c....npz    tokens         ids of all pieces, one after the other
                                 piece_ends     where each one ends: question, steps ..., answer, question, ...
                                 first_pieces   which piece is each problem's question; last, their number
+                                marks          of each problem: 1 for '#' in the answer, 2 for special tokens
 """
 
 import hashlib
@@ -32,16 +33,19 @@ from platformdirs import user_cache_path
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
-from coconut_ds.files import hash_file, replace_bytes, similar_path
+from coconut_ds.files import counted, hash_file, replace_bytes, similar_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+HASHED, SPECIAL = 1, 2  # bits of `mark`
+MAX_NAMED_TOKENS = 5
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-CACHE_FORMAT = 3  # increase it when the text format or the arrays change
+CACHE_FORMAT = 4  # increase it when the text format or the arrays change
+ARRAYS = ("tokens", "piece_ends", "first_pieces", "marks")  # of a cache entry
 _CHUNK = 4_096  # problems tokenized at a time
 
 # For every `from_pretrained`: never run code from a model folder, and do not ask whether to.
@@ -63,6 +67,12 @@ class Vocabulary:
     @property
     def special_token_ids(self) -> tuple[int, int, int]:
         return self.start_id, self.end_id, self.latent_id
+
+    def mark(self, problem: Problem) -> int:
+        """HASHED for '#' in the answer of a problem, and SPECIAL for special tokens in its text, added."""
+        text = "\n".join((problem.question, *problem.steps, problem.answer))
+        special = any(name in text for name in (START, LATENT, END, str(self.tokenizer.eos_token)))
+        return HASHED * ("#" in problem.answer) + SPECIAL * special
 
     @property
     def new_row_source_ids(self) -> list[int]:
@@ -200,6 +210,22 @@ def _around_question(tokenizer: Any, model_id: str) -> tuple[str, str]:
     return before, after
 
 
+def refuse_missing_rows(vocabulary: Vocabulary, num_rows: int, model_id: str) -> list[str]:
+    """Raise ConfigError for text tokens without a row in the embedding; a note for added tokens without one.
+
+    `num_rows`: vocab_size of the model's configuration, which may be larger than the tokenizer (padding).
+    """
+    own = {id: text for text, id in vocabulary.tokenizer.get_vocab().items() if id >= num_rows}
+    own = {id: text for id, text in sorted(own.items()) if text not in (START, LATENT, END)}
+    if not own:
+        return []
+    named = ", ".join(map(repr, list(own.values())[:MAX_NAMED_TOKENS]))
+    text = f"model_id: {counted(len(own), 'token')} of the tokenizer of {model_id!r} ({named}) "
+    if all(id in vocabulary.tokenizer.added_tokens_decoder for id in own):
+        return [f"{text}have no row in the model ({num_rows:,} rows); their rows start at random"]
+    raise ConfigError(f"{text}have no row in the model ({num_rows:,} rows); use the model's own tokenizer")
+
+
 def refuse_unsavable(vocabulary: Vocabulary, model_id: str) -> None:
     """Raise ConfigError for a tokenizer that a checkpoint could not contain, before training starts.
 
@@ -272,10 +298,12 @@ def _cannot_encode(texts: Sequence[str], vocabulary: Vocabulary, error: Exceptio
 
 
 class CachedProblems(Sequence[TokenizedProblem]):
-    """The tokenized problems of a file as three arrays; an index returns one, a slice a list of them."""
+    """The tokenized problems of a file as arrays; an index returns one, a slice a list of them."""
 
-    def __init__(self, tokens: np.ndarray, piece_ends: np.ndarray, first_pieces: np.ndarray):
-        self.tokens, self.piece_ends, self.first_pieces = tokens, piece_ends, first_pieces
+    def __init__(
+        self, tokens: np.ndarray, piece_ends: np.ndarray, first_pieces: np.ndarray, marks: np.ndarray
+    ):
+        self.tokens, self.piece_ends, self.first_pieces, self.marks = tokens, piece_ends, first_pieces, marks
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
@@ -307,10 +335,14 @@ class CachedProblems(Sequence[TokenizedProblem]):
 
     def is_valid(self, num_ids: int) -> bool:
         """Whether these arrays of a file from anywhere are what `_tokenize_file` makes."""
-        tokens, ends, first = self.tokens, self.piece_ends, self.first_pieces
+        tokens, ends, first, marks = self.tokens, self.piece_ends, self.first_pieces, self.marks
         return (
-            all(isinstance(array, np.ndarray) for array in (tokens, ends, first))  # a damaged npz has bytes
-            and tokens.ndim == ends.ndim == first.ndim == 1
+            all(
+                isinstance(array, np.ndarray) for array in (tokens, ends, first, marks)
+            )  # a damaged npz has bytes
+            and tokens.ndim == ends.ndim == first.ndim == marks.ndim == 1
+            and marks.dtype == np.uint8
+            and len(marks) + 1 == len(first)
             and tokens.dtype == _id_type(num_ids)
             and ends.dtype == first.dtype == np.int64
             and len(ends) > 0 < len(first)
@@ -375,15 +407,16 @@ def _id_type(num_ids: int) -> type[np.unsignedinteger]:
 
 
 def _tokenize_file(problems: Iterator[Problem], vocabulary: Vocabulary, num_ids: int) -> CachedProblems:
-    tokens, piece_ends, first_pieces = array("I"), array("q"), array("q", [0])
+    tokens, piece_ends, first_pieces, marks = array("I"), array("q"), array("q", [0]), array("B")
     while chunk := list(islice(problems, _CHUNK)):
         for problem in tokenize(chunk, vocabulary):
             for piece in (problem.question, *problem.steps, problem.answer):
                 tokens.extend(piece)
                 piece_ends.append(len(tokens))
             first_pieces.append(len(piece_ends))
+        marks.extend(map(vocabulary.mark, chunk))
     ids = np.asarray(tokens).astype(_id_type(num_ids))
-    return CachedProblems(ids, np.asarray(piece_ends), np.asarray(first_pieces))
+    return CachedProblems(ids, *map(np.asarray, (piece_ends, first_pieces, marks)))
 
 
 def _read_entry(entry: Path, num_ids: int) -> CachedProblems | None:
@@ -395,7 +428,7 @@ def _read_entry(entry: Path, num_ids: int) -> CachedProblems | None:
         if size > entry.stat().st_size:  # compressed, and perhaps without end
             return None
         with np.load(entry, allow_pickle=False) as arrays:
-            cached = CachedProblems(arrays["tokens"], arrays["piece_ends"], arrays["first_pieces"])
+            cached = CachedProblems(*(arrays[name] for name in ARRAYS))
     except Exception:  # zipfile and numpy raise anything on a damaged file
         return None
     return cached if cached.is_valid(num_ids) else None
@@ -405,5 +438,5 @@ def _write_entry(entry: Path, cached: CachedProblems) -> None:
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry)
     content = io.BytesIO()
-    np.savez(content, tokens=cached.tokens, piece_ends=cached.piece_ends, first_pieces=cached.first_pieces)
+    np.savez(content, **{name: getattr(cached, name) for name in ARRAYS})
     replace_bytes(entry, content.getvalue())

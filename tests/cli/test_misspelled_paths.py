@@ -47,6 +47,13 @@ def test_a_name_inside_a_folder_is_a_path(folder, capsys, words):
     assert "model_id: models/nothere does not exist" in capsys.readouterr().err
 
 
+def test_an_experiment_whose_files_are_on_another_machine_is_ok(folder, capsys):
+    elsewhere = ["model_id", "train_path", "val_path", "test_path"]
+    words = [word for key in elsewhere for word in ("--set", f"{key}=models/nothere.json")]
+    assert main(["validate", "mine.yaml", *words]) == 0
+    assert "data not checked, since this machine does not have models/nothere.json" in capsys.readouterr().out
+
+
 def test_a_model_in_the_cache_of_the_hub_may_have_a_folder_of_its_owner_beside_it(folder, monkeypatch):
     from coconut_ds.data import tokenizer
 

@@ -294,6 +294,10 @@ BAD = [
         {"memory_budget": {**BUDGET, "reserved_mib": 11264}},
         "reserved_mib: 11264 leaves no gpu_memory_mib",
     ),
+    (
+        {"memory_budget": {**BUDGET, "gpu_memory_mib": 12}},
+        "memory_budget.gpu_memory_mib: is 12 MiB; for 12 GiB write 12288",
+    ),
     ({"memory_budget": {"device": "x"}}, "memory_budget.gpus: is missing"),
     ({"memory_budget": {**BUDGET, "on_exceed": "ignore"}}, "on_exceed: must be one of error, warn"),
     (

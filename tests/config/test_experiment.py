@@ -353,7 +353,7 @@ BAD_VALUES = [
     ({"method": "cocnut"}, "did you mean 'coconut'?"),
     ({"only_eval": True}, "load_model_path: is missing, but 'only_eval: true'"),
     ({"train_path": None}, "train_path: is missing"),
-    ({"val_path": None}, "val_path: must be text, got None"),
+    ({"val_path": None}, "val_path: is missing, and has no default"),
     ({"c_thought": 0}, "c_thought: is 0, so method coconut has no latents"),
     ({"max_latent_stage": 0}, "max_latent_stage: is 0"),
     ({"c_thought": -1}, "c_thought: must be a whole number of at least 0 and at most 1000, got -1"),
@@ -400,7 +400,7 @@ BAD_VALUES = [
     ({"lr_schedule": "cosin"}, "did you mean 'cosine'?"),
     ({"warmup_ratio": 1}, "warmup_ratio: must be a number of at least 0 and less than 1, got 1"),
     ({"lora_target_modules": "c_attn"}, "lora_target_modules: must be a list"),
-    ({"model_id": "None"}, "model_id: must be text, got None"),
+    ({"model_id": "None"}, "model_id: is missing, and has no default"),
     ({"train_path": "x" * 500, "seed": "y" * 5000}, "seed: must be a whole number"),
 ]
 

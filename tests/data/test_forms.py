@@ -132,6 +132,20 @@ OTHER_FORMS = {
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\n#### 2"}]},
         "{question: messages.0.content, steps: messages.1.content, answer: messages.1.content}",
     ),
+    "system first": (
+        {"messages": [
+            {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b\n#### 2"},
+        ]},
+        "{question: messages.1.content, steps: messages.2.content, answer: messages.2.content}'; the lines "
+        "before #### are the steps, the text after it the answer",
+    ),
+    "sharegpt with system": (
+        {"conversations": [
+            {"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+        ]},
+        "{question: conversations.1.value, answer: conversations.2.value}",
+    ),
     "capitals": (
         {"Problem": "a", "Reasoning": "c", "gold": "2"},
         "{question: Problem, steps: Reasoning, answer: gold}",
@@ -153,6 +167,49 @@ def test_another_form_gets_one_message_that_reads_or_converts_it(form, name, tmp
         return
     fields = line.partition("'fields: ")[2].partition("'")[0]
     assert main(["validate", str(path), "--set", f"fields={fields}"]) == 0
+
+
+def test_only_the_field_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([OTHER_FORMS["system first"][0]]))
+    with pytest.raises(DataError) as caught:
+        read_problems(path, None, {"question": "messages.1.content", "steps": "messages.2.content"})
+    assert ", not 'answer'; name them" in str(caught.value)
+    assert "{question: messages.1.content, steps: messages.2.content, answer: messages.2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "delimiter, name", [(";", "a.csv"), ("\t", "a.csv"), (",", "a.tsv"), (";", "a.csv.gz")]
+)
+def test_tables_of_other_delimiters(delimiter, name, tmp_path):
+    lines = [["question", "steps", "answer"], ["1,5 + 1", "[]", "2,5"]]
+    text = "\n".join(delimiter.join(f'"{cell}"' for cell in line) for line in lines)
+    data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    (tmp_path / name).write_bytes(data)
+    assert read_problems(tmp_path / name) == [Problem("1,5 + 1", (), "2,5")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("count", [1, 5000])
+def test_utf16_is_named(name, count, tmp_path, capsys):
+    (tmp_path / name).write_text(json.dumps(ITEMS * count), encoding="utf-16")
+    assert main(["validate", str(tmp_path / name)]) == 2
+    assert "is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["https://example.com/a.json", "http://example.com/a.csv"])
+def test_a_url_must_be_downloaded(name, capsys):
+    assert main(["validate", name]) == 2
+    assert "is a URL; download the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("item", [
+    {"question": " a\n", "steps": [" b ", "\tc\n", " "], "answer": " 10\n"},
+    {"question": "\na", "steps": " b \n\n c \n", "answer": "\t10"},
+])  # fmt: skip
+def test_whitespace_around_texts_is_removed(item, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([item]))
+    assert read_problems(tmp_path / "a.json") == [Problem("a", ("b", "c"), "10")]
 
 
 @pytest.mark.parametrize(

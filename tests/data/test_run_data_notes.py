@@ -16,7 +16,8 @@ from coconut_ds.data.run_data import (
     unknown_id,
     unknown_text,
 )
-from coconut_ds.data.tokenizer import load_vocabulary, tokenize
+from coconut_ds.data.tokenizer import load_vocabulary, refuse_missing_rows, tokenize
+from coconut_ds.errors import ConfigError
 from coconut_ds.model.loading import load_config
 
 
@@ -125,3 +126,59 @@ def test_validate_names_text_that_the_tokenizer_does_not_know(tmp_path, arithmet
     (tmp_path / "a.json").write_text(json.dumps([problem("zwei+2=?")]))
     assert main(["validate", str(tmp_path / "a.json"), "--model", str(arithmetic / "gpt2")]) == 0
     assert "does not know" in capsys.readouterr().err
+
+
+def test_marks_in_any_file_are_counted(notes, tmp_path, tiny_experiment):
+    eos = load_vocabulary(tiny_experiment["model_id"]).tokenizer.eos_token
+    odd = [problem("1+1=?"), problem("2+2=?", answer="#4"), problem("3+<|latent|>=?"), problem("4=?" + eos)]
+    more = [
+        problem("5+1=?"),
+        problem("6+1=?", answer="1\n### 2"),
+        problem("7=?", steps=["<|end-latent|>"] * 3),
+    ]
+    for _ in ("tokenized", "from the cache"):
+        lines = notes(train_path=odd, val_path=more)
+        train, valid = tmp_path / "train_path.json", tmp_path / "val_path.json"
+        for start in (f"{train}: 1 of 4 answers contain '#'", f"{valid}: 1 of 3 answers contain '#'"):
+            assert sum(start in line and "the first is item 1" in line for line in lines) == 1
+        assert any(f"{train}: 2 of 4 problems contain the text of a special token" in line for line in lines)
+        assert any(f"{valid}: 1 of 3 problems contain the text of a special token" in line for line in lines)
+
+
+def test_references_longer_than_max_new_tokens(tiny_experiment, tmp_path, capsys):
+    """The suggested number removes the note; the stage is the first that is evaluated."""
+    (tmp_path / "valid.json").write_text(json.dumps([problem("1+1=?"), problem("2+2=?", steps=[])]))
+    values = tiny_experiment | {"val_path": str(tmp_path / "valid.json"), "max_new_tokens": 5}
+
+    def note(**changes):
+        capsys.readouterr()
+        experiment = validate_experiment(values | changes, "test")
+        load_run_data(experiment, load_config(values["model_id"]))
+        return next((line for line in capsys.readouterr().err.splitlines() if "references" in line), "")
+
+    text = note()
+    assert "valid.json: 1 of 2 references are longer than 5 tokens (0 steps hidden, 0 latents)" in text
+    needed = int(text.rpartition("max_new_tokens: ")[2].rstrip("'"))
+    assert note(max_new_tokens=needed - 1) and not note(max_new_tokens=needed)
+    assert not note(method="no_cot") and note(method="no_cot", max_new_tokens=1)
+
+
+def test_a_test_set_with_questions_of_the_validation_set(notes, tmp_path):
+    lines = notes(val_path=[problem("9+9=?")], test_path=[problem("9+9=?")])
+    assert any(
+        f"test_path.json: 1 of 1 questions are also in {tmp_path / 'val_path.json'}" in x for x in lines
+    )
+
+
+def test_tokens_without_a_row_in_the_model(tiny_experiment):
+    vocabulary = load_vocabulary(tiny_experiment["model_id"])
+    size = len(vocabulary.tokenizer)
+    assert refuse_missing_rows(vocabulary, size, "m") == refuse_missing_rows(vocabulary, size - 3, "m") == []
+    assert refuse_missing_rows(vocabulary, size + 64, "m") == []  # padded
+    with pytest.raises(
+        ConfigError, match=r"have no row in the model \(5 rows\); use the model's own tokenizer"
+    ):
+        refuse_missing_rows(vocabulary, 5, "m")
+    vocabulary.tokenizer.add_tokens(["[PAD]"], special_tokens=True)
+    (note,) = refuse_missing_rows(vocabulary, size - 3, "m")
+    assert "1 token of the tokenizer of 'm' ('[PAD]') have no row" in note

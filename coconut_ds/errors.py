@@ -7,9 +7,9 @@ from typing import ClassVar
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, up to the last word within 300 characters."""
+    """The first line of a library's error message, up to the last word within 400 characters."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 300 else (line[:297].rpartition(" ")[0] or line[:297]) + "..."
+    return line if len(line) <= 400 else (line[:397].rpartition(" ")[0] or line[:397]) + "..."
 
 
 class UserError(ValueError):

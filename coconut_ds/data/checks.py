@@ -115,18 +115,20 @@ def _check_file(
 ) -> FileReport:
     lengths = _lengths(problems, vocabulary)
     findings = []
-    first_with = {_fingerprint(p.question): i for i, p in reversed(list(enumerate(problems)))}
-    repeated = [i for i, p in enumerate(problems) if first_with[_fingerprint(p.question)] < i]
-    answers = {i: problems[first_with[_fingerprint(problems[i].question)]].answer for i in repeated}
-    differing = [i for i in repeated if problems[i].answer != answers[i]]
+    prints = [_fingerprint(p.question) for p in problems]
+    first = dict(zip(reversed(prints), reversed(problems), strict=True))
+    pairs = [(i, p, first[question]) for i, (p, question) in enumerate(zip(problems, prints, strict=True))]
+    repeated = [i for i, p, earlier in pairs if earlier is not p and earlier.answer == p.answer]
+    disagreeing = [i for i, p, earlier in pairs if earlier.answer != p.answer]
     without = [i for i, p in enumerate(problems) if not p.steps and not no_steps]
     texts = [(p.question, *p.steps, p.answer) for p in problems]
-    marked = [i for i, parts in enumerate(texts) if any(m in "\n".join(parts) for m in (START, LATENT, END))]
+    special = [START, LATENT, END, *([str(vocabulary.tokenizer.eos_token)] if vocabulary else [])]
+    marked = [i for i, parts in enumerate(texts) if any(name in "\n".join(parts) for name in special)]
     hashed = [i for i, p in enumerate(problems) if "#" in p.answer]
     too_long = [i for i, total in enumerate(lengths) if limit is not None and total > limit]
     for items, text in (
         (repeated, "repeat the question of an earlier problem in the file"),
-        (differing, "repeat the question of an earlier problem with another answer"),
+        (disagreeing, "repeat the question of an earlier problem with another answer"),
         (no_steps, "have no 'steps' field: good for evaluation only, training needs it"),
         (without, "have no steps; stages that hide steps hide nothing there"),
         (marked, "contain a special token such as <|latent|> as text"),

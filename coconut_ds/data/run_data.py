@@ -108,7 +108,9 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
     )
     sets = {experiment.val_path: valid} | ({str(experiment.test_path): test} if test else {})
     print_notes(shared_questions(train, experiment.train_path, sets, unknown_id(vocabulary)))
-    if test:
+    if experiment.test_path == experiment.val_path:
+        print_notes([f"test_path is val_path ({experiment.val_path}), so the test measures nothing new"])
+    elif test:
         print_notes(shared_questions(valid.tokenized, experiment.val_path, {str(experiment.test_path): test}))
     print_notes(unknown_text(vocabulary, train, experiment.train_path, sets, experiment.fields))
     print_notes(stages_beyond(train, experiment))

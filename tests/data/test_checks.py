@@ -44,7 +44,11 @@ def test_questions_in_two_splits_are_a_leak_even_when_written_otherwise(tmp_path
         ({"steps": [""]}, "1 of 2 have no steps"),
         ({"question": "a <|latent|> b"}, "1 of 2 contain a special token"),
         ({"answer": "#4"}, "1 of 2 have '#' in the answer"),
-        ({"question": "plain"}, "1 of 2 repeat the question"),
+        ({"question": "Plain "}, "1 of 2 repeat the question of an earlier problem in the file"),
+        (
+            {"question": "plain", "answer": "77"},
+            "1 of 2 repeat the question of an earlier problem with another",
+        ),
     ],
 )
 def test_findings_name_the_items(tmp_path, item, finding):

@@ -17,7 +17,7 @@ from coconut_ds.data.run_data import (
     unknown_text,
 )
 from coconut_ds.data.tokenizer import load_vocabulary, refuse_missing_rows, tokenize
-from coconut_ds.errors import ConfigError
+from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.model.loading import load_config
 
 
@@ -182,3 +182,15 @@ def test_tokens_without_a_row_in_the_model(tiny_experiment):
     vocabulary.tokenizer.add_tokens(["[PAD]"], special_tokens=True)
     (note,) = refuse_missing_rows(vocabulary, size - 3, "m")
     assert "1 token of the tokenizer of 'm' ('[PAD]') have no row" in note
+
+
+def test_one_file_for_validation_and_test(tiny_experiment, capsys):
+    values = tiny_experiment | {"test_path": tiny_experiment["val_path"]}
+    load_run_data(validate_experiment(values, "test"), load_config(values["model_id"]))
+    assert "note: test_path is val_path (" in capsys.readouterr().err
+
+
+def test_the_message_of_a_library_ends_with_a_word():
+    assert first_line(ValueError("a b\nc")) == "a b"
+    assert first_line(ValueError(f"{'a' * 390} https://example.com")) == "a" * 390 + "..."
+    assert len(first_line(ValueError("a" * 1000))) == 400

@@ -266,7 +266,8 @@ def _csv_rows(text: str, delimiter: str, errors: list[str]) -> Iterator[dict[str
     header = text.partition("\n")[0]
     if delimiter not in header:  # Excel writes semicolons where a comma is the decimal sign
         delimiter = next((other for other in ";\t," if other in header), delimiter)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    options: Any = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+    reader = csv.DictReader(io.StringIO(text, newline=""), **options)
     try:
         for index, row in enumerate(reader):
             if None in row:

@@ -177,7 +177,10 @@ def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
             + where_to_load_from(model_id, " or a folder with tokenizer files")
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model_id: the tokenizer of {model_id!r} has no eos token to end answers with")
+        raise ConfigError(
+            f"model_id: the tokenizer of {model_id!r} has no eos token to end answers with; name one of its "
+            'tokens in its tokenizer_config.json: "eos_token": "..."'
+        )
     pad_id = tokenizer.pad_token_id
     return Vocabulary(
         tokenizer=tokenizer,

@@ -179,7 +179,7 @@ def test_only_the_field_that_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "delimiter, name", [(";", "a.csv"), ("\t", "a.csv"), (",", "a.tsv"), (";", "a.csv.gz")]
+    "delimiter, name", [(", ", "a.csv"), (";", "a.csv"), ("\t", "a.csv"), (",", "a.tsv"), (";", "a.csv.gz")]
 )
 def test_tables_of_other_delimiters(delimiter, name, tmp_path):
     lines = [["question", "steps", "answer"], ["1,5 + 1", "[]", "2,5"]]

@@ -160,7 +160,8 @@ def test_any_text_is_read_back_or_refused_by_name(tmp_path_factory, rows):
     values = [dict(zip(("question", "steps", "answer"), row, strict=True)) for row in rows]
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
     if all(q.strip() and a.strip() for q, _, a in rows):
-        expected = [Problem(q, tuple(step for step in steps if step.strip()), a) for q, steps, a in rows]
+        texts = [(q.strip(), [step.strip() for step in steps], a.strip()) for q, steps, a in rows]
+        expected = [Problem(q, tuple(filter(None, steps)), a) for q, steps, a in texts]
         assert read_problems(path) == expected
     else:
         with pytest.raises(DataError, match="empty"):

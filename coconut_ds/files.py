@@ -7,7 +7,7 @@
     hash_file                  the sha256 of a file
     replace_text, ..._bytes    replace a file atomically; a link with that name is replaced, not followed
     open_append, make_folder   refuse links
-    similar_path               a hint for a misspelled path
+    similar_path, meant_child  a hint for a misspelled path, and for the folder of what was meant
     home_expanded              a path with the home folder in place of `~`
     from_start                 a path that a run folder records, from another working folder
     run_folder_of              the run, checkpoint or exported folder that contains a path
@@ -26,7 +26,7 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
@@ -84,6 +84,16 @@ def similar_path(path: str | Path) -> str:
     except (OSError, ValueError):
         return ""
     return f"; did you mean '{path.with_name(near[0])}'?" if near else ""
+
+
+def meant_child(folder: Path, is_one: Callable[[Path], bool]) -> str:
+    """'; write FOLDER/checkpoint-4' for a folder with an entry that is meant, the highest number; else ''."""
+
+    def number(path: Path) -> tuple[int, str]:
+        return int((re.findall(r"\d+", path.name) or ["0"])[-1]), path.name
+
+    entries = [entry for entry in folder.iterdir() if is_one(entry)] if folder.is_dir() else []
+    return f"; write {max(entries, key=number)}" if entries else ""
 
 
 def hash_file(path: str | Path) -> str:

@@ -33,7 +33,7 @@ from platformdirs import user_cache_path
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
-from coconut_ds.files import counted, hash_file, replace_bytes, similar_path
+from coconut_ds.files import counted, hash_file, meant_child, replace_bytes, similar_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,6 +139,11 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
             f"model_id: {model_id} is a run folder; write the model that it started from, and in "
             f"load_model_path the checkpoint: {path / 'best'}"
         )
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if child := meant_child(path, lambda entry: (entry / "config.json").is_file()):
+            raise ConfigError(f"model_id: {model_id} has no config.json{child}")
+        if child := meant_child(path, lambda entry: entry.suffix == ".gguf"):
+            raise ConfigError(f"model_id: {model_id} is the folder of a .gguf file{child}")
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     return model_id, {}

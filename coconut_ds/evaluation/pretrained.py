@@ -116,7 +116,9 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         folder = config.name_or_path or (config.experiment or {}).get("model_id", "")
         self.trained = described_model({"experiment": config.experiment, "stage": config.stage}, Path(folder))
         if module is None:
-            self.trained.refuse_more_latents_than(config.get_text_config().max_position_embeddings)
+            self.trained.refuse_more_latents_than(
+                getattr(config.get_text_config(), "max_position_embeddings", None)
+            )
             base = AutoModelForCausalLM.from_config(config.text_config, **DATA_ONLY)
             module = Coconut(base, self._new_thought(), READING).eval()
         else:

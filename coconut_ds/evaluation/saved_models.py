@@ -129,12 +129,12 @@ class Trained:
     def build(self, vocabulary: Vocabulary, latent_memory: LatentMemory = READING) -> Coconut:
         """The model in fp32 on the CPU, in evaluation mode.  Raises ConfigError and CheckpointError."""
         module = build_module(self.experiment, vocabulary, latent_memory).eval()
-        self.refuse_more_latents_than(module.causal_lm.config.max_position_embeddings)
+        self.refuse_more_latents_than(module.num_positions)
         return module
 
-    def refuse_more_latents_than(self, num_positions: int) -> None:
-        """Raise ConfigError if the latents do not fit the model's positions."""
-        if self.stage.num_latents + 2 >= num_positions:
+    def refuse_more_latents_than(self, num_positions: int | None) -> None:
+        """Raise ConfigError if the latents do not fit the model's positions; None: it has no limit."""
+        if num_positions is not None and self.stage.num_latents + 2 >= num_positions:
             raise ConfigError(
                 f"{self.name}: {self.stage.num_latents} latents do not fit the model's "
                 f"{num_positions} positions; set fewer: num_latents of its stage, or --latents of a command"

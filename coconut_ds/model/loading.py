@@ -3,8 +3,10 @@
 Only LoRA imports PEFT.
 """
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -193,6 +195,7 @@ def load_base(model_id: str, vocabulary: Vocabulary, as_saved: bool = False) -> 
     refuse_non_finite(dict(base.named_parameters()), _files_of(where, extra))
     refuse_other_layers(base)
     refuse_changed_logits(base)
+    refuse_reading_ahead(base)
     add_special_token_rows(base, vocabulary)
     return base
 
@@ -237,6 +240,21 @@ def refuse_changed_logits(base: PreTrainedModel) -> None:
         )
 
 
+def refuse_reading_ahead(base: PreTrainedModel) -> None:
+    """Raise ConfigError for a model whose logits depend on later tokens (BERT and other encoders)."""
+    ids_BT = torch.tensor([[0, 1], [0, 2]])
+    try:
+        with torch.no_grad():
+            first, other = base.eval()(input_ids=ids_BT, use_cache=False, return_dict=True).logits[:, 0]
+    except Exception:  # a model that needs more than ids, which training names
+        return
+    if not torch.allclose(first, other, rtol=0, atol=1e-4 * float(first.abs().max())):
+        raise ConfigError(
+            f"model_id: {type(base).__name__} reads the tokens that it is to predict, as encoders do; use a "
+            "causal language model (if it was trained as one, write is_decoder: true in its config.json)"
+        )
+
+
 def _files_of(where: str, extra: Mapping[str, str]) -> Path:
     """The file or folder that a model was read from; for a hub id, its snapshot."""
     name = extra.get("gguf_file", "config.json")
@@ -264,23 +282,20 @@ def read_causal_lm(
             "'load_model_path'"
         )
     load_config(str(Path(where) / extra["gguf_file"]) if extra else where)
-    verbosity = transformers_log.get_verbosity()
-    transformers_log.set_verbosity_error()  # its table of differences is an error below, or a note
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **DATA_ONLY,
-            **extra,
-        )
+        with _without_table():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **DATA_ONLY,
+                **extra,
+            )
     except Exception as error:  # transformers raises anything on a damaged file
         reason = UnpicklingError(PICKLED) if isinstance(error, UnpicklingError) else error
         raise ConfigError(_cannot_load("a causal language model", where, reason)) from error
-    finally:
-        transformers_log.set_verbosity(verbosity)
     model, info = loaded
     misshapen = [f"{name} {tuple(there)}" for name, there, _ in sorted(info["mismatched_keys"])]
     if names := [*misshapen, *sorted(info["missing_keys"])]:
@@ -326,6 +341,8 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
     """
     own = base.state_dict()
     given = {name: value for name, value in weights.items() if not OLD_BUFFERS.search(name)}
+    if not own.keys() >= given.keys():
+        given = _as_loaded(base, given)
     tied = set(getattr(base, "all_tied_weights_keys", {}) or {}) & set(own)
     missing = sorted(set(own) - set(given) - tied)
     unexpected = sorted(set(given) - set(own))
@@ -348,6 +365,45 @@ def install_weights(base: PreTrainedModel, weights: Mapping[str, Tensor], source
     with torch.no_grad():
         for name, value in given.items():
             own[name][: len(value)].copy_(value) if value.dim() else own[name].copy_(value)
+
+
+def _as_loaded(base: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names that transformers gives them when it loads them; as they are if it cannot.
+
+    It saves some models under other names (GPT-NeoX), or experts one by one (Mixtral).
+    """
+    config = copy.deepcopy(base.config)
+    kind: Any = type(base)
+    try:
+        for _ in range(2):
+            with _without_table():
+                loaded, info = kind.from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=dict(weights),
+                    dtype=base.dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+            misshapen = {there[0] for _, there, here in info["mismatched_keys"] if there[1:] == here[1:]}
+            if not misshapen:
+                break
+            config.get_text_config().vocab_size = misshapen.pop()  # without the special-token rows
+    except Exception:  # transformers raises anything on other weights
+        return weights
+    differs = any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return weights if differs else loaded.state_dict()
+
+
+@contextmanager
+def _without_table() -> Iterator[None]:
+    """Without transformers' table of differences, which callers turn into an error or a note."""
+    verbosity = transformers_log.get_verbosity()
+    transformers_log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_log.set_verbosity(verbosity)
 
 
 def _vocabulary_weights(base: PreTrainedModel) -> tuple[Tensor, Tensor]:

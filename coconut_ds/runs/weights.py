@@ -9,6 +9,7 @@ model/loading.py checks the names and shapes.
 """
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -16,12 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coconut_ds.errors import CheckpointError, first_line
-from coconut_ds.files import read_json
+from coconut_ds.files import meant_child, read_json
 from coconut_ds.runs.checkpoint_folders import CheckpointFolders, resolve_pointer
 from coconut_ds.runs.checkpoints import refuse_non_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PUBLISHED_ADAPTER_FILE = "peft/adapter_model.safetensors"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_SUFFIXES, PUBLISHED_NAME = (".safetensors", ".bin", ".pt", ".pth"), re.compile(r"checkpoint_\d+")
 THOUGHT_FILE = "thought.safetensors"
 # Published Coconut wraps the model in this attribute and stores its input embedding under a second name.
 WRAPPER, SECOND_NAME = "base_causallm.", "embedding.weight"
@@ -85,7 +88,7 @@ def _weight_files(path: Path) -> list[Path]:
             f"{folder} holds LoRA adapters, not a complete model; "
             f"merge them first: python -m coconut_ds export {path}"
         )
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
@@ -96,8 +99,17 @@ def _weight_files(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} is a run folder; name one of its checkpoints: load_model_path: {folder / name}"
         )
-    raise CheckpointError(
-        f"{folder} has no model.safetensors and no pytorch_model.bin; give a weight file or a folder with one"
+    child = meant_child(folder, _has_weights) or "; give a weight file or a folder with one"
+    raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin{child}")
+
+
+def _has_weights(path: Path) -> bool:
+    """Whether a path is a weight file, as the published code's `checkpoint_7`, or a folder with one."""
+    if path.is_dir():
+        names = [f"{name}{index}" for name in WEIGHT_FILES for index in ("", ".index.json")]
+        return any((path / name).is_file() for name in (*names, ADAPTER_FILE))
+    return path.is_file() and (
+        path.suffix in WEIGHT_SUFFIXES or PUBLISHED_NAME.fullmatch(path.name) is not None
     )
 
 

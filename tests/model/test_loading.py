@@ -15,11 +15,14 @@ from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model.loading import (
     install_weights,
     load_base,
+    load_config,
     new_base,
     read_causal_lm,
     refuse_changed_logits,
     refuse_other_layers,
+    refuse_reading_ahead,
 )
+from coconut_ds.runs.weights import load_foreign_weights
 
 
 @pytest.fixture
@@ -99,6 +102,82 @@ def test_a_folder_without_tokenizer_files_is_refused(vocabulary, tmp_path):
     tiny(vocabulary).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="vocabulary is empty; are vocab.json or tokenizer.json missing"):
         load_vocabulary(str(tmp_path))
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+EXPERTS = SIZES | {"num_key_value_heads": 1}
+RENAMED = {
+    "gpt_neox": SIZES,
+    "mixtral": EXPERTS | {"num_local_experts": 3},
+    "qwen2_moe": EXPERTS
+    | {"num_experts": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2},
+    "llama": EXPERTS,
+}
+
+
+@pytest.mark.parametrize("has_special_rows", [True, False])
+@pytest.mark.parametrize("kind", RENAMED)
+def test_what_a_model_saves_it_reads_again(kind, has_special_rows, vocabulary, tmp_path):
+    """Also where transformers saves other names than the loaded ones, or experts one by one."""
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary.start_id, **RENAMED[kind])
+    torch.manual_seed(1)
+    saved = new_base(config, vocabulary) if has_special_rows else AutoModelForCausalLM.from_config(config)
+    saved.save_pretrained(tmp_path)
+    base = new_base(AutoConfig.for_model(kind, vocab_size=vocabulary.start_id, **RENAMED[kind]), vocabulary)
+    install_weights(base, load_foreign_weights(tmp_path), tmp_path)
+    own = base.state_dict()
+    assert all(torch.equal(own[name][: len(value)], value) for name, value in saved.state_dict().items())
+
+
+def test_weights_of_another_architecture_are_refused_under_their_own_names(vocabulary):
+    config = AutoConfig.for_model("gpt_neox", vocab_size=vocabulary.start_id, **SIZES)
+    with pytest.raises(
+        CheckpointError, match=r"missing: embed_out.weight|missing: gpt_neox|missing: lm_head"
+    ):
+        install_weights(new_base(config, vocabulary), dict(tiny(vocabulary).state_dict()), "file")
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_model_that_reads_ahead_is_refused(is_decoder):
+    config = AutoConfig.for_model("bert", vocab_size=20, is_decoder=is_decoder, **SIZES)
+    base = AutoModelForCausalLM.from_config(config)
+    with nullcontext() if is_decoder else pytest.raises(ConfigError, match="use a causal language model"):
+        refuse_reading_ahead(base)
+
+
+@pytest.mark.parametrize(
+    "names, meant",
+    [
+        (["checkpoint-4/config.json", "checkpoint-12/config.json"], "checkpoint-12"),
+        (["final/config.json", "logs/events"], "final"),
+        (["small-q4.gguf"], "small-q4.gguf"),
+    ],
+)
+def test_a_folder_of_models_names_the_newest(names, meant, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"; write {tmp_path / meant}$"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names, meant",
+    [
+        (["checkpoint_9", "checkpoint_12", "log.txt"], "checkpoint_12"),
+        (["checkpoint-9/model.safetensors", "checkpoint-10/model.safetensors"], "checkpoint-10"),
+        (["step/pytorch_model.bin.index.json"], "step"),
+        (["lora/adapter_model.safetensors"], "lora"),
+        (["weights.pt"], "weights.pt"),
+    ],
+)
+def test_a_folder_of_weights_names_the_newest(names, meant, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(CheckpointError, match=f"; write {tmp_path / meant}$"):
+        load_foreign_weights(tmp_path)
 
 
 def test_every_misfit_is_named(vocabulary):

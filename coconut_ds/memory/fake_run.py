@@ -228,7 +228,7 @@ def run_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """The result of an operator; on meta tensors, where most are slow Python code, run once per shape."""
     if func.is_view or not args or not isinstance(given := args[0], Tensor | list):
         return func(*args, **kwargs)
-    first = given[0] if isinstance(given, list) else given
+    first = given[0] if isinstance(given, list) and given else given
     if not (isinstance(first, Tensor) and first.is_meta):
         return func(*args, **kwargs)
     if func is aten._local_scalar_dense.default:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, LlamaConfig
+from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory import fake_run
@@ -89,3 +89,14 @@ def test_the_planned_buffer_has_the_columns_of_the_device(device, multiple):
     layers, heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     rounded = -(-columns // multiple) * multiple
     assert columns % 32 and 2 * layers * 2 * rows * heads * rounded * head_dim in sizes
+
+
+def test_a_model_without_a_limit_of_positions_is_planned():
+    """BLOOM, which also makes a tensor without dimensions."""
+    experiment = experiment_of("a model")
+    text = TextShape(question=9, steps=2, step=3, answer=2).problem()
+    batch = largest_batch([text], stages_of(experiment)[-1], experiment, VOCABULARY, 2)
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=1003)
+    settings = LatentMemory(segmented_cache=False)
+    model = build_fake_model(experiment, config, 1003, (1000, 1001, 1002), settings, device="cpu")
+    assert record(model, batch).peak > 0

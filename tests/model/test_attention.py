@@ -240,7 +240,7 @@ def test_padding_sees_itself_and_nothing_is_nan():
 
 def test_an_architecture_without_exchangeable_attention_is_refused(monkeypatch):
     monkeypatch.setattr(GPT2LMHeadModel, "_supports_attention_backend", False)
-    with pytest.raises(ConfigError, match="segmented_cache to false"):
+    with pytest.raises(ConfigError, match='"segmented_cache": false'):
         install_buffered_attention(gpt2())
 
 

@@ -25,7 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from coconut_ds.errors import ConfigError
-from coconut_ds.model.techniques.kv_buffer import KeyValueBuffer, Layer, Mask, Slot, add_products, make_mask
+from coconut_ds.model.techniques.kv_buffer import (
+    WITHOUT_BUFFER,
+    KeyValueBuffer,
+    Layer,
+    Mask,
+    Slot,
+    add_products,
+    make_mask,
+)
 from coconut_ds.model.techniques.passes import Pass, Step
 
 ATTENTION = "coconut_buffer"
@@ -43,12 +51,14 @@ def install_buffered_attention(model: PreTrainedModel) -> None:
     if getattr(model.config.get_text_config(), "kv_lora_rank", None):
         raise ConfigError(
             f"latent_memory.segmented_cache: {type(model).__name__} has multi-head latent attention, which "
-            "makes its keys of cached ones; set segmented_cache to false"
+            "makes its keys of cached ones; "
+            f"write {WITHOUT_BUFFER} in the ds_config"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             f"latent_memory.segmented_cache: {type(model).__name__} does not let its attention be replaced "
-            "(no support for transformers' AttentionInterface); set segmented_cache to false"
+            "(no support for transformers' AttentionInterface); "
+            f"write {WITHOUT_BUFFER} in the ds_config"
         )
     model.set_attn_implementation(ATTENTION)
 
@@ -370,7 +380,8 @@ def buffered_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ConfigError(
             f"latent_memory.segmented_cache: {type(module).__name__} uses soft capping or attention sinks, "
-            "which segmented attention does not support; set segmented_cache to false"
+            "which segmented attention does not support; "
+            f"write {WITHOUT_BUFFER} in the ds_config"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     slot = key if isinstance(key, Slot) else None

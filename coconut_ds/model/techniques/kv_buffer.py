@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # On CUDA a buffer's columns are a multiple of this, so that batches of similar length share their shapes.
 COLUMN_BUCKET = 32
+WITHOUT_BUFFER = '"latent_memory": {"segmented_cache": false}'
 
 
 class PassCache(Cache):
@@ -172,7 +173,8 @@ class Slot(NamedTuple):
             raise AttributeError(name)
         raise ConfigError(
             "latent_memory.segmented_cache: the attention of this model computes with cached keys, which the "
-            "buffer does not support; set segmented_cache to false"
+            "buffer does not support; "
+            f"write {WITHOUT_BUFFER} in the ds_config"
         )
 
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoints of the run folder: names, latest (default), best, best_stage_N or all",
     )
     parser.add_argument(
-        "--split", default="valid", metavar="valid|test|FILE", help="data to evaluate on (default: valid)"
+        "--split", default="valid", metavar="NAME|FILE", help="valid (default), test, train or a file"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N problems")
     parser.add_argument("--latents", type=int, metavar="N", help="number of latents (default: as trained)")

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.curriculum import Stage
-from coconut_ds.data.problems import card_for
+from coconut_ds.data.problems import card_for, each_problem
+from coconut_ds.errors import DataError
 from coconut_ds.evaluation.data_files import OTHER, OWN, TRAINING
 from coconut_ds.evaluation.intervals import percent_with_interval
 from coconut_ds.evaluation.saved_models import Trained
@@ -14,6 +17,7 @@ from coconut_ds.files import counted
 from coconut_ds.runs.record_shapes import metric_lines, newest_evaluations
 from coconut_ds.templates import one_line, render
 
+MAX_QUESTION = 300  # characters of the example
 ROLES = {
     OWN: "the run's own file",
     TRAINING: "**training data**",
@@ -44,8 +48,20 @@ def model_card(trained: Trained, base: str, is_adapter: bool, weights: Path | No
         results=[_cells(line, trained) for line in sorted(own, key=lambda line: bool(line["differences"]))],
         card=card_for(experiment.train_path or experiment.val_path),
         peaks=peaks,
+        question=_question(experiment),
         quoted=lambda text: json.dumps(str(text)),
     )
+
+
+def _question(experiment: Experiment) -> str:
+    """A question of the run's own data as a Python literal; a placeholder if there is no short one here."""
+    for path in (experiment.val_path, experiment.train_path):
+        if path and Path(path).is_file():
+            with suppress(DataError):
+                question = next(each_problem(path, 1, experiment.fields)).question
+                if len(question) <= MAX_QUESTION and "`" not in question:
+                    return repr(question)
+    return "'YOUR QUESTION'"
 
 
 def _cells(line: Mapping[str, Any], trained: Trained) -> list[str]:

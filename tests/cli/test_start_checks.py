@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 CPU = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
 SMALL = {
-    "device": "card", "gpus": 1, "gpu_memory_mib": 2, "reserved_mib": 1, "host_memory_gib": 1,
+    "device": "card", "gpus": 1, "gpu_memory_mib": 1024, "reserved_mib": 1023, "host_memory_gib": 1,
     "components_mib": {"activations": 1},
 }  # fmt: skip
 NVME = {"device": "nvme", "nvme_path": "/tmp"}

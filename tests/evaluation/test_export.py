@@ -11,16 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coconut_ds
 from coconut_ds.__main__ import main
+from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.curriculum import Stage
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError
 from coconut_ds.evaluation.evaluate import Prediction, summarize
 from coconut_ds.evaluation.export import read_back_difference
 from coconut_ds.evaluation.measure import Measurement, write_results
+from coconut_ds.evaluation.model_card import _question
 from coconut_ds.evaluation.saved_models import find_one
 from coconut_ds.model.lora import read_origin
 from tests.run_folders import make_run
 
+PLACEHOLDER = "'YOUR QUESTION'"
 QUESTIONS = ["3+4+2+7=?", "1+1+1+1=?"]
 
 
@@ -143,7 +146,9 @@ def test_the_card_has_data_settings_results_and_memory(full, tmp_path):
     )
     assert main(["export", str(full), "--output", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
+    question = json.loads(Path(trained.experiment.val_path).read_text())[0]["question"]
     for part in (
+        f"model.answer_questions({question!r}, num_latents=3)",
         "| test, t.json (the run's own file), 4 items | 3 steps hidden, 3 latents | 3 | exact | "
         "75.0 % [30.1, 95.4] | 2.0 |",
         "made by preprocessing/arithmetic.py",
@@ -209,6 +214,23 @@ def test_wrong_use(full, tmp_path, capsys, arguments, text):
     assert main(["export", str(full), *[places.get(word, word) for word in arguments]]) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "question, shown",
+    [
+        ("Tom has 3 apples.\nHow many?", r"'Tom has 3 apples.\nHow many?'"),
+        ("a ` b", PLACEHOLDER),
+        (None, PLACEHOLDER),
+    ],
+)
+def test_the_card_asks_a_question_of_the_run_s_own_data(question, shown, tiny_experiment, tmp_path):
+    path = tmp_path / "v.json"
+    if question:
+        path.write_text(json.dumps([{"q": question, "steps": [], "answer": "3"}]))
+    values = tiny_experiment | {"val_path": str(path), "train_path": str(tmp_path / "gone.json")}
+    experiment = validate_experiment(values | {"fields": {"question": "q"}}, "test")
+    assert _question(experiment) == shown
 
 
 def test_a_received_result_adds_nothing_to_the_card(full, tmp_path):

@@ -110,7 +110,7 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda",
         help="device whose kernels are planned for (default: cuda)",
     )
-    parser.add_argument("--gpu", metavar="NAME", help='budget of a GPU, for example "RTX 2080 Ti"')
+    parser.add_argument("--gpu", metavar="NAME|MIB", help='budget of a GPU: "RTX 2080 Ti", 12282')
     parser.add_argument(
         "--host-memory-gib", type=float, metavar="GIB", help="with --gpu, default: of this machine"
     )

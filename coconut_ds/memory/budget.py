@@ -59,11 +59,12 @@ def read_settings(args: argparse.Namespace) -> tuple[Experiment, DeepSpeedConfig
 
 
 def read_ds_config(
-    path: str | None, experiment: Experiment, overrides: Sequence[str] = ()
+    path: str | None, experiment: Experiment, overrides: Sequence[str] = (), printed: set[str] | None = None
 ) -> DeepSpeedConfig:
     """Read the DeepSpeed JSON for `experiment`; the main process prints its notes. Raises ConfigError.
 
     Without a path: ds_configs/zero2_offload.json.  `overrides`: of --ds.
+    `printed`: notes that are not repeated; this call's are added.
     """
     notes = [] if path else [f"no --deepspeed_config, so {default_ds_config()} is used"]
     path = path or default_ds_config()
@@ -87,7 +88,9 @@ def read_ds_config(
         keys = " and ".join(f"{kind}.enabled" for kind in auto)
         remedies = " or ".join(ways[kind] for kind in auto)
         notes.append(f'{path}: {keys}: "auto" is fp32 here; for 16 bit: {remedies}')
-    print_notes(notes)
+    print_notes(note for note in notes if note not in (printed or ()))
+    if printed is not None:
+        printed.update(notes)
     return result
 
 
@@ -183,8 +186,9 @@ def described_changes(changes: Sequence[dict[str, Any]]) -> list[str]:
     for change in changes:
         fits = "fits" if change["fits"] else "does not fit"
         size = f"{change['gpu_mib']:,.0f} MiB"
-        if change.get("for") == "host":
-            size = f"{change['host_gib']:,.1f} GiB of host memory"
+        if (target := change.get("for", "GPU")) != "GPU":
+            host = f"{change['host_gib']:,.1f} GiB of host memory"
+            size = host if target == "host" else f"{size} and {host}"
         lines.append(f"    {change['change']}: about {size}, {fits}")
         lines.append(f"      {change['setting']}")
     return lines

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from coconut_ds.config.deepspeed import SHIPPED, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment, load_with_notes, read_experiment
+from coconut_ds.config.schema import did_you_mean
 from coconut_ds.data.tokenizer import is_on_this_machine
 from coconut_ds.errors import ConfigError
 from coconut_ds.memory.budget import RESERVED_MIB, read_ds_config
@@ -73,7 +74,8 @@ def lengths_text(shape: TextShape) -> str:
 
 def read_machine(args: argparse.Namespace, path: str | None, experiment: Experiment) -> DeepSpeedConfig:
     """The DeepSpeed config with the memory of --gpu and --host-memory-gib.  Raises ConfigError."""
-    ds_config = read_ds_config(path, experiment, args.ds_overrides)
+    printed = vars(args).setdefault("printed", set())
+    ds_config = read_ds_config(path, experiment, args.ds_overrides, printed)
     return with_machine(ds_config, args.gpu, args.host_memory_gib)
 
 
@@ -119,13 +121,17 @@ def config_of(model_id: str) -> tuple[PretrainedConfig, tuple[str, ...]]:
         return load_config(str(path)), ()
     if not is_on_this_machine(model_id) and (config := built_in_config(model_id)) is not None:
         return config, (f"{model_id} is not on this machine; planned with its built-in shape",)
+    names = [model["id"].rpartition("/")[2] for model in known()["models"]]
+    near = did_you_mean(model_id.rpartition("/")[2], names)
+    shapes = f"  built-in shapes: {', '.join(names)}; or --layers N --hidden N --heads N"
+    if near and "/" not in model_id and not is_on_this_machine(model_id):  # no name of the hub to wait for
+        raise ConfigError(
+            f"--model {model_id}: is not on this machine and has no built-in shape{near}\n{shapes}"
+        )
     try:
         return load_config(model_id), ()
     except ConfigError as error:
-        names = ", ".join(model["id"].rpartition("/")[2] for model in known()["models"])
-        raise ConfigError(
-            f"{error}\n  built-in shapes: {names}; or --layers N --hidden N --heads N"
-        ) from error
+        raise ConfigError(f"{error}{near}\n{shapes}") from error
 
 
 def custom_config(args: argparse.Namespace) -> PretrainedConfig | None:

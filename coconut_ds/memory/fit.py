@@ -15,7 +15,7 @@ from coconut_ds.config.deepspeed import EIGHT_BIT, DeepSpeedConfig
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.errors import BudgetError, ConfigError
 from coconut_ds.files import json_text
-from coconut_ds.memory.planner import MIB, PINNED_ROUNDING, MemoryOption, Plan, Planner
+from coconut_ds.memory.planner import BOTH, MIB, PINNED_ROUNDING, MemoryOption, Plan, Planner
 from coconut_ds.model.quantization import has_library
 from coconut_ds.runs.record_shapes import EVALUATION
 
@@ -175,7 +175,8 @@ def cheapest_changes(
     planner: Planner, experiment: Experiment, ds_config: DeepSpeedConfig, plan: Plan, limit: int = NUM_CHANGES
 ) -> tuple[MemoryOption, ...]:
     """For the GPU and the host, whichever does not fit, the first `limit` changes that help; those that make
-    it fit come first, and if none does, several together.  If both fit: changes for the GPU.
+    it fit come first, and if none does, several together.  If both fit: changes for the GPU.  If neither does
+    and several together fit both, these come first.
     """
     targets = [name for name, fits in (("GPU", plan.gpu_fits), ("host", plan.host_fits)) if not fits]
     result: list[MemoryOption] = []
@@ -186,7 +187,33 @@ def cheapest_changes(
         if targets and not any(change.fits for change in changes):
             changes = [*_together(planner, start, plan, target), *changes]
         result += changes[:limit]
-    return tuple(result)
+    return (*(_for_both(planner, start, plan) if len(targets) > 1 else ()), *result)
+
+
+def _for_both(planner: Planner, start: MemoryOption, plan: Plan) -> list[MemoryOption]:
+    """Options added in order of cost until GPU and host fit, as one; nothing if none suffice."""
+    for order in (("GPU", "host"), ("host", "GPU")):
+        option, its_plan, parts = start, plan, []
+        for target in order:
+            option = replace(option, fits=False)
+            if not (its_plan.gpu_fits if target == "GPU" else its_plan.host_fits):
+                if not (added := _together(planner, option, its_plan, target)):
+                    break
+                (option,) = added
+                parts.append(option)
+                its_plan = _planner_of(planner, option).plan(
+                    option.experiment, option.ds_config, option.ranks, only_epoch=plan.peak_stage.epoch
+                )
+        if its_plan.fits:
+            text, settings = " + ".join(part.text for part in parts), [part.setting for part in parts]
+            settings.sort(key=lambda setting: not setting.startswith("PYTORCH"))
+            setting = "  ".join(settings)
+            return [replace(option, text=text, setting=setting, target=BOTH, fits=True)]
+    return []
+
+
+def _planner_of(planner: Planner, option: MemoryOption) -> Planner:
+    return planner if option.rounds_pinned else replace(planner, rounds_up_to=MIB)
 
 
 def _that_help(planner: Planner, start: MemoryOption, plan: Plan, target: str) -> Iterator[MemoryOption]:
@@ -199,9 +226,8 @@ def _that_help(planner: Planner, start: MemoryOption, plan: Plan, target: str) -
     )
     for option in options:
         rounds = start.rounds_pinned and option.rounds_pinned
-        its_planner = planner if rounds else replace(planner, rounds_up_to=MIB)
         try:
-            changed = its_planner.plan(
+            changed = _planner_of(planner, replace(option, rounds_pinned=rounds)).plan(
                 option.experiment, option.ds_config, option.ranks or ranks, only_epoch=plan.peak_stage.epoch
             )
         except ConfigError:
@@ -233,8 +259,7 @@ def _together(planner: Planner, start: MemoryOption, plan: Plan, target: str) ->
         if option is None:
             return []
         texts, settings, start = [*texts, option.text], [*settings, option.setting], option
-        its_planner = planner if option.rounds_pinned else replace(planner, rounds_up_to=MIB)
-        epoch = plan.peak_stage.epoch
+        epoch, its_planner = plan.peak_stage.epoch, _planner_of(planner, option)
         plan = its_planner.plan(option.experiment, option.ds_config, option.ranks, only_epoch=epoch)
     settings.sort(key=lambda setting: not setting.startswith("PYTORCH"))
     return [replace(start, text=" + ".join(texts), setting="  ".join(settings))]

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from coconut_ds.config.deepspeed import MIN_GPU_MIB
 from coconut_ds.errors import ConfigError
 
 # The settings behind each word of --tuning.
@@ -31,7 +32,14 @@ def short(model_id: str) -> str:
 
 
 def find_gpu(name: str) -> Mapping[str, Any]:
-    """The entry of a GPU, by a name such as 'rtx 3060' or '2080ti'.  Raises ConfigError."""
+    """The entry of a GPU, by a name such as 'rtx 3060' or '2080ti', or one of so many MiB.
+
+    Raises ConfigError.
+    """
+    if name.isdecimal():
+        if int(name) < MIN_GPU_MIB:
+            raise ConfigError(f"--gpu {name}: is {name} MiB; for {name} GiB write --gpu {int(name) * 1024}")
+        return {"name": f"GPU of {int(name):,} MiB", "mib": int(name), "compute_capability": "inf"}
     gpus = {_letters(gpu["name"]): gpu for gpu in known()["gpus"]}
     wanted = _letters(name)
     matches = [gpu for key, gpu in gpus.items() if wanted and wanted in key]
@@ -41,7 +49,10 @@ def find_gpu(name: str) -> Mapping[str, Any]:
         return matches[0]
     near = matches or [gpus[key] for key in get_close_matches(wanted, gpus, 3)] or known()["gpus"]
     names = ", ".join(gpu["name"] for gpu in near)
-    raise ConfigError(f"--gpu: {name} is not one GPU of the table; write one of: {names}")
+    raise ConfigError(
+        f"--gpu: {name} is not one GPU of the table; write one of: {names}; or for another GPU its MiB, as "
+        "nvidia-smi shows them: --gpu 12282"
+    )
 
 
 def precision_note(gpu: str, precision: str) -> str | None:

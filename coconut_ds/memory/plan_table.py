@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from coconut_ds.memory.planner import COMPONENTS, GIB, MIB, MemoryOption, Plan, by_component
+from coconut_ds.memory.planner import BOTH, COMPONENTS, GIB, MIB, MemoryOption, Plan, by_component
 from coconut_ds.tables import Table
 
 
@@ -15,6 +15,8 @@ def full_text(plan: Plan) -> str:
     for table in _tables(plan):
         lines += ["", table.text()]
     lines += ["", *(f"note: {note}" for note in plan.notes), f"VERDICT  {plan.verdict()}"]
+    if plan.changes and not (plan.gpu_fits or plan.host_fits or plan.changes[0].target == BOTH):
+        lines += ["", "No combination of the changes below fits both GPU and host."]
     for target in dict.fromkeys(change.target for change in plan.changes):
         lines += ["", f"CHANGES FOR THE {target.upper()}, cheapest first"]
         lines += [_change(plan, change) for change in plan.changes if change.target == target]
@@ -22,13 +24,11 @@ def full_text(plan: Plan) -> str:
 
 
 def _change(plan: Plan, change: MemoryOption) -> str:
-    before, after, unit, name = plan.gpu_bytes, change.gpu_bytes, MIB, "MiB"
-    if change.target == "host":
-        before, after, unit, name = plan.host_bytes, change.host_bytes, GIB, "GiB"
-    digits = 0 if unit == MIB else 1
+    gpu = f"{(change.gpu_bytes - plan.gpu_bytes) / MIB:+,.0f} MiB, {change.gpu_bytes / MIB:,.0f} MiB"
+    host = f"{(change.host_bytes - plan.host_bytes) / GIB:+,.1f} GiB, {change.host_bytes / GIB:,.1f} GiB"
+    size = {"GPU": gpu, "host": host}.get(change.target, f"GPU {gpu}; host {host}")
     fits = "" if plan.budget is None else (", fits" if change.fits else ", does not fit")
-    saved = f"{(after - before) / unit:+,.{digits}f}"
-    return f"  {change.text}: {saved} {name}, {after / unit:,.{digits}f} {name}{fits}\n      {change.setting}"
+    return f"  {change.text}: {size}{fits}\n      {change.setting}"
 
 
 def _tables(plan: Plan) -> Iterator[Table]:

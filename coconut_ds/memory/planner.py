@@ -47,6 +47,7 @@ COMPONENTS = (
     WORKSPACES,
     "fragmentation",
 )
+BOTH = "GPU and host"  # target of a change
 PINNED_ROUNDING = "pinned_max_round_threshold_mb"
 SHAPE_HINT = (
     "To plan without it, give token counts: --question-tokens 430 --num-steps 6 --step-tokens 15 "
@@ -65,7 +66,7 @@ class MemoryOption:
     name: str = ""  # of options that `fit` may use
     ranks: int | None = None  # if it changes them
     rounds_pinned: bool = True  # false: with PYTORCH_ALLOC_CONF
-    target: str = "GPU"  # or "host"
+    target: str = "GPU"  # or "host", or BOTH
     gpu_bytes: int = 0
     host_bytes: int = 0
     fits: bool = False  # the memory of its target

@@ -14,7 +14,7 @@ from coconut_ds.__main__ import main
 from coconut_ds.cli.plan import add_arguments
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.errors import ConfigError
-from coconut_ds.memory.cases import built_in_config, read_cases
+from coconut_ds.memory.cases import built_in_config, config_of, read_cases
 from coconut_ds.memory.fake_run import with_layers
 from coconut_ds.memory.known import find_gpu, known, precision_note, short
 from coconut_ds.memory.phases import LARGE_WORKSPACES
@@ -40,6 +40,22 @@ def test_names_of_gpus():
     assert find_gpu("NVIDIA GeForce GTX 1080 Ti")["mib"] == 11178
     with pytest.raises(ConfigError, match="RTX 3060"):
         find_gpu("RTX 3061")
+    with pytest.raises(
+        ConfigError, match="or for another GPU its MiB, as nvidia-smi shows them: --gpu 12282"
+    ):
+        find_gpu("RTX 4070")
+    assert find_gpu("12282")["mib"] == 12282 and precision_note("12282", "bf16") is None
+    with pytest.raises(ConfigError, match="for 12 GiB write --gpu 12288"):
+        find_gpu("12")
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"), [("lama-3.2-1b", "Llama-3.2-1B"), ("gpt2-mediun", "gpt2-medium")]
+)
+def test_a_misspelled_built_in_model_is_named_without_asking_the_hub(model, meant, monkeypatch):
+    monkeypatch.setattr("coconut_ds.memory.cases.load_config", lambda name: pytest.fail("asked the hub"))
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        config_of(model)
 
 
 @pytest.mark.parametrize("gpu", known()["gpus"], ids=lambda gpu: gpu["name"])
@@ -125,6 +141,15 @@ def test_what_is_missing_is_named(command, message, monkeypatch, tmp_path, capsy
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["plan", *command]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_note_is_printed_once_for_all_models(capsys):
+    shape = ["--question-tokens", "9", "--set", "num_epochs=1", "--no-changes"]
+    assert (
+        main(["plan", "--model", "distilgpt2", "gpt2", "--gpu", "24000", "--host-memory-gib", "99", *shape])
+        == 0
+    )
+    assert capsys.readouterr().err.count("no --deepspeed_config, so ") == 1
 
 
 def gpu_rows():

@@ -27,7 +27,7 @@ from coconut_ds.memory.phases import (
     stages_of,
 )
 from coconut_ds.memory.plan_table import full_text, markdown, side_by_side
-from coconut_ds.memory.planner import Planner, TextShape, read_lengths
+from coconut_ds.memory.planner import MIB, Planner, TextShape, read_lengths
 from coconut_ds.model.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +214,36 @@ def test_changes_for_the_host_are_of_the_host():
     assert first.fits and " + " in first.text and first.target == "host"
     assert first.setting.startswith("PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1")
     assert "CHANGES FOR THE HOST" in full_text(replace(over, changes=(first,)))
+
+
+def test_a_plan_over_gpu_and_host_gets_a_combination_that_fits_both():
+    """Changes for one alone may need more of the other."""
+    stock = load_ds_config(ROOT / "ds_configs/zero2_offload_fp16.json")
+    experiment = experiment_of(ROOT / "benchmarks/shapes/gpt2", num_epochs=1)
+    planner = replace(Planner.of(experiment, TEXT), valid=[])
+    fitting = planner.plan(experiment, stock)
+
+    def short_of(gpu_share, host_share):
+        budget = stock.memory_budget
+        memory = int(gpu_share * fitting.gpu_bytes / 2**20) + budget.reserved_mib
+        host = host_share * fitting.host_bytes / 2**30
+        tight = replace(
+            stock,
+            memory_budget=replace(budget, gpu_memory_mib=memory, host_memory_gib=host, components_mib={}),
+        )
+        over = planner.plan(experiment, tight)
+        assert not over.gpu_fits and not over.host_fits
+        return replace(over, changes=cheapest_changes(planner, experiment, tight, over))
+
+    over = short_of(0.95, 0.95)
+    both = over.changes[0]
+    changed = replace(planner, rounds_up_to=MIB if not both.rounds_pinned else planner.rounds_up_to).plan(
+        both.experiment, both.ds_config, both.ranks
+    )
+    assert changed.fits and (changed.gpu_bytes, changed.host_bytes) == (both.gpu_bytes, both.host_bytes)
+    text = full_text(over)
+    assert "CHANGES FOR THE GPU AND HOST" in text and "No combination" not in text
+    assert "No combination of the changes below fits both" in full_text(short_of(0.95, 0.001))
 
 
 def test_fit_is_the_largest_that_fits(planner, tiny_model, ds_config):

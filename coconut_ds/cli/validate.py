@@ -170,7 +170,7 @@ def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
     """Print the report on the data files; return the number of errors and leaks."""
     from coconut_ds.data.checks import check_data_files  # imports torch, which settings files do not need
     from coconut_ds.data.run_data import LengthCheck, limit_of, load_test_set, unknown_id, unknown_text
-    from coconut_ds.data.tokenizer import load_vocabulary, refuse_unsavable
+    from coconut_ds.data.tokenizer import load_vocabulary, refuse_missing_rows, refuse_unsavable
     from coconut_ds.model.loading import load_config
 
     model, picture = args.model, args.picture
@@ -179,7 +179,9 @@ def _check_data(paths: list[Path], args: argparse.Namespace) -> int:
     if model is not None:
         vocabulary = load_vocabulary(model)
         refuse_unsavable(vocabulary, model)
-        check = LengthCheck(EVERY_STEP_SHOWN, vocabulary, limit_of(load_config(model)))
+        config = load_config(model)
+        print_notes(refuse_missing_rows(vocabulary, config, model))
+        check = LengthCheck(EVERY_STEP_SHOWN, vocabulary, limit_of(config))
     report = check_data_files(paths, vocabulary, check, fields)
     if vocabulary is not None and unknown_id(vocabulary) is not None and not report.errors:
         sets = {str(path): load_test_set(str(path), vocabulary, fields=fields) for path in paths}

@@ -183,7 +183,7 @@ def _path_contradictions(valid: Mapping[str, Any]) -> Iterator[Contradiction]:
         hub_id = value.partition("://huggingface.co/")[2]
         if value.startswith(("~", "$")):  # `~` has been expanded where there is a home folder
             text = f"{value} stands for no folder here; write the complete path"
-        elif re.match(r"(?!hf://)[a-z0-9]+:/", value):
+        elif re.match(r"(?!hf:/)[a-z0-9]+:/", value):
             is_id = hub_id and key == "model_id"
             advice = f"write '{key}: {hub_id}'" if is_id else "download it, and write the path"
             text = f"{value} is a URL; {advice}"

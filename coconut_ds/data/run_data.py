@@ -96,7 +96,7 @@ def load_run_data(experiment: Experiment, config: PretrainedConfig) -> RunData:
         limit = DEBUG_TRAIN_ITEMS if debug else None
         train = cached_tokens(experiment.train_path, vocabulary, limit=limit, fields=experiment.fields)
     limit = DEBUG_VALID_ITEMS if debug else experiment.eval_max_items
-    print_notes(refuse_missing_rows(vocabulary, config.get_text_config().vocab_size, experiment.model_id))
+    print_notes(refuse_missing_rows(vocabulary, config, experiment.model_id))
     if isinstance(train, CachedProblems):
         print_notes(marked_text(experiment.train_path, train.marks))
     refuse_unsupervised(train, experiment, vocabulary)

@@ -36,7 +36,7 @@ from coconut_ds.errors import ConfigError, DataError, first_line
 from coconut_ds.files import counted, hash_file, meant_child, replace_bytes, similar_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 HASHED, SPECIAL = 1, 2  # bits of `mark`
@@ -218,11 +218,12 @@ def _around_question(tokenizer: Any, model_id: str) -> tuple[str, str]:
     return before, after
 
 
-def refuse_missing_rows(vocabulary: Vocabulary, num_rows: int, model_id: str) -> list[str]:
+def refuse_missing_rows(vocabulary: Vocabulary, config: "PretrainedConfig", model_id: str) -> list[str]:
     """Raise ConfigError for text tokens without a row in the embedding; a note for added tokens without one.
 
-    `num_rows`: vocab_size of the model's configuration, which may be larger than the tokenizer (padding).
+    `config`: the model's, which may have more rows than the tokenizer has tokens (padding).
     """
+    num_rows = getattr(config.get_text_config(), "vocab_size", len(vocabulary.tokenizer))
     own = {id: text for text, id in vocabulary.tokenizer.get_vocab().items() if id >= num_rows}
     own = {id: text for id, text in sorted(own.items()) if text not in (START, LATENT, END)}
     if not own:

@@ -2,10 +2,11 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from coconut_ds.__main__ import main
 from coconut_ds.config.experiment import validate_experiment
@@ -173,15 +174,30 @@ def test_a_test_set_with_questions_of_the_validation_set(notes, tmp_path):
 def test_tokens_without_a_row_in_the_model(tiny_experiment):
     vocabulary = load_vocabulary(tiny_experiment["model_id"])
     size = len(vocabulary.tokenizer)
-    assert refuse_missing_rows(vocabulary, size, "m") == refuse_missing_rows(vocabulary, size - 3, "m") == []
-    assert refuse_missing_rows(vocabulary, size + 64, "m") == []  # padded
+
+    def refuse(rows):
+        return refuse_missing_rows(vocabulary, GPT2Config(vocab_size=rows), "m")
+
+    assert refuse(size) == refuse(size - 3) == refuse(size + 64) == []  # resized, as published, padded
     with pytest.raises(
         ConfigError, match=r"have no row in the model \(5 rows\); use the model's own tokenizer"
     ):
-        refuse_missing_rows(vocabulary, 5, "m")
+        refuse(5)
     vocabulary.tokenizer.add_tokens(["[PAD]"], special_tokens=True)
-    (note,) = refuse_missing_rows(vocabulary, size - 3, "m")
+    (note,) = refuse(size - 3)
     assert "1 token of the tokenizer of 'm' ('[PAD]') have no row" in note
+
+
+def test_a_run_and_data_files_with_a_model_of_too_few_rows(tiny_experiment, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_experiment["model_id"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+    experiment = validate_experiment(tiny_experiment | {"model_id": str(folder)}, "test")
+    with pytest.raises(ConfigError, match="have no row in the model"):
+        load_run_data(experiment, load_config(str(folder)))
+    assert main(["validate", tiny_experiment["val_path"], "--model", str(folder)]) == 2
+    assert "have no row in the model" in capsys.readouterr().err
 
 
 def test_one_file_for_validation_and_test(tiny_experiment, capsys):

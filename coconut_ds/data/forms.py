@@ -401,6 +401,8 @@ def other_form(item: Any, values: Mapping[str, Any], names: Mapping[str, Any]) -
     Empty if the item needs no other reading.
     """
     missing = [key for key in ("question", "answer") if key not in values]
+    if missing == ["answer"] and names["answer"] and names["answer"] == names["steps"]:
+        return ""  # the item lacks only ORIGINAL_ANSWER
     in_answer = "steps" not in values and ORIGINAL_ANSWER in str(values.get("answer"))
     if not isinstance(item, dict) or not (in_answer or (missing and set(item) - set(FIELDS))):
         return ""

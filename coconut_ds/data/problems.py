@@ -259,7 +259,10 @@ def _problem(
         errors.append(f"item {index}: must be an object, got {_kind(item)}")
         return None
     before = len(errors)
-    errors += [f"item {index}, '{key}': missing" for key in ("question", "answer") if key not in values]
+    missing = [key for key in ("question", "answer") if key not in values]
+    errors += [f"item {index}, '{key}': missing" for key in missing]
+    if "answer" in missing and isinstance(values.get("steps"), str):
+        errors[-1] += f"; where one field holds steps and answer, it follows '{ORIGINAL_ANSWER}'"
     for key in ("question", "answer"):
         errors += [f"item {index}, '{key}': {error}" for error in _text_errors(key, values.get(key, "-"))]
     if "steps" not in values:

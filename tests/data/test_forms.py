@@ -97,8 +97,11 @@ def test_steps_and_answer_of_one_field_are_divided_at_the_mark(tmp_path):
     items = [{"q": "x", "a": "1+1=2\n2+2=4\n#### 1,004"}, {"q": "y", "a": "#### 3"}, {"q": "z", "a": "5"}]
     (tmp_path / "a.json").write_text(json.dumps(items))
     fields = {"question": "q", "steps": "a", "answer": "a"}
-    with pytest.raises(DataError, match="item 2, 'answer': missing"):
+    with pytest.raises(DataError, match="item 2, 'answer': missing; .* it follows '####'"):
         read_problems(tmp_path / "a.json", None, fields)
+    (tmp_path / "b.json").write_text(json.dumps(items[2:]))
+    with pytest.raises(DataError, match="b.json: item 0, 'answer': missing; .* it follows '####'"):
+        read_problems(tmp_path / "b.json", None, fields)
     problems = read_problems(tmp_path / "a.json", 2, fields)
     assert problems == [Problem("x", ("1+1=2", "2+2=4"), "1,004"), Problem("y", (), "3")]
 

@@ -194,9 +194,7 @@ def _path_contradictions(valid: Mapping[str, Any]) -> Iterator[Contradiction]:
 
 def _running_contradictions(settings: Mapping[str, Any]) -> Iterator[Contradiction]:
     name, epochs, resume = settings.get("name"), settings["num_epochs"], settings["resume"]
-    if isinstance(name, str) and (
-        not name.isprintable() or {"/", "\\"} & set(name) or name.strip(". ") != name
-    ):
+    if isinstance(name, str) and (not name.isprintable() or re.search(r"[/\\]|^[~$. ]|[. ]$", name)):
         text = "is not a folder name inside save_path; use letters, digits, '-', '_', '.'"
         yield {"name"}, f"name: {shown(name)} {text}"
     if settings["only_eval"]:

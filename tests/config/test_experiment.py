@@ -394,6 +394,8 @@ BAD_VALUES = [
     ({"name": ".."}, "name: '..' is not a folder name"),
     ({"name": "a\\b"}, "is not a folder name inside save_path"),
     ({"name": "a\nb"}, "is not a folder name inside save_path"),
+    ({"name": "~"}, "is not a folder name inside save_path"),
+    ({"name": "$HOME"}, "is not a folder name inside save_path"),
     ({"name": ""}, "name: must be text that is not empty"),
     ({"name": 5}, "name: must be text, got 5; put it in quotes"),
     ({"reset_optimizer": "sometimes"}, "reset_optimizer: must be one of true, false, never, stage_switch"),

@@ -21,8 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from coconut_ds.errors import DataError, first_line
 from coconut_ds.files import json_text, make_folder, read_bytes, replace_text, similar_path
 
@@ -310,6 +308,8 @@ def _parts_of(name: str) -> tuple[str, str, str, str]:
 
 
 def _from_hub(name: str) -> Path:
+    from platformdirs import user_cache_path
+
     owner, config, revision, split = _parts_of(name)
     files = _hub_files(name, owner, config, revision, split)
     snapshot = next(folder for folder in files[0].parents if folder.parent.name == "snapshots")

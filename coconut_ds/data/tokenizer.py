@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
-from platformdirs import user_cache_path
 
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
@@ -404,6 +403,8 @@ def cached_tokens(
 
 
 def _cache_folder(path: Path) -> Path:
+    from platformdirs import user_cache_path
+
     folder = path.parent / "cache" / "tokens"
     # Do not follow links: they may come with a received folder and lead anywhere.
     if os.access(path.parent, os.W_OK) and not folder.is_symlink() and not folder.parent.is_symlink():

@@ -67,18 +67,19 @@ def test_keeps_the_layers_inputs_and_the_cache_only():
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_without_dropout_no_random_state_is_kept(architecture, monkeypatch):
-    """torch's own checkpoint is left to layers that draw random numbers; other gradients keep every digit."""
-    checkpointing = replace(LatentMemory(), activation_checkpointing="layers")
+    checkpointing, kept = replace(LatentMemory(), activation_checkpointing="layers"), []
+
+    def checkpoint(*args, preserve_rng_state, **kwargs):
+        kept.append(preserve_rng_state)
+        return torch.utils.checkpoint.checkpoint(*args, preserve_rng_state=preserve_rng_state, **kwargs)
+
     expected = gradients_of(make_coconut(architecture, LatentMemory()))
-    with monkeypatch.context() as patch:
-        patch.setattr(techniques, "checkpoint", None)
-        ours = gradients_of(make_coconut(architecture, checkpointing))
-        with pytest.raises(TypeError):
-            seeded_step(checkpointing, architecture, RAGGED_ROWS)
-    monkeypatch.setattr(techniques, "draws_random", lambda module: True)
-    theirs = gradients_of(make_coconut(architecture, checkpointing))
-    for name, gradient in expected.items():
-        assert torch.equal(ours[name], theirs[name]) and torch.equal(ours[name], gradient), name
+    monkeypatch.setattr(techniques, "checkpoint", checkpoint)
+    ours = gradients_of(make_coconut(architecture, checkpointing))
+    assert {*kept} == {False} and all(torch.equal(ours[name], d) for name, d in expected.items())
+    kept.clear()
+    seeded_step(checkpointing, architecture, RAGGED_ROWS)
+    assert {*kept} == {True}
 
 
 def gradients_of(coconut: Coconut) -> dict[str, torch.Tensor]:

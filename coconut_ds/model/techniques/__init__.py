@@ -15,14 +15,13 @@ Shapes: B rows, T columns, N supervised positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -189,48 +188,8 @@ def _checkpointed(
         with context.running(step, run, is_recomputing=True):
             return call(hidden_BTD, *args)
 
-    if any(map(draws_random, sources)) or is_autocast(hidden_BTD):
-        return checkpoint(layer, hidden_BTD, use_reentrant=False)
-    checkpoint_ = _Checkpoint(layer, hidden_BTD)
-    with saved_tensors_hooks(checkpoint_.number, checkpoint_.take):
-        return layer(hidden_BTD)
-
-
-class _Recomputed(Exception):
-    """All tensors of a checkpoint have been computed again."""
-
-
-class _Checkpoint:
-    """Saves numbers in place of a function's tensors; computes them again, once, in the backward.
-
-    torch.utils.checkpoint also restores random states and autocast, and takes more of the host's time.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Any], x: Tensor) -> None:
-        self.function, self.x = function, x.detach().requires_grad_(x.requires_grad)
-        self.count = 0
-        self.saved: dict[int, Tensor] = {}
-
-    def number(self, tensor: Tensor) -> int:
-        self.count += 1
-        return self.count - 1
-
-    def take(self, number: int) -> Tensor:
-        if number not in self.saved:
-            self._compute()
-        return self.saved.pop(number)
-
-    def _compute(self) -> None:
-        saved = self.saved = {}
-
-        def keep(tensor: Tensor) -> None:
-            saved[len(saved)] = tensor.detach()
-            if len(saved) == self.count:
-                raise _Recomputed
-
-        with suppress(_Recomputed), torch.enable_grad(), saved_tensors_hooks(keep, lambda kept: kept):
-            self.function(self.x)
-        assert len(saved) == self.count, "a checkpointed layer saved fewer tensors than in its forward"
+    draws = any(map(draws_random, sources))
+    return checkpoint(layer, hidden_BTD, use_reentrant=False, preserve_rng_state=draws)
 
 
 def supervised_loss(

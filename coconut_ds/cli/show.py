@@ -29,7 +29,7 @@ from coconut_ds.data.curriculum import (
 )
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import load_vocabulary, tokenize
-from coconut_ds.errors import UserError
+from coconut_ds.errors import ConfigError, UserError
 from coconut_ds.files import counted
 from coconut_ds.tables import Table
 
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     _print_section("Batches", lines)
     _print_section("Stages", _stage_lines(experiment))
     if problems:
-        chosen = problems[min(args.item, len(problems) - 1)]
+        if not 0 <= args.item < len(problems):
+            raise ConfigError(f"--item {args.item}: {path} has 0 to {len(problems) - 1}")
+        chosen = problems[args.item]
         _print_section("Samples", _sample_lines(experiment, chosen))
     return 0
 

@@ -38,6 +38,7 @@ from coconut_ds.memory.fit import cheapest_changes
 from coconut_ds.memory.phases import longest
 from coconut_ds.memory.planner import GIB, MIB, Plan, Planner
 from coconut_ds.model.loading import load_config
+from coconut_ds.runs.checkpoint_folders import CheckpointFolders
 
 RESERVED_MIB = 800  # CUDA context and NCCL buffers, as in ds_configs/
 # The GPUs that the shipped files are made for; used on machines without a GPU.
@@ -137,7 +138,7 @@ def enforce_memory_budget(
     folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
     if ranks.is_main and not skip_plan and ds_config.memory_budget is not None:
         plan, message = judged_plan(experiment, ds_config, run_data, ranks)
-        if folder is not None and plan is not None:
+        if folder is not None and plan is not None and not _is_trained(folder.parent, experiment):
             try:
                 replace_text(make_folder(folder) / "plan.json", json_text(plan, indent=2))
             except (ConfigError, OSError) as error:
@@ -151,6 +152,12 @@ def enforce_memory_budget(
     if ranks.device.type == "cuda" and ds_config.memory_budget is not None:
         limit_gpu(ds_config.memory_budget, ranks.device)
     return MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan)
+
+
+def _is_trained(run_folder: Path, experiment: Experiment) -> bool:
+    """Whether a checkpoint has all epochs; the start of a finished run leaves its records as they are."""
+    epochs = [epoch for epoch, _ in CheckpointFolders(run_folder).positions().values()]
+    return max(epochs, default=0) >= experiment.num_epochs
 
 
 def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks) -> Plan:

@@ -186,6 +186,12 @@ def test_show_compares_the_effective_batch_of_published_files(method, compared, 
     assert f"gradient_clipping: {0.0 if compared else 1.0}" in text
 
 
+@pytest.mark.parametrize("item", [-1, 9999])
+def test_show_refuses_an_item_that_is_not_there(item, experiment_file, capsys):
+    assert main(["show", experiment_file(), "--item", str(item)]) == 2
+    assert f"--item {item}: " in capsys.readouterr().err
+
+
 def test_show_goes_without_data(experiment_file, capsys):
     assert main(["show", experiment_file(train_path="data/absent_train.json")]) == 0
     text = capsys.readouterr().out

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coconut_ds.__main__ import main
+from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.curriculum import ALL_STEPS, Stage
 from coconut_ds.data.problems import card_for, examples_digest, read_problems
@@ -39,6 +41,25 @@ def test_a_checkpoint_knows_its_stage(run):
     assert find_trained(str(run / "checkpoint_1"))[0].stage == first.stage
     assert [t.name for t in find_trained(str(run), ["all"])] == ["checkpoint_1", "checkpoint_4"]
     assert find_one(str(run), num_latents=5).stage == Stage(3, 5)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "bloom"])
+def test_checkpoints_of_other_names_and_without_positions_are_evaluated(
+    kind, tiny_experiment, tmp_path, monkeypatch
+):
+    """GPT-NeoX saves other names than it loads; BLOOM's configuration has no max_position_embeddings."""
+    monkeypatch.setattr("tests.run_folders.LatentMemory", lambda: LatentMemory(segmented_cache=False))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_experiment["model_id"])
+    more = {"max_position_embeddings": 99, "intermediate_size": 24} if kind == "gpt_neox" else {}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SIZES, **more)
+    for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    values = tiny_experiment | {"model_id": str(tmp_path / "model"), "max_new_tokens": 2}
+    run = make_run(values, tmp_path / "runs", epochs=(4,))
+    assert main(["eval", str(run), "--limit", "2"]) == 0
 
 
 def test_a_yaml_names_weights_and_epoch(run, tiny_experiment, tmp_path):

@@ -4,17 +4,18 @@ import inspect
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from coconut_ds.config.deepspeed import MemoryBudget
-from coconut_ds.distributed import phase, phase_of
+from coconut_ds.distributed import Ranks, phase, phase_of
 from coconut_ds.engine.engine import Engine
 from coconut_ds.errors import BudgetError, OutOfMemory
 from coconut_ds.evaluation.evaluate import evaluate
-from coconut_ds.memory.budget import MemoryGuard, largest_tensors, refuse_or_warn
+from coconut_ds.memory.budget import MemoryGuard, enforce_memory_budget, largest_tensors, refuse_or_warn
 from coconut_ds.memory.phases import BatchShape, Phase, StagePlan
 from coconut_ds.memory.planner import MIB, Plan
 from coconut_ds.memory.zero import Item
@@ -155,6 +156,18 @@ def written(arithmetic, tiny_experiment, tmp_path_factory):
     plenty["memory_budget"] |= {"gpu_memory_mib": 802, "components_mib": {}}
     (folder / "tight.json").write_text(json.dumps(plenty))
     return folder
+
+
+@pytest.mark.parametrize("num_epochs, is_written", [(3, True), (2, False)])
+def test_the_start_of_a_trained_run_keeps_its_plan(num_epochs, is_written, tmp_path, monkeypatch):
+    monkeypatch.setattr("coconut_ds.memory.budget.judged_plan", lambda *_: ({"ranks": 1}, None))
+    (tmp_path / "checkpoint_2").mkdir()
+    experiment = SimpleNamespace(
+        debug=False, save_path=str(tmp_path.parent), name=tmp_path.name, num_epochs=num_epochs
+    )
+    ds_config = SimpleNamespace(memory_budget=SimpleNamespace())
+    enforce_memory_budget(experiment, ds_config, None, Ranks(0, 1, CPU))
+    assert (tmp_path / "memory/plan.json").exists() == is_written
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from coconut_ds.config.experiment import Experiment, Method
@@ -222,6 +222,14 @@ def supervise(
     steps = problem.steps[: min(stage.hidden_steps, sample.num_latents // c_thought)]
     targets = tuple(latent_targets(name, steps, c_thought, vocabulary.tokenizer))
     return replace(sample, latent_targets=targets)
+
+
+def answer_lengths(
+    problems: Sequence[TokenizedProblem], stage: Stage, experiment: Experiment, vocabulary: Vocabulary
+) -> list[int]:
+    """Tokens of the correct answer to each problem at `stage`, with the steps it writes, without its eos."""
+    samples = [render(problem, stage, experiment, vocabulary) for problem in problems]
+    return [len(sample.tokens) - sample.num_prompt - 1 for sample in samples]
 
 
 def prompt_only(sample: Sample) -> Sample:

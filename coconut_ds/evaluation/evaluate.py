@@ -15,20 +15,17 @@ from tqdm import tqdm
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import PADDING_ROW, Batch, BatchConfig, evaluation_batches
-from coconut_ds.data.curriculum import Stage, render
+from coconut_ds.data.curriculum import Stage, answer_lengths
 from coconut_ds.data.problems import Card, chance_of, cot_matches, is_correct, split_completion
-from coconut_ds.data.run_data import RunData, TestSet, trained_stages
-from coconut_ds.data.tokenizer import TokenizedProblem, Vocabulary
+from coconut_ds.data.run_data import TestSet
+from coconut_ds.data.tokenizer import Vocabulary
 from coconut_ds.distributed import Ranks, phase
 from coconut_ds.files import LINE_SECONDS, duration, hides_bar, print_now
 from coconut_ds.model.coconut import Choose, Coconut, most_likely
-from coconut_ds.runs.record_shapes import CUT, enough_tokens
+from coconut_ds.runs.record_shapes import CUT
 
 if TYPE_CHECKING:  # programs that only read a model do not import DeepSpeed
     from coconut_ds.engine.engine import Engine
-
-
-LIMIT_ITEMS, LIMIT_SHARE = 1_000, 0.1  # of the problems; published limits cut some of the longest answers
 
 
 class ReadingEngine(Ranks):
@@ -209,29 +206,6 @@ def show_progress(
 def max_new_tokens(experiment: Experiment, card: Card) -> int:
     """The limit of the experiment, else of the data set."""
     return card.max_new_tokens if experiment.max_new_tokens is None else experiment.max_new_tokens
-
-
-def answer_lengths(
-    problems: Sequence[TokenizedProblem], stage: Stage, experiment: Experiment, vocabulary: Vocabulary
-) -> list[int]:
-    """Tokens of the correct answer to each problem at `stage`, with the steps it writes, without its eos."""
-    samples = [render(problem, stage, experiment, vocabulary) for problem in problems]
-    return [len(sample.tokens) - sample.num_prompt - 1 for sample in samples]
-
-
-def short_limit(experiment: Experiment, data: RunData) -> Iterator[str]:
-    """A note if the limit of new tokens is too low for some of the validation answers."""
-    limit, problems = max_new_tokens(experiment, data.valid.card), data.valid.tokenized[:LIMIT_ITEMS]
-    for stage in trained_stages(experiment):
-        lengths = answer_lengths(problems, stage, experiment, data.vocabulary)
-        above = sum(length > limit for length in lengths)
-        if above > LIMIT_SHARE * len(problems):
-            yield (
-                f"max_new_tokens: {limit} cuts {above} of {len(problems)} correct answers of "
-                f"{experiment.val_path} at {stage}, so they count as wrong; the longest has "
-                f"{max(lengths)} tokens: write max_new_tokens: {enough_tokens(max(lengths))}"
-            )
-            return
 
 
 def grading_of(experiment: Experiment, card: Card) -> str:

@@ -245,7 +245,9 @@ def refuse_reading_ahead(base: PreTrainedModel) -> None:
     ids_BT = torch.tensor([[0, 1], [0, 2]])
     try:
         with torch.no_grad():
-            first, other = base.eval()(input_ids=ids_BT, use_cache=False, return_dict=True).logits[:, 0]
+            mask_BT = torch.ones_like(ids_BT)
+            output = base.eval()(ids_BT, attention_mask=mask_BT, use_cache=False, return_dict=True)
+            first, other = output.logits[:, 0]
     except Exception:  # a model that needs more than ids, which training names
         return
     if not torch.allclose(first, other, rtol=0, atol=1e-4 * float(first.abs().max())):

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig
-from coconut_ds.data.curriculum import final_stage, stage_at, stage_number, stage_spans
-from coconut_ds.data.run_data import RunData
+from coconut_ds.data.curriculum import answer_lengths, final_stage, stage_at, stage_number, stage_spans
+from coconut_ds.data.run_data import RunData, trained_stages
 from coconut_ds.evaluation.evaluate import show_progress
 from coconut_ds.files import LINE_SECONDS, counted, duration, hides_bar, print_now
+from coconut_ds.runs.record_shapes import enough_tokens
 
 PACE_STEPS = 101  # the median time of the last steps is the pace
 FIRST_STEPS = 20  # before the expected end is named
@@ -31,6 +32,7 @@ MAX_SPANS = 8  # stages listed at the start
 MAX_PROMPT = 80  # characters of a question in a suggested command
 WINDOW, HIGH_WINDOWS, START_WINDOWS = 25, 4, 12  # steps; windows of that many steps
 
+LIMIT_ITEMS, LIMIT_SHARE = 1_000, 0.1  # of the problems; published limits cut some of the longest answers
 LEARNED_LOSS = 0.1  # a run that starts below need not fall
 
 
@@ -179,6 +181,22 @@ class Progress:
     def batches(self, batches: Iterable[Batch], name: str, total: int) -> Iterator[Batch]:
         """The batches of an evaluation, with a bar or lines."""
         return show_progress(batches, name, total, self.is_main, self.print_line, self._clock)
+
+
+def short_limit(experiment: Experiment, data: RunData) -> Iterator[str]:
+    """A note if the limit of new tokens is too low for some of the validation answers."""
+    limit = experiment.max_new_tokens or data.valid.card.max_new_tokens
+    problems = data.valid.tokenized[:LIMIT_ITEMS]
+    for stage in trained_stages(experiment):
+        lengths = answer_lengths(problems, stage, experiment, data.vocabulary)
+        above = sum(length > limit for length in lengths)
+        if above > LIMIT_SHARE * len(problems):
+            yield (
+                f"max_new_tokens: {limit} cuts {above} of {len(problems)} correct answers of "
+                f"{experiment.val_path} at {stage}, so they count as wrong; the longest has "
+                f"{max(lengths)} tokens: write max_new_tokens: {enough_tokens(max(lengths))}"
+            )
+            return
 
 
 def clock_time(seconds: float) -> str:

@@ -35,7 +35,7 @@ from coconut_ds.engine.engine import (
 )
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
 from coconut_ds.errors import BudgetError, StopRequested
-from coconut_ds.evaluation.evaluate import Evaluation, evaluate, short_limit
+from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.files import counted, print_notes
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
 from coconut_ds.model.loading import build_module, load_config, parameter_groups, write_model
@@ -45,7 +45,7 @@ from coconut_ds.runs.checkpoint_folders import LONGEST_REASONING, TrainState, mi
 from coconut_ds.runs.checkpoints import Checkpoints, check_disk
 from coconut_ds.runs.record_shapes import cut_answers, metric_lines
 from coconut_ds.runs.run_folder import METRICS, Run
-from coconut_ds.training.progress import Progress, end_lines, model_line, start_lines, table
+from coconut_ds.training.progress import Progress, end_lines, model_line, short_limit, start_lines, table
 
 STUCK_EPOCHS = 3  # epochs of a stage without a new best accuracy before the run says what to change
 NUM_SHOWN = 5  # predictions written to samples.jsonl at each evaluation

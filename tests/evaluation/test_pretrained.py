@@ -458,7 +458,8 @@ def test_the_cards_usage_runs(runs, kind, tmp_path, capsys):
     card = (tmp_path / "out/README.md").read_text()
     (usage,) = re.findall(r"```python\n(import coconut_ds\n.*?)```", card, re.S)
     exec(usage.replace("THIS_FOLDER", str(tmp_path / "out")), {})
-    expected = CoconutForCausalLM.from_pretrained(runs[kind]).answer_questions("3+4+2+7=?")
+    question = re.search(r"answer_questions\('(.*?)'", usage)[1]
+    expected = CoconutForCausalLM.from_pretrained(runs[kind]).answer_questions(question)
     assert capsys.readouterr().out == expected + "\n"
 
 

@@ -328,9 +328,14 @@ class Request(IntEnum):
     STOP = 2
     FAIL = 3
 
+    @classmethod
+    def highest(cls, counts: Sequence[float]) -> "Request":
+        """The highest request that any rank has, of the sums of `Requests.counts`."""
+        return max(request for request, count in zip(cls, counts, strict=True) if count)
+
 
 class Requests:
-    """Requests to all ranks; `poll` is collective, so all ranks must call it at the same points."""
+    """Requests to all ranks: by `poll`, or by a sum that they compute in any case, of `counts`."""
 
     def __init__(
         self,
@@ -363,6 +368,11 @@ class Requests:
         """The highest request of any rank; pass `step` when a step has just ended. Collective."""
         (level,) = self._ranks.max_over_ranks([float(self._of_this_rank(step))])
         return Request(int(level))
+
+    def counts(self, step: int) -> list[int]:
+        """1 for this rank's request after a step, 0 for the others; to be summed over the ranks."""
+        own = self._of_this_rank(step)
+        return [int(own is request) for request in Request]
 
     def saved(self) -> None:
         """Record that a checkpoint was written: `save_minutes` counts from now."""

@@ -209,6 +209,7 @@ class Trainer:
             max_minutes=options.max_minutes,
             failed=lambda: run.write_error is not None,
         )
+        self.request = Request.NOTHING  # after the newest step
         self.guard = LossGuard(run.folder, engine.rank)
 
     def settings(self) -> dict[str, Any]:
@@ -351,7 +352,7 @@ class Trainer:
                 numbers = self.step(micro_batches)
                 self.progress.step(self.state.global_step, numbers)
                 self.log("train", epoch, stage=stage_number(epoch, self.experiment), **numbers)
-                match self.requests.poll(self.state.global_step):
+                match self.request:
                     case Request.SAVE:
                         self.write_checkpoint()
                     case Request.STOP:
@@ -382,10 +383,11 @@ class Trainer:
         supervised = [share for share in latent_shares if share is not None]
         own = [sum(numbers) for numbers in zip(*map(num_samples_and_tokens, micro_batches), strict=True)]
         totals = [losses.sum(), *([torch.stack(supervised).sum()] if supervised else [])]
+        own += self.requests.counts(number)
         totals += torch.tensor(own, dtype=torch.float64).to(self.engine.device).unbind()
-        loss, *latent_loss, all_samples, all_tokens = self.engine.sum_over_ranks(
-            torch.stack([total.double() for total in totals])
-        )
+        sums = self.engine.sum_over_ranks(torch.stack([total.double() for total in totals]))
+        (loss, *latent_loss, all_samples, all_tokens), counts = sums[: -len(Request)], sums[-len(Request) :]
+        self.request = Request.highest(counts)
         self.guard.check(number, loss, applied, micro_batches, losses)
         tokens, samples = micro_batches[0].loss_denominator, int(all_samples)
         self.state = replace(

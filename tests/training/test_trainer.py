@@ -61,13 +61,13 @@ def test_a_step_reads_the_device_and_meets_the_other_ranks_once(tiny_experiment,
     values = tiny_experiment | CHEAP | {"num_epochs": 1, "save_path": str(tmp_path)}
     with plain_trainer(values) as trainer:
         steps, sums = [], []
-        step, reduce = trainer.step, trainer.engine.sum_over_ranks
+        step, reduce = trainer.step, trainer.engine._reduce
 
         def recorded(record, function):
-            return lambda value: (record.append(value), function(value))[1]
+            return lambda *values: (record.append(values[0]), function(*values))[1]
 
         monkeypatch.setattr(trainer, "step", recorded(steps, step))
-        monkeypatch.setattr(trainer.engine, "sum_over_ranks", recorded(sums, reduce))
+        monkeypatch.setattr(trainer.engine, "_reduce", recorded(sums, reduce))
         trainer.train_epoch(0)
     assert len(steps) == len(sums) > 0
     assert all(isinstance(sent, torch.Tensor) and sent.dtype == torch.float64 for sent in sums)

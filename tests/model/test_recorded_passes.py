@@ -5,14 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
+from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.techniques.recorder import Recorder
 from coconut_ds.model.techniques.recordings import LayerRecording
+from coconut_ds.thoughts import ThoughtSettings, build_thought
 from tests.model import lora_cases
-from tests.model.cases import EQUAL_ROWS, gradients, loss_and_gradients, make_batch, make_coconut
+from tests.model.cases import (
+    EQUAL_ROWS,
+    HIDDEN,
+    gradients,
+    loss_and_gradients,
+    make_batch,
+    make_coconut,
+    make_model,
+)
 
 # (question, latents, answer): the start, width and length of the passes change.
 LENGTHS = ((9, 4, 3), (10, 4, 3), (12, 4, 4), (11, 4, 5), (8, 3, 3), (14, 4, 4), (9, 4, 6), (12, 4, 3))
@@ -159,13 +170,18 @@ def test_two_backwards_of_one_graph():
         loss.backward()
 
 
-@pytest.mark.parametrize("change", ["hook", "frozen", "eval"])
+@pytest.mark.parametrize("change", ["hook", "global hook", "frozen", "replaced", "eval"])
 def test_a_changed_model_runs_as_changed(change):
     """A recording does not outlive what it was made of."""
     coconut, batch = trained(), BATCHES[0]
     block, seen = coconut.causal_lm.transformer.h[1], []
+    handle = None
     if change == "hook":
         block.register_forward_hook(lambda *args: seen.append(1))
+    elif change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(1))
+    elif change == "replaced":
+        block.mlp.c_fc.weight = nn.Parameter(2 * block.mlp.c_fc.weight.detach())
     elif change == "frozen":
         block.ln_1.weight.requires_grad_(False)
     else:
@@ -174,6 +190,8 @@ def test_a_changed_model_runs_as_changed(change):
     coconut.techniques.recorded = None
     seen_before = len(seen)
     expected, theirs = loss_and_gradients(coconut, batch)
+    if handle is not None:
+        handle.remove()
     assert loss == expected and ours.keys() == theirs.keys()
     assert all(torch.equal(d, theirs[name]) for name, d in ours.items())
     assert seen_before == len(seen) - seen_before
@@ -215,6 +233,64 @@ def test_a_layer_that_cannot_be_recorded_runs_as_usual(monkeypatch, kind, name, 
     usual.techniques.recorded = None
     assert_identical(train(coconut, True), train(usual, False))
     assert all(kind.is_refused for (kind,) in layer_kinds(coconut))
+
+
+class Wrapped(nn.Module):
+    """A module in whose place a function of it runs."""
+
+    def __init__(self, inner, function):
+        super().__init__()
+        self.inner, self.function = inner, function
+        self.register_buffer("scale", torch.ones(HIDDEN))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def twice(own, x):
+    return own.inner(own.inner(x))
+
+
+def by_its_numbers(own, x):
+    """As eager experts and dynamic rotary positions do."""
+    y = own.inner(x)
+    return 2 * y if y.detach().mean() > 0 else y
+
+
+def chosen_by_a_mask(own, x):
+    y = own.inner(x)
+    return y + y.detach()[y.detach() > 0].sum()
+
+
+def with_a_state(own, x):
+    own.scale.mul_(1.01)
+    return own.inner(x) * own.scale.clone()
+
+
+def wrapped(name, function):
+    model = make_model("llama")
+    layer = model.model.layers[0]
+    layer.set_submodule(name, Wrapped(layer.get_submodule(name), function))
+    return Coconut(model, build_thought("last_hidden", HIDDEN, ThoughtSettings()), LatentMemory()).train()
+
+
+@pytest.mark.parametrize(
+    "name, function, refused",
+    [
+        ("self_attn.o_proj", by_its_numbers, "all"),
+        ("self_attn.o_proj", chosen_by_a_mask, "all"),
+        ("self_attn.o_proj", with_a_state, "all"),
+        ("self_attn.o_proj", twice, "short"),
+        ("input_layernorm", twice, "all"),
+    ],
+)
+def test_layers_that_a_recording_could_not_repeat_are_refused(name, function, refused):
+    coconut, usual = (wrapped(name, function) for _ in range(2))
+    usual.techniques.recorded = None
+    assert_identical(train(coconut, True), train(usual, False))
+    short, wide = kinds(coconut)
+    assert short.is_refused and (refused == "short" or wide.is_refused)
+    assert all(kind.is_refused for kind in layer_kinds(coconut)[0])
 
 
 class Products(TorchDispatchMode):

@@ -153,7 +153,7 @@ class RecordedPasses:
         if not isinstance(result, Tensor):
             kind.refuse("their layers return more than hidden states")
         elif reaches_a_weight(result, [*inputs, *usual.trained], usual.step):
-            kind.refuse("a weight of their layers takes its gradient in every pass")
+            kind.refuse("a weight of their layers takes more than one gradient")
         elif not usual.run.is_short and self.checkpoints and any(map(draws_random, self.modules)):
             kind.refuse("dropout of checkpointed layers needs the random state of the forward")
 
@@ -173,12 +173,14 @@ class RecordedPasses:
         return step.state or None
 
     def _read_state(self) -> Any:
-        if not torch.is_grad_enabled() or any(self.hooks):
+        if not torch.is_grad_enabled() or any(self.hooks) or nn.modules.module._has_any_global_hook():
             return ()
         weights = [w for tensors in self.tensors for w in tensors.values() if w is not None]
         if is_autocast(weights[0]) or any(map(is_partitioned, weights)):
             return ()
-        signature = *(m.training for m in self.modules), *(weight.requires_grad for weight in weights)
+        # A buffer may be another tensor every step; recordings keep their parameters, so ids stay unique.
+        own = [(w.requires_grad, id(w) if isinstance(w, nn.Parameter) else None) for w in weights]
+        signature = *(m.training for m in self.modules), *own
         # Transposed once for all passes.
         number = self.signatures.setdefault(signature, len(self.signatures))
         return weights + [weight.detach().t() for weight in weights if weight.dim() == 2], number

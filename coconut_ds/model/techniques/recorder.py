@@ -56,6 +56,8 @@ ROWWISE = (
     aten.native_layer_norm_backward.default,
 )
 ALIASES = (aten.detach.default, aten.alias.default)
+# Operators that hand numbers to Python, or whose shapes depend on numbers.
+DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class NotRecordable(Exception):
@@ -181,6 +183,8 @@ class Recorder(TorchDispatchMode):
         self.graph.call_function(give, (self.arguments["given"], nodes))
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if self.reason is None and isinstance(func, torch._ops.OpOverload):
+            self.reason = self._objection(func, args, result)
         if self.reason is not None:
             return
         try:
@@ -196,6 +200,16 @@ class Recorder(TorchDispatchMode):
             self.name(result, self._view(VIEWS[func], nodes, args[0], result))
         else:
             self._write_call(func, args, nodes, kwargs, result)
+
+    def _objection(self, func: Any, args: Any, result: Any) -> str | None:
+        """Why an operator cannot be repeated."""
+        is_dependent = not DEPENDENT.isdisjoint(func.tags)
+        if func is aten.index.Tensor:  # of positions, not of a mask
+            is_dependent = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if is_dependent:
+            return f"{func} depends on computed numbers"
+        writes = func._schema.is_mutable and isinstance(result, Tensor) and _identity(result) in self.weights
+        return f"{func} writes into a weight or buffer" if writes else None
 
     def _write_call(self, func: Any, args: Any, nodes: Any, kwargs: Any, result: Any) -> None:
         tensors = [x for x in args if isinstance(x, Tensor)]
@@ -375,17 +389,23 @@ class Program:
 
 
 def reaches_a_weight(hidden_BSD: Tensor, inputs: Sequence[Tensor], step: Step) -> bool:
-    """Whether the backward of a pass, before its inputs', accumulates the gradient of another weight."""
+    """Whether the backward of a pass, before its inputs', accumulates the gradient of another weight.
+
+    Also whether it does so twice for a weight to which the Barrier adds: the sum would have another order.
+    """
     stand_ins = {id(leaf) for rows in step.rows.values() for leaves in rows.leaves for leaf in leaves}
     stand_ins |= {id(x) for x in inputs}
+    vectors = [id(vector) for rows in step.rows.values() for vector in rows.vectors]
     seen = {None, *(x.grad_fn for x in inputs)}
     nodes: list[Any] = [hidden_BSD.grad_fn]
     while nodes:
         node = nodes.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            used = id(node.variable)
+            if used not in stand_ins or (node in seen and used in vectors):
+                return True
         if node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in stand_ins:
-            return True
         nodes += [parent for parent, _ in node.next_functions]
     return False

@@ -230,11 +230,10 @@ class Recording(Runner):
         with torch.enable_grad(), usual.step.recording(recorder):
             self.hidden_BSD = usual.call(self.leaves)
         self.opened = {module: own for module, own in rows.items() if module not in before}
-        self.indices = {
-            module: index
-            for module, index in before.items()
-            if rows[module].next_index(self.is_short) > index
-        }
+        left = {module: rows[module].next_index(self.is_short) - index for module, index in before.items()}
+        self.indices = {module: index for module, index in before.items() if left[module]}
+        if any(number > 1 for number in left.values()):
+            recorder.reason = recorder.reason or "one of their layers runs twice in a pass"
         self.xs = [rows[module].inputs[i] if self.is_short else None for module, i in self.indices.items()]
         return self.hidden_BSD.detach()
 
@@ -314,7 +313,7 @@ class LayerRecording(Recording):
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         hidden_BSD = super().forward(inputs)
         usual, self.is_done = self.usual, True
-        reason = self._divide(hidden_BSD.shape[-1])
+        reason = self.recorder.reason or self._divide(hidden_BSD.shape[-1])
         program = None
         if reason is None:
             _, program, saved = self._record(hidden_BSD.new_zeros(hidden_BSD.shape))

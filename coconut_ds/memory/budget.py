@@ -366,6 +366,7 @@ def largest_tensors(limit: int = NUM_TENSORS) -> list[dict[str, Any]]:
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     seen = set()
+    gc.unfreeze()  # a trainer freezes weights and optimizer; frozen objects are not listed
     for value in gc.get_objects():
         with suppress(Exception):  # unfinished objects, proxies, tensors without storage
             if not issubclass(type(value), torch.Tensor) or value.untyped_storage().data_ptr() in seen:

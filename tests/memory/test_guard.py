@@ -1,5 +1,6 @@
 """The guard: what counts as out of memory, which phase it was, and that all ranks end together."""
 
+import gc
 import inspect
 import json
 import threading
@@ -103,6 +104,13 @@ def test_the_report_names_phase_plan_tensors_and_changes(tmp_path):
     assert (
         any(item["what"].startswith("(3, 5, 7, 11)") for item in largest_tensors(10_000)) and kept is not None
     )
+
+
+def test_the_report_lists_what_the_trainer_has_frozen():
+    kept = torch.zeros(3, 5, 7, 13)
+    gc.freeze()
+    listed = [item["what"] for item in largest_tensors(10_000)]
+    assert any(what.startswith(str(tuple(kept.shape))) for what in listed)
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_reason(tmp_path):

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
@@ -127,7 +128,7 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
     path = Path(model_id)
     looks_local = model_id.startswith((".", "/", "~")) or path.suffix == ".gguf" or model_id.count("/") > 1
     if not looks_local and "/" in model_id and Path(path.parts[0]).is_dir():
-        looks_local = not isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+        looks_local = path.exists() or not _is_cached(model_id)
     if looks_local and not path.expanduser().exists():
         raise ConfigError(
             f"model_id: {model_id} does not exist{similar_path(path)}; give a Hugging Face id or an existing "
@@ -151,7 +152,15 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
 def is_on_this_machine(model_id: str) -> bool:
     """Whether the model is a local path or in the hub's cache.  Raises ConfigError for a missing path."""
     where, _ = locate_model(model_id)
-    return Path(where).exists() or isinstance(try_to_load_from_cache(where, "config.json"), str)
+    return Path(where).exists() or _is_cached(where)
+
+
+def _is_cached(model_id: str) -> bool:
+    """Whether the hub's cache has the model."""
+    try:
+        return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    except HFValidationError:  # no id that the hub could have
+        return False
 
 
 def where_to_load_from(model_id: str, what: str) -> str:

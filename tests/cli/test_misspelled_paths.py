@@ -62,6 +62,16 @@ def test_a_model_in_the_cache_of_the_hub_may_have_a_folder_of_its_owner_beside_i
     assert tokenizer.is_on_this_machine("models/tiny-lama")
 
 
+@pytest.mark.parametrize("name", [".tmp-exported", "my model", "größe", "-x", "a--b", "x" * 120, "a/b"])
+def test_folders_with_names_that_the_hub_forbids_are_found(folder, name):
+    from coconut_ds.data import tokenizer
+
+    (folder / "models" / name).mkdir(parents=True)
+    for path in (f"models/{name}", str(folder / "models" / name)):
+        assert tokenizer.locate_model(path) == (path, {}) and tokenizer.is_on_this_machine(path)
+    assert not tokenizer.is_on_this_machine("-a name with blanks")
+
+
 def test_a_package_that_is_missing_while_a_command_runs_is_named(folder, capsys, monkeypatch):
     def run(_):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")

@@ -259,6 +259,9 @@ def test_an_overflow_is_not_the_end_but_many_in_a_row_are(tmp_path: Path, batch:
 
 def test_a_loss_scale_at_its_minimum_is_a_divergence():
     class Overflowing:
+        def get_lr(self):
+            return [1e-3]
+
         def step(self):
             raise Exception(f"Current {SCALER_AT_MINIMUM} - cannot decrease scale anymore. Exiting run.")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from coconut_ds.data.problems import Problem, card_for, read_problems
 from coconut_ds.data.run_data import LengthCheck, Use, num_tokens, trained_stages
-from coconut_ds.data.tokenizer import END, LATENT, START, Vocabulary, tokenize
+from coconut_ds.data.tokenizer import HASHED, SPECIAL, Vocabulary, mark_of, tokenize
 from coconut_ds.errors import DataError
 from coconut_ds.files import counted, hash_file
 from coconut_ds.tables import Table
@@ -121,10 +121,9 @@ def _check_file(
     repeated = [i for i, p, earlier in pairs if earlier is not p and earlier.answer == p.answer]
     disagreeing = [i for i, p, earlier in pairs if earlier.answer != p.answer]
     without = [i for i, p in enumerate(problems) if not p.steps and not no_steps]
-    texts = [(p.question, *p.steps, p.answer) for p in problems]
-    special = [START, LATENT, END, *([str(vocabulary.tokenizer.eos_token)] if vocabulary else [])]
-    marked = [i for i, parts in enumerate(texts) if any(name in "\n".join(parts) for name in special)]
-    hashed = [i for i, p in enumerate(problems) if "#" in p.answer]
+    marks = [mark_of(p, vocabulary) for p in problems]
+    marked = [i for i, mark in enumerate(marks) if mark & SPECIAL]
+    hashed = [i for i, mark in enumerate(marks) if mark & HASHED]
     too_long = [i for i, total in enumerate(lengths) if limit is not None and total > limit]
     for items, text in (
         (repeated, "repeat the question of an earlier problem in the file"),

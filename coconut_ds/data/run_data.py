@@ -32,6 +32,7 @@ from coconut_ds.data.tokenizer import (
     Vocabulary,
     cached_tokens,
     load_vocabulary,
+    mark_of,
     refuse_missing_rows,
     refuse_unsavable,
     tokenize,
@@ -186,7 +187,7 @@ def load_test_set(
     if without_steps:
         count = f"{len(without_steps)} of {len(problems)} problems have no 'steps'"
         print_notes([f"{path}: {count}; their loss and CoT match are of the answer alone"])
-    marks = np.array([vocabulary.mark(problem) for problem in problems], np.uint8)
+    marks = np.array([mark_of(problem, vocabulary) for problem in problems], np.uint8)
     if np.all(marks & HASHED):
         text = f"{path}: all {len(problems)} answers contain '#', where grading splits"
         raise DataError(f"{text}, so no prediction can be correct; write answers without it")
@@ -195,7 +196,7 @@ def load_test_set(
 
 
 def marked_text(path: str, marks: np.ndarray) -> Iterator[str]:
-    """Notes on text of problems that is read in another way than it seems (Vocabulary.mark)."""
+    """Notes on text of problems that is read in another way than it seems (mark_of)."""
     for bit, text in (
         (HASHED, "answers contain '#', where grading splits: no prediction can be correct for them"),
         (SPECIAL, "problems contain the text of a special token, such as <|latent|>, which is read as text"),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
-HASHED, SPECIAL = 1, 2  # bits of `mark`
+HASHED, SPECIAL = 1, 2  # bits of `mark_of`
 MAX_NAMED_TOKENS = 5
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
@@ -67,12 +67,6 @@ class Vocabulary:
     @property
     def special_token_ids(self) -> tuple[int, int, int]:
         return self.start_id, self.end_id, self.latent_id
-
-    def mark(self, problem: Problem) -> int:
-        """HASHED for '#' in the answer of a problem, and SPECIAL for special tokens in its text, added."""
-        text = "\n".join((problem.question, *problem.steps, problem.answer))
-        special = any(name in text for name in (START, LATENT, END, str(self.tokenizer.eos_token)))
-        return HASHED * ("#" in problem.answer) + SPECIAL * special
 
     @property
     def new_row_source_ids(self) -> list[int]:
@@ -117,6 +111,16 @@ class TokenizedProblem:
     question: tuple[int, ...]
     steps: tuple[tuple[int, ...], ...]
     answer: tuple[int, ...]
+
+
+def mark_of(problem: Problem, vocabulary: Vocabulary | None) -> int:
+    """HASHED for '#' in the answer of a problem, and SPECIAL for special tokens in its text, added.
+
+    Without a vocabulary, text of its eos token is not known.
+    """
+    text = "\n".join((problem.question, *problem.steps, problem.answer))
+    names = [START, LATENT, END, *([str(vocabulary.tokenizer.eos_token)] if vocabulary else [])]
+    return HASHED * ("#" in problem.answer) + SPECIAL * any(name in text for name in names)
 
 
 def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
@@ -433,7 +437,7 @@ def _tokenize_file(problems: Iterator[Problem], vocabulary: Vocabulary, num_ids:
                 tokens.extend(piece)
                 piece_ends.append(len(tokens))
             first_pieces.append(len(piece_ends))
-        marks.extend(map(vocabulary.mark, chunk))
+        marks.extend(mark_of(problem, vocabulary) for problem in chunk)
     ids = np.asarray(tokens).astype(_id_type(num_ids))
     return CachedProblems(ids, *map(np.asarray, (piece_ends, first_pieces, marks)))
 

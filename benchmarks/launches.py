@@ -75,6 +75,11 @@ class LaunchCounter(TorchDispatchMode):
         return sum(self.counts.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+            with self:  # below autograd, operators such as `reshape` arrive whole
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         if launches(func):
             name = func.overloadpacket.__name__
             self.counts[name] = self.counts.get(name, 0) + 1

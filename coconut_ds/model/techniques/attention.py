@@ -90,9 +90,9 @@ class Wide:
         """[N, G, S, E]"""
         # O = (P * D) V
         outs = [
-            torch.bmm(self._dropped(self._probabilities(columns), columns).to(dtype), self.values_NTE)
+            torch.bmm(self._dropped(weights, columns).to(self.values_NTE.dtype), self.values_NTE)
             for columns in self._blocks()
-            for dtype in (self.values_NTE.dtype,)
+            for weights in (self._probabilities(_rows(self.query_NGSE, columns), columns),)
         ]
         return self.joined(outs)
 
@@ -102,7 +102,7 @@ class Wide:
         dtype = self.query_NGSE.dtype
         for columns in self._blocks():
             query, dout = _rows(self.query_NGSE, columns), _rows(self.dout_NGSE, columns)
-            weights = self._probabilities(columns)
+            weights = self._probabilities(query, columns)
             # dP = (dO V^T) * D,  dS = P * (dP - rowsum(P * dP))
             dweights = self._dropped(torch.bmm(dout, self.values_NTE.mT).to(weights.dtype), columns)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
@@ -130,7 +130,7 @@ class Wide:
         parts = [block.view(N, G, -1, E) for block in blocks_NRE]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _probabilities(self, columns: slice | None) -> Tensor:
+    def _probabilities(self, query_NRE: Tensor, columns: slice | None) -> Tensor:
         # S = scale Q K^T + mask,  P = softmax(S)
         mask, N, G = self.mask_N1ST, *self.query_NGSE.shape[:2]
         if columns is not None:
@@ -139,7 +139,7 @@ class Wide:
             mask = mask.repeat_interleave(N // len(mask), 0)
         # Nothing here holds the expanded mask while the softmax runs.
         scores_NRT = _scores(
-            _rows(self.query_NGSE, columns),
+            query_NRE,
             self.keys_NTE,
             mask.squeeze(1) if G == 1 else mask.expand(-1, G, -1, -1).flatten(1, 2),
             self.scale,
@@ -195,7 +195,7 @@ class _FirstPass(torch.autograd.Function):
 def short_attention(
     layer: Layer,
     run: Pass,
-    query_BH1E: Tensor,
+    query_NGE: Tensor,
     key_BK1E: Tensor,
     value_BK1E: Tensor,
     scale: float,
@@ -205,42 +205,43 @@ def short_attention(
     assert layer.mask is not None
     layer.write(key_BK1E, value_BK1E, run)
     keys, values = layer.keys_NTE, layer.values_NTE
-    query = query_BH1E.reshape(keys.shape[0], -1, keys.shape[2])
     # S = scale Q K^T + mask,  P = softmax(S),  O = (P * D) V
-    weights = _scores(query, keys, layer.mask.later(run), scale).softmax(-1).to(values.dtype)
+    weights = _scores(query_NGE, keys, layer.mask.later(run), scale).softmax(-1).to(values.dtype)
     kept, keep = torch.native_dropout(weights, dropout, True) if dropout else (weights, None)
-    return torch.bmm(kept, values).view(query_BH1E.shape), query, weights, keep
+    return torch.bmm(kept, values), weights, keep
 
 
 def short_gradients(
     layer: Layer,
     run: Pass,
-    query: Tensor,
-    weights: Tensor,
-    keep: Tensor | None,
-    dout_BH1E: Tensor,
+    query_NGE: Tensor,
+    weights_NGT: Tensor,
+    keep_NGT: Tensor | None,
+    dout_NGE: Tensor,
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout = dout_BH1E.reshape(query.shape)
+    """dQ, dK and dV of the column, [N, G, E] and twice [N, E]."""
     # dP = (dO V^T) * D,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K
-    dweights, kept = torch.bmm(dout, layer.values_NTE.mT), weights
-    if keep is not None:
+    dweights, kept = torch.bmm(dout_NGE, layer.values_NTE.mT), weights_NGT
+    if keep_NGT is not None:
         dweights, kept = (
-            torch.ops.aten.native_dropout_backward(x, keep, 1 / (1 - dropout)) for x in (dweights, weights)
+            torch.ops.aten.native_dropout_backward(x, keep_NGT, 1 / (1 - dropout))
+            for x in (dweights, weights_NGT)
         )
-    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-    dquery = torch.baddbmm(query, dscores, layer.keys_NTE, beta=0, alpha=scale)
+    dscores = torch._softmax_backward_data(dweights, weights_NGT, -1, weights_NGT.dtype)
+    dquery = torch.baddbmm(query_NGE, dscores, layer.keys_NTE, beta=0, alpha=scale)
     # All columns of the tail, for equal shapes in all passes: those not yet written get zeros.
-    first, width = layer.tails.first, layer.tails.stop - layer.tails.first
-    dkeys_NTE, dvalues_NTE = layer.tails.of(layer)
-    parts = kept.narrow(2, first, width), dscores.narrow(2, first, width)
-    add_products(dkeys_NTE, dvalues_NTE, query, dout, *parts, scale)
+    tails = layer.tails
+    dkeys_NTE, dvalues_NTE = tails.of(layer)
+    tail = 2, tails.first, tails.stop - tails.first
+    add_products(
+        dkeys_NTE, dvalues_NTE, query_NGE, dout_NGE, kept.narrow(*tail), dscores.narrow(*tail), scale
+    )
     if layer.defers:
-        layer.records.append((query, dout, kept.narrow(2, 0, first), dscores.narrow(2, 0, first)))
-    B, H, _, E = dout_BH1E.shape
-    dkey, dvalue = (d.select(1, run.start - first).view(B, -1, 1, E) for d in (dkeys_NTE, dvalues_NTE))
-    return dquery.view(B, H, 1, E), dkey, dvalue
+        layer.records.append((query_NGE, dout_NGE, kept, dscores))
+    dkey, dvalue = tails.own(layer, run)
+    return dquery, dkey, dvalue
 
 
 class _ShortPass(torch.autograd.Function):
@@ -249,16 +250,21 @@ class _ShortPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query_BH1E, key_BK1E, value_BK1E, layer, step, run, scale, dropout):  # type: ignore[override]
         ctx.layer, ctx.step, ctx.run, ctx.scale, ctx.dropout = layer, step, run, scale, dropout
-        states = query_BH1E, key_BK1E, value_BK1E
-        out_BH1E, *saved = step.call(short_attention, layer, run, *states, scale, dropout)
-        ctx.save_for_backward(*saved)
-        return out_BH1E
+        ctx.shape = key_BK1E.shape
+        query_NGE = query_BH1E.reshape(key_BK1E.shape[0] * key_BK1E.shape[1], -1, key_BK1E.shape[3])
+        states = query_NGE, key_BK1E, value_BK1E
+        out_NGE, *saved = step.call(short_attention, layer, run, *states, scale, dropout)
+        ctx.save_for_backward(query_NGE, *saved)
+        return out_NGE.view(query_BH1E.shape)
 
     @staticmethod
     def backward(ctx, dout_BH1E):  # type: ignore[override]
-        args = ctx.layer, ctx.run, *ctx.saved_tensors, dout_BH1E, ctx.scale, ctx.dropout
+        query_NGE, weights, keep = ctx.saved_tensors
+        dout_NGE = dout_BH1E.reshape(query_NGE.shape)
+        args = ctx.layer, ctx.run, query_NGE, weights, keep, dout_NGE, ctx.scale, ctx.dropout
         dquery, dkey, dvalue = ctx.step.call(short_gradients, *args)
-        return dquery, dkey, dvalue, *(None,) * 5
+        states = dquery.view(dout_BH1E.shape), dkey.view(ctx.shape), dvalue.view(ctx.shape)
+        return *states, *(None,) * 5
 
 
 def wide_attention(
@@ -305,23 +311,26 @@ def wide_gradients(
     wide = Wide(run, query, keys, values, mask, keep, scale, dropout, dout)
     N, _, S, E = query.shape
     # In the layout of the projections' outputs, so that the layer before need not copy them.
-    own = keys.new_empty(2, S, N, E).transpose(1, 2)
+    sums_2SNE = keys.new_empty(2, S, N, E)
+    dkeys, dvalues = sums_2SNE.transpose(1, 2).unbind()
     first = 0 if layer is None else layer.tails.first
     last = min(run.start, layer.tails.stop) if layer is not None and run.past else first
     dblocks, beta = [], 0
     for block in wide.gradients():
         # dQ = scale dS K
         dblocks.append(torch.baddbmm(block.query_NRE, block.dscores_NRT, keys, beta=0, alpha=scale))
-        wide.add_products(block, run.start, run.stop, own[0], own[1], beta)
+        wide.add_products(block, run.start, run.stop, dkeys, dvalues, beta)
         if layer is not None and first < last:
-            dkeys, dvalues = (sums.narrow(1, 0, last - first) for sums in layer.tails.of(layer))
-            wide.add_products(block, first, last, dkeys, dvalues)
+            sums = layer.tails.of(layer)
+            if last < layer.tails.stop:
+                sums = sums[0].narrow(1, 0, last - first), sums[1].narrow(1, 0, last - first)
+            wide.add_products(block, first, last, *sums)
         beta = 1
     dquery = wide.joined(dblocks).view(dout_BHSE.shape)
-    dkey, dvalue = (d.transpose(0, 1).view(S, dout_BHSE.shape[0], -1, E).permute(1, 2, 0, 3) for d in own)
+    dkey, dvalue = sums_2SNE.view(2, S, dout_BHSE.shape[0], -1, E).permute(0, 2, 3, 1, 4).unbind()
     if layer is not None and run.past:
         if run.stop <= layer.tails.stop:  # other passes see these columns
-            for own_NSE, sums_NTE in zip(own, layer.tails.of(layer), strict=True):
+            for own_NSE, sums_NTE in zip((dkeys, dvalues), layer.tails.of(layer), strict=True):
                 own_NSE.add_(sums_NTE[:, run.start - first : run.stop - first])
         if layer.defers:
             layer.wide.append(wide)

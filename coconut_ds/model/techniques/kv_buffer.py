@@ -211,7 +211,7 @@ class KeyValueBuffer(PassCache):
         # Zeros, because a masked column counts with probability 0 and must be finite.
         buffer = key_BKSE.new_zeros(self.num_layers, 2, B, K, columns, E)
         tails = Tails(self.step.passes, self.num_layers)
-        layers = [Layer(index, tails, *pair.unbind()) for index, pair in enumerate(buffer.unbind())]
+        layers = [Layer(index, tails, states) for index, states in enumerate(buffer.unbind())]
         self.layers_of_buffer = layers
         self.step.layers += layers
         self.step.at_barrier.append(partial(_join, layers))
@@ -228,15 +228,28 @@ class Tails:
         self.first = passes[0].stop
         stops = [stop for run in passes for _, stop in run.past]
         self.stop = max(stops + [run.stop for run in passes if run.is_short])
-        self.sums: list[tuple[Tensor, ...]] = []
+        self.clear()
 
-    def of(self, layer: "Layer") -> tuple[Tensor, ...]:
+    def clear(self) -> None:
+        self._sums_LWNE: Tensor | None = None  # L: dK and dV of each layer
+        self._of: list[tuple[Tensor, Tensor]] = []
+        self._own: dict[int, tuple[Tensor, ...]] = {}
+
+    def of(self, layer: "Layer") -> tuple[Tensor, Tensor]:
         """dK and dV, [N, columns, E]; allocated for all layers in the first backward."""
-        if not self.sums:
+        if not self._of:
             N, _, E = layer.keys_NTE.shape
-            sums = layer.keys_NTE.new_zeros(self.num_layers, 2, self.stop - self.first, N, E).transpose(2, 3)
-            self.sums = [pair.unbind() for pair in sums.unbind()]
-        return self.sums[layer.index]
+            self._sums_LWNE = layer.keys_NTE.new_zeros(2 * self.num_layers, self.stop - self.first, N, E)
+            parts = self._sums_LWNE.transpose(1, 2).unbind()
+            self._of = list(zip(parts[::2], parts[1::2], strict=True))
+        return self._of[layer.index]
+
+    def own(self, layer: "Layer", run: Pass) -> tuple[Tensor, ...]:
+        """dK and dV of a pass of one column, [N, E]."""
+        if run.start not in self._own:
+            assert self._sums_LWNE is not None
+            self._own[run.start] = self._sums_LWNE.select(1, run.start - self.first).unbind()
+        return self._own[run.start][2 * layer.index : 2 * layer.index + 2]
 
 
 class Layer:
@@ -245,21 +258,25 @@ class Layer:
     Backward nodes hold it, so it holds neither the cache nor the step.
     """
 
-    def __init__(self, index: int, tails: Tails, keys_BKTE: Tensor, values_BKTE: Tensor) -> None:
-        self.index, self.tails = index, tails
-        self.keys_BKTE, self.values_BKTE = keys_BKTE, values_BKTE
-        self.keys_NTE, self.values_NTE = keys_BKTE.flatten(0, 1), values_BKTE.flatten(0, 1)
+    def __init__(self, index: int, tails: Tails, states_2BKTE: Tensor) -> None:
+        self.index, self.tails, self.states_2BKTE = index, tails, states_2BKTE
+        self.keys_BKTE, self.values_BKTE = states_2BKTE.unbind()
+        self.keys_NTE, self.values_NTE = states_2BKTE.flatten(1, 2).unbind()
         self.mask: Mask | None = None
         self.defers = False  # whether the question's keys or values need a gradient
-        # (Q, dO, P * D, dS) of one-column passes, the last two of the question's columns; joined
+        # (Q, dO, P * D, dS) of one-column passes; joined, the last two of the question's columns
         self.records: list[tuple[Tensor, ...]] = []
         self.joined: list[Tensor] = []
         self.wide: list[Wide] = []
 
     def write(self, key_BKSE: Tensor, value_BKSE: Tensor, run: Pass) -> None:
         start, width = run.start, run.stop - run.start
-        self.keys_BKTE.narrow(2, start, width).copy_(key_BKSE)
-        self.values_BKTE.narrow(2, start, width).copy_(value_BKSE)
+        states_2BKSE = _in_one(key_BKSE, value_BKSE)
+        if states_2BKSE is not None:
+            self.states_2BKTE.narrow(3, start, width).copy_(states_2BKSE)
+        else:
+            self.keys_BKTE.narrow(2, start, width).copy_(key_BKSE)
+            self.values_BKTE.narrow(2, start, width).copy_(value_BKSE)
 
     def first_states(self, run: Pass | None, key_BKQE: Tensor, value_BKQE: Tensor) -> tuple[Tensor, Tensor]:
         """Write the first pass's states, unless run is None; returns them as the buffer has them."""
@@ -288,7 +305,7 @@ class Layer:
             dvalue_BKQE.add_(sums[1].view(dvalue_BKQE.shape))
         self.clear()
         if not keeps_graph():
-            del self.keys_NTE, self.values_NTE, self.keys_BKTE, self.values_BKTE
+            del self.keys_NTE, self.values_NTE, self.keys_BKTE, self.values_BKTE, self.states_2BKTE
 
     def clear(self) -> bool:
         had_any = bool(self.records or self.joined or self.wide)
@@ -296,14 +313,28 @@ class Layer:
         return had_any
 
 
+def _in_one(key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor | None:
+    """Keys and values as one tensor, if one projection has made both."""
+    distance = value_BKSE.storage_offset() - key_BKSE.storage_offset()
+    strides = key_BKSE.stride()
+    if distance <= 0 or strides != value_BKSE.stride():
+        return None
+    if key_BKSE.untyped_storage()._cdata != value_BKSE.untyped_storage()._cdata:
+        return None
+    return key_BKSE.as_strided((2, *key_BKSE.shape), (distance, *strides))
+
+
 def _join(layers: list[Layer]) -> None:
     """Join the records of all layers: four concatenations.  No later pass is left."""
-    layers[0].tails.sums = []
+    tails = layers[0].tails
+    tails.clear()
     recording = [layer for layer in layers if layer.records]
     if not recording:
         return
     parts = zip(*(record for layer in recording for record in layer.records), strict=True)
-    joined = [torch.cat(part, dim=1).chunk(len(recording), dim=1) for part in parts]
+    query, dout, *scores = (torch.cat(part, dim=1) for part in parts)
+    scores = [x.narrow(2, 0, tails.first) for x in scores]
+    joined = [x.chunk(len(recording), dim=1) for x in (query, dout, *scores)]
     for layer, *own in zip(recording, *joined, strict=True):
         layer.records, layer.joined = [], own
 

@@ -36,6 +36,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
     aten.mul.Tensor: torch.mul,
     aten.cat.default: torch.cat,
+    aten.clone.default: torch.clone,
     aten.native_layer_norm.default: torch.native_layer_norm,
     aten.gelu.default: torch._C._nn.gelu,
     aten.mean.dim: torch.mean,
@@ -131,7 +132,7 @@ class Recorder(TorchDispatchMode):
                 self.saved.append(node)
                 if self.replaced:
                     self.kept.append(value.detach().view(node.meta.get("shape", value.shape)))
-            saved = self.item("saved", self.saved.index(node), _take)
+            saved = self._argument(self.saved.index(node))
             saved.meta |= node.meta
             return saved if node is nodes[self.forward.number] else self._reshaped(saved, tuple(value.shape))
         index = self.weights.get(_identity(value))
@@ -146,11 +147,19 @@ class Recorder(TorchDispatchMode):
             return self._reshaped(node, (value.shape[0] * value.shape[1], value.shape[2]))
         return node
 
-    def item(self, argument: str, index: int, get: Callable[..., Any] = operator.getitem) -> Any:
+    def item(self, argument: str, index: int) -> Any:
         if (argument, index) not in self._items:
-            node = self.graph.call_function(get, (self.arguments[argument], index))
+            node = self.graph.call_function(operator.getitem, (self.arguments[argument], index))
             self._items[argument, index] = node
         return self._items[argument, index]
+
+    def _argument(self, index: int) -> fx.Node:
+        """The argument for a saved tensor: of its own, so that the function drops it after its last use."""
+        name = f"saved_{index}"
+        if name not in self.arguments:
+            with self.graph.inserting_after(next(reversed(self.arguments.values()))):
+                self.arguments[name] = self.graph.placeholder(name)
+        return self.arguments[name]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -262,9 +271,14 @@ class Recorder(TorchDispatchMode):
         return self._items[node, shape]
 
     def finish(self, *results: Any) -> fx.Graph:
-        """The recorded function, which returns `results`."""
+        """The recorded function, which returns `results`; unused arguments for saved tensors are dropped."""
         self.graph.output(results)
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
+        names = [f"saved_{index}" for index in range(len(self.saved))]
+        used = [bool(self.arguments[name].users) for name in names]
+        self.saved, self.kept = ([*itertools.compress(x, used)] for x in (self.saved, self.kept))
+        for name in itertools.compress(names, map(operator.not_, used)):
+            self.graph.erase_node(self.arguments[name])
         return self.graph
 
 
@@ -273,12 +287,6 @@ def _viewed(node: Any) -> Any:
     while node.op == "call_method" and node.target == "view":
         node = node.args[0]
     return node
-
-
-def _take(saved: list[Any], index: int) -> Any:
-    """Take a tensor out of a list, which no longer keeps it."""
-    value, saved[index] = saved[index], None
-    return value
 
 
 def _has_effect(node: fx.Node) -> bool:

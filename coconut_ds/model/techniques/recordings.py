@@ -176,8 +176,8 @@ class Repetition(Runner):
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         inputs = [x.detach() for x in inputs]
         with torch._C._AutoDispatchBelowAutograd():
-            hidden_BSD, saved, xs = self.program.forward(*self.owners, inputs)
-        self.saved = list(saved)
+            hidden_BSD, xs, saved = self.program.forward(*self.owners, inputs)
+        self.saved = saved
         self.indices = [rows.next_index(self.is_short) for rows in self.rows]
         for rows, x in zip(self.rows, xs, strict=True):
             if self.is_short:
@@ -189,10 +189,10 @@ class Repetition(Runner):
     def backward(self, dhidden_BSD: Tensor) -> Iterator[Sequence[Tensor | None]]:
         if self.saved is None:
             raise RuntimeError(HAS_RUN)
-        saved, self.saved = list(self.saved), self.saved if keeps_graph() else None
+        saved, self.saved = self.saved, self.saved if keeps_graph() else None
         given: list[Any] = []
-        pauses = self.program.backward(*self.owners, given, saved, dhidden_BSD)
-        del dhidden_BSD
+        pauses = self.program.backward(*self.owners, given, dhidden_BSD, *saved)
+        del dhidden_BSD, saved
         for _ in self.parts[1:]:
             with torch._C._AutoDispatchBelowAutograd():
                 next(pauses)
@@ -259,7 +259,7 @@ class Recording(Runner):
     def _record(self, dhidden_BSD: Tensor) -> tuple[list[Tensor | None], Program | None, list[Tensor]]:
         """Gradients, the program, and what its forward has saved."""
         self.is_done, usual = True, self.usual
-        arguments = usual.weights, usual.step.rows, usual.fixed, "given saved dhidden"
+        arguments = usual.weights, usual.step.rows, usual.fixed, "given dhidden"
         backward = Recorder(*arguments, self.recorder, self.replaced, self.pauses)
         backward.name(dhidden_BSD, backward.arguments["dhidden"])
         backward.reason = self.recorder.reason
@@ -288,14 +288,14 @@ class Recording(Runner):
         try:
             first = gradients[:count] + [gradients[count + index] for index in self.parts[0]]
             backward.give([*first, tree_map(backward.rows_node, douts)])
-            xs = [*map(forward.rows_node, self.xs)]
-            outputs = forward.node(self.hidden_BSD), list(backward.saved), xs
+            outputs = forward.node(self.hidden_BSD), [*map(forward.rows_node, self.xs)]
         except NotRecordable as error:
             backward.reason = str(error)
         if backward.reason is not None:
             return None
-        graphs = forward.finish(*outputs), backward.finish()
-        return Program(*graphs, list(self.indices), self.opened, self.parts)
+        backward_graph = backward.finish()
+        forward_graph = forward.finish(*outputs, backward.saved)
+        return Program(forward_graph, backward_graph, list(self.indices), self.opened, self.parts)
 
 
 class LayerRecording(Recording):

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def import_muon_uncompiled() -> None:
     del os.environ["TORCHDYNAMO_DISABLE"]
     if users_own is not None:
         os.environ["TORCHDYNAMO_DISABLE"] = users_own
+
+
+def describe_processor_once() -> None:
+    """Save 1.3 s per CPU Adam: DeepSpeed asks py-cpuinfo, which measures the processor's clock for a second.
+
+    DeepSpeed reads only the architecture, the vendor and the flags.
+    deepspeed/ops/adam/cpu_adam.py and deepspeed/ops/op_builder/builder.py, `get_cpu_info`
+    """
+    importlib.import_module("cpuinfo").get_cpu_info = _processor  # type: ignore[attr-defined]
+
+
+@cache
+def _processor() -> dict[str, Any]:
+    from cpuinfo import cpuinfo  # starts two programs when it is imported
+
+    cpuinfo._get_cpu_info_from_cpuid = dict  # this measures the clock; /proc/cpuinfo and lscpu have the rest
+    return cpuinfo._get_cpu_info_internal()
 
 
 def eight_bit_adam() -> type[torch.optim.Optimizer]:

@@ -241,6 +241,7 @@ class Engine(Ranks):
             make_optimizer = partial(patches.eight_bit_adam(), **params)
         self.moments_bytes = MOMENTS_BYTES[make_optimizer is not None]
         patches.import_muon_uncompiled()
+        patches.describe_processor_once()
         self._engine, self._optimizer, _, scheduler = deepspeed.initialize(
             model=module,
             model_parameters=[dict(group) for group in parameter_groups],

@@ -364,9 +364,9 @@ class Requests:
             for file in self._files.values():
                 file.unlink(missing_ok=True)
 
-    def poll(self, step: int | None = None) -> Request:
-        """The highest request of any rank; pass `step` when a step has just ended. Collective."""
-        (level,) = self._ranks.max_over_ranks([float(self._of_this_rank(step))])
+    def poll(self) -> Request:
+        """The highest request of any rank between two steps, where there is nothing to save. Collective."""
+        (level,) = self._ranks.max_over_ranks([float(self._of_this_rank(None))])
         return Request(int(level))
 
     def counts(self, step: int) -> list[int]:

@@ -157,7 +157,7 @@ def load_config(model_id: str) -> PretrainedConfig:
 
 
 def check_config(config: PretrainedConfig, model_id: str) -> None:
-    """Refuse a configuration with impossible sizes or with code to download.  Raises ConfigError."""
+    """Refuse impossible sizes, capped logits and code to download.  Raises ConfigError."""
     sizes = config.get_text_config()
     out_of_range = [
         f"{name} {value!r}"
@@ -168,6 +168,8 @@ def check_config(config: PretrainedConfig, model_id: str) -> None:
         raise ConfigError(
             f"model_id: the configuration of {model_id!r} has impossible sizes: {', '.join(out_of_range)}"
         )
+    if getattr(sizes, "final_logit_softcapping", None) is not None:
+        raise _changed_logits(f"{model_id!r}")
     for attention in {config._attn_implementation, sizes._attn_implementation}:
         if is_kernel(attention):
             raise ConfigError(
@@ -234,10 +236,14 @@ def refuse_changed_logits(base: PreTrainedModel) -> None:
     except Exception:  # a forward with parts of its own around the decoder says nothing about its logits
         return
     if not torch.allclose(logits, hidden_1TD):
-        raise ConfigError(
-            f"model_id: {type(base).__name__} scales or caps the logits of its LM head, which the losses and "
-            "answers here would leave out; use a model whose logits are its head's output"
-        )
+        raise _changed_logits(type(base).__name__)
+
+
+def _changed_logits(model: str) -> ConfigError:
+    return ConfigError(
+        f"model_id: {model} scales or caps the logits of its LM head, which the losses and answers here "
+        "would leave out; use a model whose logits are its head's output"
+    )
 
 
 def refuse_reading_ahead(base: PreTrainedModel) -> None:

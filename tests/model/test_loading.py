@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from coconut_ds.data.tokenizer import load_vocabulary
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.model.loading import (
+    check_config,
     install_weights,
     load_base,
     load_config,
@@ -216,6 +217,12 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 32, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 0, "head_dim": 8,
 }  # fmt: skip
+
+
+def test_capped_logits_are_refused_by_the_configuration():
+    with pytest.raises(ConfigError, match="'a/b' scales or caps the logits"):
+        check_config(AutoConfig.for_model("gemma2", **SMALL), "a/b")
+    check_config(AutoConfig.for_model("gemma2", **SMALL, final_logit_softcapping=None), "a/b")
 
 
 @pytest.mark.parametrize(

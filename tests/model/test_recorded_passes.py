@@ -121,6 +121,16 @@ def test_single_passes_and_accumulated_gradients(checkpointing):
     assert_identical([gradients(coconut)], [gradients(usual)])
 
 
+@pytest.mark.parametrize("architecture, heads", [("gpt2", 4), ("llama", 4), ("llama", 2), ("qwen3", 2)])
+def test_one_row_with_as_many_columns_as_heads(architecture, heads):
+    """Transposed columns and heads of equal number have the shape that they had."""
+    batches = [make_batch(((question, 2, heads),), seed) for seed, question in enumerate([heads] * 3 + [9])]
+    coconut = make_coconut(architecture, LatentMemory())
+    usual = make_coconut(architecture, LatentMemory(recorded_passes=False))
+    assert_identical(train(coconut, True, batches), train(usual, False, batches))
+    assert all(kind.recordings for kind in kinds(coconut))
+
+
 def lora_batch(question, latents, answer, seed):
     ids = torch.randint(
         1, 35, (2, question + latents + answer), generator=torch.Generator().manual_seed(seed)
@@ -267,6 +277,11 @@ def with_a_state(own, x):
     return own.inner(x) * own.scale.clone()
 
 
+def transposed(own, x):
+    y = own.inner(x)
+    return y.view(*y.shape[:2], 4, 4, -1).transpose(2, 3).reshape(y.shape)
+
+
 def wrapped(name, function):
     model = make_model("llama")
     layer = model.model.layers[0]
@@ -291,6 +306,13 @@ def test_layers_that_a_recording_could_not_repeat_are_refused(name, function, re
     short, wide = kinds(coconut)
     assert short.is_refused and (refused == "short" or wide.is_refused)
     assert all(kind.is_refused for kind in layer_kinds(coconut)[0])
+
+
+def test_transposed_dimensions_of_equal_size():
+    coconut, usual = (wrapped("self_attn.o_proj", transposed) for _ in range(2))
+    usual.techniques.recorded = None
+    assert_identical(train(coconut, True), train(usual, False))
+    assert all(kind.programs for kind in kinds(coconut))
 
 
 class Products(TorchDispatchMode):

@@ -253,8 +253,8 @@ class Recorder(TorchDispatchMode):
 
     def _view(self, method: str, args: Any, source: Tensor, result: Tensor) -> Any:
         """A view of a tensor; a mere change of shape is taken of the tensor that it views."""
-        order = [[size for size in x.shape if size > 1] for x in (source, result)]
-        if method == "view" or (method != "t" and order[0] == order[1] and 1 in result.shape):
+        is_reshape = method in ("view", "unsqueeze")
+        if is_reshape or (method == "transpose" and _keeps_order(source.shape, *args[1:])):
             return self._reshaped(args[0], tuple(result.shape))
         if (method, args) not in self._items:
             self._items[method, args] = self.graph.call_method(method, args)
@@ -280,6 +280,14 @@ class Recorder(TorchDispatchMode):
         for name in itertools.compress(names, map(operator.not_, used)):
             self.graph.erase_node(self.arguments[name])
         return self.graph
+
+
+def _keeps_order(shape: Sequence[int], first: int, second: int) -> bool:
+    """Whether a transpose of two dimensions leaves those of more than one element in their order."""
+    order = list(range(len(shape)))
+    order[first], order[second] = order[second], order[first]
+    moved = [dim for dim in order if shape[dim] > 1]
+    return moved == sorted(moved)
 
 
 def _viewed(node: Any) -> Any:

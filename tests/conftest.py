@@ -47,6 +47,13 @@ def arithmetic(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def warm():
+    from tests.launched.forked import Warm  # imports torch
+
+    return Warm()
+
+
+@pytest.fixture(scope="session")
 def tiny_experiment(arithmetic):
     """Keys of an experiment on the tiny task, to be changed at will."""
     return {

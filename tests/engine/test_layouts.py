@@ -5,8 +5,6 @@ import json
 
 import pytest
 
-from tests.launched.start import start
-
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 FILES = {
     "1": {"stage": 1},
@@ -40,7 +38,7 @@ def ds_config(name, precision):
         pytest.param((2, LORA), id="lora, 2 ranks", marks=pytest.mark.slow),
     ],
 )
-def results(request, tiny_experiment, tmp_path_factory):
+def results(request, tiny_experiment, tmp_path_factory, warm):
     ranks, tuning = request.param
     folder = tmp_path_factory.mktemp("layouts")
     experiment = (
@@ -51,10 +49,8 @@ def results(request, tiny_experiment, tmp_path_factory):
         chains = {kind: chain[:4] for kind, chain in chains.items()}
     chains["straight"] = [(STEPS * len(chains["fp32"]), ds_config("2", "fp32"))]
     (folder / "chains.json").write_text(json.dumps({"experiment": experiment, "chains": chains}))
-    process = start(
-        "tests.launched.layouts", folder / "chains.json", folder / "out.json", ranks=ranks, timeout=600
-    )
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    files = (folder / "chains.json", folder / "out.json")
+    warm.run("tests.launched.layouts", *files, ranks=ranks, cwd=folder, timeout=600)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from tests.faults.comparing import Numbers, numbers_of
-from tests.faults.processes import ROOT, Ended, Faults, Warm, WarmRun, under_launcher
+from tests.faults.processes import under_launcher
+from tests.launched.forked import ROOT, Ended, Faults, Warm, WarmRun
 
 EXPERIMENT: dict[str, Any] = {
     "project": "faults", "name": "run", "save_path": "runs", "seed": 1, "coconut": True, "c_thought": 1,
@@ -30,11 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
-
-
-@pytest.fixture(scope="session")
-def warm() -> Warm:
-    return Warm()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from coconut_ds.engine.engine import Engine
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
-from tests.faults.processes import Ended, Warm
+from tests.launched.forked import Ended, Warm
 
 STEP = "coconut_ds.engine.engine:Engine.step"
 OLDER = "checkpoint_1"  # the newest is of the second epoch, where the stop was noticed

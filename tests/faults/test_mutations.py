@@ -24,7 +24,7 @@ from coconut_ds.runs.checkpoint_folders import (
 )
 from coconut_ds.runs.run_folder import run_folder
 from tests.faults.conftest import EXPERIMENT
-from tests.faults.processes import ROOT
+from tests.launched.forked import ROOT
 from tests.mutations import as_bytes, mutate, time_limit
 
 EACH = 130

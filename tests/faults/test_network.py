@@ -10,7 +10,8 @@ import pytest
 
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
-from tests.faults.processes import ROOT, Ended, environment, run
+from tests.faults.processes import run
+from tests.launched.forked import ROOT, Ended, environment
 
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 

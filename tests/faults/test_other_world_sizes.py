@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.faults.conftest import STEPS_PER_EPOCH, Bench
-from tests.faults.processes import ROOT, Ended, Warm
 from tests.faults.test_damage import assert_refused
+from tests.launched.forked import ROOT, Ended, Warm
 
 STEP = "coconut_ds.engine.engine:Engine.step"
 SHORT = {"num_epochs": 2, "save_steps": 100, "reset_optimizer": False}

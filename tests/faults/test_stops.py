@@ -6,7 +6,8 @@ import pytest
 
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import STEPS_PER_EPOCH, Bench
-from tests.faults.processes import ROOT, Ended, Faults, environment, run
+from tests.faults.processes import run
+from tests.launched.forked import ROOT, Ended, Faults, environment
 
 STEP, GENERATE = "coconut_ds.engine.engine:Engine.step", "coconut_ds.model.coconut:Coconut.generate"
 

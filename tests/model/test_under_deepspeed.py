@@ -4,16 +4,13 @@ import json
 
 import pytest
 
-from tests.launched.start import start
-
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, warm):
     out = tmp_path_factory.mktemp("deferral") / "out.json"
-    process = start("tests.launched.deferral", out, ranks=2, timeout=300)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    warm.run("tests.launched.deferral", out, ranks=2, cwd=out.parent)
     return json.loads(out.read_text())
 
 

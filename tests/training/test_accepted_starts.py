@@ -15,7 +15,6 @@ from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.config.schema import load_schema
 from coconut_ds.engine.engine import refusal_of_device, refuse_missing_operators
 from coconut_ds.errors import ConfigError
-from tests.launched.start import start
 
 EXAMPLES = int(os.environ.get("DS_CONFIG_EXAMPLES", "24"))
 SCHEMA = load_schema("ds_config")
@@ -146,7 +145,7 @@ def draw_accepted(experiment, number):
     return accepted, refused
 
 
-def test_what_is_accepted_starts(tiny_experiment, tmp_path):
+def test_what_is_accepted_starts(tiny_experiment, tmp_path, warm):
     values = tiny_experiment | {
         "lr": 0.001,
         "weight_decay": 0.0,
@@ -156,9 +155,8 @@ def test_what_is_accepted_starts(tiny_experiment, tmp_path):
     accepted, refused = draw_accepted(validate_experiment(values, "test"), EXAMPLES)
     assert len(accepted) == EXAMPLES
     (tmp_path / "cases.json").write_text(json.dumps({"experiment": values, "ds_configs": accepted}))
-    arguments = (tmp_path / "cases.json", tmp_path / "out.json")
-    process = start("tests.launched.starts", *arguments, ranks=1, cwd=tmp_path, timeout=30 * EXAMPLES)
-    assert process.returncode == 0, process.stderr[-4000:]
+    files = (tmp_path / "cases.json", tmp_path / "out.json")
+    warm.run("tests.launched.starts", *files, ranks=1, cwd=tmp_path, timeout=30 * EXAMPLES)
     results = json.loads((tmp_path / "out.json").read_text())
     failed = [(case, text) for case, text in zip(accepted, results, strict=True) if isinstance(text, str)]
     print(f"{len(accepted)} started, {len(refused)} refused, {len(failed)} tracebacks")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from coconut_ds.config.deepspeed import load_ds_config
-from tests.launched.start import start
 
 WILD = {path.stem: path for path in sorted((Path(__file__).parents[1] / "config" / "wild").glob("*.json"))}
 STEPS = 5
@@ -21,7 +20,7 @@ def test_is_accepted(name):
 
 
 @pytest.fixture(scope="module")
-def losses(tiny_experiment, tmp_path_factory):
+def losses(tiny_experiment, tmp_path_factory, warm):
     folder = tmp_path_factory.mktemp("start")
     on_the_cpu = [path for path in WILD.values() if load_ds_config(path).precision != "fp16"]
     cases = [
@@ -29,8 +28,7 @@ def losses(tiny_experiment, tmp_path_factory):
         for path in on_the_cpu
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
-    process = start("tests.launched.losses", folder / "cases.json", folder / "losses.json", ranks=1)
-    assert process.returncode == 0, process.stderr[-4000:]
+    warm.run("tests.launched.losses", folder / "cases.json", folder / "losses.json", ranks=1, cwd=folder)
     return json.loads((folder / "losses.json").read_text())
 
 

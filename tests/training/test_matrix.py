@@ -7,7 +7,7 @@ import pytest
 
 from coconut_ds.config.experiment import Method
 from coconut_ds.thoughts import available_thoughts
-from tests.launched.start import start
+from tests.launched.forked import ROOT
 
 PAIRS = ("full-zero2", "full-zero3_offload", "lora-zero2_offload", "lora-zero3_offload")
 VARIANTS = [f"{thought}-{pair}" for thought in available_thoughts() for pair in PAIRS]
@@ -25,7 +25,7 @@ def variant_case(name, experiment):
     return {
         "name": name,
         "experiment": experiment | {"thought": thought, "tuning": tuning, "thought_lr": 0.05},
-        "ds_config": f"ds_configs/{ds_config}.json",
+        "ds_config": f"{ROOT}/ds_configs/{ds_config}.json",
         "epoch": LAST_STAGE,
     }
 
@@ -35,7 +35,7 @@ def supervised_case(name, experiment):
     return {
         "name": name,
         "experiment": experiment | {"latent_supervision": objective, "tuning": tuning},
-        "ds_config": f"ds_configs/{ds_config}.json",
+        "ds_config": f"{ROOT}/ds_configs/{ds_config}.json",
         "epoch": LAST_STAGE,
     }
 
@@ -44,7 +44,7 @@ def method_case(name, experiment):
     return {
         "name": name,
         "experiment": experiment | {"method": name},
-        "ds_config": "ds_configs/zero2_offload.json",
+        "ds_config": f"{ROOT}/ds_configs/zero2_offload.json",
         "epoch": LAST_STAGE,
     }
 
@@ -54,13 +54,13 @@ def bitsandbytes_case(name, experiment):
     return {
         "name": name,
         "experiment": experiment | tuning,
-        "ds_config": f"ds_configs/zero2_{name}_bf16.json",
+        "ds_config": f"{ROOT}/ds_configs/zero2_{name}_bf16.json",
         "epoch": LAST_STAGE,
     }
 
 
 @pytest.fixture(scope="module")
-def results(tiny_experiment, tmp_path_factory):
+def results(tiny_experiment, tmp_path_factory, warm):
     folder = tmp_path_factory.mktemp("matrix")
     experiment = tiny_experiment | {"lr": 0.01, "uniform_prob": 0.0}
     cases = [variant_case(name, experiment) for name in (*VARIANTS, *BF16)]
@@ -68,8 +68,8 @@ def results(tiny_experiment, tmp_path_factory):
     cases += [method_case(name, experiment) for name in METHODS]
     cases += [bitsandbytes_case(name, experiment) for name in BITSANDBYTES]
     (folder / "cases.json").write_text(json.dumps(cases))
-    process = start("tests.launched.matrix", folder / "cases.json", folder / "out.json", ranks=2, timeout=540)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    files = (folder / "cases.json", folder / "out.json")
+    warm.run("tests.launched.matrix", *files, ranks=2, cwd=folder, timeout=540)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from tests.launched.forked import ROOT
 from tests.launched.start import start
 
 STEPS = 20
@@ -16,21 +17,20 @@ def case(name, experiment, ds_config, **changes):
     return {
         "name": name,
         "experiment": experiment | changes,
-        "ds_config": f"ds_configs/{ds_config}.json",
+        "ds_config": f"{ROOT}/ds_configs/{ds_config}.json",
         "steps": STEPS,
         **keys,
     }
 
 
-def run(cases, folder, ranks):
+def run(cases, folder, ranks, warm):
     (folder / "cases.json").write_text(json.dumps(cases))
-    process = start("tests.launched.losses", folder / "cases.json", folder / "losses.json", ranks=ranks)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    warm.run("tests.launched.losses", folder / "cases.json", folder / "losses.json", ranks=ranks, cwd=folder)
     return json.loads((folder / "losses.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_experiment, tmp_path_factory):
+def two_ranks(tiny_experiment, tmp_path_factory, warm):
     cases = [case(name, tiny_experiment, name, epoch=2) for name in SWAPPED]
     cases.append(case("bf16", tiny_experiment, "zero2_offload_bf16", epoch=2))
     cases.append(
@@ -43,11 +43,11 @@ def two_ranks(tiny_experiment, tmp_path_factory):
             gradient_accumulation_steps=4,
         )
     )
-    return run(cases, tmp_path_factory.mktemp("two_ranks"), ranks=2)
+    return run(cases, tmp_path_factory.mktemp("two_ranks"), 2, warm)
 
 
 @pytest.fixture(scope="module")
-def one_rank(tiny_experiment, tmp_path_factory):
+def one_rank(tiny_experiment, tmp_path_factory, warm):
     cases = [
         case("at_once", tiny_experiment, "zero2", epoch=2, batch_size_training=16),
         case(
@@ -59,7 +59,7 @@ def one_rank(tiny_experiment, tmp_path_factory):
             gradient_accumulation_steps=16,
         ),
     ]
-    return run(cases, tmp_path_factory.mktemp("one_rank"), ranks=1)
+    return run(cases, tmp_path_factory.mktemp("one_rank"), 1, warm)
 
 
 @pytest.mark.slow
@@ -83,16 +83,15 @@ def test_accumulation_and_ranks_weigh_every_token_the_same(two_ranks, one_rank):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_experiment, tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_experiment, tmp_path, warm):
     def train(name, epochs):
         path = tmp_path / f"{name}.yaml"
         path.write_text(
             yaml.safe_dump(tiny_experiment | {"name": name, "save_path": str(tmp_path), "num_epochs": epochs})
         )
-        process = start(
-            "coconut_ds", "train", path, "--deepspeed_config", "ds_configs/zero2_offload.json", ranks=1
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
+        ds_config = ROOT / "ds_configs/zero2_offload.json"
+        train = ("train", path, "--deepspeed_config", ds_config)
+        warm.run("coconut_ds", *train, ranks=1, cwd=tmp_path)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["kind"] in ("train", "valid")]
 

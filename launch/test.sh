@@ -14,5 +14,5 @@ failed=0
 ruff check . || failed=1
 ruff format --check . || failed=1
 mypy || failed=1
-python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@" || failed=1
+python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" || failed=1
 exit $failed

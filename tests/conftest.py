@@ -1,8 +1,6 @@
 """What several tests need: a tiny task with its tokenizer and model, made once a session."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +18,11 @@ def pytest_collection_modifyitems(items):
         is_fast = room in FAST_ROOMS if rest else room not in NOT_FAST
         if is_fast and not any(item.get_closest_marker(name) for name in ("slow", "faults")):
             item.add_marker("fast")
+    # Files with long tests first (launch/test.sh keeps this order), so that no worker is left alone with one.
+    long = {
+        item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("faults")
+    }
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +36,18 @@ def same_environment():
 def arithmetic(tmp_path_factory):
     """A folder with arithmetic_{train,valid,test}.json and the model folder `gpt2`."""
     folder = tmp_path_factory.mktemp("arithmetic")
-    command = [
-        sys.executable,
-        "preprocessing/arithmetic.py",
-        "--output-dir",
-        folder,
-        "--model-dir",
-        folder / "gpt2",
-    ]
-    sizes = ["--train", "96", "--valid", "24", "--test", "24", "--width", "32"]
-    subprocess.run([*map(str, command), *sizes], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    make_arithmetic(folder, folder / "gpt2", "--train 96 --valid 24 --test 24 --width 32")
     return folder
+
+
+def make_arithmetic(data, model, options):
+    """Run preprocessing/arithmetic.py in this process, whose random state stays."""
+    import torch  # not for tests that need no model
+
+    from preprocessing.arithmetic import main
+
+    with torch.random.fork_rng():
+        main(["--output-dir", str(data), "--model-dir", str(model), *options.split()])
 
 
 @pytest.fixture(scope="session")

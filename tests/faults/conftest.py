@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.conftest import make_arithmetic
 from tests.faults.comparing import Numbers, numbers_of
 from tests.faults.processes import under_launcher
 from tests.launched.forked import ROOT, Ended, Faults, Warm, WarmRun
@@ -37,15 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and a model with dropout."""
     folder = tmp_path_factory.mktemp("task")
-    sizes = ["--train", "24", "--valid", "6", "--test", "2", "--terms", "3"]
-    model = ["--model-dir", "model", "--layers", "1", "--width", "16", "--heads", "2"]
-    command = [
-        sys.executable,
-        str(ROOT / "preprocessing/arithmetic.py"),
-        *sizes,
-        *model,
-    ]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
+    sizes = "--train 24 --valid 6 --test 2 --terms 3 --layers 1 --width 16 --heads 2"
+    make_arithmetic(folder / "data", folder / "model", sizes)
     config = json.loads((folder / "model/config.json").read_text())
     config.update(resid_pdrop=0.1, embd_pdrop=0.1)
     (folder / "model/config.json").write_text(json.dumps(config))

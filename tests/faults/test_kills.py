@@ -2,11 +2,13 @@
 
 import itertools
 import socket
+from pathlib import Path
 
 import pytest
 
 from tests.faults.comparing import Numbers
 from tests.faults.conftest import Bench
+from tests.launched.forked import Ended, Warm
 
 ENGINE = "coconut_ds.engine.engine:Engine"
 PROTOCOL, FOLDERS = "coconut_ds.runs.checkpoints", "coconut_ds.runs.checkpoint_folders"
@@ -67,18 +69,32 @@ def test_kill(bench: Bench, reference: Numbers, name: str, rank: int) -> None:
     check(bench, reference, rank, PLACES[name], launched=False)
 
 
+@pytest.fixture(scope="module")
+def lone_ranks(
+    task: Path, tmp_path_factory: pytest.TempPathFactory, warm: Warm
+) -> dict[str, tuple[str, Ended]]:
+    """(port, end) of starts whose ranks do not meet; each waits for 20 seconds, so they wait together."""
+    benches = {name: Bench(task, tmp_path_factory.mktemp("lone"), warm) for name in ("0", "1", "port")}
+    killed = {"at": "coconut_ds.training.trainer:start_distributed", "do": "kill"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        running = {
+            name: benches[name].start("--stuck-seconds", "1", faults=[{"rank": int(name), **killed}])
+            for name in ("0", "1")
+        }
+        running["port"] = benches["port"].start(variables={"MASTER_PORT": port})
+        return {name: (port, run.wait()) for name, run in running.items()}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_kill_before_the_ranks_meet(bench: Bench, rank: int) -> None:
-    fault = {"rank": rank, "at": "coconut_ds.training.trainer:start_distributed", "do": "kill"}
-    ended = bench.train("--stuck-seconds", "1", faults=[fault])
+def test_kill_before_the_ranks_meet(lone_ranks: dict[str, tuple[str, Ended]], rank: int) -> None:
+    _, ended = lone_ranks[str(rank)]
     assert ended.codes[rank] == -9 and ended.codes[1 - rank] == 77, ended.output
     assert f"rank {rank} of 2 did not connect to" in ended.output and ended.seconds < 100
 
 
-def test_port_in_use(bench: Bench) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-        ended = bench.train(variables={"MASTER_PORT": port})
+def test_port_in_use(lone_ranks: dict[str, tuple[str, Ended]]) -> None:
+    port, ended = lone_ranks["port"]
     assert ended.codes == [2, 2] and ended.left == [], ended.output
     assert ended.output.count("error: ") == 1
     assert f"127.0.0.1:{port}: another program uses this port" in ended.output

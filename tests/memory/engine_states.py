@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.plan_accuracy import TEXT, peak_of_events, real_model, with_padding
+from benchmarks.plan_accuracy import SHAPES, TEXT, peak_of_events, real_model, with_padding
 from coconut_ds.config.deepspeed import load_ds_config
 from coconut_ds.config.experiment import validate_experiment
 from coconut_ds.data.tokenizer import Vocabulary
@@ -35,6 +35,7 @@ from coconut_ds.memory.zero import (
     step_items,
 )
 from coconut_ds.model.loading import load_config, parameter_groups
+from tests.launched.forked import ROOT
 from tests.launched.gloo import wait_for_gloo
 
 VOCABULARY_SIZE, BUCKET = 8000, 1_000_000
@@ -61,7 +62,7 @@ CASES = {  # (tuning, DeepSpeed config, --ds)
 
 
 def small_gpt2():
-    config = load_config("benchmarks/shapes/gpt2")
+    config = load_config(str(SHAPES / "gpt2"))
     config.n_layer, config.n_embd, config.n_head, config.vocab_size = 4, 256, 4, VOCABULARY_SIZE
     return config
 
@@ -98,7 +99,7 @@ def compared(tuning, ds_config, *overrides, ranks):
     vocabulary = Vocabulary(None, size, size + 1, size + 2, eos_id=0, pad_id=0)
     batch = largest_batch([TEXT.problem()], stages_of(experiment)[-1], experiment, vocabulary, 2)
     batch = with_padding(batch)
-    ds_config = load_ds_config(f"ds_configs/{ds_config}.json", list(overrides))
+    ds_config = load_ds_config(f"{ROOT}/ds_configs/{ds_config}.json", list(overrides))
     ds_config.stock["zero_optimization"]["reduce_bucket_size"] = BUCKET
     gc.collect()
     before = held_bytes()

@@ -11,7 +11,6 @@ from transformers import GPT2Config
 
 from benchmarks.plan_accuracy import SHAPES, Case, cases, compare, small_configs
 from coconut_ds.model.loading import load_config
-from tests.launched.start import start
 from tests.memory.engine_states import CASES
 
 WITHIN = 0.10
@@ -54,11 +53,10 @@ def test_what_gpt2_does_not_have_is_planned_within_1_percent(model, choices):
 
 
 @pytest.fixture(scope="module")
-def engine_states(tmp_path_factory):
+def engine_states(tmp_path_factory, warm):
     """Of two ranks; benchmarks/engine_bytes.py measures one rank as well."""
     out = tmp_path_factory.mktemp("engine") / "states.json"
-    done = start("tests.memory.engine_states", out, ranks=2, timeout=3600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.run("tests.memory.engine_states", out, ranks=2, cwd=out.parent, timeout=3600)
     return json.loads(out.read_text())
 
 

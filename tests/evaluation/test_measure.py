@@ -142,16 +142,17 @@ def test_the_run_folder_splits_memory_for_any_number_of_ranks(run):
     assert config.resolve(find_one(str(run)).experiment, 3)["train_batch_size"] == 24
 
 
-def evaluate(run, *arguments, ranks=1):
-    command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+def evaluate(warm, run, *arguments, ranks=1):
+    return warm.run("coconut_ds", "eval", run, *arguments, ranks=ranks, cwd=run.parent)
+
+
+def evaluate_under_torchrun(run, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["coconut_ds", "eval", str(run), *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def test_a_result_knows_its_file(run, tiny_experiment, tmp_path):
@@ -291,10 +292,10 @@ def test_a_measurement_prints_and_records_what_it_was_measured_on(run, tiny_expe
 
 
 @pytest.fixture(scope="module")
-def one_rank(run):
+def one_rank(run, warm):
     """All checkpoints, with two ablations."""
     output = evaluate(
-        run, "--checkpoint", "checkpoint_4", "--ablate", "zero,none", "--json", str(run / "all.json")
+        warm, run, "--checkpoint", "checkpoint_4", "--ablate", "zero,none", "--json", str(run / "all.json")
     )
     examples = lines(run / "evaluations.jsonl")[-1]["examples"]  # other tests measure other files
     predictions = [p for p in lines(run / "predictions.jsonl") if p["examples"] == examples]
@@ -336,14 +337,14 @@ def intact(run, split):
 def test_two_ranks_answer_token_by_token_as_one(one_rank, run):
     """Batches of 5 on one rank against one prompt at a time on two, where a rank runs dry."""
     expected = {p["index"]: p for p in one_rank[1] if p["ablation"] == "intact"}
-    evaluate(run, "--checkpoint", "checkpoint_4", "--set", "batch_size_eval=1", ranks=2)
+    evaluate_under_torchrun(run, "--checkpoint", "checkpoint_4", "--set", "batch_size_eval=1")
     assert intact(run, "valid") == expected
     assert len(expected) == 24
     assert len({p["completion"] for p in expected.values()}) > 2
 
 
 @pytest.mark.slow
-def test_ragged_latents_answer_the_same_in_any_company(run, tiny_experiment, tmp_path):
+def test_ragged_latents_answer_the_same_in_any_company(run, warm, tiny_experiment, tmp_path):
     """With pad_latent_to_max false every row has as many latents as its problem has steps."""
     problems = json.loads(Path(tiny_experiment["val_path"]).read_text())[:9]
     for index, problem in enumerate(problems):
@@ -359,9 +360,9 @@ def test_ragged_latents_answer_the_same_in_any_company(run, tiny_experiment, tmp
         "pad_latent_to_max",
         "--set",
     )
-    evaluate(run, *common, "batch_size_eval=1")
+    evaluate(warm, run, *common, "batch_size_eval=1")
     expected = intact(run, str(path))
-    evaluate(run, *common, "batch_size_eval=4", ranks=2)
+    evaluate(warm, run, *common, "batch_size_eval=4", ranks=2)
     assert intact(run, str(path)) == expected
     assert len(expected) == 9
 

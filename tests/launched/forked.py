@@ -73,10 +73,11 @@ class Warm:
         """`python -m module ARGUMENTS` on every rank, with its output in files below `cwd`."""
         return WarmRun(self.context, [module, *arguments], cwd, faults, ranks, variables or {})
 
-    def run(self, module: str, *arguments: object, ranks: int, cwd: Path, timeout: float = 300) -> None:
-        """The same, to an end without errors."""
+    def run(self, module: str, *arguments: object, ranks: int, cwd: Path, timeout: float = 300) -> str:
+        """The same, to an end without errors; gives the output."""
         ended = self.start([*map(str, arguments)], cwd, ranks=ranks, module=module).wait(timeout)
         assert (ended.codes, ended.left) == ([0] * ranks, []), ended.output[-4000:]
+        return ended.output
 
 
 class WarmRun:

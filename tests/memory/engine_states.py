@@ -1,6 +1,6 @@
-"""Launched: what DeepSpeed's engine holds after two steps, and its peaks in a backward and in a step.
+"""On two ranks: what DeepSpeed's engine holds after two steps, and its peaks in a backward and in a step.
 
-    deepspeed --num_gpus 2 --module tests.memory.engine_states OUT.json
+    python -m tests.memory.engine_states OUT.json
 
 Writes, for each case, the measured and the planned bytes of the rank that holds most.  On the CPU, the host's
 states and the GPU's are measured together.

@@ -1,6 +1,6 @@
-"""Launched on two ranks: train, and let the allocator of one rank fail in the backward of the second step.
+"""On two ranks: train, and let the allocator of one rank fail in the backward of the second step.
 
-deepspeed --num_gpus 2 --module tests.memory.out_of_memory EXPERIMENT.yaml DS_CONFIG.json FAILING_RANK
+python -m tests.memory.out_of_memory EXPERIMENT.yaml DS_CONFIG.json FAILING_RANK
 """
 
 import os

@@ -23,7 +23,7 @@ from coconut_ds.memory.zero import Item
 from coconut_ds.model.coconut import Coconut
 from coconut_ds.runs.checkpoints import Checkpoints
 from coconut_ds.training import trainer
-from tests.launched.start import ROOT, start
+from tests.launched.forked import ROOT
 
 CPU = torch.device("cpu")
 
@@ -179,26 +179,27 @@ def test_the_start_of_a_trained_run_keeps_its_plan(num_epochs, is_written, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_whose_plan_exceeds_the_budget_does_not_start(written):
-    arguments = [written / "tiny.yaml", "--deepspeed_config", written / "tight.json"]
-    done = start("coconut_ds", "train", *arguments, ranks=1)
-    assert done.returncode == BudgetError.exit_code, done.stderr[-2000:]
-    assert "does not fit" in done.stderr and "--skip-plan" in done.stderr
+def test_a_run_whose_plan_exceeds_the_budget_does_not_start(written, warm):
+    arguments = ["train", f"{written}/tiny.yaml", "--deepspeed_config", f"{written}/tight.json"]
+    ended = warm.start(arguments, written).wait()
+    assert ended.codes == [BudgetError.exit_code], ended.output[-2000:]
+    assert "does not fit" in ended.output and "--skip-plan" in ended.output
     assert not (written / "runs/tiny/checkpoint_1").exists()
     assert json.loads((written / "runs/tiny/memory/plan.json").read_text())["fits"] is False
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
-def test_one_rank_out_of_memory_ends_both_within_30_seconds(written, failing):
+def test_one_rank_out_of_memory_ends_both_within_30_seconds(written, warm, failing):
     reports = [written / f"runs/tiny/memory/out_of_memory_rank_{rank}.json" for rank in (0, 1)]
     for report in reports:
         report.unlink(missing_ok=True)
-    arguments = [written / "tiny.yaml", written / "plenty.json", failing]
-    done = start("tests.memory.out_of_memory", *arguments, ranks=2)
+    """Without a launcher, which would end the other."""
+    arguments = [f"{written}/tiny.yaml", f"{written}/plenty.json", str(failing)]
+    run = warm.start(arguments, written, ranks=2, module="tests.memory.out_of_memory").wait()
     ended = time.time()
-    assert done.returncode == OutOfMemory.exit_code, done.stderr[-3000:]
-    assert "out of memory in phase 'backward'" in done.stderr
+    assert run.codes == [OutOfMemory.exit_code] * 2, run.output[-3000:]
+    assert "out of memory in phase 'backward'" in run.output
     assert all(report.exists() for report in reports)
     first = min(report.stat().st_mtime for report in reports)
     assert ended - first < 30

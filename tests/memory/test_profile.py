@@ -14,7 +14,7 @@ from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.memory.allocations import CpuRecorder
 from coconut_ds.memory.planner import MIB
 from coconut_ds.memory.profiler import INITIALISE, PhaseMeter, census, profile_steps
-from tests.launched.start import start
+from tests.launched.forked import ROOT
 from tests.model.cases import EQUAL_ROWS, NO_LATENT_ROWS, make_batch, make_coconut
 from tests.reports import made_profile
 
@@ -159,7 +159,7 @@ def surplus(rank):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_experiment, tmp_path_factory):
+def run_folder(tiny_experiment, tmp_path_factory, warm):
     folder = tmp_path_factory.mktemp("profile")
     settings = {
         **tiny_experiment,
@@ -170,12 +170,12 @@ def run_folder(tiny_experiment, tmp_path_factory):
     }
     settings.pop("uniform_prob")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    command = ("profile", folder / "tiny.yaml", "--deepspeed_config", "ds_configs/zero2_offload.json")
+    ds_config = ROOT / "ds_configs/zero2_offload.json"
+    command = ("profile", folder / "tiny.yaml", "--deepspeed_config", ds_config)
     # gloo's threads may hold what they sent a moment longer; a wrong count would be wrong every time
     for _ in range(3):
-        finished = start("tests.launched.command", *command)
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        assert "PLAN AGAINST MEASURED" in finished.stdout
+        output = warm.run("tests.launched.command", *command, ranks=2, cwd=folder)
+        assert "PLAN AGAINST MEASURED" in output
         if all(abs(surplus(rank)) < 0.01 for rank in read_profile(folder / "profiled")["ranks"]):
             break
     return folder / "profiled"

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         _print_section("Memory", _memory_lines(ds_config))
     try:
         path = experiment.val_path if experiment.only_eval else experiment.train_path
-        problems = read_problems(path, None, experiment.fields, [])
+        problems = read_problems(path, None, experiment.fields, {})
     except UserError as error:
         problems = []
         _print_section("Data", [str(error)])

@@ -91,7 +91,7 @@ def check_data_files(
     limit = check.limit.positions if check and check.limit else _stated_length(vocabulary)
     for path in map(Path, paths):
         try:
-            no_steps: list[int] = []
+            no_steps: dict[int, str] = {}
             problems = read_problems(path, None, fields, no_steps)
             file = _check_file(path, problems, no_steps, vocabulary, limit)
             if check and check.limit and max(file.lengths) > check.limit.positions:
@@ -109,7 +109,7 @@ def check_data_files(
 def _check_file(
     path: Path,
     problems: Sequence[Problem],
-    no_steps: Sequence[int],
+    no_steps: Mapping[int, str],
     vocabulary: Vocabulary | None,
     limit: int | None,
 ) -> FileReport:
@@ -125,10 +125,11 @@ def _check_file(
     marked = [i for i, mark in enumerate(marks) if mark & SPECIAL]
     hashed = [i for i, mark in enumerate(marks) if mark & HASHED]
     too_long = [i for i, total in enumerate(lengths) if limit is not None and total > limit]
+    hint = next(iter(no_steps.values()), "")
     for items, text in (
         (repeated, "repeat the question of an earlier problem in the file"),
         (disagreeing, "repeat the question of an earlier problem with another answer"),
-        (no_steps, "have no 'steps' field: good for evaluation only, training needs it"),
+        ([*no_steps], f"have no 'steps' field{hint}: good for evaluation only, training needs it"),
         (without, "have no steps; stages that hide steps hide nothing there"),
         (marked, "contain a special token such as <|latent|> as text"),
         (hashed, "have '#' in the answer, where grading splits: no prediction can be correct"),

@@ -16,8 +16,9 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _SCRIPTS = {  # the script that makes data/NAME_*.json; the longest matching nam
     "arithmetic": "arithmetic.py",
 }
 _HUB_NAME = re.compile(r"hf:/+([\w.-]+/[\w.-]+)(/[\w./-]+)?(@[\w./-]+)?:([\w.-]+)")
+_EXCEL = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's first line of a file for another country
 _BLANK = re.compile(r"[ \t\n\r]*")
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -261,6 +263,8 @@ def _syntax_error(error: Exception) -> str:
 
 def _csv_rows(text: str, delimiter: str, errors: list[str]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(1 << 30)
+    if named := _EXCEL.match(text):
+        delimiter, text = named[1], text[named.end() :]
     header = text.partition("\n")[0]
     if delimiter not in header:  # Excel writes semicolons where a comma is the decimal sign
         delimiter = next((other for other in ";\t," if other in header), delimiter)
@@ -432,6 +436,21 @@ def other_form(item: Any, values: Mapping[str, Any], names: Mapping[str, Any]) -
     line = ", ".join(f"{key}: {name}" for key, name in shown.items())
     wanted = " and ".join(f"'{key}'" for key in missing)
     return f"{has}, not {wanted}; name them in the YAML: 'fields: {{{line}}}'{no_steps}{divided}"
+
+
+def missing_steps(item: dict[str, Any], name: str | Sequence[str]) -> str:
+    """How an item without steps may name them, for a message; '' if nothing looks like it.
+
+    `name`: what 'fields' says, '' if it does not name them.
+    """
+    if name:
+        return f" ('fields' names {name!r}, none of {', '.join(map(repr, list(item)[:12]))})"
+    own = {str(key).lower(): key for key in reversed(item)}
+    similar = [*_NAMES["steps"], *get_close_matches("steps", own, 1, 0.7)]
+    guess = next((own[key] for key in similar if key in own), None)
+    return (
+        "" if guess is None else f" (if '{guess}' holds them, write 'fields: {{steps: {guess}}}' in the YAML)"
+    )
 
 
 def _turns(key: str, turns: list[Any]) -> tuple[str, str, str]:

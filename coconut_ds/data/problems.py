@@ -27,6 +27,7 @@ from coconut_ds.data.forms import (
     field_of,
     how_to_make,
     local_file,
+    missing_steps,
     other_form,
     read_text,
 )
@@ -78,7 +79,7 @@ def read_problems(
     path: str | Path,
     limit: int | None = None,
     fields: Mapping[str, Any] | None = None,
-    without_steps: list[int] | None = None,
+    without_steps: dict[int, str] | None = None,
 ) -> list[Problem]:
     """Read the problems of a data file (forms.py), at most `limit` of them.  Other fields are ignored.
 
@@ -86,7 +87,8 @@ def read_problems(
     names; with one name for steps and answer, `####` is between them.  Steps in one text are its lines or its
     <<calculations>>.  Blank steps are dropped: the published conversion writes `[""]` for an item without
     reasoning.  Whitespace around a text is removed.  Items without steps are errors unless `without_steps`
-    collects their indices.  Raises DataError with the first 20 errors of the file, each with item and field.
+    collects their indices, the first with what may name its steps.  Raises DataError with the first 20 errors
+    of the file, each with item and field.
     """
     return list(each_problem(path, limit, fields, without_steps))
 
@@ -95,7 +97,7 @@ def each_problem(
     path: str | Path,
     limit: int | None = None,
     fields: Mapping[str, Any] | None = None,
-    without_steps: list[int] | None = None,
+    without_steps: dict[int, str] | None = None,
 ) -> Iterator[Problem]:
     """Yield the problems one by one, to save memory. Raises like read_problems, at the end."""
     errors: list[str] = []
@@ -108,7 +110,7 @@ def each_problem(
         if index == 0 and (message := other_form(item, values, names)):
             errors.append(message)
             break
-        problem = _problem(item, values, index, errors, without_steps)
+        problem = _problem(item, values, index, errors, without_steps, names["steps"])
         if problem is not None:
             yield problem
         if index + 1 == limit:
@@ -253,7 +255,12 @@ def _values(item: Any, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(
-    item: Any, values: Mapping[str, Any], index: int, errors: list[str], without_steps: list[int] | None
+    item: Any,
+    values: Mapping[str, Any],
+    index: int,
+    errors: list[str],
+    without_steps: dict[int, str] | None,
+    steps_name: str | Sequence[str],
 ) -> Problem | None:
     if not isinstance(item, dict):
         errors.append(f"item {index}: must be an object, got {_kind(item)}")
@@ -266,10 +273,11 @@ def _problem(
     for key in ("question", "answer"):
         errors += [f"item {index}, '{key}': {error}" for error in _text_errors(key, values.get(key, "-"))]
     if "steps" not in values:
+        hint = "" if without_steps else missing_steps(item, steps_name)
         if without_steps is None:
-            errors.append(f"item {index}, 'steps': missing; write [] for an answer without reasoning")
+            errors.append(f"item {index}, 'steps': missing{hint}; write [] for an answer without reasoning")
         else:
-            without_steps.append(index)
+            without_steps[index] = hint
     steps = values.get("steps", [])
     if isinstance(steps, str) and not isinstance(steps, Number):
         steps = _steps_of_text(steps)
@@ -283,8 +291,10 @@ def _problem(
             errors.append(f"item {index}, 'steps'[{number}]: half a surrogate pair is not a character")
     if len(errors) > before:
         return None
-    texts = tuple(filter(None, map(str.strip, steps)))
-    return Problem(values["question"].strip(), texts, str(values["answer"]).strip())
+    texts, answer = tuple(filter(None, map(str.strip, steps))), str(values["answer"]).strip()
+    if texts and texts[-1].startswith(ORIGINAL_ANSWER) and texts[-1].strip("# ") == answer:
+        texts = texts[:-1]  # the answer again, as GSM8K's own files end
+    return Problem(values["question"].strip(), texts, answer)
 
 
 def _text_errors(key: str, value: Any) -> Iterator[str]:

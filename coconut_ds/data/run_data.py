@@ -158,7 +158,7 @@ def read_files(experiment: Experiment) -> list[list[Problem]]:
     """
     train = read_problems(experiment.train_path, None, experiment.fields) if experiment.train_path else []
     paths = (experiment.val_path, experiment.test_path)
-    return [train, *(read_problems(path, None, experiment.fields, []) if path else [] for path in paths)]
+    return [train, *(read_problems(path, None, experiment.fields, {}) if path else [] for path in paths)]
 
 
 def load_evaluation_data(
@@ -182,10 +182,11 @@ def load_test_set(
     path: str, vocabulary: Vocabulary, limit: int | None = None, fields: Mapping[str, Any] | None = None
 ) -> TestSet:
     """Read problems to grade, with their card; a note counts those without steps.  Raises DataError."""
-    without_steps: list[int] = []
+    without_steps: dict[int, str] = {}
     problems = read_problems(path, limit, fields, without_steps)
     if without_steps:
-        count = f"{len(without_steps)} of {len(problems)} problems have no 'steps'"
+        hint = next(iter(without_steps.values()))
+        count = f"{len(without_steps)} of {len(problems)} problems have no 'steps'{hint}"
         print_notes([f"{path}: {count}; their loss and CoT match are of the answer alone"])
     marks = np.array([mark_of(problem, vocabulary) for problem in problems], np.uint8)
     if np.all(marks & HASHED):

@@ -278,7 +278,7 @@ def read_lengths(experiment: Experiment) -> tuple[list[TokenizedProblem], list[T
                 f"{key}: {path} does not exist, so the longest problem is unknown.\n  {SHAPE_HINT}"
             )
         limit = DEBUG_TRAIN_ITEMS if experiment.debug else None
-        problems = read_problems(path, limit, experiment.fields, []) if path else []
+        problems = read_problems(path, limit, experiment.fields, {}) if path else []
         if problems and experiment.too_long != "error":
             tokens = tokenize(problems, vocabulary)
             positions = limit_of(load_config(experiment.model_id), experiment.max_tokens)

@@ -261,9 +261,9 @@ def test_a_field_map_is_a_setting(tiny_experiment, tmp_path, capsys):
 def test_evaluation_files_may_lack_steps(tmp_path, capsys):
     items = [{"question": "q", "answer": "1"}, {"question": "r", "answer": "2", "steps": ["a"]}]
     (tmp_path / "a.json").write_text(json.dumps(items))
-    without = []
+    without = {}
     assert [p.steps for p in read_problems(tmp_path / "a.json", without_steps=without)] == [(), ("a",)]
-    assert without == [0]
+    assert without == {0: ""}
     with pytest.raises(DataError, match=r"item 0, 'steps': missing; write \[\]"):
         read_problems(tmp_path / "a.json")
     assert main(["validate", str(tmp_path / "a.json")]) == 0
@@ -395,7 +395,7 @@ def test_damaged_files_end_in_a_message(name, tmp_path):
 def test_published_test_sets_of_arithmetic(tmp_path, item, fields, question, answer):
     path = tmp_path / "test.json"
     path.write_text(json.dumps([item]))
-    (problem,) = read_problems(path, None, fields, [])
+    (problem,) = read_problems(path, None, fields, {})
     assert (problem.question.strip(), problem.answer) == (question, answer)
 
 
@@ -403,4 +403,47 @@ def test_parts_of_a_question_must_be_texts(tmp_path):
     path = tmp_path / "test.json"
     path.write_text('[{"Body": null, "Question": "How many?", "answer": "3"}]')
     with pytest.raises(DataError, match="item 0, 'question': must be text, got a list"):
-        read_problems(path, None, {"question": ["Body", "Question"]}, [])
+        read_problems(path, None, {"question": ["Body", "Question"]}, {})
+
+
+@pytest.mark.parametrize(
+    "row, fields, hint",
+    [
+        ({"step": "a"}, {}, "if 'step' holds them, write 'fields: {steps: step}'"),
+        ({"Solution": "a"}, {}, "if 'Solution' holds them, write 'fields: {steps: Solution}'"),
+        (
+            {"cot": "a"},
+            {"steps": "cots"},
+            "'fields' names 'cots', none of 'question', 'answer', 'cot'",
+        ),
+        ({"id": "a"}, {}, "1 of 1 have no 'steps' field: good"),
+    ],
+)
+def test_what_may_be_the_steps_is_named(tmp_path, capsys, row, fields, hint):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"question": "q", "answer": "1", **row}]))
+    without = {}
+    read_problems(file, fields=fields, without_steps=without)
+    assert without[0] in hint or hint in without[0]
+    with pytest.raises(DataError) as error:
+        read_problems(file, fields=fields)
+    assert without[0] in str(error.value)
+    if not fields:
+        assert main(["validate", str(file)]) == 0
+        assert hint in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_solution_that_ends_with_the_answer(tmp_path):
+    file = tmp_path / "a.jsonl"
+    rows = [("1+1=2\n2*3=6\n#### 6", "6"), ("1+1=2\n#### 3", "6"), ("#### 6", "6")]
+    file.write_text("\n".join(json.dumps({"q": "q", "s": s, "answer": a}) for s, a in rows))
+    problems = read_problems(file, fields={"question": "q", "steps": "s"})
+    assert [p.steps for p in problems] == [("1+1=2", "2*3=6"), ("1+1=2", "#### 3"), ()]
+
+
+@pytest.mark.parametrize("first", ["sep=;\r\n", "SEP=;\n", ""])
+def test_excel_names_its_separator(tmp_path, first):
+    file = tmp_path / "a.csv"
+    file.write_bytes((first + "question;steps;answer\r\nq, r;a;1\r\n").encode("utf-8-sig"))
+    (problem,) = read_problems(file)
+    assert (problem.question, problem.steps, problem.answer) == ("q, r", ("a",), "1")

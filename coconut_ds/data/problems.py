@@ -195,6 +195,11 @@ def split_completion(text: str, grading: str = "exact") -> tuple[str, str]:
     return reasoning.strip(), answer if grading == "latex" else answer.replace(",", "").strip()
 
 
+def enough_tokens(longest: int) -> int:
+    """A limit for answers of up to `longest` tokens and their eos token: the next multiple of 8."""
+    return 8 * (longest // 8 + 1)
+
+
 def cot_matches(reasoning: str, steps: Sequence[str]) -> bool:
     """Whether the generated reasoning equals the reference, one step per line."""
     return "\n".join(steps) == reasoning

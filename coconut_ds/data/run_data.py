@@ -23,7 +23,7 @@ from coconut_ds.data.curriculum import (
     stage_at,
     supervise,
 )
-from coconut_ds.data.problems import Card, Problem, card_for, examples_digest, read_problems
+from coconut_ds.data.problems import Card, Problem, card_for, enough_tokens, examples_digest, read_problems
 from coconut_ds.data.tokenizer import (
     HASHED,
     SPECIAL,
@@ -287,7 +287,7 @@ class LengthCheck:
         if cut := sum(length > limit for length in lengths):
             yield (
                 f"{use.path}: {cut} of {len(lengths)} references are longer than {limit} tokens ({stage}), "
-                f"where answers are cut; write 'max_new_tokens: {max(lengths)}'"
+                f"where answers are cut; write 'max_new_tokens: {enough_tokens(max(lengths))}'"
             )
 
     def changes(self, use: Use) -> "tuple[Changes, list[str]]":

@@ -33,7 +33,7 @@ from huggingface_hub.errors import HFValidationError
 from coconut_ds.data.forms import local_file
 from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
-from coconut_ds.files import counted, hash_file, meant_child, replace_bytes, similar_path
+from coconut_ds.files import counted, hash_file, meant_child, replace_bytes, run_folder_of, similar_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ MAX_NAMED_TOKENS = 5
 NEW_ROW_SOURCE = "<<"  # the new embedding rows start as a copy of this token's row (released code, run.py)
 
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model")
 CACHE_FORMAT = 4  # increase it when the text format or the arrays change
 ARRAYS = ("tokens", "piece_ends", "first_pieces", "marks")  # of a cache entry
 _CHUNK = 4_096  # problems tokenized at a time
@@ -169,7 +170,10 @@ def _is_cached(model_id: str) -> bool:
 
 def where_to_load_from(model_id: str, what: str) -> str:
     """What to write for a model that cannot be loaded."""
-    is_local = Path(model_id).expanduser().exists()
+    path = Path(model_id).expanduser()
+    if (run := run_folder_of(path)) is not None and (run / "experiment.yaml").is_file():
+        return f"  It belongs to the run {run}: write 'load_model_path: {model_id}', or export it."
+    is_local = path.exists()
     no_folder = "" if is_local else f"{Path.cwd()} has no folder {model_id}. "
     return f"  {no_folder}Give a Hugging Face id (needs network or a filled cache){what}."
 
@@ -184,6 +188,8 @@ def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
 
     where, extra = locate_model(model_id)
     try:
+        if Path(where).is_dir() and not any(any(Path(where).glob(name)) for name in TOKENIZER_FILES):
+            raise ValueError("the folder has no tokenizer files, such as tokenizer.json")
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **DATA_ONLY, **extra)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty; are vocab.json or tokenizer.json missing?")

@@ -107,7 +107,7 @@ def default_budget() -> MemoryBudget:
 
 def judged_plan(
     experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
-) -> tuple[dict[str, Any] | None, str | None]:
+) -> tuple[dict[str, Any] | None, UserError | None]:
     """The plan of a run, None if its model cannot be planned, and why it is refused, None if it is not."""
     plan = None
     try:
@@ -115,7 +115,7 @@ def judged_plan(
         plan = made.to_json()
         refuse_or_warn(made)
     except UserError as error:
-        return plan, str(error)
+        return plan, error
     except Exception as error:  # the other ranks wait, and a model that cannot be planned may train
         reason = (str(error).splitlines() or [""])[0]
         warnings.warn(f"this model cannot be planned ({type(error).__name__}: {reason})", stacklevel=2)
@@ -131,24 +131,24 @@ def enforce_memory_budget(
 ) -> "MemoryGuard":
     """Check the plan, limit the GPU and return the guard for training.  Collective.
 
-    Rank 0 plans and broadcasts.  Raises BudgetError on all ranks.
+    Rank 0 plans and broadcasts.  Raises BudgetError, or ConfigError of the model, on all ranks.
     """
     plan: dict[str, Any] | None = None
-    message: str | None = None
+    refusal: UserError | None = None
     folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
     if ranks.is_main and not skip_plan and ds_config.memory_budget is not None:
-        plan, message = judged_plan(experiment, ds_config, run_data, ranks)
+        plan, refusal = judged_plan(experiment, ds_config, run_data, ranks)
         if folder is not None and plan is not None and not _is_trained(folder.parent, experiment):
             try:
                 replace_text(make_folder(folder) / "plan.json", json_text(plan, indent=2))
             except (ConfigError, OSError) as error:
                 warnings.warn(f"the plan was not saved: {error}", stacklevel=2)
-    shared: list[Any] = [plan, message]
+    shared: list[Any] = [plan, refusal]
     if ranks.world_size > 1:
         dist.broadcast_object_list(shared, src=0, device=ranks.device)
-    plan, message = shared
-    if message is not None:
-        raise BudgetError(message)
+    plan, refusal = shared
+    if refusal is not None:
+        raise refusal
     if ranks.device.type == "cuda" and ds_config.memory_budget is not None:
         limit_gpu(ds_config.memory_budget, ranks.device)
     return MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan)

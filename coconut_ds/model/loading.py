@@ -168,6 +168,13 @@ def check_config(config: PretrainedConfig, model_id: str) -> None:
         raise ConfigError(
             f"model_id: the configuration of {model_id!r} has impossible sizes: {', '.join(out_of_range)}"
         )
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model_id: {model_id!r} is an encoder with a decoder ({config.model_type}), which the passes "
+            "over latents do not run; use a causal language model"
+        )
+    if getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "_is_stateful", False):
+        raise _layers_with_state(f"{model_id!r}")
     if getattr(sizes, "final_logit_softcapping", None) is not None:
         raise _changed_logits(f"{model_id!r}")
     for attention in {config._attn_implementation, sizes._attn_implementation}:
@@ -209,10 +216,14 @@ def refuse_other_layers(base: PreTrainedModel) -> None:
     """
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     if base._is_stateful or not kinds <= ATTENTION_LAYERS:
-        raise ConfigError(
-            f"model_id: {type(base).__name__} has layers with a state instead of attention, which the passes "
-            "over latents do not carry; use a model whose layers all attend"
-        )
+        raise _layers_with_state(type(base).__name__)
+
+
+def _layers_with_state(model: str) -> ConfigError:
+    return ConfigError(
+        f"model_id: {model} has layers with a state instead of attention, which the passes over latents do "
+        "not carry; use a model whose layers all attend"
+    )
 
 
 def refuse_changed_logits(base: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_ds.config.schema import record_schema, schema_error
-from coconut_ds.data.problems import GRADINGS
+from coconut_ds.data.problems import GRADINGS, enough_tokens
 from coconut_ds.errors import ConfigError, first_line
 from coconut_ds.files import parse_json, read_json
 
@@ -187,11 +187,6 @@ def cut_answers(line: Mapping[str, Any]) -> str | None:
         return f"{text}; the longest correct one has {longest} tokens"
     enough = enough_tokens(longest)
     return f"{text}, but correct ones have up to {longest} tokens: write max_new_tokens: {enough}"
-
-
-def enough_tokens(longest: int) -> int:
-    """A limit for answers of up to `longest` tokens and their eos token: the next multiple of 8."""
-    return 8 * (longest // 8 + 1)
 
 
 def evaluation_lines(path: Path) -> Iterator[dict[str, Any]]:

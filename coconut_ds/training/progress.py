@@ -20,10 +20,10 @@ from tqdm import tqdm
 from coconut_ds.config.experiment import Experiment
 from coconut_ds.data.batching import Batch, BatchConfig
 from coconut_ds.data.curriculum import answer_lengths, final_stage, stage_at, stage_number, stage_spans
+from coconut_ds.data.problems import enough_tokens
 from coconut_ds.data.run_data import RunData, trained_stages
 from coconut_ds.evaluation.evaluate import show_progress
 from coconut_ds.files import LINE_SECONDS, counted, duration, hides_bar, print_now
-from coconut_ds.runs.record_shapes import enough_tokens
 
 PACE_STEPS = 101  # the median time of the last steps is the pace
 FIRST_STEPS = 20  # before the expected end is named

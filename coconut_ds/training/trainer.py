@@ -34,7 +34,7 @@ from coconut_ds.engine.engine import (
     world_size_from_environment,
 )
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
-from coconut_ds.errors import BudgetError, StopRequested
+from coconut_ds.errors import StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.files import counted, print_notes
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
@@ -119,7 +119,7 @@ def check_model(
     if not experiment.only_eval:
         _, refusal = judged_plan(experiment, ds_config, run_data, Ranks(0, world_size, device))
         if refusal is not None:
-            raise BudgetError(refusal)
+            raise refusal
     module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
     if not (experiment.only_eval or experiment.debug):
         weight_bytes = None if ds_config.precision == "fp32" else 2

@@ -14,7 +14,7 @@ import yaml
 from coconut_ds.config.deepspeed import MemoryBudget
 from coconut_ds.distributed import Ranks, phase, phase_of
 from coconut_ds.engine.engine import Engine
-from coconut_ds.errors import BudgetError, OutOfMemory
+from coconut_ds.errors import BudgetError, ConfigError, OutOfMemory
 from coconut_ds.evaluation.evaluate import evaluate
 from coconut_ds.memory.budget import MemoryGuard, enforce_memory_budget, largest_tensors, refuse_or_warn
 from coconut_ds.memory.phases import BatchShape, Phase, StagePlan
@@ -176,6 +176,14 @@ def test_the_start_of_a_trained_run_keeps_its_plan(num_epochs, is_written, tmp_p
     ds_config = SimpleNamespace(memory_budget=SimpleNamespace())
     enforce_memory_budget(experiment, ds_config, None, Ranks(0, 1, CPU))
     assert (tmp_path / "memory/plan.json").exists() == is_written
+
+
+def test_a_model_that_is_refused_while_it_is_planned(monkeypatch):
+    refusal = ConfigError("model_id: no")
+    monkeypatch.setattr("coconut_ds.memory.budget.judged_plan", lambda *_: (None, refusal))
+    experiment, ds_config = SimpleNamespace(debug=True), SimpleNamespace(memory_budget=SimpleNamespace())
+    with pytest.raises(ConfigError, match="model_id: no"):
+        enforce_memory_budget(experiment, ds_config, None, Ranks(0, 1, CPU))
 
 
 @pytest.mark.slow

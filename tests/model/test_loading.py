@@ -219,9 +219,20 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_capped_logits_are_refused_by_the_configuration():
-    with pytest.raises(ConfigError, match="'a/b' scales or caps the logits"):
-        check_config(AutoConfig.for_model("gemma2", **SMALL), "a/b")
+@pytest.mark.parametrize(
+    "model_type, words",
+    [
+        ("gemma2", "'a/b' scales or caps the logits"),
+        ("mamba", "'a/b' has layers with a state instead of attention"),
+        ("t5", "'a/b' is an encoder with a decoder"),
+    ],
+)
+def test_a_configuration_says_what_cannot_be_trained(model_type, words):
+    with pytest.raises(ConfigError, match=words):
+        check_config(AutoConfig.for_model(model_type), "a/b")
+
+
+def test_a_configuration_without_capped_logits():
     check_config(AutoConfig.for_model("gemma2", **SMALL, final_logit_softcapping=None), "a/b")
 
 

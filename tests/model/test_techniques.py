@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from benchmarks.textbook import textbook_loss
@@ -98,3 +99,24 @@ def test_windows_positions_and_odd_schedules(architecture, rows):
         ours, our_gradients = loss_and_gradients(make_coconut(architecture, settings), batch)
         assert ours == pytest.approx(loss.item(), rel=1e-6), settings
         assert_same_gradients(our_gradients, gradients(reference))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layers"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES])
+def test_hooks_that_return_views(architecture, checkpointing):
+    """As DeepSpeed's hooks do in ZeRO-3: what modules take and return keeps its values, not its identity."""
+
+    def views(tensors):
+        return tree_map_only(torch.Tensor, lambda x: x.view_as(x), tensors)
+
+    settings, batch = LatentMemory(activation_checkpointing=checkpointing), make_batch(RAGGED_ROWS)
+    loss, expected = loss_and_gradients(make_coconut(architecture, settings), batch)
+    coconut = make_coconut(architecture, settings)
+    for module in coconut.causal_lm.modules():
+        module.register_forward_pre_hook(
+            lambda _, inputs, keywords: (views(inputs), views(keywords)), with_kwargs=True
+        )
+        module.register_forward_hook(lambda _, inputs, outputs: views(outputs))
+    ours, our_gradients = loss_and_gradients(coconut, batch)
+    assert ours == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(our_gradients, expected)

@@ -358,7 +358,7 @@ class FusedRotaryTables(LlamaRotaryEmbedding):
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries [B, H, S, E] and keys [B, K, S, E] by what FusedRotaryTables returns."""
-    if cos is sin:
+    if cos.shape[1] != q.shape[2]:  # [B, E, E]; no more the same object where a hook of ZeRO-3 returns views
         return torch.bmm(q.squeeze(2), cos).unsqueeze(2), torch.bmm(k.squeeze(2), cos).unsqueeze(2)
     cos, sin = cos[:, None], sin[:, None]
     return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)

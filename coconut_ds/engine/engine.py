@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ GPU_ONLY = (
     ("zero_optimization", "zero_quantized_weights"),
     ("zero_optimization", "zero_quantized_nontrainable_weights"),
     ("zero_optimization", "zero_quantized_gradients"),
+    ("zero_optimization", "offload_optimizer", "super_offload"),
     ("aio", "use_gds"),
 )
 START_SECONDS = 20.0  # minimum time to wait for ranks: their starts differ more than their steps
@@ -168,9 +169,9 @@ def _for_device(ds_config: Mapping[str, Any], device: torch.device) -> dict[str,
     in the file asks for it.  Raises ConfigError for settings that need a GPU.
     """
     zero, on_cpu = ds_config["zero_optimization"], device.type == "cpu"
-    for block, key in GPU_ONLY:
-        if on_cpu and ds_config.get(block, {}).get(key):
-            raise ConfigError(f"{block}.{key}: needs a GPU; delete it to run on the CPU")
+    for keys in GPU_ONLY:
+        if on_cpu and reduce(lambda block, key: block.get(key) or {}, keys, ds_config):
+            raise ConfigError(f"{'.'.join(keys)}: needs a GPU; delete it to run on the CPU")
     optimizer = ds_config["optimizer"]
     if optimizer["type"] == EIGHT_BIT or zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return dict(ds_config)

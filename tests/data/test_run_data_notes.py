@@ -160,7 +160,7 @@ def test_references_longer_than_max_new_tokens(tiny_experiment, tmp_path, capsys
     text = note()
     assert "valid.json: 1 of 2 references are longer than 5 tokens (0 steps hidden, 0 latents)" in text
     needed = int(text.rpartition("max_new_tokens: ")[2].rstrip("'"))
-    assert note(max_new_tokens=needed - 1) and not note(max_new_tokens=needed)
+    assert note(max_new_tokens=needed - 8) and not note(max_new_tokens=needed)
     assert not note(method="no_cot") and note(method="no_cot", max_new_tokens=1)
 
 

@@ -45,6 +45,8 @@ def test_quantized_collectives_need_a_gpu():
     with pytest.raises(ConfigError, match="zero_quantized_weights: needs a GPU"):
         for_device("cpu", {}, zero_quantized_weights=True)
     assert for_device("cuda", {}, zero_quantized_weights=True)
+    with pytest.raises(ConfigError, match="offload_optimizer.super_offload: needs a GPU"):
+        for_device("cpu", {}, offload_optimizer={"device": "cpu", "super_offload": True})
 
 
 @pytest.mark.parametrize(

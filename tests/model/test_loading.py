@@ -101,7 +101,7 @@ def test_a_pickled_model_is_refused_with_a_remedy(vocabulary, tmp_path):
 
 def test_a_folder_without_tokenizer_files_is_refused(vocabulary, tmp_path):
     tiny(vocabulary).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="vocabulary is empty; are vocab.json or tokenizer.json missing"):
+    with pytest.raises(ConfigError, match="the folder has no tokenizer files, such as tokenizer.json"):
         load_vocabulary(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""List, print or copy the experiment YAMLs, DeepSpeed JSONs and data scripts that come with coconut_ds.
+"""List, show or copy the experiment YAMLs, DeepSpeed JSONs and data scripts that come with coconut_ds.
 
 coconut-ds configs list
 coconut-ds configs show ds_configs/zero2_offload.json

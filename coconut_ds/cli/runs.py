@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(folder: Path) -> dict[str, object]:
     from coconut_ds.reports.run_records import read_run
+    from coconut_ds.runs.checkpoint_folders import CheckpointFolders
     from coconut_ds.runs.run_folder import is_running
 
     row: dict[str, object] = dict.fromkeys(("run", "state", "method", "epochs", "stage", "valid", "test"))
@@ -54,7 +55,8 @@ def _row(folder: Path) -> dict[str, object]:
     valid, test = record.measured("valid"), record.measured("test")
     epochs, planned = int(valid[-1]["epoch"]) + 1 if valid else 0, record.experiment.num_epochs
     is_profile = record.profile is not None and not record.of("train")
-    state = "profile" if is_profile else "finished" if epochs >= planned else "stopped"
+    is_finished = max(epochs, CheckpointFolders(folder).finished_epochs()) >= planned
+    state = "profile" if is_profile else "finished" if is_finished else "stopped"
     return row | {
         "state": "running" if is_running(folder) else state,
         "method": str(record.experiment.method),

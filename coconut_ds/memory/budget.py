@@ -138,7 +138,10 @@ def enforce_memory_budget(
     folder = None if experiment.debug else Path(experiment.save_path) / experiment.name / "memory"
     if ranks.is_main and not skip_plan and ds_config.memory_budget is not None:
         plan, refusal = judged_plan(experiment, ds_config, run_data, ranks)
-        if folder is not None and plan is not None and not _is_trained(folder.parent, experiment):
+        is_trained = (  # the start of a finished run leaves its records as they are
+            folder is not None and CheckpointFolders(folder.parent).finished_epochs() >= experiment.num_epochs
+        )
+        if folder is not None and plan is not None and not is_trained:
             try:
                 replace_text(make_folder(folder) / "plan.json", json_text(plan, indent=2))
             except (ConfigError, OSError) as error:
@@ -152,12 +155,6 @@ def enforce_memory_budget(
     if ranks.device.type == "cuda" and ds_config.memory_budget is not None:
         limit_gpu(ds_config.memory_budget, ranks.device)
     return MemoryGuard(folder, ranks.rank, ranks.world_size, ranks.device, plan)
-
-
-def _is_trained(run_folder: Path, experiment: Experiment) -> bool:
-    """Whether a checkpoint has all epochs; the start of a finished run leaves its records as they are."""
-    epochs = [epoch for epoch, _ in CheckpointFolders(run_folder).positions().values()]
-    return max(epochs, default=0) >= experiment.num_epochs
 
 
 def check_plan(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks) -> Plan:

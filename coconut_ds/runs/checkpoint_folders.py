@@ -270,6 +270,10 @@ class CheckpointFolders:
         named = [(position, name) for name in names if (position := position_of(name))]
         return {name: position for position, name in sorted(named)}
 
+    def finished_epochs(self) -> int:
+        """The finished epochs of the newest checkpoint; all of the schedule if the run stopped early."""
+        return max((epoch for epoch, _ in self.positions().values()), default=0)
+
     def names(self) -> list[str]:
         """The names of all checkpoints, oldest first."""
         return list(self.positions())

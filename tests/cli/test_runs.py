@@ -43,6 +43,9 @@ def test_runs_lists_state_stage_and_accuracy(runs, capsys, monkeypatch):
     assert "running coconut 0 of 6 - -" in rows["runs/fresh"]
     assert "unreadable" in rows["runs/bad"] and len(rows) == 4
     lock.release()
+    (runs / "sweep" / "half" / "checkpoint_6").mkdir()  # early stopping ends the schedule
+    assert main(["runs", str(runs / "sweep")]) == 0
+    assert "finished  coconut  3 of 6" in capsys.readouterr().out
     for state in ("stopped", "profile"):
         assert main(["runs", str(runs / "fresh"), "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)

@@ -350,7 +350,10 @@ def _record(method: Method, settings: dict[str, Any]) -> Experiment:
 def _exact(value: Any, annotation: str) -> Any:
     """Convert to the annotated type: JSON Schema accepts 3.0 as an integer and 1 as a number."""
     if isinstance(value, list):
-        return tuple(_exact(item, "float" if "float" in annotation else "int") for item in value)
+        items = [_exact(item, "float" if "float" in annotation else "int") for item in value]
+        if annotation.startswith("int | tuple") and len(set(items)) == 1:
+            return items[0]  # the last number repeats
+        return tuple(items)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return float(value) if "float" in annotation else int(value)

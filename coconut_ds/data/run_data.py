@@ -272,7 +272,10 @@ class LengthCheck:
             if text and self.limit.is_hard:
                 errors.append(text)
             elif text:
-                notes.append(f"{text}; the model was not trained on such lengths")
+                notes.append(
+                    f"{text}; the model was not trained on such lengths, which 'max_tokens: "
+                    f"{self.limit.positions}' refuses"
+                )
                 errors.append("" if use.trains else self._too_long(use, self.limit, prompts=True))
         if any(errors):
             remedy = "shorten or remove it, or write 'too_long: drop' or 'too_long: truncate_question'"

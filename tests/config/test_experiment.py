@@ -83,6 +83,11 @@ def smallest(**changes: object) -> Experiment:
 # --- files that must work ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value, same", [([2], 2), ([2, 2.0], 2), ([2, 1], (2, 1))])
+def test_epochs_of_equal_stages_are_one_number(value, same):
+    assert smallest(epochs_per_stage=value).epochs_per_stage == same
+
+
 def test_published_file_runs_unchanged(tmp_path):
     experiment = load_experiment(write(tmp_path, PUBLISHED))
     assert experiment.method is Method.COCONUT

@@ -301,7 +301,9 @@ def refuse_changes(
             if impossible
             else f"set it back, or resume with the new value: {options}"
         )
-        lines = "".join(f"\n  {change}" for change in changes)
+        lines = "".join(f"\n  {change}" for change in changes if change.severity is not Severity.HARMLESS)
+        harmless = [change.key for change in changes if change.severity is Severity.HARMLESS]
+        lines += f"\n  harmless: {', '.join(harmless)}" if harmless else ""
         raise CheckpointError(f"the checkpoint was made with other settings:{lines}\n{advice}")
     notes = [f"differs from the checkpoint: {change}" for change in changes]
     if current.get("base") and not manifest.settings.get("base"):

@@ -253,3 +253,14 @@ def test_other_ranks_with_other_rows_a_step_change_what_is_learned() -> None:
     with pytest.raises(CheckpointError, match="rows_per_step: 16 when saved, 8 now .*--allow rows_per_step"):
         refuse_changes(manifest, with_accumulation(2), 1, ["world_size"])
     assert len(refuse_changes(manifest, with_accumulation(2), 1, ["world_size", "rows_per_step"])) == 2
+
+
+def test_harmless_differences_take_one_line_of_a_refusal():
+    current = with_("experiment.lr", 2e-4)
+    current["experiment"] |= {"save_path": "/elsewhere", "num_epochs": 20}
+    manifest = Manifest(TrainState(), SAVED, 2, False, {})
+    with pytest.raises(CheckpointError) as error:
+        refuse_changes(manifest, current, 2, [])
+    lines = str(error.value).splitlines()
+    assert lines[1].startswith("  lr: 0.0001 when saved, 0.0002 now") and len(lines) == 4
+    assert lines[2] == "  harmless: num_epochs, save_path"

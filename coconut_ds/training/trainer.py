@@ -34,10 +34,11 @@ from coconut_ds.engine.engine import (
     world_size_from_environment,
 )
 from coconut_ds.engine.watchdog import LossGuard, Watchdog
-from coconut_ds.errors import StopRequested
+from coconut_ds.errors import ConfigError, StopRequested
 from coconut_ds.evaluation.evaluate import Evaluation, evaluate
 from coconut_ds.files import counted, print_notes
 from coconut_ds.memory.budget import PeakMeter, enforce_memory_budget, judged_plan
+from coconut_ds.model.coconut import Coconut
 from coconut_ds.model.loading import build_module, load_config, parameter_groups, write_model
 from coconut_ds.model.quantization import refuse_missing_library
 from coconut_ds.runs.changes import rate_depends_on_length, settings_to_compare
@@ -120,7 +121,7 @@ def check_model(
         _, refusal = judged_plan(experiment, ds_config, run_data, Ranks(0, world_size, device))
         if refusal is not None:
             raise refusal
-    module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
+    module = _module(experiment, ds_config, run_data)
     if not (experiment.only_eval or experiment.debug):
         weight_bytes = None if ds_config.precision == "fp32" else 2
         moments_bytes = MOMENTS_BYTES[ds_config.eight_bit_moments]
@@ -149,11 +150,22 @@ def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -
 
 
 @phase("initialise")
+def _module(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData) -> Coconut:
+    module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
+    # Experts of a layer are one weight of three dimensions.
+    if ds_config.zero_stage == 3 and any(p.dim() == 3 and p.requires_grad for p in module.base.parameters()):
+        raise ConfigError(
+            f"{ds_config.path}: zero_optimization.stage: 3 cannot train the weights of a mixture of experts: "
+            "DeepSpeed reduces some twice in a backward and stops; write 'stage: 2'"
+        )
+    return module
+
+
 def start_engine(
     experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
 ) -> Engine:
     """Build the model and wrap it. Collective."""
-    module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
+    module = _module(experiment, ds_config, run_data)
     layout = BatchConfig.of(experiment, ranks.world_size, ranks.rank)
     total_steps = max(1, layout.num_steps(len(run_data.train)) * experiment.num_epochs)
     warmup_steps = int(experiment.warmup_ratio * total_steps)

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from coconut_ds.data.curriculum import stage_at
 from coconut_ds.errors import CheckpointError, ConfigError
 from coconut_ds.evaluation.evaluate import Evaluation
 from coconut_ds.runs.checkpoint_folders import Manifest, TrainedStage
+from coconut_ds.training import trainer
 from tests.plain_engine import PlainEngine, plain_trainer
 
 CHEAP = {
@@ -280,3 +283,14 @@ def test_a_stage_whose_loss_still_falls_is_not_called_unlearned(
             )
             trainer.end_epoch(epoch, result)
     assert ("coconut was not learned" in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize("stage, trains, is_refused", [(3, True, True), (2, True, False), (3, False, False)])
+def test_experts_are_not_trained_under_zero_3(monkeypatch, stage, trains, is_refused):
+    experts = torch.nn.Linear(2, 2)
+    experts.gate = torch.nn.Parameter(torch.zeros(4, 2, 2), requires_grad=trains)
+    monkeypatch.setattr(trainer, "build_module", lambda *_: SimpleNamespace(base=experts))
+    ds_config = SimpleNamespace(zero_stage=stage, path="z.json", latent_memory=None)
+    run_data = SimpleNamespace(vocabulary=None)
+    with pytest.raises(ConfigError, match="mixture of experts") if is_refused else nullcontext():
+        assert trainer._module(None, ds_config, run_data).base is experts

@@ -224,6 +224,27 @@ def test_a_latent_pass_does_not_copy_the_question():
     assert growth[48] - growth[8] <= 4 * 40 * 4 * (3 * 2 * 4 + 2 * 2)
 
 
+def test_joining_records_needs_no_second_copy_of_all():
+    """Only what the question's gradient needs is left, a part of the records after the other."""
+    passes = (Pass(0, 8), *(Pass(t, t + 1, ((0, t),)) for t in range(8, 12)), Pass(12, 64, ((0, 12),)))
+    step = Step(passes)
+    cache = KeyValueBuffer(Context(), step, num_layers=3)
+    cache.update(*(torch.zeros(2, 2, 8, 16) for _ in range(2)), 0)
+    layers = cache.layers_of_buffer
+    records = [[tuple(torch.randn(4, 1, n) for n in (16, 16, 64, 64)) for _ in passes[1:-1]] for _ in layers]
+    parts = [[torch.cat(part, dim=1) for part in zip(*own, strict=True)] for own in records]
+    expected = [[query, dout, weights[..., :8], dscores[..., :8]] for query, dout, weights, dscores in parts]
+    with LiveBytes() as live:
+        for layer, own in zip(layers, records, strict=True):
+            layer.records = [tuple(x.clone() for x in record) for record in own]
+        before = live.current
+        for join in step.at_barrier:
+            join()
+    torch.testing.assert_close([layer.joined for layer in layers], expected, rtol=0, atol=0)
+    complete, left = ([sum(4 * own[n].numel() for own in x) for n in range(4)] for x in (parts, expected))
+    assert live.peak <= before + max(complete) and live.current == sum(left)
+
+
 def test_padding_sees_itself_and_nothing_is_nan():
     padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
     mask = make_mask(batch_size=2, q_length=4, kv_length=4, attention_mask=padding)

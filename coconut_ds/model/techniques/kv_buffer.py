@@ -325,18 +325,22 @@ def _in_one(key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor | None:
 
 
 def _join(layers: list[Layer]) -> None:
-    """Join the records of all layers: four concatenations.  No later pass is left."""
+    """Join the records of all layers, part by part.  No later pass is left."""
     tails = layers[0].tails
     tails.clear()
     recording = [layer for layer in layers if layer.records]
     if not recording:
         return
-    parts = zip(*(record for layer in recording for record in layer.records), strict=True)
-    query, dout, *scores = (torch.cat(part, dim=1) for part in parts)
-    scores = [x.narrow(2, 0, tails.first) for x in scores]
-    joined = [x.chunk(len(recording), dim=1) for x in (query, dout, *scores)]
-    for layer, *own in zip(recording, *joined, strict=True):
-        layer.records, layer.joined = [], own
+    parts = list(zip(*(record for layer in recording for record in layer.records), strict=True))
+    for layer in recording:
+        layer.records, layer.joined = [], []
+    # Each part is released once it is joined: two copies of all of them would be the peak of short batches.
+    while parts:
+        joined = torch.cat(parts.pop(0), dim=1)
+        if len(parts) < 2:
+            joined = joined.narrow(2, 0, tails.first).contiguous()
+        for layer, own in zip(recording, joined.chunk(len(recording), dim=1), strict=True):
+            layer.joined.append(own)
 
 
 def add_products(

@@ -15,12 +15,16 @@ import gzip
 import io
 import json
 import re
+import socket
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from coconut_ds.errors import DataError, first_line
 from coconut_ds.files import json_text, make_folder, read_bytes, replace_text, similar_path
@@ -329,12 +333,26 @@ def _from_hub(name: str) -> Path:
     return target
 
 
+@cache
+def use_cache_without_network() -> None:
+    """Without a network, have the hub's client read its cache at once; it would retry for a minute."""
+    from huggingface_hub import constants
+
+    if getproxies():  # which resolve names themselves
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 def _hub_files(
     name: str, owner: str, config: str, revision: str, split: str, local_files_only: bool = False
 ) -> list[Path]:
     """The files of a split in the hub's cache, downloaded if they are missing."""
     from huggingface_hub import snapshot_download  # takes half a second to import
 
+    use_cache_without_network()
     suffixes = (".parquet", *TEXT_SUFFIXES)
     patterns = [f"*{split}*{suffix}{packed}" for suffix in suffixes for packed in ("", ".gz")]
     try:

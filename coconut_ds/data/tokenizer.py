@@ -30,7 +30,7 @@ from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from coconut_ds.data.forms import local_file
+from coconut_ds.data.forms import local_file, use_cache_without_network
 from coconut_ds.data.problems import Problem, each_problem
 from coconut_ds.errors import ConfigError, DataError, first_line
 from coconut_ds.files import counted, hash_file, meant_child, replace_bytes, run_folder_of, similar_path
@@ -151,6 +151,8 @@ def locate_model(model_id: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"model_id: {model_id} is the folder of a .gguf file{child}")
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
+    if not path.exists():
+        use_cache_without_network()
     return model_id, {}
 
 

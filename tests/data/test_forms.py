@@ -9,9 +9,10 @@ import re
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 from coconut_ds.__main__ import main
-from coconut_ds.data.forms import field_of, local_file
+from coconut_ds.data.forms import field_of, local_file, use_cache_without_network
 from coconut_ds.data.problems import Problem, read_problems
 from coconut_ds.data.tokenizer import cached_tokens, load_vocabulary
 from coconut_ds.errors import DataError
@@ -447,3 +448,18 @@ def test_excel_names_its_separator(tmp_path, first):
     file.write_bytes((first + "question;steps;answer\r\nq, r;a;1\r\n").encode("utf-8-sig"))
     (problem,) = read_problems(file)
     assert (problem.question, problem.steps, problem.answer) == ("q, r", ("a",), "1")
+
+
+@pytest.mark.parametrize(
+    "proxies, is_known, is_offline", [({}, False, True), ({}, True, False), ({"https": "p"}, False, False)]
+)
+def test_without_a_network_the_hub_is_not_asked(monkeypatch, proxies, is_known, is_offline):
+    def resolve(*_):
+        if not is_known:
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("coconut_ds.data.forms.getproxies", lambda: proxies)
+    monkeypatch.setattr("coconut_ds.data.forms.socket.getaddrinfo", resolve)
+    use_cache_without_network.__wrapped__()
+    assert constants.HF_HUB_OFFLINE is is_offline

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.textbook import textbook_loss
 from coconut_ds.config.deepspeed import LatentMemory
 from coconut_ds.data.batching import Batch
 from coconut_ds.model.coconut import Coconut
@@ -18,6 +20,8 @@ from tests.model import lora_cases
 from tests.model.cases import (
     EQUAL_ROWS,
     HIDDEN,
+    SIZES,
+    assert_same_gradients,
     gradients,
     loss_and_gradients,
     make_batch,
@@ -88,6 +92,36 @@ def test_no_digit_changes(architecture, checkpointing, dropout):
     # All but the last without checkpointing.
     assert len(layers) == coconut.causal_lm.config.num_hidden_layers - (checkpointing == "none")
     assert all(kind.is_refused if is_random else 0 in kind.programs for (kind,) in layers)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "granite", "smollm3", "glm"])
+def test_copies_of_llamas_layers(model_type):
+    """Architectures whose norm and MLP are Llama's under another name have the same operators."""
+    config = AutoConfig.for_model(
+        model_type,
+        **(SIZES | {"num_hidden_layers": 2, "head_dim": 8, "max_position_embeddings": 64}),
+        num_key_value_heads=2,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    textbook = copy.deepcopy(model)
+
+    def coconut(**settings):
+        thought = build_thought("last_hidden", HIDDEN, ThoughtSettings())
+        return Coconut(copy.deepcopy(model), thought, LatentMemory(**settings)).train()
+
+    ours = coconut()
+    norms = {type(module).__name__ for module in ours.modules() if "norm" in type(module).__name__.lower()}
+    assert norms == {"FusedRmsNorm"}
+    steps = train(ours, recorded=True)
+    assert_identical(steps, train(coconut(recorded_passes=False), recorded=False))
+    assert kinds(ours)[0].programs.keys() == {1}
+    loss = textbook_loss(textbook, BATCHES[0])
+    loss.backward()
+    assert steps[0].pop("loss").item() == pytest.approx(loss.item(), rel=1e-5)
+    expected = {f"base.{name}": gradient for name, gradient in gradients(textbook).items()}
+    assert_same_gradients(steps[0], expected)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "layers"])

@@ -14,7 +14,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -28,24 +28,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.models.mistral.modeling_mistral import (
-    MistralAttention,
-    MistralMLP,
-    MistralRMSNorm,
-    MistralRotaryEmbedding,
-)
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2Attention,
-    Qwen2MLP,
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-)
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from coconut_ds.model.techniques.passes import Context, Rows
 
@@ -90,7 +75,7 @@ def fuse_activations(model: nn.Module, context: Context) -> int:
     tanh_gelus = {NewGELUActivation, *(type(ACT2FN[name]) for name in TANH_GELU_NAMES if name in ACT2FN)}
     replaced = 0
     for module in model.modules():
-        fused = FusedTanhGelu if type(module) in tanh_gelus else FUSED.get(type(module))
+        fused = FusedTanhGelu if type(module) in tanh_gelus else _fused(type(module))  # type: ignore[arg-type]
         if fused is FusedGatedMlp and not isinstance(module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))):
             continue
         if fused is not None:
@@ -195,12 +180,21 @@ class FusedGatedMlp(LlamaMLP):
         return self.down_proj(_recomputable(_SiluGate.apply(gate, up), _silu_gate, gate, up))
 
 
-FUSED: dict[type, type] = {
-    nn.LayerNorm: FusedLayerNorm,
-    nn.Dropout: FusedDropout,
-    **{norm: FusedRmsNorm for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)},
-    **{mlp: FusedGatedMlp for mlp in (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)},
-}
+@cache
+def _fused(kind: type) -> type | None:
+    """The class in place of `kind`, also of a copy that transformers has for another architecture."""
+    if kind in (nn.LayerNorm, nn.Dropout):
+        return FusedLayerNorm if kind is nn.LayerNorm else FusedDropout
+    copied = {LlamaRMSNorm: FusedRmsNorm, LlamaMLP: FusedGatedMlp}
+    return next((fused for original, fused in copied.items() if _code(kind) == _code(original)), None)
+
+
+def _code(kind: type) -> tuple[Any, ...]:
+    """What a module's forward does, without its docstring."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # type: ignore[attr-defined]
+    if code is None:
+        return (kind,)
+    return code.co_code, code.co_names, [x for x in code.co_consts if not isinstance(x, str)]
 
 
 def _itself(x: Tensor) -> Tensor:

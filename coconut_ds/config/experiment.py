@@ -335,11 +335,15 @@ def _without_replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> 
 
 def _record(method: Method, settings: dict[str, Any]) -> Experiment:
     thought, tuning = thought_and_tuning(method, settings)
+    epochs = settings["epochs_per_stage"]
+    if isinstance(epochs, list) and len(set(epochs)) == 1:
+        epochs = epochs[0]  # the last number repeats
     settings |= {
         "method": method,
         "thought": thought,
         "tuning": tuning,
         "train_path": settings["train_path"] or "",
+        "epochs_per_stage": epochs,
         "reset_optimizer": RESETS.get(settings["reset_optimizer"], settings["reset_optimizer"]),
     }
     return Experiment(
@@ -350,10 +354,7 @@ def _record(method: Method, settings: dict[str, Any]) -> Experiment:
 def _exact(value: Any, annotation: str) -> Any:
     """Convert to the annotated type: JSON Schema accepts 3.0 as an integer and 1 as a number."""
     if isinstance(value, list):
-        items = [_exact(item, "float" if "float" in annotation else "int") for item in value]
-        if annotation.startswith("int | tuple") and len(set(items)) == 1:
-            return items[0]  # the last number repeats
-        return tuple(items)
+        return tuple(_exact(item, "float" if "float" in annotation else "int") for item in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return float(value) if "float" in annotation else int(value)

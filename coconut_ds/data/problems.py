@@ -278,7 +278,8 @@ def _problem(
     for key in ("question", "answer"):
         errors += [f"item {index}, '{key}': {error}" for error in _text_errors(key, values.get(key, "-"))]
     if "steps" not in values:
-        hint = "" if without_steps else missing_steps(item, steps_name)
+        is_shown = len(errors) < _MAX_REPORTED and not without_steps
+        hint = missing_steps(item, steps_name) if is_shown else ""
         if without_steps is None:
             errors.append(f"item {index}, 'steps': missing{hint}; write [] for an answer without reasoning")
         else:

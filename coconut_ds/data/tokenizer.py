@@ -191,7 +191,7 @@ def load_vocabulary(model_id: str, chat_template: bool = False) -> Vocabulary:
     where, extra = locate_model(model_id)
     try:
         is_folder = not extra and Path(where).is_dir()
-        if is_folder and not any(any(Path(where).glob(name)) for name in TOKENIZER_FILES):
+        if is_folder and not any(path for name in TOKENIZER_FILES for path in Path(where).glob(name)):
             raise ValueError("the folder has no tokenizer files, such as tokenizer.json")
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **DATA_ONLY, **extra)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):

@@ -149,7 +149,6 @@ def open_run(experiment: Experiment, ds_config: DeepSpeedConfig, ranks: Ranks) -
     return opened[0] if opened else Run(experiment, settings, is_main=False)
 
 
-@phase("initialise")
 def _module(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData) -> Coconut:
     module = build_module(experiment, run_data.vocabulary, ds_config.latent_memory)
     # Experts of a layer are one weight of three dimensions.
@@ -161,6 +160,7 @@ def _module(experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunDat
     return module
 
 
+@phase("initialise")
 def start_engine(
     experiment: Experiment, ds_config: DeepSpeedConfig, run_data: RunData, ranks: Ranks
 ) -> Engine:

@@ -90,9 +90,9 @@ class Wide:
         """[N, G, S, E]"""
         # O = (P * D) V
         outs = [
-            torch.bmm(self._dropped(weights, columns).to(self.values_NTE.dtype), self.values_NTE)
+            torch.bmm(self._dropped(self._probabilities(query, columns), columns).to(dtype), self.values_NTE)
             for columns in self._blocks()
-            for weights in (self._probabilities(_rows(self.query_NGSE, columns), columns),)
+            for query, dtype in ((_rows(self.query_NGSE, columns), self.values_NTE.dtype),)
         ]
         return self.joined(outs)
 
